@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Host files, mapped straight into virtual machines: a vhost-user daemon.
+//!
+//! The path of one request is the layout. An arrow runs down this list, never up:
+//!
+//! 1. [`daemon`]: the socket, one session per front-end, the stop order.
+//!    `backend`: what the front-end asks: features, config space, window size.
+//! 2. [`vring`]: drains one ring into requests. [`request`]: one chain, checked.
+//! 3. [`device`]: the seam a device stands behind. [`pmem`]: virtio-pmem, the flush.
+//! 4. (the DAX engine comes here.)
+//! 5. [`window`]: the `Mapper` seam: SHMEM_MAP, and the front-end's rules.
+//! 6. [`persist`]: the `Persist` seam: fdatasync, shared by all that wait for it.
+//!
+//! Beside the path: [`config`] (all that is refused before anything is made),
+//! [`socket`] (where the front-end finds us).
+
+#![warn(missing_docs)]
+
+mod backend;
+pub mod config;
+pub mod daemon;
+pub mod device;
+pub mod persist;
+pub mod pmem;
+mod ratelimit;
+pub mod request;
+pub mod socket;
+pub mod vring;
+pub mod window;

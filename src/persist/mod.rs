@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Step 6 of 6: the `Persist` seam: what makes the file's bytes durable. Knows no virtio.
+
+mod backing;
+mod group;
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+pub use backing::Backing;
+pub use group::{GroupSync, Waiter};
+
+/// Makes durable what has been stored so far.
+pub trait Persist: Send + Sync + 'static {
+    /// Returns once all stores that completed before the call are durable.
+    ///
+    /// # Errors
+    /// Any error is final: the kernel may have dropped the pages that it could not write, and a
+    /// later success would say nothing about them. The caller must not sync again.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// A file in the page cache or on a DAX file system: the kernel knows what is dirty.
+pub struct Fdatasync(pub Arc<File>);
+
+impl Persist for Fdatasync {
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+}

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Step 5 of 6: the `Mapper` seam: what the guest's window shows. Knows no ring and no device.
+//!
+//! The front-end's rules that this step keeps (rows of the table in the project's notes on QEMU):
+//! a map is sent only while the device is started (Q1), from a thread that no memory update
+//! waits for (Q3), never over a live one (Q4), and never past the end of the file (Q6).
+
+mod shmem;
+mod whole;
+
+use std::fs::File;
+use std::io;
+
+use thiserror::Error;
+
+pub use shmem::ShmemMapper;
+pub(crate) use whole::{Outcome, WholeFile};
+
+/// A byte offset into the window (shared memory region 0).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct WindowOffset(pub u64);
+
+/// A byte offset into the file that is mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FileOffset(pub u64);
+
+/// A length in bytes, of the window or of a piece of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct WindowBytes(pub u64);
+
+/// Why a piece of the window could not be mapped or unmapped.
+#[derive(Debug, Error)]
+pub enum MapError {
+    /// The front-end did not negotiate VHOST_USER_PROTOCOL_F_SHMEM.
+    #[error("the front-end has no SHMEM")]
+    NotNegotiated,
+    /// The front-end said no. It does not say why.
+    #[error("the front-end refused")]
+    Refused,
+    /// The channel to the front-end is broken.
+    #[error("the front-end can't be reached: {0}")]
+    Broken(io::Error),
+}
+
+/// Changes what the window shows. Blocks until the front-end has answered.
+///
+/// Never call it from the thread that serves the front-end's messages, nor under a lock which
+/// that thread takes: the front-end answers only after its own memory update is answered (Q3).
+pub trait Mapper: Send + Sync {
+    /// Shows `bytes` of `file` from `from` on, writable, at `at`.
+    ///
+    /// # Errors
+    /// See [`MapError`]; after an error the window is as it was before.
+    fn map(
+        &self,
+        at: WindowOffset,
+        file: &File,
+        from: FileOffset,
+        bytes: WindowBytes,
+    ) -> Result<(), MapError>;
+
+    /// Takes away exactly one earlier map.
+    ///
+    /// # Errors
+    /// See [`MapError`]; after an error the window is as it was before.
+    fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError>;
+}
