@@ -44,7 +44,7 @@ struct PmemArgs {
     socket_path: Option<PathBuf>,
 
     /// Listen on this inherited descriptor, as systemd's socket activation passes it (3)
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     fd: Option<RawFd>,
 
     /// The file to serve; its size must be a multiple of 2 MiB

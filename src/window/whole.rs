@@ -117,3 +117,133 @@ fn same_file(a: &File, b: &File) -> bool {
     let id = |file: &File| file.metadata().map(|m| (m.dev(), m.ino())).ok();
     id(a).is_some_and(|a| Some(a) == id(b))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use vm_memory::{FileOffset as Backing, GuestAddress, GuestRegionMmap, MmapRegion};
+
+    use super::*;
+
+    const BYTES: u64 = 2 << 20;
+
+    /// A front-end that answers as scripted, and counts what it was sent.
+    #[derive(Default)]
+    struct Scripted {
+        map_refused: bool,
+        unmap_refused: bool,
+        no_shmem: bool,
+        asked_back: AtomicBool,
+    }
+
+    impl Mapper for Scripted {
+        fn map(
+            &self,
+            at: WindowOffset,
+            _file: &File,
+            from: FileOffset,
+            bytes: WindowBytes,
+        ) -> Result<(), MapError> {
+            assert_eq!((at.0, from.0, bytes.0), (0, 0, BYTES), "the whole file, in one map");
+            match (self.no_shmem, self.map_refused) {
+                (true, _) => Err(MapError::NotNegotiated),
+                (_, true) => Err(MapError::Refused),
+                _ => Ok(()),
+            }
+        }
+
+        fn unmap(&self, _at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
+            assert_ne!(bytes.0, BYTES, "asking back must not name the live map");
+            self.asked_back.store(true, Ordering::Relaxed);
+            if self.unmap_refused { Err(MapError::Refused) } else { Ok(()) }
+        }
+    }
+
+    fn file() -> Arc<File> {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(2 * BYTES).unwrap();
+        Arc::new(file)
+    }
+
+    fn table(file: &File, start: u64, bytes: u64) -> GuestMemoryMmap {
+        let backing = Backing::new(file.try_clone().unwrap(), start);
+        let region = MmapRegion::from_file(backing, bytes as usize).unwrap();
+        let region = GuestRegionMmap::new(region, GuestAddress(1 << 32)).unwrap();
+        GuestMemoryMmap::from_regions(vec![region]).unwrap()
+    }
+
+    fn bring_up(front_end: Scripted, shown: bool) -> (Outcome, bool) {
+        let file = file();
+        let window = WholeFile::new(file.clone(), WindowBytes(BYTES));
+        let front_end = Arc::new(front_end);
+        window.set_mapper(front_end.clone());
+        if shown {
+            window.table_came(&table(&file, 0, BYTES));
+        }
+        (window.bring_up(|| true), front_end.asked_back.load(Ordering::Relaxed))
+    }
+
+    /// Shows: only a table that came since the stop, with the whole of this very file, is proof.
+    #[test]
+    fn what_counts_as_proof_that_the_window_is_mapped() {
+        let file = file();
+        let window = WholeFile::new(file.clone(), WindowBytes(BYTES));
+        assert!(!window.is_shown());
+        for other in [
+            table(&file, 4096, BYTES),
+            table(&file, 0, BYTES / 2),
+            table(&self::file(), 0, BYTES),
+            GuestMemoryMmap::new(),
+        ] {
+            window.table_came(&other);
+            assert!(!window.is_shown());
+        }
+        window.table_came(&table(&file, 0, BYTES));
+        assert!(window.is_shown());
+        window.stopped();
+        assert!(!window.is_shown(), "a reset may have dropped the map since");
+    }
+
+    /// Shows: an ack is believed if the table agrees, or if the front-end can refuse.
+    #[test]
+    fn an_ack_is_checked() {
+        assert_eq!(bring_up(Scripted::default(), true), (Outcome::Up, false));
+        let acks = Scripted { unmap_refused: true, ..Scripted::default() };
+        assert_eq!(bring_up(acks, false), (Outcome::Up, true));
+        let never_acks = Outcome::Unsupported("protocol feature REPLY_ACK");
+        assert_eq!(bring_up(Scripted::default(), false), (never_acks, true));
+    }
+
+    /// Shows: a refused map is fine only where the window shows the file all the same (Q4, Q10).
+    #[test]
+    fn a_refusal_is_checked() {
+        let refuses = || Scripted { map_refused: true, ..Scripted::default() };
+        assert_eq!(bring_up(refuses(), true), (Outcome::Up, false));
+        let failed = Outcome::Failed(MapError::Refused.to_string());
+        assert_eq!(bring_up(refuses(), false), (failed, false));
+    }
+
+    /// Shows: a front-end without SHMEM or without a back-end channel is named as such.
+    #[test]
+    fn a_front_end_that_cannot_map_is_unsupported() {
+        let no_shmem = Scripted { no_shmem: true, ..Scripted::default() };
+        assert_eq!(bring_up(no_shmem, false).0, Outcome::Unsupported("protocol feature SHMEM"));
+        let window = WholeFile::new(file(), WindowBytes(BYTES));
+        assert_eq!(window.bring_up(|| true), Outcome::Unsupported("a back-end channel"));
+    }
+
+    /// Shows: a map is not sent to a device that was stopped meanwhile (Q1).
+    #[test]
+    fn a_map_that_is_no_longer_wanted_is_not_sent() {
+        let window = WholeFile::new(file(), WindowBytes(BYTES));
+        window.set_mapper(Arc::new(Scripted { no_shmem: true, ..Scripted::default() }));
+        let asked = Cell::new(false);
+        let outcome = window.bring_up(|| {
+            asked.set(true);
+            false
+        });
+        assert_eq!((outcome, asked.get()), (Outcome::Cancelled, true));
+    }
+}

@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The command line, with the real binary: every bad input, the socket's life, the lock.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::net::UdpSocket;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-dax");
+const NOBODY: u32 = 65534;
+
+/// A directory with a good file of 4 MiB in it.
+struct Place {
+    dir: TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(dir.path().join("good"), vec![7; 4 << 20]).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn pmem(&self, file: &str) -> Command {
+        let mut command = Command::new(BINARY);
+        command.arg("pmem").arg("--socket-path").arg(self.path("sock"));
+        command.arg("--file").arg(self.path(file));
+        command.env_remove("RUST_LOG");
+        command
+    }
+
+    /// Every name with its inode, size, blocks and time of change.
+    fn snapshot(&self) -> BTreeMap<PathBuf, (u64, u64, u64, i64, i64)> {
+        let entries = fs::read_dir(self.dir.path()).unwrap();
+        let describe = |path: PathBuf| {
+            let m = fs::symlink_metadata(&path).unwrap();
+            (path, (m.ino(), m.len(), m.blocks(), m.ctime(), m.ctime_nsec()))
+        };
+        entries.map(|entry| describe(entry.unwrap().path())).collect()
+    }
+
+    /// Runs `command`, which must end with code 2 and one line that has all of `words` in it, and
+    /// must leave the directory as it was.
+    fn refuses(&self, command: &mut Command, words: &[&str]) {
+        let before = self.snapshot();
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        let line = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{line}");
+        assert_eq!(line.lines().count(), 1, "not one line: {line}");
+        assert!(line.starts_with("vhost-user-dax: "), "{line}");
+        for word in words {
+            assert!(line.contains(word), "'{word}' is not in: {line}");
+        }
+        assert!(output.stdout.is_empty());
+        assert_eq!(self.snapshot(), before, "something was created or changed: {line}");
+    }
+
+    /// Starts a daemon and returns once it says that it waits.
+    fn start(&self, command: &mut Command) -> Daemon {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let mut stderr = BufReader::new(child.stderr.take().unwrap());
+        let mut said = String::new();
+        while !said.contains("waiting for a front-end") {
+            let got = stderr.read_line(&mut said).unwrap();
+            assert_ne!(got, 0, "the daemon ended: {said}");
+        }
+        Daemon { child, said }
+    }
+}
+
+struct Daemon {
+    child: Child,
+    said: String,
+}
+
+impl Daemon {
+    fn end_with(mut self, signal: Signal) -> ExitStatus {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+        self.child.wait().unwrap()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Says loudly that a test can't run here; ci/test counts these lines.
+fn skip(test: &str, why: &str) {
+    // Not eprintln!: the test runner would swallow it.
+    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}");
+}
+
+/// Shows: a file that can't serve is refused, whatever is wrong with it.
+#[test]
+fn bad_files_are_refused() {
+    let place = Place::new();
+    place.refuses(&mut place.pmem("missing"), &["missing: no such file", "--size"]);
+    fs::create_dir(place.path("dir")).unwrap();
+    place.refuses(&mut place.pmem("dir"), &["is a directory", "dir/pmem.img"]);
+    nix::unistd::mkfifo(&place.path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    place.refuses(&mut place.pmem("fifo"), &["no regular file"]);
+    fs::write(place.path("odd"), vec![0; 5 << 20]).unwrap();
+    place.refuses(&mut place.pmem("odd"), &["no multiple of 2 MiB", "4M or 6M", "truncate"]);
+    fs::write(place.path("empty"), b"").unwrap();
+    place.refuses(&mut place.pmem("empty"), &["2M or 4M"]);
+    place.refuses(place.pmem("nodir/new").args(["--size", "2M"]), &["no such directory"]);
+    place.refuses(&mut place.pmem("good/new"), &["Not a directory"]);
+}
+
+/// Shows: a size that can't be is refused, and says what would do.
+#[test]
+fn bad_sizes_are_refused() {
+    let place = Place::new();
+    place.refuses(place.pmem("new").args(["--size", "3M"]), &["2M or 4M would do"]);
+    place.refuses(place.pmem("new").args(["--size", "0"]), &["2M or 4M would do"]);
+    place.refuses(place.pmem("new").args(["--size", "many"]), &["512M or 1G"]);
+    place.refuses(place.pmem("new").args(["--size", "16777216T"]), &["larger than any file"]);
+    place.refuses(place.pmem("good").args(["--size", "6M"]), &["is 4M, not 6M"]);
+}
+
+/// Shows: unknown and missing options are one line too.
+#[test]
+fn bad_options_are_refused() {
+    let place = Place::new();
+    place.refuses(Command::new(BINARY).arg("pmem"), &["--socket-path", "--file"]);
+    place.refuses(place.pmem("good").arg("--frobnicate"), &["--frobnicate"]);
+    place.refuses(place.pmem("good").args(["--fd", "3"]), &["cannot be used with"]);
+    place.refuses(place.pmem("good").args(["--log-level", "loud"]), &["loud"]);
+}
+
+/// Shows: a file that this user may not write is refused, not opened read-only.
+#[test]
+fn a_file_without_permission_is_refused() {
+    let place = Place::new();
+    let mut command = place.pmem("good");
+    if nix::unistd::geteuid().is_root() {
+        // The binary may lie where nobody can't look: run a copy.
+        let copy = place.path("daemon");
+        fs::copy(BINARY, &copy).unwrap();
+        command = Command::new(copy);
+        command.uid(NOBODY).gid(NOBODY).arg("pmem").arg("--socket-path").arg("/tmp/never");
+        command.arg("--file").arg(place.path("good"));
+    } else {
+        fs::set_permissions(place.path("good"), fs::Permissions::from_mode(0o444)).unwrap();
+    }
+    place.refuses(&mut command, &["Permission denied", "uid"]);
+}
+
+/// Shows: a disk that is too full for all blocks is found at creation, and no file stays behind.
+#[test]
+fn a_full_disk_is_refused() {
+    if !nix::unistd::geteuid().is_root() || !Path::new("/dev/loop-control").exists() {
+        return skip("a_full_disk_is_refused", "needs root and loop devices");
+    }
+    let place = Place::new();
+    File::create(place.path("disk")).unwrap().set_len(32 << 20).unwrap();
+    fs::create_dir(place.path("mnt")).unwrap();
+    // A mount namespace of its own: nothing stays mounted, whatever happens.
+    let script = r#"set -e; mkfs.ext4 -q disk; mount -o loop disk mnt; code=0
+        "$0" pmem --socket-path mnt/sock --file mnt/new --size 64M || code=$?
+        ls -A mnt >&2; exit $code"#;
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c", script, BINARY])
+        .current_dir(place.dir.path())
+        .env_remove("RUST_LOG")
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    let lines: Vec<_> = said.lines().filter(|line| !line.contains(": info: ")).collect();
+    assert!(
+        lines[0].contains("no room for 64M (ENOSPC") || lines[0].contains("No space"),
+        "{said}"
+    );
+    assert_eq!(lines[1..], ["lost+found"], "only the file system's own directory is left");
+}
+
+/// Shows: without --sparse every block is there before the guest comes; with it none is.
+#[test]
+fn blocks_are_allocated_at_creation_unless_sparse() {
+    let place = Place::new();
+    let full = place.start(place.pmem("full").args(["--size", "8M"]));
+    assert!(fs::metadata(place.path("full")).unwrap().blocks() * 512 >= 8 << 20);
+    assert!(full.end_with(Signal::SIGTERM).success());
+    let sparse = place.start(place.pmem("holes").args(["--size", "8M", "--sparse"]));
+    let made = fs::metadata(place.path("holes")).unwrap();
+    assert_eq!((made.len(), made.blocks()), (8 << 20, 0));
+    assert_eq!(made.mode() & 0o777, 0o600, "a VM's memory is nobody else's");
+    assert!(sparse.end_with(Signal::SIGTERM).success());
+    let warned = place.start(&mut place.pmem("holes"));
+    assert!(warned.said.contains("8M of holes"), "{}", warned.said);
+}
+
+/// Shows: one file, one daemon; the second is refused, and the lock goes with the first.
+#[test]
+fn a_second_daemon_on_one_file_is_refused() {
+    let place = Place::new();
+    let first = place.start(&mut place.pmem("good"));
+    let second = || {
+        let mut command = Command::new(BINARY);
+        command.arg("pmem").arg("--socket-path").arg(place.path("other"));
+        command.arg("--file").arg(place.path("good"));
+        command
+    };
+    place.refuses(&mut second(), &["in use by another process"]);
+    assert!(first.end_with(Signal::SIGTERM).success());
+    drop(place.start(&mut second()));
+}
+
+/// Shows: a socket path that can't be bound is refused, and a live socket is left alone.
+#[test]
+fn bad_socket_paths_are_refused() {
+    let place = Place::new();
+    fs::write(place.path("sock"), b"mine").unwrap();
+    place.refuses(&mut place.pmem("good"), &["is no socket"]);
+    // A file to create must not appear either when the socket is bad.
+    place.refuses(place.pmem("new").args(["--size", "2M"]), &["is no socket"]);
+    fs::remove_file(place.path("sock")).unwrap();
+
+    let with_socket = |path: PathBuf| {
+        let mut command = Command::new(BINARY);
+        command.arg("pmem").arg("--file").arg(place.path("good")).arg("--socket-path").arg(path);
+        command
+    };
+    place.refuses(&mut with_socket(place.path(&"s".repeat(108))), &["107"]);
+    place.refuses(&mut with_socket(place.path("nodir/sock")), &["directory must exist"]);
+    place.refuses(&mut with_socket(place.path("good/sock")), &["good/sock"]);
+
+    let live = UnixListener::bind(place.path("sock")).unwrap();
+    live.set_nonblocking(true).unwrap();
+    place.refuses(&mut place.pmem("good"), &["another process listens there"]);
+    assert!(live.accept().is_err(), "asking must not use up the other's one session");
+}
+
+/// Shows: a dead socket is replaced, and ours is gone after SIGTERM and SIGINT, with exit code 0.
+#[test]
+fn the_socket_is_removed_at_the_end() {
+    let place = Place::new();
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        drop(UnixListener::bind(place.path("sock")).unwrap());
+        let daemon = place.start(&mut place.pmem("good"));
+        assert!(fs::metadata(place.path("sock")).unwrap().file_type().is_socket());
+        assert_eq!(daemon.end_with(signal).code(), Some(0));
+        assert!(!place.path("sock").exists());
+    }
+}
+
+/// Shows: a socket that took the place of ours is not removed.
+#[test]
+fn another_socket_in_our_place_is_left_alone() {
+    let place = Place::new();
+    let daemon = place.start(&mut place.pmem("good"));
+    fs::remove_file(place.path("sock")).unwrap();
+    let _other = UnixListener::bind(place.path("sock")).unwrap();
+    assert_eq!(daemon.end_with(Signal::SIGTERM).code(), Some(0));
+    assert!(place.path("sock").exists());
+}
+
+/// Runs the binary with `fd` as descriptor 3.
+fn with_fd(place: &Place, fd: &OwnedFd) -> Command {
+    let mut command = Command::new("bash");
+    let script = r#"exec 3<&"$1"; exec "$0" pmem --fd 3 --file "$2""#;
+    nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
+    command.args(["-c", script, BINARY, &fd.as_raw_fd().to_string()]).arg(place.path("good"));
+    command
+}
+
+/// Shows: only a listening Unix stream socket will do for --fd; what is wrong is named.
+#[test]
+fn bad_descriptors_are_refused() {
+    let place = Place::new();
+    let by_number = |fd: &str| {
+        let mut command = Command::new(BINARY);
+        command.args(["pmem", "--fd", fd]).arg("--file").arg(place.path("good"));
+        command
+    };
+    place.refuses(&mut by_number("77"), &["--fd 77 is not open"]);
+    place.refuses(&mut by_number("-1"), &["--fd -1 is not open"]);
+    place.refuses(&mut by_number("0"), &["is no socket"]);
+    let (pair, _other) = UnixStream::pair().unwrap();
+    let bad: [(OwnedFd, &str); 4] = [
+        (File::open(place.path("good")).unwrap().into(), "is no socket"),
+        (UdpSocket::bind("127.0.0.1:0").unwrap().into(), "is no Unix socket"),
+        (UnixDatagram::unbound().unwrap().into(), "is no stream socket"),
+        (pair.into(), "is not listening"),
+    ];
+    for (fd, why) in &bad {
+        place.refuses(&mut with_fd(&place, fd), &["--fd 3", why, "systemd"]);
+    }
+}
+
+/// Shows: an inherited listener works, and its path is left to its owner.
+#[test]
+fn an_inherited_listener_is_served() {
+    let place = Place::new();
+    let listener: OwnedFd = UnixListener::bind(place.path("activated")).unwrap().into();
+    let daemon = place.start(&mut with_fd(&place, &listener));
+    UnixStream::connect(place.path("activated")).unwrap();
+    assert_eq!(daemon.end_with(Signal::SIGTERM).code(), Some(0));
+    assert!(place.path("activated").exists());
+}
+
+/// Shows: QEMU's conventions: capabilities without any other option, on stdout.
+#[test]
+fn capabilities_are_json() {
+    let output = Command::new(BINARY).args(["pmem", "--print-capabilities"]).output().unwrap();
+    assert!(output.status.success());
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["type"], "pmem");
+}
+
+/// Shows: a front-end that just goes ends a one-shot daemon with 0; --keep-listening waits on.
+#[test]
+fn one_session_or_many() {
+    let place = Place::new();
+    let mut once = place.start(&mut place.pmem("good"));
+    drop(UnixStream::connect(place.path("sock")).unwrap());
+    assert_eq!(once.child.wait().unwrap().code(), Some(0));
+    assert!(!place.path("sock").exists());
+
+    let mut command = place.pmem("good");
+    let many = place.start(command.arg("--keep-listening"));
+    for _ in 0..3 {
+        drop(UnixStream::connect(place.path("sock")).unwrap());
+    }
+    assert_eq!(many.end_with(Signal::SIGTERM).code(), Some(0));
+}
