@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The daemon as a child process: started, watched, killed.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use crate::disk::Disk;
+use crate::output::Output;
+
+/// Nothing here takes this long; it only tells a hang from a slow machine.
+const HANG: Duration = Duration::from_secs(60);
+
+/// What the daemon says of a session when it ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    pub flushes: u64,
+    pub syncs: u64,
+    pub failed: u64,
+    pub malformed: u64,
+}
+
+pub struct Daemon {
+    child: Child,
+    output: Output,
+    socket: PathBuf,
+    trace: Option<PathBuf>,
+}
+
+impl Daemon {
+    /// Starts the daemon on `disk` and waits until its socket is there. With
+    /// `strace` arguments it runs under strace, which can make its disk slow or bad.
+    pub fn start(
+        disk: &Disk,
+        socket: &Path,
+        strace: &[&str],
+        on_end: impl FnOnce() + Send + 'static,
+    ) -> Self {
+        let trace = (!strace.is_empty()).then(|| socket.with_extension("trace"));
+        let mut command = match &trace {
+            None => Command::new(env!("CARGO_BIN_EXE_vhost-user-dax")),
+            Some(trace) => {
+                let mut command = Command::new("strace");
+                // -D: our child is the daemon itself and the tracer its grandchild,
+                // so that a signal to the child reaches the daemon.
+                command.args(["-D", "-f", "-o"]).arg(trace).args(strace);
+                command.arg("--").arg(env!("CARGO_BIN_EXE_vhost-user-dax"));
+                command
+            }
+        };
+        command.arg("pmem").arg("--socket-path").arg(socket);
+        command.arg("--file").arg(disk.path());
+        command.args(["--size", &format!("{}M", disk.bytes() >> 20), "--sparse"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("start the daemon (is strace installed?)");
+        let output = Output::collect(child.stderr.take().expect("stderr is piped"), on_end);
+        let mut daemon = Self { child, output, socket: socket.into(), trace };
+        daemon.wait_for_socket();
+        daemon
+    }
+
+    // Not by connecting: a connection is the daemon's one session.
+    fn wait_for_socket(&mut self) {
+        let there = self.output.wait_until(HANG, || self.socket.exists());
+        assert!(there, "the daemon made no socket:\n{}", self.log());
+    }
+
+    pub fn log(&self) -> String {
+        self.output.lines().join("\n")
+    }
+
+    pub fn kill(&mut self) {
+        self.child.kill().expect("kill the daemon");
+        self.child.wait().expect("wait for the killed daemon");
+    }
+
+    /// Waits until the daemon ended on its own, as it does when its VM goes.
+    pub fn wait(&mut self) -> ExitStatus {
+        assert!(self.output.wait_closed(HANG), "the daemon does not end:\n{}", self.log());
+        self.child.wait().expect("wait for the daemon")
+    }
+
+    /// The counts in `session ended: flushes=N syncs=M failed=F malformed=X`.
+    pub fn counts(&self) -> Counts {
+        let lines = self.output.lines();
+        let line = lines
+            .iter()
+            .find_map(|line| line.split_once("session ended:"))
+            .unwrap_or_else(|| panic!("no session line in the daemon's log:\n{}", self.log()))
+            .1;
+        let number = |key: &str| -> u64 {
+            line.split_whitespace()
+                .filter_map(|word| word.split_once('='))
+                .find(|(name, _)| *name == key)
+                .and_then(|(_, value)| value.trim_end_matches([',', ';']).parse().ok())
+                .unwrap_or_else(|| panic!("no {key}= in '{line}'"))
+        };
+        Counts {
+            flushes: number("flushes"),
+            syncs: number("syncs"),
+            failed: number("failed"),
+            malformed: number("malformed"),
+        }
+    }
+
+    /// How often the daemon entered `call`, by strace's own account.
+    pub fn traced(&self, call: &str) -> u64 {
+        let trace = self.trace.as_ref().expect("the daemon runs under strace");
+        let text = std::fs::read_to_string(trace).expect("read the trace");
+        // A call that another thread interrupts has a second line, `<... resumed>`,
+        // in which the name is not followed by its arguments.
+        let entered = format!("{call}(");
+        text.lines().filter(|line| line.contains(&entered)).count() as u64
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Both fail when it is gone already, which is as well.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

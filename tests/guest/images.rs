@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Where `images/build` put things, how many VMs may run, and the log of cases.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::PathBuf;
+
+use nix::fcntl::{Flock, FlockArg};
+
+/// The artefacts of `images/build`.
+pub struct Images {
+    folder: PathBuf,
+}
+
+impl Images {
+    /// `None` when the user asked for these tests to be left out.
+    pub fn find(test: &str) -> Option<Self> {
+        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/guest");
+        let images = Self { folder };
+        if std::env::var_os("VUD_GUEST").is_some_and(|value| value == "skip") {
+            images.log_case("skip", test, "-", 0);
+            return None;
+        }
+        assert!(
+            images.folder.join("env").exists(),
+            "no guest image: run images/build first (or set VUD_GUEST=skip)"
+        );
+        Some(images)
+    }
+
+    pub fn qemu(&self) -> PathBuf {
+        self.folder.join("qemu-system-x86_64")
+    }
+
+    pub fn kernel(&self) -> PathBuf {
+        self.folder.join("vmlinuz")
+    }
+
+    /// A kernel with several flushes in flight, if the archive still had one.
+    pub fn kernel_parallel(&self) -> Option<PathBuf> {
+        Some(self.folder.join("vmlinuz-parallel")).filter(|path| path.exists())
+    }
+
+    pub fn initramfs(&self) -> PathBuf {
+        self.folder.join("initramfs.cpio")
+    }
+
+    /// Appends one line to `cases.log`, which `ci/test` counts.
+    pub fn log_case(&self, outcome: &str, test: &str, case: &str, millis: u128) {
+        std::fs::create_dir_all(&self.folder).expect("create target/guest");
+        let mut log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.folder.join("cases.log"))
+            .expect("open cases.log");
+        // One write, so that lines of parallel tests don't mix.
+        log.write_all(format!("{outcome} {test} {case} {millis} ms\n").as_bytes())
+            .expect("write cases.log");
+    }
+
+    /// Waits until one more VM may run. The lock goes with the value, also when the
+    /// process dies, and it works between processes (nextest has one per test).
+    pub fn slot(&self) -> Flock<File> {
+        let jobs = std::env::var("VUD_GUEST_JOBS")
+            .ok()
+            .and_then(|jobs| jobs.parse().ok())
+            .unwrap_or_else(default_jobs)
+            .max(1);
+        let open = |index: u32| {
+            File::create(self.folder.join(format!(".slot-{index}"))).expect("create a slot file")
+        };
+        for index in 0..jobs {
+            if let Ok(lock) = Flock::lock(open(index), FlockArg::LockExclusiveNonblock) {
+                return lock;
+            }
+        }
+        Flock::lock(open(std::process::id() % jobs), FlockArg::LockExclusive)
+            .map_err(|(_, error)| error)
+            .expect("wait for a slot")
+    }
+}
+
+/// A guest under TCG keeps one core busy.
+fn default_jobs() -> u32 {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+    u32::try_from(cores.min(4)).unwrap_or(1)
+}

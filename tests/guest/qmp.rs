@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! QEMU's control socket.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+/// Only tells a hang from a slow machine.
+const HANG: Duration = Duration::from_secs(60);
+
+pub struct Qmp {
+    stream: BufReader<UnixStream>,
+}
+
+impl Qmp {
+    /// QEMU is the client and connects before it starts the guest.
+    pub fn accept(listener: &UnixListener) -> Self {
+        let (stream, _) = listener.accept().expect("QEMU connects its QMP socket");
+        stream.set_read_timeout(Some(HANG)).expect("set a timeout");
+        let mut qmp = Self { stream: BufReader::new(stream) };
+        let greeting = qmp.read();
+        assert!(greeting.get("QMP").is_some(), "not a QMP greeting: {greeting}");
+        qmp.command("qmp_capabilities", json!({}));
+        qmp
+    }
+
+    fn read(&mut self) -> Value {
+        let mut line = String::new();
+        self.stream.read_line(&mut line).expect("QMP answers");
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("QMP said '{line}': {error}"))
+    }
+
+    /// Runs one command and returns its answer; events in between are passed over.
+    pub fn command(&mut self, name: &str, arguments: Value) -> Value {
+        let request = json!({ "execute": name, "arguments": arguments });
+        writeln!(self.stream.get_mut(), "{request}").expect("write to QMP");
+        loop {
+            let mut answer = self.read();
+            assert!(answer.get("error").is_none(), "QMP {name}: {answer}");
+            if let Some(value) = answer.get_mut("return") {
+                return value.take();
+            }
+        }
+    }
+}

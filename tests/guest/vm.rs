@@ -1,0 +1,378 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! One VM with one daemon per disk, and the talk with the agent inside it. The
+//! protocol is described in guest-tests/README.md.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::Flock;
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::daemon::Daemon;
+use crate::disk::Disk;
+use crate::images::Images;
+use crate::output::Output;
+use crate::qmp::Qmp;
+use crate::report::CaseReport;
+
+/// One case, or one boot. Only tells a hang from a slow machine.
+const HANG: Duration = Duration::from_secs(180);
+/// The PCI slot of the first disk; the next ones follow.
+const FIRST_SLOT: usize = 0x10;
+
+enum Event {
+    /// The agent's port is connected.
+    Agent(UnixStream),
+    /// One line from the agent.
+    Line(String),
+    /// A process ended: QEMU, or the daemon of a disk.
+    Gone(Process),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Process {
+    Qemu,
+    Daemon(usize),
+}
+
+/// What a test runs in: the images, its name for the log, its turn to have a VM.
+pub struct Guest {
+    images: Images,
+    test: &'static str,
+    _slot: Flock<File>,
+}
+
+/// How a VM differs from the plain one.
+#[derive(Default)]
+pub struct Options<'a> {
+    /// Arguments of strace for each daemon; empty: no strace.
+    pub strace: &'a [&'a str],
+    pub kernel: Option<PathBuf>,
+}
+
+impl Guest {
+    /// `None` when guest tests are to be left out; the log of cases says so then.
+    pub fn enter(test: &'static str) -> Option<Self> {
+        let images = Images::find(test)?;
+        let slot = images.slot();
+        Some(Self { images, test, _slot: slot })
+    }
+
+    pub fn images(&self) -> &Images {
+        &self.images
+    }
+
+    pub fn boot(&self, disks: &[&Disk]) -> Vm<'_> {
+        self.boot_with(disks, &Options::default())
+    }
+
+    pub fn boot_with(&self, disks: &[&Disk], options: &Options<'_>) -> Vm<'_> {
+        Vm::boot(self, disks, options)
+    }
+}
+
+pub struct Vm<'g> {
+    guest: &'g Guest,
+    folder: TempDir,
+    daemons: Vec<Daemon>,
+    qemu: Child,
+    qemu_output: Output,
+    events: Receiver<Event>,
+    agent: Option<UnixStream>,
+    qmp: Option<Qmp>,
+    boot_id: String,
+    /// Daemons that the test itself killed.
+    killed: Vec<usize>,
+}
+
+impl<'g> Vm<'g> {
+    fn boot(guest: &'g Guest, disks: &[&Disk], options: &Options<'_>) -> Self {
+        let started = Instant::now();
+        let folder = TempDir::new().expect("make a folder for the VM");
+        let (sender, events) = channel();
+        let daemons = start_daemons(disks, &folder, options.strace, &sender);
+        let agent_listener = UnixListener::bind(folder.path().join("agent")).expect("bind");
+        let qmp_listener = UnixListener::bind(folder.path().join("qmp")).expect("bind");
+        let mut qemu =
+            qemu_command(guest, &folder, disks.len(), options).spawn().expect("start QEMU");
+        let gone = sender.clone();
+        let qemu_output = Output::collect(qemu.stderr.take().expect("piped"), move || {
+            let _ = gone.send(Event::Gone(Process::Qemu));
+        });
+        read_agent(agent_listener, sender);
+        let mut vm = Self {
+            guest,
+            folder,
+            daemons,
+            qemu,
+            qemu_output,
+            events,
+            agent: None,
+            qmp: None,
+            boot_id: String::new(),
+            killed: Vec::new(),
+        };
+        vm.wait_ready();
+        // QEMU connected before the guest's first instruction.
+        vm.qmp = Some(Qmp::accept(&qmp_listener));
+        guest.images.log_case("boot", guest.test, "-", started.elapsed().as_millis());
+        vm
+    }
+
+    /// Waits for the pmem device of a disk, and returns its path and size in the guest.
+    pub fn ready(&mut self, disk: usize) -> (String, u64) {
+        let report = self.run("ready", &[&slot_of(disk)]);
+        (report.get("dev").to_owned(), report.number("bytes"))
+    }
+
+    /// Runs one case that must pass.
+    pub fn run(&mut self, case: &str, args: &[&str]) -> CaseReport {
+        self.start(case, args);
+        self.finish(case)
+    }
+
+    /// Starts a case, and returns as soon as the guest began with it.
+    pub fn start(&mut self, case: &str, args: &[&str]) {
+        self.tell(&format!("RUN {case} {}", args.join(" ")));
+        let line = self.next_line();
+        if line != format!("BEGIN {case}") {
+            self.fail(&format!("expected BEGIN {case}, got '{line}'"));
+        }
+    }
+
+    /// The next line that the running case says.
+    pub fn case_line(&mut self) -> String {
+        let line = self.next_line();
+        match line.strip_prefix("| ") {
+            Some(text) => text.to_owned(),
+            None => self.fail(&format!("expected output of a case, got '{line}'")),
+        }
+    }
+
+    /// Waits for the end of the case, which must have passed.
+    pub fn finish(&mut self, case: &str) -> CaseReport {
+        let started = Instant::now();
+        let mut lines = Vec::new();
+        let end = format!("END {case} ");
+        let status: i32 = loop {
+            let line = self.next_line();
+            if let Some(text) = line.strip_prefix("| ") {
+                lines.push(text.to_owned());
+            } else if let Some(status) = line.strip_prefix(&end) {
+                break status.parse().unwrap_or(-1);
+            } else {
+                self.fail(&format!("unexpected in {case}: '{line}'"));
+            }
+        };
+        let outcome = match status {
+            0 => "ok",
+            77 => "skip",
+            _ => "fail",
+        };
+        let millis = started.elapsed().as_millis();
+        self.guest.images.log_case(outcome, self.guest.test, case, millis);
+        if status != 0 {
+            self.fail(&format!("case {case} ended with {status}:\n{}", lines.join("\n")));
+        }
+        CaseReport { lines }
+    }
+
+    /// Resets the machine from inside, with no unmount and no sync.
+    pub fn reboot(&mut self) {
+        // Outside of this, a reset is a panic's, and ends QEMU: see qemu_command.
+        self.qmp("set-action", json!({"reboot": "reset"}));
+        self.tell("REBOOT");
+        self.expect("BYE REBOOT");
+        self.wait_ready();
+        self.qmp("set-action", json!({"reboot": "shutdown"}));
+    }
+
+    /// Powers off. QEMU and every daemon must end on their own, with exit code 0.
+    pub fn poweroff(&mut self) {
+        self.tell("POWEROFF");
+        self.expect("BYE POWEROFF");
+        if !self.qemu_output.wait_closed(HANG) {
+            self.fail("QEMU does not end");
+        }
+        let status = self.qemu.wait().expect("wait for QEMU");
+        if !status.success() {
+            self.fail(&format!("QEMU ended with {status}"));
+        }
+        self.wait_daemons();
+    }
+
+    /// Waits until every daemon ended, as it does when its VM is gone.
+    pub fn wait_daemons(&mut self) {
+        for index in 0..self.daemons.len() {
+            if !self.killed.contains(&index) {
+                let status = self.daemons[index].wait();
+                if !status.success() {
+                    self.fail(&format!("daemon {index} ended with {status}"));
+                }
+            }
+        }
+    }
+
+    pub fn kill_qemu(&mut self) {
+        self.qemu.kill().expect("kill QEMU");
+        self.qemu.wait().expect("wait for the killed QEMU");
+    }
+
+    pub fn kill_daemon(&mut self, index: usize) {
+        self.killed.push(index);
+        self.daemons[index].kill();
+    }
+
+    pub fn daemon(&self, index: usize) -> &Daemon {
+        &self.daemons[index]
+    }
+
+    pub fn qmp(&mut self, command: &str, arguments: serde_json::Value) -> serde_json::Value {
+        self.qmp.as_mut().expect("QMP is connected").command(command, arguments)
+    }
+
+    fn wait_ready(&mut self) {
+        let line = self.next_line();
+        let Some(boot_id) = line.strip_prefix("READY ") else {
+            self.fail(&format!("expected READY, got '{line}'"));
+        };
+        if boot_id == self.boot_id {
+            self.fail("the guest did not reboot");
+        }
+        self.boot_id = boot_id.to_owned();
+    }
+
+    fn tell(&mut self, line: &str) {
+        let agent = self.agent.as_mut().expect("the agent is connected");
+        if let Err(error) = writeln!(agent, "{line}") {
+            self.fail(&format!("can't talk to the agent: {error}"));
+        }
+    }
+
+    fn expect(&mut self, expected: &str) {
+        let line = self.next_line();
+        if line != expected {
+            self.fail(&format!("expected '{expected}', got '{line}'"));
+        }
+    }
+
+    fn next_line(&mut self) -> String {
+        let end = Instant::now() + HANG;
+        loop {
+            match self.events.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(Event::Line(line)) => return line,
+                Ok(Event::Agent(stream)) => self.agent = Some(stream),
+                Ok(Event::Gone(Process::Daemon(index))) if self.killed.contains(&index) => {}
+                // A panic in the guest ends QEMU too.
+                Ok(Event::Gone(process)) => self.fail(&format!("{process:?} ended")),
+                Err(RecvTimeoutError::Timeout) => self.fail("the guest hangs"),
+                Err(RecvTimeoutError::Disconnected) => self.fail("the VM is gone"),
+            }
+        }
+    }
+
+    /// Fails the test, with all that is known.
+    pub fn fail(&self, why: &str) -> ! {
+        let console = std::fs::read(self.folder.path().join("console")).unwrap_or_default();
+        let console = String::from_utf8_lossy(&console);
+        let console: Vec<&str> = console.lines().collect();
+        let tail = console[console.len().saturating_sub(40)..].join("\n");
+        let mut text = format!("{}: {why}\n--- guest console\n{tail}\n", self.guest.test);
+        text += &format!("--- QEMU\n{}\n", self.qemu_output.lines().join("\n"));
+        for (index, daemon) in self.daemons.iter().enumerate() {
+            text += &format!("--- daemon {index}\n{}\n", daemon.log());
+        }
+        panic!("{text}");
+    }
+}
+
+impl Drop for Vm<'_> {
+    fn drop(&mut self) {
+        // Both fail when it is gone already, which is as well.
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+        // The thread that waits for QEMU to connect, if it never did.
+        let _ = UnixStream::connect(self.folder.path().join("agent"));
+    }
+}
+
+/// The PCI slot of a disk, as the guest's cases want it.
+pub fn slot_of(disk: usize) -> String {
+    format!("{:02x}", FIRST_SLOT + disk)
+}
+
+fn start_daemons(
+    disks: &[&Disk],
+    folder: &TempDir,
+    strace: &[&str],
+    sender: &Sender<Event>,
+) -> Vec<Daemon> {
+    let start = |(index, disk): (usize, &&Disk)| {
+        let gone = sender.clone();
+        Daemon::start(disk, &folder.path().join(format!("vhost-{index}")), strace, move || {
+            let _ = gone.send(Event::Gone(Process::Daemon(index)));
+        })
+    };
+    disks.iter().enumerate().map(start).collect()
+}
+
+/// Sends the agent's stream and then its lines, until QEMU closes it.
+fn read_agent(listener: UnixListener, sender: Sender<Event>) {
+    std::thread::spawn(move || {
+        let Ok((stream, _)) = listener.accept() else { return };
+        let writer = stream.try_clone().expect("clone the agent's stream");
+        if sender.send(Event::Agent(writer)).is_err() {
+            return;
+        }
+        for line in BufReader::new(stream).lines() {
+            let Ok(line) = line else { return };
+            if sender.send(Event::Line(line)).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+fn qemu_command(guest: &Guest, folder: &TempDir, disks: usize, options: &Options<'_>) -> Command {
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let kernel = options.kernel.clone().unwrap_or_else(|| guest.images.kernel());
+    let mut command = Command::new(guest.images.qemu());
+    command
+        .args(["-accel", &std::env::var("VUD_ACCEL").unwrap_or_else(|_| "tcg".into())])
+        .args(["-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35"])
+        // Without rdrand the guest has no entropy for minutes, and mkfs waits for it.
+        .args(["-cpu", "qemu64,+rdrand", "-smp", "2", "-m", "512M"])
+        .args(["-object", "memory-backend-memfd,id=mem,size=512M,share=on"])
+        .args(["-numa", "node,memdev=mem"])
+        .arg("-kernel")
+        .arg(kernel)
+        .arg("-initrd")
+        .arg(guest.images.initramfs())
+        .args(["-append", "console=ttyS0 quiet oops=panic panic=-1"])
+        .args(["-serial", &format!("file:{}", path("console"))])
+        .args(["-chardev", &format!("socket,id=agent,path={}", path("agent"))])
+        .args(["-serial", "chardev:agent"])
+        .args(["-qmp", &format!("unix:{},server=off", path("qmp"))])
+        // A guest that panics resets; this makes QEMU end then, and the test fail.
+        .args(["-action", "reboot=shutdown"]);
+    for index in 0..disks {
+        let socket = path(&format!("vhost-{index}"));
+        command.args(["-chardev", &format!("socket,id=disk{index},path={socket}")]).args([
+            "-device",
+            &format!(
+                "vhost-user-test-device-pci,chardev=disk{index},virtio-id=27,num_vqs=1,\
+                 vq_size=128,config_size=16,addr=0x{}",
+                slot_of(index)
+            ),
+        ]);
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
