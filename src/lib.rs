@@ -7,6 +7,7 @@
 //! 1. [`daemon`]: the socket, one session per front-end, the stop order.
 //!    `backend`: what the front-end asks: features, config space, window size.
 //! 2. [`vring`]: drains one ring into requests. [`request`]: one chain, checked.
+//!    `kick`: the library's ring, made patient.
 //! 3. [`device`]: the seam a device stands behind. [`pmem`]: virtio-pmem, the flush.
 //! 4. (the DAX engine comes here.)
 //! 5. [`window`]: the `Mapper` seam: SHMEM_MAP, and the front-end's rules.
@@ -20,7 +21,9 @@
 mod backend;
 pub mod config;
 pub mod daemon;
+pub mod dax;
 pub mod device;
+mod kick;
 pub mod persist;
 pub mod pmem;
 mod ratelimit;

@@ -20,6 +20,20 @@ pub trait Persist: Send + Sync + 'static {
     /// Any error is final: the kernel may have dropped the pages that it could not write, and a
     /// later success would say nothing about them. The caller must not sync again.
     fn sync(&self) -> io::Result<()>;
+
+    /// Whether the kernel knows what is dirty. If so, only [`sync`](Self::sync) is called.
+    fn kernel_tracks(&self) -> bool {
+        true
+    }
+
+    /// Makes durable `bytes` of the file from byte `from` on, if the kernel does not track it.
+    /// The flush has ended when this returns, the fence included.
+    ///
+    /// # Errors
+    /// Final, as those of [`sync`](Self::sync).
+    fn flush(&self, _from: u64, _bytes: u64) -> io::Result<()> {
+        self.sync()
+    }
 }
 
 /// A file in the page cache or on a DAX file system: the kernel knows what is dirty.

@@ -6,6 +6,7 @@
 //! a map is sent only while the device is started (Q1), from a thread that no memory update
 //! waits for (Q3), never over a live one (Q4), and never past the end of the file (Q6).
 
+pub mod layout;
 mod shmem;
 mod whole;
 
@@ -14,7 +15,7 @@ use std::io;
 
 use thiserror::Error;
 
-pub use shmem::ShmemMapper;
+pub use shmem::{Acks, ShmemMapper};
 pub(crate) use whole::{Outcome, WholeFile};
 
 /// A byte offset into the window (shared memory region 0).
@@ -38,6 +39,9 @@ pub enum MapError {
     /// The front-end said no. It does not say why.
     #[error("the front-end refused")]
     Refused,
+    /// The device was stopped before the message was sent: nothing was sent (Q1).
+    #[error("the device was stopped")]
+    Stopped,
     /// The channel to the front-end is broken.
     #[error("the front-end can't be reached: {0}")]
     Broken(io::Error),
@@ -65,4 +69,8 @@ pub trait Mapper: Send + Sync {
     /// # Errors
     /// See [`MapError`]; after an error the window is as it was before.
     fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError>;
+
+    /// Takes away what stands in the window for a hole of `file`, before the hole gets blocks.
+    /// A mapper that maps the file itself shows the new blocks at once: nothing to do.
+    fn unmap_hole(&self, _file: &File, _from: FileOffset, _bytes: WindowBytes) {}
 }

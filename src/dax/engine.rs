@@ -1,0 +1,382 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Step 4 of 6: grants: SETUPMAPPING as a fault over a range (behaviours 6, 8, 9, 14 to 16).
+//! Knows no FUSE: a grant is a piece of a file, a place in the window, and an access.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use log::warn;
+use nix::errno::Errno;
+use thiserror::Error;
+
+use super::counters::Counters;
+use super::coverage::Coverage;
+use super::entry::{Entry, PAGE_BYTES, PageIndex};
+use super::extent::{Access, ExtentSource};
+use super::index::Mark;
+use super::space::Entries;
+use super::sync::{Arc, Gate, Mutex, Taken, Turn, lock};
+use super::wait::{SpaceId, WaitTable};
+use crate::persist::Persist;
+use crate::window::layout::{Layout, Piece, ShowError};
+use crate::window::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
+
+/// One host file that is or was mapped.
+pub struct Space {
+    pub(super) id: SpaceId,
+    pub(super) entries: Entries,
+    pub(super) source: Box<dyn ExtentSource>,
+    pub(super) persist: Box<dyn Persist>,
+    /// Shared by grants; alone for what changes the file's length or blocks. The kernel's
+    /// `i_mmap_sem`: whoever has it may do file system calls and front-end round trips.
+    pub(super) gate: Gate,
+    pub(super) coverage: Mutex<Coverage>,
+    /// The first failure to write back is final (see [`Persist`]).
+    pub(super) failed: Mutex<bool>,
+}
+
+impl Space {
+    /// The entries, for a look.
+    pub fn entries(&self) -> &Entries {
+        &self.entries
+    }
+
+    /// How many entries there are.
+    pub fn entry_count(&self) -> u64 {
+        self.entries.index().len()
+    }
+
+    /// Bytes of memory that the entries take.
+    pub fn index_bytes(&self) -> usize {
+        self.entries.index().bytes()
+    }
+
+    /// The first entry at or behind `page`, and whether it is dirty: for a look.
+    pub fn next_entry(&self, page: PageIndex) -> Option<(PageIndex, Entry, bool)> {
+        let index = self.entries.index();
+        let (start, entry) = index.next(page, PageIndex::LAST, None)?;
+        Some((start, entry, index.is_marked(start, Mark::Dirty)))
+    }
+
+    /// Whether only our entries know what is dirty.
+    pub(super) fn tracks(&self) -> bool {
+        !self.persist.kernel_tracks()
+    }
+
+    /// Pages that have a byte of the file.
+    pub(super) fn pages(&self) -> io::Result<u64> {
+        Ok(self.source.file_bytes()?.div_ceil(PAGE_BYTES))
+    }
+}
+
+/// What a guest may touch without asking again.
+#[derive(Clone)]
+pub(super) struct Grant {
+    pub(super) space: Arc<Space>,
+    pub(super) from: FileOffset,
+    pub(super) bytes: u64,
+    pub(super) access: Access,
+}
+
+impl Grant {
+    pub(super) fn first(&self) -> PageIndex {
+        PageIndex::of_byte(self.from.0)
+    }
+
+    pub(super) fn last(&self) -> PageIndex {
+        PageIndex::of_byte(self.from.0 + self.bytes - 1)
+    }
+
+    pub(super) fn cut(&self, skip: u64, bytes: u64) -> Self {
+        Self { from: FileOffset(self.from.0 + skip), bytes, ..self.clone() }
+    }
+}
+
+/// Grants and maps, by window offset.
+#[derive(Default)]
+pub(super) struct Window {
+    pub(super) grants: BTreeMap<u64, Grant>,
+    pub(super) layout: Layout,
+}
+
+/// The engine of one device.
+pub struct Engine {
+    pub(super) bytes: WindowBytes,
+    pub(super) mapper: Arc<dyn Mapper>,
+    pub(super) most_maps: usize,
+    pub(super) window: Turn<Window>,
+    waits: Arc<WaitTable>,
+    next_space: AtomicU64,
+    pub(super) counters: Counters,
+}
+
+/// Why a grant, or its removal, did not happen. Nothing has changed then.
+#[derive(Debug, Error)]
+pub enum GrantError {
+    /// A number that can't be.
+    #[error("{0}")]
+    Invalid(&'static str),
+    /// Behaviour 14: it lies wholly behind the end of the file.
+    #[error("behind the end of the file")]
+    PastEof,
+    /// The file's last page is not whole, and the front-end maps whole pages only (Q6).
+    #[error("the file's last page can't be mapped")]
+    Tail,
+    /// The file system's error: out of space, most likely.
+    #[error("{0}")]
+    Source(#[from] io::Error),
+    /// The front-end's.
+    #[error("{0}")]
+    Window(#[from] ShowError),
+}
+
+impl GrantError {
+    /// What the guest is told.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Invalid(_) => Errno::EINVAL,
+            Self::PastEof => Errno::ENXIO,
+            Self::Tail => Errno::EOPNOTSUPP,
+            Self::Source(e) => e.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+            Self::Window(ShowError::TooMany(_)) => Errno::ENOMEM,
+            Self::Window(_) => Errno::EIO,
+        }
+    }
+}
+
+/// A place in the window that was checked: aligned to pages, not empty, and inside.
+#[derive(Debug, Clone, Copy)]
+pub struct Span {
+    pub(super) at: u64,
+    pub(super) bytes: u64,
+}
+
+impl Span {
+    fn end(self) -> u64 {
+        self.at + self.bytes
+    }
+}
+
+impl Engine {
+    /// An engine without grants, over a window of `bytes`. It never has more than `most_maps` maps.
+    pub fn new(bytes: WindowBytes, mapper: Arc<dyn Mapper>, most_maps: usize) -> Self {
+        Self {
+            bytes,
+            mapper,
+            most_maps,
+            window: Turn::new(Window::default()),
+            waits: Arc::new(WaitTable::default()),
+            next_space: AtomicU64::new(0),
+            counters: Counters::default(),
+        }
+    }
+
+    /// An address space for a file that has none yet in this engine.
+    pub fn space(&self, source: Box<dyn ExtentSource>, persist: Box<dyn Persist>) -> Arc<Space> {
+        let id = SpaceId(self.next_space.fetch_add(1, Ordering::Relaxed));
+        Arc::new(Space {
+            id,
+            entries: Entries::new(id, self.waits.clone()),
+            source,
+            persist,
+            gate: Gate::default(),
+            coverage: Mutex::default(),
+            failed: Mutex::default(),
+        })
+    }
+
+    /// What the engine has done.
+    pub fn counters(&self) -> &Counters {
+        self.counters.waits.set(self.waits.joined());
+        &self.counters
+    }
+
+    /// Grants and maps at this moment.
+    pub fn sizes(&self) -> (usize, usize) {
+        let window = self.window.take();
+        (window.grants.len(), window.layout.len())
+    }
+
+    /// Checks a range of the window.
+    ///
+    /// # Errors
+    /// [`GrantError::Invalid`].
+    pub fn span(&self, at: WindowOffset, bytes: WindowBytes) -> Result<Span, GrantError> {
+        let whole = |n: u64| n.is_multiple_of(PAGE_BYTES);
+        if bytes.0 == 0 || !whole(at.0) || !whole(bytes.0) {
+            return Err(GrantError::Invalid("not whole pages of the window"));
+        }
+        match at.0.checked_add(bytes.0) {
+            Some(end) if end <= self.bytes.0 => Ok(Span { at: at.0, bytes: bytes.0 }),
+            _ => Err(GrantError::Invalid("past the end of the window")),
+        }
+    }
+
+    /// SETUPMAPPING: lets the guest touch `span` of the window, which then shows `space`'s file
+    /// from `from` on. What was granted there before is replaced.
+    ///
+    /// # Errors
+    /// See [`GrantError`].
+    pub fn grant(
+        &self,
+        space: &Arc<Space>,
+        from: FileOffset,
+        span: Span,
+        access: Access,
+    ) -> Result<(), GrantError> {
+        let done = self.try_grant(space, from, span, access);
+        match &done {
+            Ok(()) => self.counters.grants.add(1),
+            Err(_) => self.counters.grants_failed.add(1),
+        }
+        done
+    }
+
+    fn try_grant(
+        &self,
+        space: &Arc<Space>,
+        from: FileOffset,
+        span: Span,
+        access: Access,
+    ) -> Result<(), GrantError> {
+        let end = from.0.checked_add(span.bytes).filter(|end| *end <= i64::MAX as u64);
+        if !from.0.is_multiple_of(PAGE_BYTES) || end.is_none() {
+            return Err(GrantError::Invalid("not whole pages of a file"));
+        }
+        let grant = Grant { space: space.clone(), from, bytes: span.bytes, access };
+        let shared = space.gate.share();
+        let (last, mapped) = extent_of(&grant)?;
+        if access == Access::Write {
+            // Behaviour 16: before anything is promised.
+            self.counters.allocations.add(1);
+            space.source.allocate(grant.first(), last)?;
+        }
+        // Counted before it is faulted in: a removal that runs beside it must see that it is wanted.
+        lock(&space.coverage).add(grant.first(), grant.last(), access);
+        let shown = self
+            .fault(space, grant.first(), last, access, span.at.wrapping_sub(from.0))
+            .map_err(GrantError::from)
+            .and_then(|()| self.show(span, &grant, mapped));
+        drop(shared);
+        match shown {
+            Ok(replaced) => {
+                self.retire(&replaced);
+                Ok(())
+            }
+            Err(e) => {
+                self.retire(&[grant]);
+                Err(e)
+            }
+        }
+    }
+
+    fn show(&self, span: Span, grant: &Grant, mapped: u64) -> Result<Vec<Grant>, GrantError> {
+        let mut window = self.window.take();
+        self.show_piece(&mut window, span, Some((grant, mapped)))?;
+        let replaced = cut_out(&mut window.grants, span);
+        window.grants.insert(span.at, grant.clone());
+        Ok(replaced)
+    }
+
+    pub(super) fn show_piece(
+        &self,
+        window: &mut Taken<'_, Window>,
+        span: Span,
+        new: Option<(&Grant, u64)>,
+    ) -> Result<(), ShowError> {
+        let piece = new.map(|(grant, mapped)| Piece {
+            file: grant.space.source.file().clone(),
+            from: grant.from,
+            bytes: WindowBytes(mapped),
+        });
+        let (at, bytes) = (WindowOffset(span.at), WindowBytes(span.bytes));
+        window.layout.show(at, bytes, piece.as_ref(), &*self.mapper, self.most_maps)
+    }
+
+    /// REMOVEMAPPING: takes away what is granted in `spans`, of whatever files, in this order.
+    /// Ranges in which nothing is granted are fine.
+    ///
+    /// # Errors
+    /// The front-end's refusal: that range and those behind it are as they were.
+    pub fn revoke(&self, spans: &[Span]) -> Result<(), GrantError> {
+        for span in spans {
+            let removed = {
+                let mut window = self.window.take();
+                self.show_piece(&mut window, *span, None)?;
+                cut_out(&mut window.grants, *span)
+            };
+            self.retire(&removed);
+        }
+        Ok(())
+    }
+
+    /// The front-end has dropped all maps and the guest all grants (a virtio reset, row Q10).
+    pub fn reset(&self) {
+        let removed: Vec<_> = {
+            let mut window = self.window.take();
+            window.layout.forget();
+            std::mem::take(&mut window.grants).into_values().collect()
+        };
+        self.retire(&removed);
+    }
+
+    /// Grants that the guest does not have any more: what only they covered is written back a last
+    /// time and forgotten (behaviour 9).
+    pub(super) fn retire(&self, removed: &[Grant]) {
+        for grant in removed {
+            lock(&grant.space.coverage).remove(grant.first(), grant.last(), grant.access);
+            if let Err(e) = self.settle(&grant.space, grant.first(), grant.last()) {
+                warn!("a last write-back failed: {e}");
+            }
+        }
+    }
+}
+
+/// The last page of the grant inside the file, and how many bytes of it are to be mapped.
+pub(super) fn extent_of(grant: &Grant) -> Result<(PageIndex, u64), GrantError> {
+    let source = &grant.space.source;
+    let pages = grant.space.pages()?;
+    if grant.first().0 >= pages {
+        return Err(GrantError::PastEof);
+    }
+    let last = grant.last().min(PageIndex(pages - 1));
+    let wanted = last.next().byte() - grant.from.0;
+    let mapped = source.mappable_bytes()?.saturating_sub(grant.from.0).min(grant.bytes);
+    if mapped < wanted {
+        return Err(GrantError::Tail);
+    }
+    Ok((last, mapped))
+}
+
+/// Takes `span` out of the grants, cutting those that stick out, and returns what was in it.
+fn cut_out(grants: &mut BTreeMap<u64, Grant>, span: Span) -> Vec<Grant> {
+    let before = grants.range(..span.at).next_back().map(|(at, _)| *at);
+    let first = before.unwrap_or(span.at);
+    let touched: Vec<_> =
+        grants.range(first..span.end()).map(|(at, grant)| (*at, grant.clone())).collect();
+    let mut removed = Vec::new();
+    for (at, grant) in touched {
+        let end = at + grant.bytes;
+        if end <= span.at {
+            continue;
+        }
+        grants.remove(&at);
+        if at < span.at {
+            grants.insert(at, grant.cut(0, span.at - at));
+        }
+        if end > span.end() {
+            grants.insert(span.end(), grant.cut(span.end() - at, end - span.end()));
+        }
+        let (from, to) = (at.max(span.at), end.min(span.end()));
+        removed.push(grant.cut(from - at, to - from));
+    }
+    removed
+}
+
+impl From<MapError> for GrantError {
+    fn from(e: MapError) -> Self {
+        Self::Window(ShowError::Refused(e))
+    }
+}

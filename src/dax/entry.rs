@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Step 4 of 6: one word per entry (behaviour 1). All that is known of its bits is in this file.
+
+use std::fmt;
+
+/// log2 of a page: what a PTE entry covers.
+pub const PAGE_SHIFT: u32 = 12;
+/// Bytes of a page.
+pub const PAGE_BYTES: u64 = 1 << PAGE_SHIFT;
+/// log2 of the pages in a chunk: the order of a PMD entry.
+pub const PMD_ORDER: u32 = 9;
+/// Pages of a chunk: what a PMD entry covers.
+pub const PMD_PAGES: u64 = 1 << PMD_ORDER;
+/// Bytes of a chunk.
+pub const PMD_BYTES: u64 = PAGE_BYTES * PMD_PAGES;
+
+/// The number of a 4 KiB page of the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PageIndex(pub u64);
+
+impl PageIndex {
+    /// No file has a page behind this one (its length is at most `i64::MAX` bytes).
+    pub const LAST: Self = Self((i64::MAX as u64) >> PAGE_SHIFT);
+
+    /// The first page of the chunk that this page is in.
+    pub const fn chunk(self) -> Self {
+        Self(self.0 & !(PMD_PAGES - 1))
+    }
+
+    /// The page behind this one.
+    pub const fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
+
+    /// The byte in the file at which the page begins.
+    pub const fn byte(self) -> u64 {
+        self.0 << PAGE_SHIFT
+    }
+
+    /// The page that holds a byte of the file.
+    pub const fn of_byte(byte: u64) -> Self {
+        Self(byte >> PAGE_SHIFT)
+    }
+}
+
+/// How much an entry covers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Order {
+    /// One page of 4 KiB.
+    Pte,
+    /// A chunk of 2 MiB, aligned to 2 MiB in the file.
+    Pmd,
+}
+
+impl Order {
+    /// Pages that an entry of this order covers.
+    pub const fn pages(self) -> u64 {
+        match self {
+            Self::Pte => 1,
+            Self::Pmd => PMD_PAGES,
+        }
+    }
+
+    /// The first page of the entry of this order that covers `page`.
+    pub const fn start(self, page: PageIndex) -> PageIndex {
+        match self {
+            Self::Pte => page,
+            Self::Pmd => page.chunk(),
+        }
+    }
+}
+
+/// The number of a 4 KiB block of the backing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Block(u64);
+
+impl Block {
+    /// Checks a block number: it must fit into an entry.
+    pub const fn new(number: u64) -> Option<Self> {
+        if number <= Entry::PAYLOAD_MAX { Some(Self(number)) } else { None }
+    }
+
+    /// The number.
+    pub const fn number(self) -> u64 {
+        self.0
+    }
+}
+
+/// What is known of one page or chunk of a file. Bit 0 is always clear: the index uses it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Entry(u64);
+
+impl Entry {
+    const LOCKED: u64 = 1 << 1;
+    const PMD: u64 = 1 << 2;
+    const ZERO: u64 = 1 << 3;
+    const EMPTY: u64 = 1 << 4;
+    /// Set in every entry, so that no entry is 0.
+    const PRESENT: u64 = 1 << 5;
+    const PAYLOAD_SHIFT: u32 = 6;
+    const PAYLOAD_MAX: u64 = u64::MAX >> Self::PAYLOAD_SHIFT;
+
+    const fn with(order: Order, bits: u64, payload: u64) -> Self {
+        let pmd = match order {
+            Order::Pte => 0,
+            Order::Pmd => Self::PMD,
+        };
+        Self(Self::PRESENT | pmd | bits | payload << Self::PAYLOAD_SHIFT)
+    }
+
+    /// A place that somebody holds, about which nothing is known yet.
+    pub const fn empty(order: Order) -> Self {
+        Self::with(order, Self::EMPTY, 0)
+    }
+
+    /// A hole that the window shows as zeros.
+    pub const fn zero(order: Order) -> Self {
+        Self::with(order, Self::ZERO, 0)
+    }
+
+    /// Backed by `block` (a PMD: by it and those behind it).
+    pub const fn real(order: Order, block: Block) -> Self {
+        Self::with(order, 0, block.0)
+    }
+
+    /// How much it covers.
+    pub const fn order(self) -> Order {
+        if self.0 & Self::PMD == 0 { Order::Pte } else { Order::Pmd }
+    }
+
+    /// A hole.
+    pub const fn is_zero(self) -> bool {
+        self.0 & Self::ZERO != 0
+    }
+
+    /// Nothing known yet.
+    pub const fn is_empty(self) -> bool {
+        self.0 & Self::EMPTY != 0
+    }
+
+    /// Backed by a block: neither a hole nor empty.
+    pub const fn is_real(self) -> bool {
+        self.0 & (Self::ZERO | Self::EMPTY) == 0
+    }
+
+    /// Held by somebody.
+    pub const fn is_locked(self) -> bool {
+        self.0 & Self::LOCKED != 0
+    }
+
+    /// The same, held.
+    #[must_use]
+    pub const fn locked(self) -> Self {
+        Self(self.0 | Self::LOCKED)
+    }
+
+    /// The same, not held.
+    #[must_use]
+    pub const fn unlocked(self) -> Self {
+        Self(self.0 & !Self::LOCKED)
+    }
+
+    /// The backing block of a real entry.
+    pub const fn block(self) -> Option<Block> {
+        if self.is_real() { Some(Block(self.0 >> Self::PAYLOAD_SHIFT)) } else { None }
+    }
+
+    pub(super) const fn word(self) -> u64 {
+        self.0
+    }
+
+    /// The entry that has this word, if the word is one.
+    pub(super) const fn from_word(word: u64) -> Option<Self> {
+        if word & Self::PRESENT != 0 && word & 1 == 0 { Some(Self(word)) } else { None }
+    }
+}
+
+impl fmt::Debug for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}:", self.order())?;
+        match self.block() {
+            Some(block) => write!(f, "{:#x}", block.number())?,
+            None if self.is_zero() => f.write_str("zero")?,
+            None => f.write_str("empty")?,
+        }
+        if self.is_locked() { f.write_str(":locked") } else { Ok(()) }
+    }
+}
+
+/// Behaviour 1: one word.
+const _: () = assert!(size_of::<Entry>() == 8);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Behaviour 1: every kind of entry comes back from its word as it went in.
+    #[test]
+    fn row_01_an_entry_is_one_word() {
+        let block = Block::new(Entry::PAYLOAD_MAX).unwrap();
+        assert_eq!(Block::new(Entry::PAYLOAD_MAX + 1), None);
+        for order in [Order::Pte, Order::Pmd] {
+            for (entry, zero, empty, real) in [
+                (Entry::zero(order), true, false, None),
+                (Entry::empty(order), false, true, None),
+                (Entry::real(order, block), false, false, Some(block)),
+                (Entry::real(order, Block(0)), false, false, Some(Block(0))),
+            ] {
+                for entry in [entry, entry.locked(), entry.locked().unlocked()] {
+                    let back = Entry::from_word(entry.word()).unwrap();
+                    assert_eq!(back, entry);
+                    assert_eq!(back.order(), order);
+                    assert_eq!(
+                        (back.is_zero(), back.is_empty(), back.block()),
+                        (zero, empty, real)
+                    );
+                    assert_eq!(back.is_real(), real.is_some());
+                }
+                assert!(entry.locked().is_locked() && !entry.is_locked());
+                assert_eq!(entry.locked().unlocked(), entry);
+            }
+        }
+        assert_eq!(Entry::from_word(0), None);
+    }
+}

@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Step 4 of 6: the extent source: what `iomap_begin` is in the kernel. Knows no entries.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek};
+
+use super::entry::{Block, PAGE_BYTES, PMD_BYTES, PageIndex};
+
+/// What a grant is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Loads only. A guest's private mapping is one, too (behaviour 7).
+    Read,
+    /// Loads and stores.
+    Write,
+}
+
+/// What backs a run of pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backed {
+    /// By nothing: reads as zeros.
+    Hole,
+    /// By blocks that read as zeros until they are written.
+    Unwritten,
+    /// By blocks; this is the first page's.
+    Mapped(Block),
+}
+
+/// A run of pages that are backed alike, and by consecutive blocks if by any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// The first page.
+    pub start: PageIndex,
+    /// How many pages.
+    pub pages: u64,
+    /// By what.
+    pub backed: Backed,
+}
+
+impl Extent {
+    /// Whether `pages` pages from `page` on are all in it.
+    pub fn holds(&self, page: PageIndex, pages: u64) -> bool {
+        page >= self.start && page.0 - self.start.0 + pages <= self.pages
+    }
+
+    /// The block of `page`, if the extent has blocks and `page` is in it.
+    pub fn block(&self, page: PageIndex) -> Option<Block> {
+        match self.backed {
+            Backed::Mapped(first) if self.holds(page, 1) => {
+                Block::new(first.number() + (page.0 - self.start.0))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A file's extents, its length, and the means to change them.
+pub trait ExtentSource: Send + Sync {
+    /// The file that the window shows.
+    fn file(&self) -> &Arc<File>;
+
+    /// The file's length in bytes (`i_size`).
+    ///
+    /// # Errors
+    /// The system's.
+    fn file_bytes(&self) -> io::Result<u64>;
+
+    /// Bytes from the start of the file that a front-end agrees to map. QEMU refuses a map that ends
+    /// past the end of the file (row Q6), so by default this is the length in whole pages.
+    ///
+    /// # Errors
+    /// The system's.
+    fn mappable_bytes(&self) -> io::Result<u64> {
+        Ok(self.file_bytes()? / PAGE_BYTES * PAGE_BYTES)
+    }
+
+    /// Whether the backing can be mapped by 2 MiB.
+    fn maps_pmd(&self) -> bool;
+
+    /// Behaviour 16: gives every page of `first..=last` a block of its own.
+    ///
+    /// # Errors
+    /// ENOSPC before anything is promised to the guest.
+    fn allocate(&self, first: PageIndex, last: PageIndex) -> io::Result<()>;
+
+    /// The extent that holds `page`. It need not tell of more than `pages` pages.
+    /// With [`Access::Write`] the page has been allocated, and comes back as [`Backed::Mapped`].
+    ///
+    /// # Errors
+    /// The system's.
+    fn extent(&self, page: PageIndex, pages: u64, access: Access) -> io::Result<Extent>;
+
+    /// Makes the file longer or shorter.
+    ///
+    /// # Errors
+    /// The system's.
+    fn set_bytes(&self, bytes: u64) -> io::Result<()>;
+
+    /// Makes a range of bytes read as zeros. With `keep` it keeps its blocks, else whole blocks of it
+    /// become holes (behaviour 12).
+    ///
+    /// # Errors
+    /// The system's.
+    fn zero(&self, from: u64, bytes: u64, keep: bool) -> io::Result<()>;
+
+    /// Reads, holes as zeros. May read less than asked, and 0 bytes only at the end of the file.
+    ///
+    /// # Errors
+    /// The system's.
+    fn read_at(&self, from: u64, to: &mut [u8]) -> io::Result<usize> {
+        self.file().read_at(to, from)
+    }
+
+    /// Writes, and gives blocks to what has none. May write less than asked, but not nothing.
+    ///
+    /// # Errors
+    /// The system's.
+    fn write_at(&self, from: u64, bytes: &[u8]) -> io::Result<usize> {
+        self.file().write_at(bytes, from)
+    }
+}
+
+/// A regular file, mapped through the page cache. Its blocks are numbered by their place in the file:
+/// what a page-cache page belongs to never moves.
+pub struct FileExtents {
+    file: Arc<File>,
+    preallocated: bool,
+}
+
+impl FileExtents {
+    /// Asks the file system for holes, and allocates for write grants.
+    pub fn new(file: Arc<File>) -> Self {
+        Self { file, preallocated: false }
+    }
+
+    /// Takes the whole file as one extent: virtio-pmem's file was allocated when it was made, or its
+    /// user said `--sparse` and lives with the holes.
+    pub fn preallocated(file: Arc<File>) -> Self {
+        Self { file, preallocated: true }
+    }
+
+    /// The first byte from `from` on that is data or a hole; the end of the file counts as a hole.
+    fn seek(&self, from: u64, whence: Whence) -> io::Result<Option<u64>> {
+        match lseek(&*self.file, from.cast_signed(), whence) {
+            Ok(at) => Ok(Some(at.cast_unsigned())),
+            Err(Errno::ENXIO) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Blocks of its own also for what is shared by reflink (behaviour 16), where the file system
+    /// knows reflinks in place (xfs). The others say EOPNOTSUPP and have nothing to unshare, or
+    /// write elsewhere at each store and can promise nothing (see `persist::Backing`).
+    fn fallocate_own(&self, from: u64, bytes: u64) -> io::Result<()> {
+        let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match self.fallocate(keep | FallocateFlags::FALLOC_FL_UNSHARE_RANGE, from, bytes) {
+            Err(e) if e.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => {
+                self.fallocate(keep, from, bytes)
+            }
+            done => done,
+        }
+    }
+
+    fn fallocate(&self, flags: FallocateFlags, from: u64, bytes: u64) -> io::Result<()> {
+        fallocate(&*self.file, flags, from.cast_signed(), bytes.cast_signed()).map_err(Into::into)
+    }
+}
+
+impl ExtentSource for FileExtents {
+    fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    fn file_bytes(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    /// The page cache can be mapped by 2 MiB where it has huge pages; whether it does is the
+    /// kernel's choice, page by page, and needs nothing from us but the alignment.
+    fn maps_pmd(&self) -> bool {
+        true
+    }
+
+    fn allocate(&self, first: PageIndex, last: PageIndex) -> io::Result<()> {
+        if self.preallocated {
+            return Ok(());
+        }
+        // Never past the end of the file: KEEP_SIZE would leave blocks there that nobody sees.
+        let end = last.next().byte().min(self.file_bytes()?);
+        match end.checked_sub(first.byte()) {
+            None | Some(0) => Ok(()),
+            Some(bytes) => self.fallocate_own(first.byte(), bytes),
+        }
+    }
+
+    fn extent(&self, page: PageIndex, pages: u64, access: Access) -> io::Result<Extent> {
+        let run = |pages, backed| Extent { start: page, pages, backed };
+        let by_place = Block::new(page.0)
+            .map(Backed::Mapped)
+            .ok_or_else(|| io::Error::from_raw_os_error(Errno::EFBIG as i32))?;
+        if self.preallocated || access == Access::Write {
+            return Ok(run(pages, by_place));
+        }
+        let until = |byte: Option<u64>, pages: u64| match byte {
+            Some(byte) => (byte / PAGE_BYTES).saturating_sub(page.0).clamp(1, pages),
+            None => pages,
+        };
+        match self.seek(page.byte(), Whence::SeekData)? {
+            Some(data) if data < page.next().byte() => {
+                let hole = self.seek(data, Whence::SeekHole)?;
+                Ok(run(until(hole, pages), by_place))
+            }
+            data => Ok(run(until(data, pages), Backed::Hole)),
+        }
+    }
+
+    fn set_bytes(&self, bytes: u64) -> io::Result<()> {
+        self.file.set_len(bytes)
+    }
+
+    fn zero(&self, from: u64, bytes: u64, keep: bool) -> io::Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let how = if keep {
+            FallocateFlags::FALLOC_FL_ZERO_RANGE
+        } else {
+            FallocateFlags::FALLOC_FL_PUNCH_HOLE
+        };
+        match self.fallocate(how | FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes) {
+            // tmpfs can't: then the zeros are stored. The range has its blocks, or gets them.
+            Err(e) if keep && e.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => {
+                let zeros = vec![0; bytes.min(PMD_BYTES) as usize];
+                let mut at = from;
+                while at < from + bytes {
+                    let n = (from + bytes - at).min(PMD_BYTES);
+                    self.file.write_all_at(zeros.get(..n as usize).unwrap_or(&zeros), at)?;
+                    at += n;
+                }
+                Ok(())
+            }
+            done => done,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    /// Shows: a sparse file's data and holes are told apart, and a write grant's pages get blocks.
+    #[test]
+    fn a_real_file_tells_its_extents() {
+        let file = Arc::new(tempfile::tempfile_in(".").unwrap());
+        file.set_len(64 * PAGE_BYTES).unwrap();
+        file.write_all_at(&[1; PAGE_BYTES as usize], 16 * PAGE_BYTES).unwrap();
+        file.sync_all().unwrap();
+        let source = FileExtents::new(file.clone());
+        let at = |page| source.extent(PageIndex(page), 64, Access::Read).unwrap();
+        assert_eq!((at(0).backed, at(0).pages), (Backed::Hole, 16));
+        assert_eq!((at(16).backed, at(16).pages), (Backed::Mapped(Block::new(16).unwrap()), 1));
+        assert_eq!(at(17).backed, Backed::Hole);
+        let before = file.metadata().unwrap().blocks();
+        source.allocate(PageIndex(32), PageIndex(1 << 20)).unwrap();
+        assert_eq!(
+            file.metadata().unwrap().len(),
+            64 * PAGE_BYTES,
+            "allocating makes nothing longer"
+        );
+        assert_eq!(
+            file.metadata().unwrap().blocks() - before,
+            32 * 8,
+            "32 pages, and none behind the end"
+        );
+    }
+}

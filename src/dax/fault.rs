@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Step 4 of 6: the fault over a range of one file: PMD where it can be, else PTEs
+//! (behaviours 6, 8, 9 and 15).
+
+use std::io;
+
+use super::engine::{Engine, Space};
+use super::entry::{Entry, Order, PAGE_BYTES, PMD_BYTES, PMD_PAGES, PageIndex};
+use super::extent::{Access, Backed, Extent};
+use super::index::Mark;
+use super::space::Held;
+use super::trace::trace_dax;
+use crate::window::{FileOffset, WindowBytes};
+
+/// Why a chunk got no PMD (behaviour 15).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fallback {
+    /// The grant holds only a part of the chunk.
+    Partial,
+    /// The end of the file is in the chunk.
+    Eof,
+    /// File and window disagree modulo 2 MiB.
+    Window,
+    /// The backing can't map 2 MiB.
+    Backing,
+    /// PTE entries are in the way.
+    Pte,
+    /// More than one extent, or blocks that are not aligned to 2 MiB.
+    Extent,
+}
+
+/// A fault over `first..=last`, all inside the file.
+struct Fault<'a> {
+    engine: &'a Engine,
+    space: &'a Space,
+    first: PageIndex,
+    last: PageIndex,
+    access: Access,
+    /// Window offset less file offset, modulo 2^64.
+    delta: u64,
+    /// The extent that was asked for last.
+    extent: Option<Extent>,
+}
+
+impl Engine {
+    /// Makes entries for `first..=last`, which lies inside the file and, for a write, is allocated.
+    /// Entries made before an error stay: the caller retires the grant.
+    pub(super) fn fault(
+        &self,
+        space: &Space,
+        first: PageIndex,
+        last: PageIndex,
+        access: Access,
+        delta: u64,
+    ) -> io::Result<()> {
+        Fault { engine: self, space, first, last, access, delta, extent: None }.run()
+    }
+
+    /// Behaviour 8: the window may show something else than the file where the file has a hole.
+    fn unmap_hole(&self, space: &Space, start: PageIndex, order: Order) {
+        let bytes = WindowBytes(order.pages() * PAGE_BYTES);
+        self.mapper.unmap_hole(space.source.file(), FileOffset(start.byte()), bytes);
+    }
+
+    fn count_fallback(&self, why: Fallback) {
+        let counters = &self.counters;
+        match why {
+            Fallback::Partial => &counters.fallback_partial,
+            Fallback::Eof => &counters.fallback_eof,
+            Fallback::Window => &counters.fallback_window,
+            Fallback::Backing => &counters.fallback_backing,
+            Fallback::Pte => &counters.fallback_pte,
+            Fallback::Extent => &counters.fallback_extent,
+        }
+        .add(1);
+    }
+}
+
+impl Fault<'_> {
+    fn run(mut self) -> io::Result<()> {
+        let eof = PageIndex(self.space.pages()?);
+        let mut page = self.first;
+        while page <= self.last {
+            let next = PageIndex(page.chunk().0 + PMD_PAGES);
+            trace_dax!(pmd_fault, self.space, page, "access={:?} eof={:#x}", self.access, eof.0);
+            match self.pmd_fault(page.chunk(), eof)? {
+                Ok(()) => {
+                    self.engine.counters.pmd.add(1);
+                    trace_dax!(pmd_fault_done, self.space, page, "mapped");
+                }
+                Err(why) => {
+                    self.engine.count_fallback(why);
+                    trace_dax!(pmd_fault_done, self.space, page, "fallback={why:?}");
+                    let until = self.last.min(PageIndex(next.0 - 1));
+                    self.pte_faults(page, until)?;
+                }
+            }
+            page = next;
+        }
+        Ok(())
+    }
+
+    /// Behaviour 15, in the kernel's order.
+    fn pmd_fault(&mut self, chunk: PageIndex, eof: PageIndex) -> io::Result<Result<(), Fallback>> {
+        let end = PageIndex(chunk.0 + PMD_PAGES);
+        if chunk < self.first || end.0 - 1 > self.last.0 {
+            let past = end > eof && self.last.next() == eof && chunk >= self.first;
+            return Ok(Err(if past { Fallback::Eof } else { Fallback::Partial }));
+        }
+        if !self.delta.is_multiple_of(PMD_BYTES) {
+            return Ok(Err(Fallback::Window));
+        }
+        if !self.space.source.maps_pmd() {
+            return Ok(Err(Fallback::Backing));
+        }
+        let (engine, space) = (self.engine, self.space);
+        let Ok(mut held) = space.entries.grab(chunk, Order::Pmd, &mut |at, order| {
+            engine.unmap_hole(space, at, order);
+        }) else {
+            return Ok(Err(Fallback::Pte));
+        };
+        let extent = self.extent(chunk, PMD_PAGES);
+        let new = extent.as_ref().ok().and_then(|extent| pmd_entry(extent, chunk));
+        // One that has blocks stays as it is, so what the extent says now does not matter.
+        match new {
+            Some(new) => self.fill(&mut held, new),
+            None if held.entry().is_real() => self.dirty(&held),
+            None => {
+                let found = held.entry();
+                trace_dax!(pmd_insert_mapping_fallback, space, chunk, "{extent:?} over {found:?}");
+                if found.is_empty() {
+                    held.delete();
+                }
+                return extent.map(|_| Err(Fallback::Extent));
+            }
+        }
+        if held.entry().is_zero() {
+            trace_dax!(pmd_load_hole, space, chunk, "entry={:?}", held.entry());
+        } else {
+            trace_dax!(pmd_insert_mapping, space, chunk, "entry={:?}", held.entry());
+        }
+        Ok(Ok(()))
+    }
+
+    fn pte_faults(&mut self, first: PageIndex, last: PageIndex) -> io::Result<()> {
+        let (engine, space) = (self.engine, self.space);
+        let mut page = first;
+        while page <= last {
+            let mut unmap = |at, order| engine.unmap_hole(space, at, order);
+            let Ok(held) = space.entries.grab(page, Order::Pte, &mut unmap) else {
+                unreachable!("a PTE request is never in the way of anything")
+            };
+            engine.counters.splits.add(u64::from(held.was_split()));
+            if held.entry().order() == Order::Pmd {
+                // Behaviour 3: a PMD with blocks is left, and a write dirties all of it.
+                trace_dax!(pte_fault, space, page, "access={:?}", self.access);
+                self.dirty(&held);
+                trace_dax!(insert_mapping, space, page, "entry={:?}", held.entry());
+                trace_dax!(pte_fault_done, space, page, "mapped");
+                page = PageIndex(held.start().0 + PMD_PAGES);
+                continue;
+            }
+            page = self.pte_fault(held, last)?;
+            engine.counters.pte.add(1);
+        }
+        Ok(())
+    }
+
+    /// Returns the page behind.
+    fn pte_fault(&mut self, mut held: Held<'_>, last: PageIndex) -> io::Result<PageIndex> {
+        let (space, page) = (self.space, held.start());
+        // Behaviour 9: the first store to what is mapped already only tags it.
+        let mkwrite = held.entry().is_real() && self.access == Access::Write;
+        if !mkwrite {
+            trace_dax!(pte_fault, space, page, "access={:?}", self.access);
+        }
+        let extent = match self.extent(page, last.0 - page.0 + 1) {
+            Ok(extent) => extent,
+            Err(e) => {
+                if held.entry().is_empty() {
+                    held.delete();
+                }
+                trace_dax!(pte_fault_done, space, page, "error={e}");
+                return Err(e);
+            }
+        };
+        let zero = Entry::zero(Order::Pte);
+        let new = extent.block(page).map_or(zero, |block| Entry::real(Order::Pte, block));
+        self.fill(&mut held, new);
+        if mkwrite {
+            trace_dax!(pfn_mkwrite, space, page, "entry={:?}", held.entry());
+            return Ok(page.next());
+        }
+        if held.entry().is_zero() {
+            trace_dax!(load_hole, space, page, "entry={:?}", held.entry());
+        } else {
+            trace_dax!(insert_mapping, space, page, "entry={:?}", held.entry());
+        }
+        trace_dax!(pte_fault_done, space, page, "mapped");
+        Ok(page.next())
+    }
+
+    fn fill(&self, held: &mut Held<'_>, new: Entry) {
+        if new.is_zero() && !held.entry().is_real() {
+            self.engine.counters.holes.add(1);
+        }
+        held.fill(new, &mut |at, order| self.engine.unmap_hole(self.space, at, order));
+        self.dirty(held);
+    }
+
+    /// Behaviour 9: whoever may write has written, for all we know. Where the kernel knows better
+    /// there is nothing to note.
+    fn dirty(&self, held: &Held<'_>) {
+        if self.access == Access::Write && held.entry().is_real() && self.space.tracks() {
+            held.mark(Mark::Dirty, true);
+        }
+    }
+
+    fn extent(&mut self, page: PageIndex, pages: u64) -> io::Result<Extent> {
+        // Of a whole chunk the one at hand may tell too little: it was asked about less.
+        let needed = if pages == PMD_PAGES { pages } else { 1 };
+        if let Some(extent) = self.extent
+            && extent.holds(page, needed)
+        {
+            return Ok(extent);
+        }
+        let extent = self.space.source.extent(page, pages, self.access)?;
+        if !extent.holds(page, 1) {
+            return Err(io::Error::other("the file system answered about another page"));
+        }
+        if self.access == Access::Write && !matches!(extent.backed, Backed::Mapped(_)) {
+            return Err(io::Error::other("the file system did not allocate"));
+        }
+        self.extent = Some(extent);
+        Ok(extent)
+    }
+}
+
+/// The PMD entry of a chunk that lies in one extent and, if it has blocks, on aligned ones.
+fn pmd_entry(extent: &Extent, chunk: PageIndex) -> Option<Entry> {
+    if !extent.holds(chunk, PMD_PAGES) {
+        return None;
+    }
+    match extent.block(chunk) {
+        Some(block) if block.number().is_multiple_of(PMD_PAGES) => {
+            Some(Entry::real(Order::Pmd, block))
+        }
+        Some(_) => None,
+        None => Some(Entry::zero(Order::Pmd)),
+    }
+}

@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Every interleaving of a few threads, by the model checker: the entry lock, the wait table, a
+//! split against a write, writeback against a grant. Loom reports a deadlock for a lost wake-up.
+//! Run by `ci/loom`.
+
+use std::fs::File;
+use std::io;
+
+use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use loom::thread;
+
+use super::engine::{Engine, Space, Span};
+use super::entry::{Block, Entry, Order, PAGE_BYTES, PMD_PAGES, PageIndex};
+use super::extent::{Access, Backed, Extent, ExtentSource};
+use super::index::Mark;
+use super::space::Entries;
+use super::sync::Arc;
+use super::wait::{SpaceId, WaitTable};
+use crate::persist::Persist;
+use crate::window::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
+
+fn check(test: impl Fn() + Send + Sync + 'static) {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(test);
+}
+
+fn no_unmap(_: PageIndex, _: Order) {}
+
+fn entries(filled: Option<(PageIndex, Entry)>) -> (Arc<Entries>, Arc<WaitTable>) {
+    let waits = Arc::new(WaitTable::default());
+    let entries = Entries::new(SpaceId(1), waits.clone());
+    if let Some((page, entry)) = filled {
+        entries.index().insert(page, entry).unwrap();
+    }
+    (Arc::new(entries), waits)
+}
+
+/// Runs the two beside each other, and a third on this thread; all must end.
+fn together(
+    a: impl FnOnce() + Send + 'static,
+    b: impl FnOnce() + Send + 'static,
+    c: impl FnOnce(),
+) {
+    let (a, b) = (thread::spawn(a), thread::spawn(b));
+    c();
+    a.join().unwrap();
+    b.join().unwrap();
+}
+
+fn real(order: Order) -> Entry {
+    Entry::real(order, Block::new(PMD_PAGES).unwrap())
+}
+
+/// Shows: whoever grabs different pages of one PMD has it alone, and all get their turn (rows 2 and 3).
+#[test]
+fn one_holder_at_a_time() {
+    check(|| {
+        let (entries, waits) = entries(Some((PageIndex(0), real(Order::Pmd))));
+        let inside = Arc::new(AtomicUsize::new(0));
+        let turn = |page: u64| {
+            let (entries, inside) = (entries.clone(), inside.clone());
+            move || {
+                let held = entries.grab(PageIndex(page), Order::Pte, &mut no_unmap).unwrap();
+                assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "two hold one entry");
+                inside.fetch_sub(1, Ordering::SeqCst);
+                drop(held);
+            }
+        };
+        together(turn(3), turn(500), turn(7));
+        assert_eq!(waits.waiting(), 0);
+    });
+}
+
+/// Shows: one who looks and does not lock gives its wake-up on (row 4).
+#[test]
+fn a_wake_up_that_is_not_used_is_passed_on() {
+    check(|| {
+        let (entries, waits) = entries(Some((PageIndex(0), real(Order::Pte))));
+        entries.index().set_mark(PageIndex(0), Mark::Dirty, true);
+        let grab = || {
+            let entries = entries.clone();
+            move || drop(entries.grab(PageIndex(0), Order::Pte, &mut no_unmap).unwrap())
+        };
+        let looker = entries.clone();
+        let look = move || assert!(!looker.invalidate_clean(PageIndex(0)), "it is dirty");
+        together(grab(), look, grab());
+        assert_eq!(waits.waiting(), 0);
+    });
+}
+
+/// Shows: a deletion wakes all, and they find that it is gone (rows 2 and 5).
+#[test]
+fn a_deletion_wakes_all_who_wait() {
+    check(|| {
+        let (entries, waits) = entries(Some((PageIndex(9), real(Order::Pte))));
+        let delete = || {
+            let entries = entries.clone();
+            move || {
+                let _ = entries.delete(PageIndex(9));
+            }
+        };
+        let grabber = entries.clone();
+        together(delete(), delete(), || {
+            drop(grabber.grab(PageIndex(9), Order::Pte, &mut no_unmap).unwrap());
+        });
+        assert_eq!(waits.waiting(), 0);
+    });
+}
+
+/// Shows: two writes into one huge hole split it once, and neither loses its entry (row 3).
+#[test]
+fn a_split_beside_a_write() {
+    check(|| {
+        let (entries, waits) = entries(Some((PageIndex(0), Entry::zero(Order::Pmd))));
+        let unmapped = Arc::new(AtomicUsize::new(0));
+        let write = |page: u64| {
+            let (entries, unmapped) = (entries.clone(), unmapped.clone());
+            move || {
+                let mut count = |_, _| {
+                    unmapped.fetch_add(1, Ordering::SeqCst);
+                };
+                let mut held = entries.grab(PageIndex(page), Order::Pte, &mut count).unwrap();
+                assert_eq!(held.entry(), Entry::empty(Order::Pte));
+                held.fill(real(Order::Pte), &mut no_unmap);
+                held.mark(Mark::Dirty, true);
+            }
+        };
+        together(write(1), write(2), || {});
+        let index = entries.index();
+        for page in [1, 2] {
+            assert_eq!(index.get(PageIndex(page)), Some((PageIndex(page), real(Order::Pte))));
+            assert!(index.is_marked(PageIndex(page), Mark::Dirty));
+        }
+        assert_eq!((index.len(), unmapped.load(Ordering::SeqCst), waits.waiting()), (2, 1, 0));
+    });
+}
+
+struct OneExtent(Arc<File>);
+
+impl ExtentSource for OneExtent {
+    fn file(&self) -> &Arc<File> {
+        &self.0
+    }
+
+    fn file_bytes(&self) -> io::Result<u64> {
+        Ok(PAGE_BYTES)
+    }
+
+    fn maps_pmd(&self) -> bool {
+        false
+    }
+
+    fn allocate(&self, _: PageIndex, _: PageIndex) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn extent(&self, start: PageIndex, pages: u64, _: Access) -> io::Result<Extent> {
+        Ok(Extent { start, pages, backed: Backed::Mapped(Block::new(start.0).unwrap()) })
+    }
+
+    fn set_bytes(&self, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn zero(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Yes;
+
+impl Mapper for Yes {
+    fn map(
+        &self,
+        _: WindowOffset,
+        _: &File,
+        _: FileOffset,
+        _: WindowBytes,
+    ) -> Result<(), MapError> {
+        Ok(())
+    }
+
+    fn unmap(&self, _: WindowOffset, _: WindowBytes) -> Result<(), MapError> {
+        Ok(())
+    }
+}
+
+/// One page of memory: `stored` is in a cache line, `durable` is where a flush puts it.
+#[derive(Clone, Default)]
+struct Line(Arc<(AtomicBool, AtomicBool)>);
+
+impl Line {
+    fn store(&self) {
+        self.0.0.store(true, Ordering::SeqCst);
+    }
+
+    fn is_durable(&self) -> bool {
+        self.0.1.load(Ordering::SeqCst)
+    }
+}
+
+impl Persist for Line {
+    fn sync(&self) -> io::Result<()> {
+        unreachable!("the entries track")
+    }
+
+    fn kernel_tracks(&self) -> bool {
+        false
+    }
+
+    fn flush(&self, _: u64, _: u64) -> io::Result<()> {
+        self.0.1.fetch_or(self.0.0.load(Ordering::SeqCst), Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+fn engine(line: &Line) -> (Arc<Engine>, Arc<Space>, Span) {
+    let window = WindowBytes(PAGE_BYTES);
+    let engine = Engine::new(window, Arc::new(Yes), 8);
+    let file = Arc::new(File::open("/dev/null").unwrap());
+    let space = engine.space(Box::new(OneExtent(file)), Box::new(line.clone()));
+    let span = engine.span(WindowOffset(0), window).unwrap();
+    (Arc::new(engine), space, span)
+}
+
+fn fsync(engine: &Engine, space: &Space) {
+    engine.writeback(space, PageIndex(0), PageIndex(0)).unwrap();
+}
+
+/// Shows: of two who flush one entry, neither returns before the line is flushed (row 10).
+#[test]
+fn neither_of_two_flushers_returns_early() {
+    check(|| {
+        let line = Line::default();
+        let (engine, space, span) = engine(&line);
+        engine.grant(&space, FileOffset(0), span, Access::Write).unwrap();
+        line.store();
+        let flusher = || {
+            let (engine, space, line) = (engine.clone(), space.clone(), line.clone());
+            move || {
+                fsync(&engine, &space);
+                assert!(line.is_durable());
+            }
+        };
+        together(flusher(), flusher(), || {});
+    });
+}
+
+/// Shows: a store under a write grant that came beside a writeback is flushed by the next one (row 9).
+#[test]
+fn a_write_grant_beside_a_writeback() {
+    check(|| {
+        let line = Line::default();
+        let (engine, space, span) = engine(&line);
+        engine.grant(&space, FileOffset(0), span, Access::Read).unwrap();
+        let (other, there) = (engine.clone(), space.clone());
+        let (guest, store, stores_into) = (engine.clone(), space.clone(), line.clone());
+        together(
+            move || fsync(&other, &there),
+            move || {
+                guest.grant(&store, FileOffset(0), span, Access::Write).unwrap();
+                stores_into.store();
+                fsync(&guest, &store);
+                assert!(stores_into.is_durable());
+            },
+            || {},
+        );
+    });
+}
+
+/// Shows: the last flush of a removed grant and a writeback beside it leave nothing dirty behind,
+/// and the store before them durable (rows 9 and 11).
+#[test]
+fn a_removal_beside_a_writeback() {
+    check(|| {
+        let line = Line::default();
+        let (engine, space, span) = engine(&line);
+        engine.grant(&space, FileOffset(0), span, Access::Write).unwrap();
+        line.store();
+        let (other, there, after) = (engine.clone(), space.clone(), line.clone());
+        let (guest, gone) = (engine.clone(), line.clone());
+        together(
+            move || {
+                fsync(&other, &there);
+                assert!(after.is_durable());
+            },
+            move || {
+                guest.revoke(&[span]).unwrap();
+                assert!(gone.is_durable());
+            },
+            || {},
+        );
+        assert!(space.entries().index().is_empty());
+    });
+}

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Step 4 of 6: the file changes under live grants: its length, and its holes (behaviours 5 and 12).
+//!
+//! The guest asks for nothing again when a file grows, and gives nothing back when it shrinks. So the
+//! window must follow: a page that is mapped behind the end of the file is SIGBUS in the VMM, and the
+//! whole VM dies of it.
+
+use std::io;
+
+use super::engine::{Engine, Grant, GrantError, Space, Span, Window, extent_of};
+use super::entry::{PAGE_BYTES, PMD_PAGES, PageIndex};
+use super::extent::Access;
+use super::sync::{Arc, Taken, lock};
+
+/// What a change of length did to live grants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resized {
+    /// The file's last page is not whole, the front-end can't map it, and a live grant covers it: the
+    /// guest must not use that grant.
+    pub tail_hidden: bool,
+}
+
+impl Engine {
+    /// Sets the file's length. The window lets go of what will be behind the end *before* the file
+    /// shrinks, and shows what is new after it has grown.
+    ///
+    /// # Errors
+    /// The front-end's or the file system's. The window then shows the file as long as it is, as
+    /// far as the front-end lets us.
+    pub fn resize(&self, space: &Arc<Space>, bytes: u64) -> Result<Resized, GrantError> {
+        if bytes > i64::MAX as u64 {
+            return Err(GrantError::Invalid("longer than any file"));
+        }
+        let _alone = space.gate.alone();
+        let old = space.source.file_bytes()?;
+        let clipped =
+            if bytes < old { self.clip(space, bytes / PAGE_BYTES * PAGE_BYTES) } else { Ok(()) };
+        let done = clipped.and_then(|()| Ok(space.source.set_bytes(bytes)?));
+        // Also after an error: what the window let go of in vain comes back.
+        let kept = old.min(space.source.file_bytes()?);
+        let followed = self.follow(space, kept, PageIndex::of_byte(kept).chunk());
+        done.and(followed)
+    }
+
+    /// The file has grown or shrunk by other hands (a FUSE WRITE behind the end, another process).
+    ///
+    /// # Errors
+    /// See [`resize`](Self::resize).
+    pub fn resized(&self, space: &Arc<Space>) -> Result<Resized, GrantError> {
+        let _alone = space.gate.alone();
+        self.clip(space, space.source.mappable_bytes()?)?;
+        // How long it was before is not known: look at everything that is granted.
+        self.follow(space, space.source.file_bytes()?, PageIndex(0))
+    }
+
+    /// Nothing of the file behind byte `end` (a whole page) is in the window any more.
+    fn clip(&self, space: &Arc<Space>, end: u64) -> Result<(), GrantError> {
+        let mut window = self.window.take();
+        for (at, grant) in grants_of(&window, space) {
+            let keep = end.saturating_sub(grant.from.0);
+            if keep < grant.bytes {
+                let gone = Span { at: at + keep, bytes: grant.bytes - keep };
+                self.show_piece(&mut window, gone, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Window and entries follow the file's new length: entries behind its first `kept` bytes are
+    /// deleted, and what grants want from `from` on is faulted in.
+    pub(super) fn follow(
+        &self,
+        space: &Arc<Space>,
+        kept: u64,
+        from: PageIndex,
+    ) -> Result<Resized, GrantError> {
+        let stale = PageIndex(kept.div_ceil(PAGE_BYTES));
+        let deleted = self.delete_entries(space, stale, PageIndex::LAST);
+        let mut tail_hidden = false;
+        let mut window = self.window.take();
+        for (at, grant) in grants_of(&window, space) {
+            match extent_of(&grant) {
+                Ok((_, mapped)) => self.show_grant(&mut window, at, &grant, mapped)?,
+                Err(GrantError::PastEof) => continue,
+                Err(GrantError::Tail) => {
+                    tail_hidden = true;
+                    let mapped = space.source.mappable_bytes()?.saturating_sub(grant.from.0);
+                    self.show_grant(&mut window, at, &grant, mapped.min(grant.bytes))?;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        self.refault(&window, space, from, PageIndex::LAST)?;
+        deleted?;
+        Ok(Resized { tail_hidden })
+    }
+
+    /// Shows what a grant has got more of by growth: the new part as a map of its own, so that
+    /// what is there already is never away for a moment.
+    fn show_grant(
+        &self,
+        window: &mut Taken<'_, Window>,
+        at: u64,
+        grant: &Grant,
+        mapped: u64,
+    ) -> Result<(), GrantError> {
+        let shown = window.layout.shown_until(at, at + grant.bytes);
+        if shown < at + mapped {
+            let new = Span { at: shown, bytes: at + mapped - shown };
+            let piece = grant.cut(shown - at, new.bytes);
+            self.show_piece(window, new, Some((&piece, new.bytes)))?;
+        }
+        Ok(())
+    }
+
+    /// Behaviour 12 and 5: makes `bytes` from byte `from` on read as zeros. What no write grant covers
+    /// becomes a hole; the rest keeps its blocks, since a store to a hole on a full disk would be
+    /// SIGBUS in the VMM.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn punch(&self, space: &Arc<Space>, from: u64, bytes: u64) -> Result<(), GrantError> {
+        let end = from.checked_add(bytes).filter(|end| *end <= i64::MAX as u64);
+        let Some(end) = end else { return Err(GrantError::Invalid("longer than any file")) };
+        if bytes == 0 {
+            return Err(GrantError::Invalid("nothing to punch"));
+        }
+        let _alone = space.gate.alone();
+        let end = end.min(space.source.file_bytes()?);
+        if from >= end {
+            return Ok(());
+        }
+        self.zero(space, from, end)?;
+        let (first, last) = (PageIndex::of_byte(from), PageIndex::of_byte(end - 1));
+        let deleted = self.delete_entries(space, first, last);
+        // Under a write grant what is left of a split chunk is dirty as before, and the zeros are new.
+        let chunks = (first.chunk(), PageIndex(last.chunk().0 + PMD_PAGES - 1));
+        self.refault(&self.window.take(), space, chunks.0, chunks.1)?;
+        Ok(deleted?)
+    }
+
+    fn zero(&self, space: &Space, from: u64, end: u64) -> io::Result<()> {
+        let (first, last) = (PageIndex::of_byte(from), PageIndex::of_byte(end - 1));
+        let runs = lock(&space.coverage).runs(first, last);
+        let mut at = from;
+        for (start, stop, count) in runs {
+            if count.writes > 0 {
+                let (start, stop) = (start.byte().max(from), stop.next().byte().min(end));
+                space.source.zero(at, start - at, false)?;
+                space.source.zero(start, stop - start, true)?;
+                at = stop;
+            }
+        }
+        space.source.zero(at, end - at, false)
+    }
+
+    /// Deletes what covers a page of `first..=last`. An entry that sticks out is written back before:
+    /// the grant under which the rest of it was stored to may be on its way out, and then nobody
+    /// makes that rest anew.
+    fn delete_entries(&self, space: &Space, first: PageIndex, last: PageIndex) -> io::Result<()> {
+        let mut result = Ok(());
+        let mut at = first;
+        loop {
+            let Some((start, entry)) = space.entries.index().next(at, last, None) else { break };
+            at = PageIndex(start.0 + entry.order().pages());
+            if start < first || at.0 - 1 > last.0 {
+                result = result.and(self.clean_one(space, start));
+            }
+            space.entries.delete(start);
+        }
+        result
+    }
+
+    /// Makes the entries anew that live grants want in `first..=last`, each chunk as far as it is
+    /// covered: the guest does not fault again.
+    pub(super) fn refault(
+        &self,
+        window: &Window,
+        space: &Arc<Space>,
+        first: PageIndex,
+        last: PageIndex,
+    ) -> io::Result<()> {
+        let Some(end) = space.pages()?.checked_sub(1) else { return Ok(()) };
+        let end = PageIndex(end).min(last);
+        for (at, grant) in grants_of(window, space) {
+            let (start, stop) = (grant.first().max(first), grant.last().min(end));
+            if start > stop {
+                continue;
+            }
+            if grant.access == Access::Write {
+                space.source.allocate(start, stop)?;
+            }
+            self.fault(space, start, stop, grant.access, at.wrapping_sub(grant.from.0))?;
+        }
+        Ok(())
+    }
+}
+
+/// The live grants of one file. Whoever acts on them holds on to the window's turn until it is done:
+/// they may be gone right after.
+fn grants_of(window: &Window, space: &Arc<Space>) -> Vec<(u64, Grant)> {
+    let of_space = window.grants.iter().filter(|(_, grant)| Arc::ptr_eq(&grant.space, space));
+    of_space.map(|(at, grant)| (*at, grant.clone())).collect()
+}

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Step 4 of 6: FUSE READ and WRITE on a file that may be granted at the same time (behaviour 13).
+//! They go straight to the file's bytes: the same that the window shows.
+
+use std::io;
+
+use super::engine::{Engine, GrantError, Space};
+use super::entry::{PAGE_BYTES, PMD_PAGES, PageIndex};
+use super::sync::Arc;
+use crate::window::FileOffset;
+
+impl Engine {
+    /// Reads from byte `from` on. Stops at the end of the file: what is returned is how much was
+    /// read. Holes read as zeros, and stay holes.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn read(&self, space: &Space, from: FileOffset, to: &mut [u8]) -> io::Result<usize> {
+        let _shared = space.gate.share();
+        let left = space.source.file_bytes()?.saturating_sub(from.0);
+        let wanted = to.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let mut done = 0;
+        while let Some(rest) = to.get_mut(done..wanted).filter(|rest| !rest.is_empty()) {
+            match space.source.read_at(from.0 + done as u64, rest)? {
+                0 => break,
+                n => done += n,
+            }
+        }
+        Ok(done)
+    }
+
+    /// Writes from byte `from` on, and makes the file longer where it must. When it returns, the window
+    /// shows what was written wherever it is granted. Returns how much was written.
+    ///
+    /// # Errors
+    /// The file system's, if nothing was written; or the front-end's, after the file has grown.
+    pub fn write(
+        &self,
+        space: &Arc<Space>,
+        from: FileOffset,
+        data: &[u8],
+    ) -> Result<usize, GrantError> {
+        let end = from.0.checked_add(data.len() as u64).filter(|end| *end <= i64::MAX as u64);
+        let Some(end) = end else { return Err(GrantError::Invalid("longer than any file")) };
+        {
+            let _shared = space.gate.share();
+            if end <= space.source.file_bytes()? {
+                return Ok(self.write_inside(space, from, data)?);
+            }
+        }
+        // It grows. Live grants then show more, and nobody else may measure the file meanwhile.
+        let _alone = space.gate.alone();
+        let old = space.source.file_bytes()?;
+        let done = self.write_inside(space, from, data)?;
+        if space.source.file_bytes()? > old {
+            self.follow(space, old, PageIndex::of_byte(old.min(from.0)).chunk())?;
+        }
+        Ok(done)
+    }
+
+    fn write_inside(&self, space: &Arc<Space>, from: FileOffset, data: &[u8]) -> io::Result<usize> {
+        let mut done = 0;
+        let mut result = Ok(());
+        while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
+            match space.source.write_at(from.0 + done as u64, rest) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(e) => {
+                    result = Err(e);
+                    break;
+                }
+            }
+        }
+        if done == 0 {
+            return result.map(|()| 0);
+        }
+        let (first, end) = (from.0 / PAGE_BYTES, (from.0 + done as u64).div_ceil(PAGE_BYTES));
+        if space.tracks() {
+            // Written back at once: no entry need know of it, and there may be none.
+            let lines = space.persist.flush(first * PAGE_BYTES, (end - first) * PAGE_BYTES);
+            self.note(space, lines)?;
+        }
+        self.fill_holes(space, PageIndex(first), PageIndex(end - 1))?;
+        Ok(done)
+    }
+
+    /// What was a hole under a live grant has blocks now: the window must show them.
+    fn fill_holes(&self, space: &Arc<Space>, first: PageIndex, last: PageIndex) -> io::Result<()> {
+        let mut at = first;
+        loop {
+            let found = space.entries.index().next(at, last, None);
+            let Some((start, entry)) = found else { return Ok(()) };
+            if !entry.is_real() {
+                // Whole chunks: a hole of 2 MiB becomes one entry with blocks, or 512 of either kind.
+                let stop = PageIndex(last.chunk().0 + PMD_PAGES - 1);
+                return self.refault(&self.window.take(), space, start.chunk(), stop);
+            }
+            at = PageIndex(start.0 + entry.order().pages());
+        }
+    }
+}
