@@ -106,7 +106,7 @@ impl Session {
     }
 
     fn map(&self, epoch: Epoch) {
-        match self.0.window.bring_up(|| self.0.ring.is_current(epoch)) {
+        match self.0.window.bring_up() {
             Outcome::Up => {
                 info!("started; the window is mapped");
                 self.0.ring.release(epoch);
@@ -157,6 +157,7 @@ impl VhostUserBackend for Session {
         }
     }
 
+    /// SHARED_OBJECT only to find out whether the front-end acks (see [`ShmemMapper::probe_acks`]).
     /// No STATUS (the library has none), no RESET_DEVICE (QEMU sends none at a virtio reset), and
     /// no CONFIGURE_MEM_SLOTS: with it, a reset with a live map kills QEMU (Q12).
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -166,6 +167,7 @@ impl VhostUserBackend for Session {
             | VhostUserProtocolFeatures::BACKEND_SEND_FD
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::SHMEM
+            | VhostUserProtocolFeatures::SHARED_OBJECT
     }
 
     /// The event index is kept by the library's queue.
@@ -184,11 +186,23 @@ impl VhostUserBackend for Session {
     }
 
     fn set_backend_req_fd(&self, backend: BackendChannel) {
-        self.0.window.set_mapper(Arc::new(ShmemMapper(backend)));
+        let ring = self.0.ring.clone();
+        self.0.window.set_channel(ShmemMapper::new(backend, move || ring.is_started()));
+        // Long before the first start, so that the first map need not wait for the answer.
+        let session = self.clone();
+        let asked = Builder::new().name("acks".into()).spawn(move || session.0.window.acks());
+        if let Err(e) = asked {
+            debug!("can't ask ahead whether the front-end acks: {e}");
+        }
     }
 
+    /// QEMU makes one BAR of all regions together, and aborts if that is no power of two. So a
+    /// second region, which nobody maps, makes up the rest.
     fn get_shmem_config(&self) -> io::Result<VhostUserShMemConfig> {
-        Ok(VhostUserShMemConfig::new(1, &[self.0.device.window_bytes().0]))
+        let window = self.0.device.window_bytes().0;
+        let whole = window.checked_next_power_of_two().unwrap_or(window);
+        let regions = if whole == window { 1 } else { 2 };
+        Ok(VhostUserShMemConfig::new(regions, &[window, whole - window]))
     }
 
     fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use log::warn;
-use vhost_user_backend::{VringMutex, VringT};
+use vhost_user_backend::VringT;
 use virtio_queue::{Error as QueueError, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
@@ -22,8 +22,7 @@ use crate::request::{ReplyArea, Request, parse};
 /// The guest's memory, as the front-end last described it.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 
-/// The ring as vhost-user-backend keeps it.
-pub type Vring = VringMutex<GuestMemory>;
+pub use crate::kick::Vring;
 
 /// One stretch between a start and a stop of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -90,10 +89,9 @@ impl Ring {
         Some(epoch)
     }
 
-    /// Whether `epoch` still lasts.
-    pub fn is_current(&self, epoch: Epoch) -> bool {
-        let state = self.lock();
-        state.phase != Phase::Stopped && state.epoch == epoch
+    /// Whether the front-end has started the ring and not stopped it again.
+    pub fn is_started(&self) -> bool {
+        self.lock().phase != Phase::Stopped
     }
 
     /// The window of this epoch is up: requests may leave the ring.

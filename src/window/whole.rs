@@ -4,12 +4,12 @@
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-use log::{debug, info};
+use log::{debug, warn};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use super::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
+use super::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset};
 
 /// What the last memory table said, if one has come since the last stop.
 ///
@@ -34,21 +34,51 @@ pub(crate) enum Outcome {
     Failed(String),
 }
 
+/// A mapper that can find out what its acks are worth.
+pub(crate) trait Channel: Mapper {
+    /// See [`ShmemMapper::probe_acks`].
+    fn probe_acks(&self) -> Acks;
+}
+
+impl Channel for ShmemMapper {
+    fn probe_acks(&self) -> Acks {
+        ShmemMapper::probe_acks(self)
+    }
+}
+
 /// The window of one session.
 pub(crate) struct WholeFile {
     file: Arc<File>,
     bytes: WindowBytes,
-    mapper: Mutex<Option<Arc<dyn Mapper>>>,
+    channel: OnceLock<Arc<dyn Channel>>,
+    acks: OnceLock<Acks>,
     table: Mutex<Table>,
 }
 
 impl WholeFile {
     pub(crate) fn new(file: Arc<File>, bytes: WindowBytes) -> Self {
-        Self { file, bytes, mapper: Mutex::new(None), table: Mutex::new(Table::Stale) }
+        Self {
+            file,
+            bytes,
+            channel: OnceLock::new(),
+            acks: OnceLock::new(),
+            table: Mutex::new(Table::Stale),
+        }
     }
 
-    pub(crate) fn set_mapper(&self, mapper: Arc<dyn Mapper>) {
-        *lock(&self.mapper) = Some(mapper);
+    /// The channel to the front-end, which a session gets once.
+    pub(crate) fn set_channel(&self, channel: impl Channel + 'static) {
+        if self.channel.set(Arc::new(channel)).is_err() {
+            warn!("the front-end sent a second back-end channel; it is not used");
+        }
+    }
+
+    /// Whether the front-end acks. The first call asks it, and blocks like a map.
+    pub(crate) fn acks(&self) -> Acks {
+        match self.channel.get() {
+            Some(channel) => *self.acks.get_or_init(|| channel.probe_acks()),
+            None => Acks::Unknown,
+        }
     }
 
     /// Reads a new memory table.
@@ -73,37 +103,25 @@ impl WholeFile {
         *lock(&self.table) == Table::Fresh { shows_file: true }
     }
 
-    /// Sends the map and waits for the answer. `still_wanted` is asked just before it is sent.
-    pub(crate) fn bring_up(&self, still_wanted: impl Fn() -> bool) -> Outcome {
-        let Some(mapper) = lock(&self.mapper).clone() else {
+    /// Sends the map and waits for the answer.
+    pub(crate) fn bring_up(&self) -> Outcome {
+        let Some(mapper) = self.channel.get() else {
             return Outcome::Unsupported("a back-end channel");
         };
-        // Q1: a map that reaches a stopped device kills QEMU.
-        if !still_wanted() {
-            return Outcome::Cancelled;
+        let acks = self.acks();
+        if acks == Acks::Missing {
+            return Outcome::Unsupported("protocol feature REPLY_ACK");
         }
         match mapper.map(WindowOffset(0), &self.file, FileOffset(0), self.bytes) {
-            Ok(()) => self.check_ack(&*mapper),
+            // A front-end that can't be asked whether it acks: its table is the proof.
+            Ok(()) if acks == Acks::Unknown && !self.is_shown() => {
+                Outcome::Unsupported("protocol feature REPLY_ACK")
+            }
+            Ok(()) => Outcome::Up,
             Err(MapError::NotNegotiated) => Outcome::Unsupported("protocol feature SHMEM"),
+            Err(MapError::Stopped) => Outcome::Cancelled,
             // Q4: refused because it is still there.
             Err(MapError::Refused) if self.is_shown() => Outcome::Up,
-            Err(e) => Outcome::Failed(e.to_string()),
-        }
-    }
-
-    /// Without REPLY_ACK a map "succeeds" as soon as it is sent, and the library does not tell the
-    /// two apart. A table that shows the file is proof enough. Else ask for what every front-end
-    /// must refuse (Q5): only a real ack can be a refusal.
-    fn check_ack(&self, mapper: &dyn Mapper) -> Outcome {
-        if self.is_shown() {
-            return Outcome::Up;
-        }
-        info!("the memory table does not show the window (more than 8 regions?); asking back");
-        let never_mapped = WindowBytes(4096);
-        match mapper.unmap(WindowOffset(0), never_mapped) {
-            Err(MapError::Refused) => Outcome::Up,
-            Ok(()) if self.is_shown() => Outcome::Up,
-            Ok(()) => Outcome::Unsupported("protocol feature REPLY_ACK"),
             Err(e) => Outcome::Failed(e.to_string()),
         }
     }
@@ -120,22 +138,16 @@ fn same_file(a: &File, b: &File) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
-    use std::sync::atomic::{AtomicBool, Ordering};
-
     use vm_memory::{FileOffset as Backing, GuestAddress, GuestRegionMmap, MmapRegion};
 
     use super::*;
 
     const BYTES: u64 = 2 << 20;
 
-    /// A front-end that answers as scripted, and counts what it was sent.
-    #[derive(Default)]
+    /// A front-end that answers as scripted.
     struct Scripted {
-        map_refused: bool,
-        unmap_refused: bool,
-        no_shmem: bool,
-        asked_back: AtomicBool,
+        map: fn() -> Result<(), MapError>,
+        acks: Acks,
     }
 
     impl Mapper for Scripted {
@@ -147,17 +159,17 @@ mod tests {
             bytes: WindowBytes,
         ) -> Result<(), MapError> {
             assert_eq!((at.0, from.0, bytes.0), (0, 0, BYTES), "the whole file, in one map");
-            match (self.no_shmem, self.map_refused) {
-                (true, _) => Err(MapError::NotNegotiated),
-                (_, true) => Err(MapError::Refused),
-                _ => Ok(()),
-            }
+            (self.map)()
         }
 
-        fn unmap(&self, _at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
-            assert_ne!(bytes.0, BYTES, "asking back must not name the live map");
-            self.asked_back.store(true, Ordering::Relaxed);
-            if self.unmap_refused { Err(MapError::Refused) } else { Ok(()) }
+        fn unmap(&self, _: WindowOffset, _: WindowBytes) -> Result<(), MapError> {
+            unreachable!("one map, and it stays")
+        }
+    }
+
+    impl Channel for Scripted {
+        fn probe_acks(&self) -> Acks {
+            self.acks
         }
     }
 
@@ -174,15 +186,14 @@ mod tests {
         GuestMemoryMmap::from_regions(vec![region]).unwrap()
     }
 
-    fn bring_up(front_end: Scripted, shown: bool) -> (Outcome, bool) {
+    fn bring_up(map: fn() -> Result<(), MapError>, acks: Acks, shown: bool) -> Outcome {
         let file = file();
         let window = WholeFile::new(file.clone(), WindowBytes(BYTES));
-        let front_end = Arc::new(front_end);
-        window.set_mapper(front_end.clone());
+        window.set_channel(Scripted { map, acks });
         if shown {
             window.table_came(&table(&file, 0, BYTES));
         }
-        (window.bring_up(|| true), front_end.asked_back.load(Ordering::Relaxed))
+        window.bring_up()
     }
 
     /// Shows: only a table that came since the stop, with the whole of this very file, is proof.
@@ -206,44 +217,36 @@ mod tests {
         assert!(!window.is_shown(), "a reset may have dropped the map since");
     }
 
-    /// Shows: an ack is believed if the table agrees, or if the front-end can refuse.
+    /// Shows: an ack is believed if it is one, or if the memory table agrees.
     #[test]
     fn an_ack_is_checked() {
-        assert_eq!(bring_up(Scripted::default(), true), (Outcome::Up, false));
-        let acks = Scripted { unmap_refused: true, ..Scripted::default() };
-        assert_eq!(bring_up(acks, false), (Outcome::Up, true));
-        let never_acks = Outcome::Unsupported("protocol feature REPLY_ACK");
-        assert_eq!(bring_up(Scripted::default(), false), (never_acks, true));
+        let no_acks = || Outcome::Unsupported("protocol feature REPLY_ACK");
+        for (acks, shown, outcome) in [
+            (Acks::Real, false, Outcome::Up),
+            (Acks::Unknown, true, Outcome::Up),
+            (Acks::Unknown, false, no_acks()),
+            (Acks::Missing, true, no_acks()),
+        ] {
+            assert_eq!(bring_up(|| Ok(()), acks, shown), outcome, "{acks:?} {shown}");
+        }
     }
 
     /// Shows: a refused map is fine only where the window shows the file all the same (Q4, Q10).
     #[test]
     fn a_refusal_is_checked() {
-        let refuses = || Scripted { map_refused: true, ..Scripted::default() };
-        assert_eq!(bring_up(refuses(), true), (Outcome::Up, false));
+        let refused = || Err(MapError::Refused);
+        assert_eq!(bring_up(refused, Acks::Real, true), Outcome::Up);
         let failed = Outcome::Failed(MapError::Refused.to_string());
-        assert_eq!(bring_up(refuses(), false), (failed, false));
+        assert_eq!(bring_up(refused, Acks::Real, false), failed);
     }
 
-    /// Shows: a front-end without SHMEM or without a back-end channel is named as such.
+    /// Shows: a front-end that can't map is named as such, and a stop is no failure.
     #[test]
-    fn a_front_end_that_cannot_map_is_unsupported() {
-        let no_shmem = Scripted { no_shmem: true, ..Scripted::default() };
-        assert_eq!(bring_up(no_shmem, false).0, Outcome::Unsupported("protocol feature SHMEM"));
-        let window = WholeFile::new(file(), WindowBytes(BYTES));
-        assert_eq!(window.bring_up(|| true), Outcome::Unsupported("a back-end channel"));
-    }
-
-    /// Shows: a map is not sent to a device that was stopped meanwhile (Q1).
-    #[test]
-    fn a_map_that_is_no_longer_wanted_is_not_sent() {
-        let window = WholeFile::new(file(), WindowBytes(BYTES));
-        window.set_mapper(Arc::new(Scripted { no_shmem: true, ..Scripted::default() }));
-        let asked = Cell::new(false);
-        let outcome = window.bring_up(|| {
-            asked.set(true);
-            false
-        });
-        assert_eq!((outcome, asked.get()), (Outcome::Cancelled, true));
+    fn other_ends_of_a_map() {
+        let no_shmem = bring_up(|| Err(MapError::NotNegotiated), Acks::Unknown, false);
+        assert_eq!(no_shmem, Outcome::Unsupported("protocol feature SHMEM"));
+        assert_eq!(bring_up(|| Err(MapError::Stopped), Acks::Real, false), Outcome::Cancelled);
+        let no_channel = WholeFile::new(file(), WindowBytes(BYTES)).bring_up();
+        assert_eq!(no_channel, Outcome::Unsupported("a back-end channel"));
     }
 }

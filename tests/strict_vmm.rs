@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The strict front-end is itself tested: for each of QEMU's rules, a back-end that breaks it.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod common;
+
+use std::fs::{File, OpenOptions};
+use std::time::Duration;
+
+use common::HANG;
+use common::bad_backend::BadBackend;
+use common::driver::{Driver, DriverOptions};
+use common::machine::{BASELINE_REGIONS, MAX_REGIONS};
+use common::memory::guest_ram;
+use common::strict_vmm::{StrictVmm, VmmOptions};
+use tempfile::TempDir;
+use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
+
+const PAGE: u64 = 4096;
+const WINDOW: u64 = 4 << 20;
+
+/// A strict front-end with a back-end without manners. The front-end goes first.
+struct Bench {
+    vmm: StrictVmm,
+    driver: Driver,
+    bad: BadBackend,
+    file: File,
+    dir: TempDir,
+}
+
+fn bench(more: Protocol, ram_regions: u64) -> Bench {
+    bench_with(more, ram_regions, HANG / 2)
+}
+
+fn bench_with(more: Protocol, ram_regions: u64, reply_deadline: Duration) -> Bench {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(path).unwrap();
+    file.set_len(WINDOW).unwrap();
+    let bad = BadBackend::new(dir.path(), WINDOW, more);
+    let ram = guest_ram(ram_regions);
+    let options = VmmOptions { reply_deadline, ..VmmOptions::default() };
+    let vmm = StrictVmm::connect(bad.path(), &ram, options).unwrap();
+    let driver = Driver::new(ram, DriverOptions::default());
+    Bench { vmm, driver, bad, file, dir }
+}
+
+fn plain() -> Bench {
+    let mut bench = bench(Protocol::empty(), 1);
+    bench.vmm.start(&mut bench.driver);
+    bench
+}
+
+fn assert_violation(vmm: &StrictVmm, words: &[&str]) {
+    let violations = vmm.take_violations();
+    let hit = violations.iter().any(|v| words.iter().all(|word| v.contains(word)));
+    assert!(hit, "expected {words:?} in {violations:?}");
+}
+
+fn assert_refused(vmm: &StrictVmm, words: &[&str]) {
+    let refused = vmm.refused();
+    let hit = refused.iter().any(|r| words.iter().all(|word| r.contains(word)));
+    assert!(hit, "expected {words:?} in {refused:?}");
+}
+
+/// Shows that maps and unmaps that keep the rules pass, and reach the back-end's file.
+#[test]
+fn a_well_behaved_back_end_passes() {
+    let b = plain();
+    b.bad.map(&b.file, PAGE, 0, PAGE).unwrap();
+    assert!(b.vmm.store(8, b"through"));
+    assert_eq!(common::strict_vmm::file_bytes(&b.file, PAGE + 8, 7), b"through");
+    b.bad.unmap(0, PAGE).unwrap();
+    assert!(!b.vmm.store(8, b"into nothing"));
+    assert!(b.vmm.refused().is_empty());
+}
+
+/// Q1: shows that a map before the first start is seen.
+#[test]
+fn q1_map_before_the_start_is_a_segfault() {
+    let b = bench(Protocol::empty(), 1);
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap_err();
+    assert_violation(&b.vmm, &["Q1", "QEMU would segfault"]);
+}
+
+/// Q1: shows that an unmap after the stop is seen.
+#[test]
+fn q1_unmap_after_the_stop_is_a_segfault() {
+    let mut b = plain();
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap();
+    b.vmm.stop();
+    b.bad.unmap(0, PAGE).unwrap_err();
+    assert_violation(&b.vmm, &["Q1", "QEMU would segfault", "UNMAP"]);
+}
+
+/// Shows that a broken rule which nobody looked at fails the test when the front-end goes.
+#[test]
+#[should_panic(expected = "QEMU would segfault")]
+fn a_violation_that_is_not_looked_at_panics_on_drop() {
+    let b = bench(Protocol::empty(), 1);
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap_err();
+}
+
+/// Q2: shows that the map which makes 513 regions is seen, and that 512 pass.
+#[test]
+fn q2_more_than_512_regions_is_an_abort() {
+    let mut b = bench(Protocol::CONFIGURE_MEM_SLOTS, 2);
+    b.vmm.start(&mut b.driver);
+    let fit = MAX_REGIONS as u64 - 2;
+    for i in 0..fit {
+        b.bad.map(&b.file, i * PAGE, i * PAGE, PAGE).unwrap();
+    }
+    b.vmm.check();
+    b.bad.map(&b.file, fit * PAGE, fit * PAGE, PAGE).unwrap_err();
+    assert_violation(&b.vmm, &["Q2", "QEMU would abort"]);
+}
+
+/// Q3: shows that a back-end which maps under a lock that its memory update needs is seen.
+#[test]
+fn q3_waiting_for_the_ack_under_the_update_lock_is_a_deadlock() {
+    // Short, since this answer never comes: any limit shows the same.
+    let mut b = bench_with(Protocol::empty(), 1, Duration::from_millis(200));
+    b.vmm.start(&mut b.driver);
+    let held = b.bad.hold_memory_updates();
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap_err();
+    assert_violation(&b.vmm, &["Q3", "deadlock", "SET_MEM_TABLE"]);
+    drop(held);
+}
+
+/// Q3: shows that the memory update has been answered when the ack comes.
+#[test]
+fn q3_the_memory_update_comes_before_the_ack() {
+    let b = plain();
+    let before = b.vmm.table_updates();
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap();
+    assert_eq!(b.vmm.table_updates(), before + 1);
+    b.bad.unmap(0, PAGE).unwrap();
+    assert_eq!(b.vmm.table_updates(), before + 2);
+}
+
+/// Q4: shows that a map over a live one is refused, and the neighbour of a live one is not.
+#[test]
+fn q4_overlap_is_refused() {
+    let b = plain();
+    b.bad.map(&b.file, 0, PAGE, 2 * PAGE).unwrap();
+    b.bad.map(&b.file, 0, 0, 2 * PAGE).unwrap_err();
+    b.bad.map(&b.file, 0, 2 * PAGE, PAGE).unwrap_err();
+    assert_refused(&b.vmm, &["Q4", "overlap"]);
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap();
+    b.bad.map(&b.file, 0, 3 * PAGE, PAGE).unwrap();
+    assert_eq!(b.vmm.live_maps(), 3);
+}
+
+/// Q5: shows that only exactly one earlier map can be unmapped, and nothing past the window mapped.
+#[test]
+fn q5_unmap_of_anything_else_is_refused() {
+    let b = plain();
+    b.bad.map(&b.file, 0, 0, 2 * PAGE).unwrap();
+    b.bad.map(&b.file, 2 * PAGE, 2 * PAGE, PAGE).unwrap();
+    for (at, bytes) in [(0, PAGE), (PAGE, PAGE), (0, 3 * PAGE), (8 * PAGE, PAGE)] {
+        b.bad.unmap(at, bytes).unwrap_err();
+    }
+    assert_refused(&b.vmm, &["Q5", "not found"]);
+    assert_eq!(b.vmm.live_maps(), 2);
+    b.bad.map(&b.file, 0, WINDOW - PAGE, 2 * PAGE).unwrap_err();
+    assert_refused(&b.vmm, &["Q5", "Bad offset/len"]);
+    b.bad.unmap(0, 2 * PAGE).unwrap();
+}
+
+/// Q6: shows that a map past the end of the file is refused.
+#[test]
+fn q6_map_past_the_end_of_the_file_is_refused() {
+    let b = plain();
+    b.file.set_len(5000).unwrap();
+    b.bad.map(&b.file, 0, 0, 2 * PAGE).unwrap_err();
+    assert_refused(&b.vmm, &["Q6", "too small"]);
+    assert_eq!(b.vmm.live_maps(), 0);
+}
+
+/// Q8: shows that a map from a descriptor opened for reading only is refused.
+#[test]
+fn q8_map_from_a_read_only_descriptor_is_refused() {
+    let b = plain();
+    let read_only = File::open(b.dir.path().join("file")).unwrap();
+    b.bad.map(&read_only, 0, 0, PAGE).unwrap_err();
+    assert_refused(&b.vmm, &["Q8", "Permission denied"]);
+}
+
+/// Q10: shows that a pause keeps the maps: one that is sent again meets its own overlap.
+#[test]
+fn q10_a_pause_keeps_the_maps() {
+    let mut b = plain();
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap();
+    b.vmm.stop();
+    b.vmm.start(&mut b.driver);
+    assert!(b.vmm.store(0, b"still here"));
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap_err();
+    assert_refused(&b.vmm, &["Q4"]);
+}
+
+/// Q10: shows that a reset drops the maps and tells nobody: an unmap finds nothing, the guest neither.
+#[test]
+fn q10_a_reset_drops_the_maps() {
+    let mut b = plain();
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap();
+    b.vmm.reset();
+    b.driver.reset(b.driver.options());
+    b.vmm.start(&mut b.driver);
+    assert!(!b.vmm.store(0, b"lost"));
+    b.bad.unmap(0, PAGE).unwrap_err();
+    assert_refused(&b.vmm, &["Q5", "not found"]);
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap();
+}
+
+/// Q12: shows that a reset with live maps and CONFIGURE_MEM_SLOTS crashes the next start.
+#[test]
+fn q12_reset_with_live_maps_and_mem_slots_is_a_segfault() {
+    let mut b = bench(Protocol::CONFIGURE_MEM_SLOTS, 1);
+    b.vmm.start(&mut b.driver);
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap();
+    b.vmm.reset();
+    b.driver.reset(b.driver.options());
+    assert!(b.vmm.try_start(&mut b.driver).is_err());
+    assert_violation(&b.vmm, &["Q12", "QEMU would segfault"]);
+}
+
+/// Q12: shows that a back-end which unmapped before the reset is safe.
+#[test]
+fn q12_reset_without_live_maps_is_safe() {
+    let mut b = bench(Protocol::CONFIGURE_MEM_SLOTS, 1);
+    b.vmm.start(&mut b.driver);
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap();
+    b.bad.unmap(0, PAGE).unwrap();
+    b.vmm.reboot(&mut b.driver);
+}
+
+/// Q13: shows that more than 8 regions can't be started without CONFIGURE_MEM_SLOTS, and can with it.
+#[test]
+fn q13_start_with_more_than_8_regions() {
+    for (more, expected) in [(Protocol::empty(), Err(105)), (Protocol::CONFIGURE_MEM_SLOTS, Ok(()))]
+    {
+        let mut b = bench(more, BASELINE_REGIONS as u64);
+        b.vmm.start(&mut b.driver);
+        b.bad.map(&b.file, 0, 0, PAGE).unwrap();
+        b.vmm.stop();
+        assert_eq!(b.vmm.try_start(&mut b.driver), expected);
+    }
+}
