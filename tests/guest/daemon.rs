@@ -51,7 +51,7 @@ impl Daemon {
         };
         command.arg("pmem").arg("--socket-path").arg(socket);
         command.arg("--file").arg(disk.path());
-        command.args(["--size", &format!("{}M", disk.bytes() >> 20), "--sparse"]);
+        command.args(["--size", &format!("{}M", disk.bytes() >> 20)]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("start the daemon (is strace installed?)");
         let output = Output::collect(child.stderr.take().expect("stderr is piped"), on_end);

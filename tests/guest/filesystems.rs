@@ -33,6 +33,7 @@ fn dax_file_system(test: &'static str, fs: &str, mib: u64) {
     vm.run("umount", &["/mnt"]);
     vm.run("fsck", &[fs, &dev]);
     vm.poweroff();
+    vm.assert_qemu_is_quiet();
     // Nothing that came later moved or changed it.
     disk.check_is(&written, &pattern("written", 1_000_000));
     disk.check_is(&mapped, &page_pattern(7, MIB));

@@ -55,6 +55,7 @@ fn stop_and_cont() {
     vm.run("umount", &["/mnt"]);
     vm.run("fsck", &["ext4", &dev]);
     vm.poweroff();
+    vm.assert_qemu_is_quiet();
 }
 
 /// A VM that is stopped when it is told to reset or quit.

@@ -230,6 +230,12 @@ impl<'g> Vm<'g> {
         self.daemons[index].kill();
     }
 
+    /// QEMU has nothing to complain of.
+    pub fn assert_qemu_is_quiet(&self) {
+        let lines = self.qemu_output.lines();
+        assert!(lines.is_empty(), "QEMU said:\n{}", lines.join("\n"));
+    }
+
     pub fn daemon(&self, index: usize) -> &Daemon {
         &self.daemons[index]
     }
