@@ -77,8 +77,8 @@ need_rust() {
         have_rust || die "rustc >= $VUD_MIN_RUST with cargo, clippy and rustfmt is needed;" \
             "found $(rustc --version 2>/dev/null || echo none) at $(command -v rustc || echo nowhere)"
     fi
-    # Crates with C parts, and the linker.
-    need_apt gcc libc6-dev
+    # Crates with C parts, the linker, and what cargo trusts the registry by.
+    need_apt gcc libc6-dev ca-certificates
     step "rust: $(rustc --version)"
 }
 

@@ -23,7 +23,7 @@ use vmm_sys_util::event::{
 
 use crate::device::Device;
 use crate::vring::{Epoch, GuestMemory, Ring, Vring};
-use crate::window::{Outcome, ShmemMapper, WholeFile};
+use crate::window::{MapError, ShmemMapper, WholeFile};
 
 /// The largest ring that a front-end may ask for (its vq_size).
 const MAX_QUEUE_SIZE: usize = 1024;
@@ -39,7 +39,7 @@ pub(crate) struct Session(Arc<Inner>);
 struct Inner {
     device: Arc<dyn Device>,
     ring: Arc<Ring>,
-    window: WholeFile,
+    window: Arc<WholeFile>,
     /// Why this front-end is turned away; its connection is cut then.
     refusal: OnceLock<String>,
     connection: Mutex<Option<ShutdownHandle>>,
@@ -51,7 +51,7 @@ impl Session {
         Self(Arc::new(Inner {
             ring: Ring::new(device.clone(), mem),
             device,
-            window,
+            window: Arc::new(window),
             refusal: OnceLock::new(),
             connection: Mutex::new(None),
         }))
@@ -106,15 +106,15 @@ impl Session {
     }
 
     fn map(&self, epoch: Epoch) {
-        match self.0.window.bring_up() {
-            Outcome::Up => {
+        match self.0.device.map_window(self.0.window.clone()) {
+            Ok(()) => {
                 info!("started; the window is mapped");
                 self.0.ring.release(epoch);
             }
-            Outcome::Cancelled => debug!("stopped before the window was mapped"),
-            Outcome::Unsupported(lacks) => self.refuse(lacks),
-            Outcome::Failed(why) => {
-                error!("the window can't be mapped: {why}; every flush will fail");
+            Err(MapError::Stopped) => debug!("stopped before the window was mapped"),
+            Err(MapError::Unsupported(what)) => self.refuse(what),
+            Err(e) => {
+                error!("the window can't be mapped: {e}; every flush will fail");
                 self.0.ring.release_without_window(epoch);
             }
         }

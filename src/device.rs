@@ -6,7 +6,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use crate::request::Request;
-use crate::window::WindowBytes;
+use crate::window::{MapError, Mapper, WindowBytes};
 
 /// What a virtio device offers to its session.
 ///
@@ -23,6 +23,13 @@ pub trait Device: Send + Sync + 'static {
 
     /// The file that shared memory region 0 shows, from its first byte to its last.
     fn window_file(&self) -> &Arc<File>;
+
+    /// Makes region 0 show the file, through the front-end behind `mapper`. Called at each start that
+    /// finds it not shown, from a thread that may block.
+    ///
+    /// # Errors
+    /// The mapper's.
+    fn map_window(&self, mapper: Arc<dyn Mapper>) -> Result<(), MapError>;
 
     /// Takes one request. Must not block: it runs under the ring's lock.
     ///

@@ -13,10 +13,10 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use common::driver::{Answer, Driver, DriverOptions};
-use common::strict_vmm::{StrictVmm, VmmOptions};
 use common::FILE_BYTES;
+use common::driver::{Answer, Driver, DriverOptions};
 use common::memory::guest_ram;
+use common::strict_vmm::{StrictVmm, VmmOptions};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, mkfifo};
 
@@ -80,7 +80,8 @@ fn sigterm_in_the_middle_of_a_sync_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let mut daemon = SlowDaemon::start(dir.path());
     let ram = guest_ram(1);
-    let mut vmm = StrictVmm::connect(&dir.path().join("sock"), &ram, VmmOptions::default()).unwrap();
+    let mut vmm =
+        StrictVmm::connect(&dir.path().join("sock"), &ram, VmmOptions::default()).unwrap();
     let mut driver = Driver::new(ram, DriverOptions::default());
     vmm.start(&mut driver);
     vmm.wait_live(1);

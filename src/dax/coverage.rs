@@ -97,7 +97,6 @@ impl Coverage {
     }
 
     /// How many runs are kept.
-    #[cfg(test)]
     pub(crate) fn runs_kept(&self) -> usize {
         self.0.len()
     }

@@ -53,6 +53,11 @@ impl Space {
         self.entries.index().bytes()
     }
 
+    /// How many runs of pages are counted as granted.
+    pub fn granted_runs(&self) -> usize {
+        lock(&self.coverage).runs_kept()
+    }
+
     /// The first entry at or behind `page`, and whether it is dirty: for a look.
     pub fn next_entry(&self, page: PageIndex) -> Option<(PageIndex, Entry, bool)> {
         let index = self.entries.index();
@@ -310,6 +315,18 @@ impl Engine {
             self.retire(&removed);
         }
         Ok(())
+    }
+
+    /// The front-end has dropped all maps, or is a new one, and the grants stay: sends every map again.
+    ///
+    /// # Errors
+    /// The front-end's, at the first map that it refuses; those behind it are not sent.
+    pub fn map_again(&self) -> Result<(), MapError> {
+        let window = self.window.take();
+        window
+            .layout
+            .maps()
+            .try_for_each(|(at, piece)| self.mapper.map(at, &piece.file, piece.from, piece.bytes))
     }
 
     /// The front-end has dropped all maps and the guest all grants (a virtio reset, row Q10).

@@ -12,6 +12,7 @@ use super::engine::{Engine, Grant, GrantError, Space, Span, Window, extent_of};
 use super::entry::{PAGE_BYTES, PMD_PAGES, PageIndex};
 use super::extent::Access;
 use super::sync::{Arc, Taken, lock};
+use crate::window::FileOffset;
 
 /// What a change of length did to live grants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,16 +56,10 @@ impl Engine {
     }
 
     /// Nothing of the file behind byte `end` (a whole page) is in the window any more.
-    fn clip(&self, space: &Arc<Space>, end: u64) -> Result<(), GrantError> {
+    fn clip(&self, space: &Space, end: u64) -> Result<(), GrantError> {
         let mut window = self.window.take();
-        for (at, grant) in grants_of(&window, space) {
-            let keep = end.saturating_sub(grant.from.0);
-            if keep < grant.bytes {
-                let gone = Span { at: at + keep, bytes: grant.bytes - keep };
-                self.show_piece(&mut window, gone, None)?;
-            }
-        }
-        Ok(())
+        let (file, end) = (space.source.file(), FileOffset(end));
+        Ok(window.layout.clip(file, end, &*self.mapper, self.most_maps)?)
     }
 
     /// Window and entries follow the file's new length: entries behind its first `kept` bytes are
@@ -76,9 +71,22 @@ impl Engine {
         from: PageIndex,
     ) -> Result<Resized, GrantError> {
         let stale = PageIndex(kept.div_ceil(PAGE_BYTES));
-        let deleted = self.delete_entries(space, stale, PageIndex::LAST);
-        let mut tail_hidden = false;
         let mut window = self.window.take();
+        // Behaviour 16: blocks, and entries that know what is dirty, before the window shows anything.
+        // A growth that nobody told of is not shown yet, either.
+        let from = unshown(&window, space).map_or(from, |page| page.min(from));
+        let allocated = self.allocate(&window, space, from, PageIndex::LAST);
+        let deleted = self.delete_entries(space, stale.byte(), i64::MAX as u64);
+        let last = if allocated.is_ok() {
+            Some(PageIndex::LAST)
+        } else {
+            stale.0.checked_sub(1).map(PageIndex)
+        };
+        if let Some(last) = last {
+            self.renew(&window, space, from, last)?;
+        }
+        allocated?;
+        let mut tail_hidden = false;
         for (at, grant) in grants_of(&window, space) {
             match extent_of(&grant) {
                 Ok((_, mapped)) => self.show_grant(&mut window, at, &grant, mapped)?,
@@ -91,7 +99,6 @@ impl Engine {
                 Err(e) => return Err(e),
             }
         }
-        self.refault(&window, space, from, PageIndex::LAST)?;
         deleted?;
         Ok(Resized { tail_hidden })
     }
@@ -131,12 +138,13 @@ impl Engine {
         if from >= end {
             return Ok(());
         }
-        self.zero(space, from, end)?;
         let (first, last) = (PageIndex::of_byte(from), PageIndex::of_byte(end - 1));
-        let deleted = self.delete_entries(space, first, last);
-        // Under a write grant what is left of a split chunk is dirty as before, and the zeros are new.
         let chunks = (first.chunk(), PageIndex(last.chunk().0 + PMD_PAGES - 1));
-        self.refault(&self.window.take(), space, chunks.0, chunks.1)?;
+        self.allocate(&self.window.take(), space, chunks.0, chunks.1)?;
+        self.zero(space, from, end)?;
+        let deleted = self.delete_entries(space, from, end);
+        // Under a write grant what is left of a split chunk is dirty as before, and the zeros are new.
+        self.renew(&self.window.take(), space, chunks.0, chunks.1)?;
         Ok(deleted?)
     }
 
@@ -155,21 +163,38 @@ impl Engine {
         space.source.zero(at, end - at, false)
     }
 
-    /// Deletes what covers a page of `first..=last`. An entry that sticks out is written back before:
+    /// Deletes what covers a byte of `from..end`. An entry that sticks out is written back before:
     /// the grant under which the rest of it was stored to may be on its way out, and then nobody
     /// makes that rest anew.
-    fn delete_entries(&self, space: &Space, first: PageIndex, last: PageIndex) -> io::Result<()> {
+    fn delete_entries(&self, space: &Space, from: u64, end: u64) -> io::Result<()> {
+        let (first, last) = (PageIndex::of_byte(from), PageIndex::of_byte(end - 1));
         let mut result = Ok(());
         let mut at = first;
         loop {
             let Some((start, entry)) = space.entries.index().next(at, last, None) else { break };
             at = PageIndex(start.0 + entry.order().pages());
-            if start < first || at.0 - 1 > last.0 {
+            if start.byte() < from || at.byte() > end {
                 result = result.and(self.clean_one(space, start));
             }
             space.entries.delete(start);
         }
         result
+    }
+
+    /// Gives blocks to what live write grants cover in `first..=last`.
+    fn allocate(
+        &self,
+        window: &Window,
+        space: &Arc<Space>,
+        first: PageIndex,
+        last: PageIndex,
+    ) -> io::Result<()> {
+        for (_, grant, first, last) in wanted(window, space, first, last)? {
+            if grant.access == Access::Write {
+                space.source.allocate(first, last)?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes the entries anew that live grants want in `first..=last`, each chunk as far as it is
@@ -181,19 +206,22 @@ impl Engine {
         first: PageIndex,
         last: PageIndex,
     ) -> io::Result<()> {
-        let Some(end) = space.pages()?.checked_sub(1) else { return Ok(()) };
-        let end = PageIndex(end).min(last);
-        for (at, grant) in grants_of(window, space) {
-            let (start, stop) = (grant.first().max(first), grant.last().min(end));
-            if start > stop {
-                continue;
-            }
-            if grant.access == Access::Write {
-                space.source.allocate(start, stop)?;
-            }
-            self.fault(space, start, stop, grant.access, at.wrapping_sub(grant.from.0))?;
-        }
-        Ok(())
+        wanted(window, space, first, last)?.iter().try_for_each(|(at, grant, first, last)| {
+            self.fault(space, *first, *last, grant.access, at.wrapping_sub(grant.from.0))
+        })
+    }
+
+    /// The same where entries were deleted. If that fails, the guest goes on storing where no entry says
+    /// so: then never answer that all is durable.
+    fn renew(
+        &self,
+        window: &Window,
+        space: &Arc<Space>,
+        first: PageIndex,
+        last: PageIndex,
+    ) -> io::Result<()> {
+        let done = self.refault(window, space, first, last);
+        if space.tracks() { self.note(space, done) } else { done }
     }
 }
 
@@ -202,4 +230,28 @@ impl Engine {
 fn grants_of(window: &Window, space: &Arc<Space>) -> Vec<(u64, Grant)> {
     let of_space = window.grants.iter().filter(|(_, grant)| Arc::ptr_eq(&grant.space, space));
     of_space.map(|(at, grant)| (*at, grant.clone())).collect()
+}
+
+/// What of `first..=last`, inside the file, live grants want: window offset, grant, first and last page.
+fn wanted(
+    window: &Window,
+    space: &Arc<Space>,
+    first: PageIndex,
+    last: PageIndex,
+) -> io::Result<Vec<(u64, Grant, PageIndex, PageIndex)>> {
+    let Some(end) = space.pages()?.checked_sub(1) else { return Ok(Vec::new()) };
+    let wanted = grants_of(window, space).into_iter().map(|(at, grant)| {
+        let (start, stop) = (grant.first().max(first), grant.last().min(last).min(PageIndex(end)));
+        (at, grant, start, stop)
+    });
+    Ok(wanted.filter(|(.., start, stop)| start <= stop).collect())
+}
+
+/// The first chunk of the file of which a live grant does not show all.
+fn unshown(window: &Window, space: &Arc<Space>) -> Option<PageIndex> {
+    let shown = grants_of(window, space).into_iter().map(|(at, grant)| {
+        let until = window.layout.shown_until(at, at + grant.bytes);
+        PageIndex::of_byte(grant.from.0 + (until - at)).chunk()
+    });
+    shown.min()
 }

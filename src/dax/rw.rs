@@ -78,6 +78,7 @@ impl Engine {
         let (first, end) = (from.0 / PAGE_BYTES, (from.0 + done as u64).div_ceil(PAGE_BYTES));
         if space.tracks() {
             // Written back at once: no entry need know of it, and there may be none.
+            self.check_failed(space)?;
             let lines = space.persist.flush(first * PAGE_BYTES, (end - first) * PAGE_BYTES);
             self.note(space, lines)?;
         }

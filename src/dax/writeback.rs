@@ -164,6 +164,8 @@ impl Engine {
             if !index.is_marked(start, Mark::Dirty) {
                 return Ok(());
             }
+            // A failure is final: there is nothing to be had of another flush.
+            self.check_failed(space)?;
             index.set_mark(start, Mark::ToWrite, true);
             index.get(start)
         };
@@ -199,7 +201,7 @@ impl Engine {
         done
     }
 
-    fn check_failed(&self, space: &Space) -> io::Result<()> {
+    pub(super) fn check_failed(&self, space: &Space) -> io::Result<()> {
         if *lock(&space.failed) {
             return Err(io::Error::other("an earlier write-back of this file failed"));
         }

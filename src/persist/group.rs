@@ -4,7 +4,7 @@
 //!
 //! The rule that makes it right: the batch is taken *before* the sync begins. What comes while
 //! the sync runs waits for the next one, so each answer rests on a sync that began after the
-//! request was handed in. A sync that fails is the last one: from then on every answer is a failure.
+//! request was handed in.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{Builder, JoinHandle};
@@ -12,14 +12,12 @@ use std::{io, mem};
 
 use log::error;
 
-use super::Persist;
-
 /// One who waits for a sync.
 pub trait Waiter: Send + 'static {
     /// False for one that only keeps its place in the order.
     fn needs_sync(&self) -> bool;
 
-    /// The answer. `durable` is false once a sync has failed, now or ever before.
+    /// The answer: what the sync said.
     fn answer(self, durable: bool);
 }
 
@@ -46,18 +44,18 @@ pub struct GroupSync<W> {
 }
 
 impl<W: Waiter> GroupSync<W> {
-    /// Starts the thread. `began` is called at the start of each sync.
+    /// Starts the thread. `sync` returns whether all is durable now; that a failure is final is its
+    /// business.
     ///
     /// # Errors
     /// When the thread can't be started.
-    pub fn new(persist: Box<dyn Persist>, began: impl Fn() + Send + 'static) -> io::Result<Self> {
+    pub fn new(sync: impl FnMut() -> bool + Send + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             queue: Mutex::new(Queue { waiting: Vec::new(), stopping: false }),
             changed: Condvar::new(),
         });
         let theirs = shared.clone();
-        let worker =
-            Builder::new().name("sync".into()).spawn(move || run(&theirs, &*persist, began))?;
+        let worker = Builder::new().name("sync".into()).spawn(move || run(&theirs, sync))?;
         Ok(Self { shared, worker: Mutex::new(Some(worker)) })
     }
 
@@ -90,22 +88,12 @@ impl<W> Drop for GroupSync<W> {
     }
 }
 
-fn run<W: Waiter>(shared: &Shared<W>, persist: &dyn Persist, began: impl Fn()) {
-    let mut failed = false;
+fn run<W: Waiter>(shared: &Shared<W>, mut sync: impl FnMut() -> bool) {
     while let Some(batch) = next_batch(shared) {
-        if !failed && batch.iter().any(Waiter::needs_sync) {
-            began();
-            if let Err(e) = persist.sync() {
-                failed = true;
-                error!(
-                    "a sync failed: {e}; data may be lost. Every flush from now on fails. \
-                     Check the disk and the file, then start the daemon again"
-                );
-            }
-        }
         // The sync before the answers: the guest takes an answer as durable.
+        let durable = batch.iter().any(Waiter::needs_sync) && sync();
         for waiter in batch {
-            waiter.answer(!failed);
+            waiter.answer(durable);
         }
     }
 }

@@ -9,18 +9,21 @@ mod file;
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use log::{info, warn};
+use log::{error, info, warn};
 
 use crate::config::PmemSize;
+use crate::dax::engine::{Engine, Space};
+use crate::dax::entry::PageIndex;
+use crate::dax::extent::{Access, FileExtents};
 use crate::device::Device;
 use crate::persist::{GroupSync, Persist, Waiter};
 use crate::ratelimit::RateLimit;
 use crate::request::Request;
-use crate::window::WindowBytes;
+use crate::window::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
 
 pub use file::{PmemFile, PmemFileSpec};
 
@@ -51,7 +54,6 @@ pub struct Counters {
 #[derive(Default)]
 struct Tally {
     flushes: AtomicU64,
-    syncs: AtomicU64,
     failed: AtomicU64,
     malformed: AtomicU64,
 }
@@ -61,11 +63,45 @@ fn bump(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
-/// A virtio-pmem device over one file. It outlives its sessions: a failed sync stays failed.
+/// The front-end of the current session. Before the first there is none, and what is mapped then
+/// is only noted, to be sent at the start.
+#[derive(Default)]
+struct FrontEnd(Mutex<Option<Arc<dyn Mapper>>>);
+
+impl FrontEnd {
+    fn set(&self, mapper: Arc<dyn Mapper>) {
+        *self.0.lock().unwrap_or_else(|e| e.into_inner()) = Some(mapper);
+    }
+
+    fn get(&self) -> Option<Arc<dyn Mapper>> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+}
+
+impl Mapper for FrontEnd {
+    fn map(
+        &self,
+        at: WindowOffset,
+        file: &File,
+        from: FileOffset,
+        bytes: WindowBytes,
+    ) -> Result<(), MapError> {
+        self.get().map_or(Ok(()), |mapper| mapper.map(at, file, from, bytes))
+    }
+
+    fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
+        self.get().map_or(Ok(()), |mapper| mapper.unmap(at, bytes))
+    }
+}
+
+/// A virtio-pmem device over one file: one write grant of the whole file, for the device's life. It
+/// outlives its sessions: a failed sync stays failed.
 pub struct Pmem {
     file: Arc<File>,
     size: PmemSize,
     config: Vec<u8>,
+    engine: Arc<Engine>,
+    front_end: Arc<FrontEnd>,
     sync: GroupSync<Pending>,
     tally: Arc<Tally>,
     log_limit: RateLimit,
@@ -79,14 +115,22 @@ impl Pmem {
     pub fn new(file: Arc<File>, persist: Box<dyn Persist>) -> io::Result<Arc<Self>> {
         let size = PmemSize::new(file.metadata()?.len())
             .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e.to_string()))?;
-        let tally = Arc::new(Tally::default());
-        let syncs = tally.clone();
+        let front_end = Arc::new(FrontEnd::default());
+        let window = WindowBytes(size.bytes());
+        let engine = Arc::new(Engine::new(window, front_end.clone(), 1));
+        let space = engine.space(Box::new(FileExtents::preallocated(file.clone())), persist);
+        engine
+            .span(WindowOffset(0), window)
+            .and_then(|whole| engine.grant(&space, FileOffset(0), whole, Access::Write))
+            .map_err(io::Error::other)?;
         Ok(Arc::new(Self {
             file,
             size,
             config: config_space(size),
-            sync: GroupSync::new(persist, move || bump(&syncs.syncs))?,
-            tally,
+            sync: GroupSync::new(writeback(engine.clone(), space))?,
+            engine,
+            front_end,
+            tally: Arc::default(),
             log_limit: RateLimit::default(),
         }))
     }
@@ -101,7 +145,7 @@ impl Pmem {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Counters {
             flushes: read(&self.tally.flushes),
-            syncs: read(&self.tally.syncs),
+            syncs: self.engine.counters().snapshot().syncs,
             failed: read(&self.tally.failed),
             malformed: read(&self.tally.malformed),
         }
@@ -117,6 +161,24 @@ impl Pmem {
         if let Some(held_back) = self.log_limit.allow(Instant::now()) {
             warn!("the guest sent a bad request: {what} ({held_back} more such lines held back)");
         }
+    }
+}
+
+/// Makes the whole file durable; says so once if it can't.
+fn writeback(engine: Arc<Engine>, space: Arc<Space>) -> impl FnMut() -> bool {
+    let mut said = false;
+    move || {
+        let done = engine.writeback(&space, PageIndex(0), PageIndex::LAST);
+        if let Err(e) = &done
+            && !said
+        {
+            said = true;
+            error!(
+                "a sync failed: {e}; data may be lost. Every flush from now on fails. \
+                 Check the disk and the file, then start the daemon again"
+            );
+        }
+        done.is_ok()
     }
 }
 
@@ -141,6 +203,11 @@ impl Device for Pmem {
 
     fn window_file(&self) -> &Arc<File> {
         &self.file
+    }
+
+    fn map_window(&self, mapper: Arc<dyn Mapper>) -> Result<(), MapError> {
+        self.front_end.set(mapper);
+        self.engine.map_again()
     }
 
     fn handle(&self, request: Request) {

@@ -133,6 +133,32 @@ impl Layout {
         Ok(())
     }
 
+    /// Nothing of `file` from byte `end` (a whole page) on is shown any more. It goes by maps, not by
+    /// grants: a file that has already shrunk can't be mapped behind its end, not even for a moment.
+    ///
+    /// # Errors
+    /// See [`show`](Self::show).
+    pub fn clip(
+        &mut self,
+        file: &Arc<File>,
+        end: FileOffset,
+        mapper: &dyn Mapper,
+        most: usize,
+    ) -> Result<(), ShowError> {
+        let over: Vec<_> = self
+            .maps
+            .iter()
+            .filter(|(_, piece)| Arc::ptr_eq(&piece.file, file))
+            .map(|(at, piece)| (at, end.0.saturating_sub(piece.from.0), piece.bytes.0))
+            .filter(|(_, keep, bytes)| keep < bytes)
+            .map(|(at, keep, bytes)| (WindowOffset(at + keep), WindowBytes(bytes - keep)))
+            .collect();
+        for (at, bytes) in over {
+            self.show(at, bytes, None, mapper, most)?;
+        }
+        Ok(())
+    }
+
     fn plan(&self, at: u64, end: u64, new: Option<&Piece>) -> Vec<Step> {
         if self.shows(at, end, new) {
             return Vec::new();
@@ -141,7 +167,6 @@ impl Layout {
             .touching(at, end)
             .map(|(start, piece)| Step::Unmap(WindowOffset(start), piece.clone()))
             .collect();
-        steps.extend(new.map(|piece| Step::Map(WindowOffset(at), piece.clone())));
         for (start, piece) in self.touching(at, end) {
             let piece_end = start + piece.bytes.0;
             if start < at {
@@ -151,6 +176,9 @@ impl Layout {
                 steps.push(Step::Map(WindowOffset(end), piece.cut(end - start, piece_end - end)));
             }
         }
+        // Last: nothing comes behind it that could be refused, so it never has to be taken back, and
+        // a way back that is refused, too, leaves a gap but never shows what was not granted.
+        steps.extend(new.map(|piece| Step::Map(WindowOffset(at), piece.clone())));
         steps
     }
 
@@ -196,8 +224,12 @@ impl Layout {
     ) -> ShowError {
         let mut torn = false;
         for step in done.rev() {
-            if let Err(e) = self.take(&step.inverse(), mapper) {
-                error!("the window can't be put back as it was: {e}");
+            let back = step.inverse();
+            // What an earlier step back could not take away is in the way (Q4).
+            let blocked = matches!(&back, Step::Map(at, piece)
+                if self.touching(at.0, at.0 + piece.bytes.0).next().is_some());
+            if blocked || self.take(&back, mapper).is_err() {
+                error!("the window can't be put back as it was: {back:?}");
                 torn = true;
             }
         }

@@ -16,7 +16,7 @@ use std::io;
 use thiserror::Error;
 
 pub use shmem::{Acks, ShmemMapper};
-pub(crate) use whole::{Outcome, WholeFile};
+pub(crate) use whole::WholeFile;
 
 /// A byte offset into the window (shared memory region 0).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -33,15 +33,15 @@ pub struct WindowBytes(pub u64);
 /// Why a piece of the window could not be mapped or unmapped.
 #[derive(Debug, Error)]
 pub enum MapError {
-    /// The front-end did not negotiate VHOST_USER_PROTOCOL_F_SHMEM.
-    #[error("the front-end has no SHMEM")]
-    NotNegotiated,
     /// The front-end said no. It does not say why.
     #[error("the front-end refused")]
     Refused,
     /// The device was stopped before the message was sent: nothing was sent (Q1).
     #[error("the device was stopped")]
     Stopped,
+    /// The front-end lacks something that no map can do without.
+    #[error("the front-end lacks {0}")]
+    Unsupported(&'static str),
     /// The channel to the front-end is broken.
     #[error("the front-end can't be reached: {0}")]
     Broken(io::Error),

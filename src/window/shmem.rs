@@ -94,7 +94,7 @@ fn sort(result: io::Result<u64>) -> Result<(), MapError> {
     let Err(e) = result else { return Ok(()) };
     Err(match e.get_ref().map(|inner| inner.downcast_ref::<Error>()) {
         Some(Some(Error::FrontendInternalError)) => MapError::Refused,
-        Some(None) => MapError::NotNegotiated,
+        Some(None) => MapError::Unsupported("protocol feature SHMEM"),
         _ => MapError::Broken(e),
     })
 }

@@ -21,19 +21,6 @@ enum Table {
     Fresh { shows_file: bool },
 }
 
-/// How an attempt to bring the window up ended.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Outcome {
-    /// The window shows the file.
-    Up,
-    /// The ring was stopped before the map was sent: nothing was sent.
-    Cancelled,
-    /// The window can't be had from this front-end, which lacks what the text names.
-    Unsupported(&'static str),
-    /// The front-end did not map the file; the text says more.
-    Failed(String),
-}
-
 /// A mapper that can find out what its acks are worth.
 pub(crate) trait Channel: Mapper {
     /// See [`ShmemMapper::probe_acks`].
@@ -102,27 +89,38 @@ impl WholeFile {
     pub(crate) fn is_shown(&self) -> bool {
         *lock(&self.table) == Table::Fresh { shows_file: true }
     }
+}
 
-    /// Sends the map and waits for the answer.
-    pub(crate) fn bring_up(&self) -> Outcome {
-        let Some(mapper) = self.channel.get() else {
-            return Outcome::Unsupported("a back-end channel");
-        };
+/// The front-end as the device sees it: what it answers has been checked against what it shows.
+impl Mapper for WholeFile {
+    fn map(
+        &self,
+        at: WindowOffset,
+        file: &File,
+        from: FileOffset,
+        bytes: WindowBytes,
+    ) -> Result<(), MapError> {
+        let lacks = |what| Err(MapError::Unsupported(what));
+        let Some(channel) = self.channel.get() else { return lacks("a back-end channel") };
         let acks = self.acks();
         if acks == Acks::Missing {
-            return Outcome::Unsupported("protocol feature REPLY_ACK");
+            return lacks("protocol feature REPLY_ACK");
         }
-        match mapper.map(WindowOffset(0), &self.file, FileOffset(0), self.bytes) {
+        match channel.map(at, file, from, bytes) {
             // A front-end that can't be asked whether it acks: its table is the proof.
             Ok(()) if acks == Acks::Unknown && !self.is_shown() => {
-                Outcome::Unsupported("protocol feature REPLY_ACK")
+                lacks("protocol feature REPLY_ACK")
             }
-            Ok(()) => Outcome::Up,
-            Err(MapError::NotNegotiated) => Outcome::Unsupported("protocol feature SHMEM"),
-            Err(MapError::Stopped) => Outcome::Cancelled,
             // Q4: refused because it is still there.
-            Err(MapError::Refused) if self.is_shown() => Outcome::Up,
-            Err(e) => Outcome::Failed(e.to_string()),
+            Err(MapError::Refused) if self.is_shown() => Ok(()),
+            other => other,
+        }
+    }
+
+    fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
+        match self.channel.get() {
+            Some(channel) => channel.unmap(at, bytes),
+            None => Err(MapError::Unsupported("a back-end channel")),
         }
     }
 }
@@ -186,14 +184,24 @@ mod tests {
         GuestMemoryMmap::from_regions(vec![region]).unwrap()
     }
 
-    fn bring_up(map: fn() -> Result<(), MapError>, acks: Acks, shown: bool) -> Outcome {
+    fn map(window: &WholeFile) -> Result<(), String> {
+        let file = window.file.clone();
+        let done = window.map(WindowOffset(0), &file, FileOffset(0), window.bytes);
+        done.map_err(|e| e.to_string())
+    }
+
+    fn bring_up(
+        answer: fn() -> Result<(), MapError>,
+        acks: Acks,
+        shown: bool,
+    ) -> Result<(), String> {
         let file = file();
         let window = WholeFile::new(file.clone(), WindowBytes(BYTES));
-        window.set_channel(Scripted { map, acks });
+        window.set_channel(Scripted { map: answer, acks });
         if shown {
             window.table_came(&table(&file, 0, BYTES));
         }
-        window.bring_up()
+        map(&window)
     }
 
     /// Shows: only a table that came since the stop, with the whole of this very file, is proof.
@@ -220,10 +228,10 @@ mod tests {
     /// Shows: an ack is believed if it is one, or if the memory table agrees.
     #[test]
     fn an_ack_is_checked() {
-        let no_acks = || Outcome::Unsupported("protocol feature REPLY_ACK");
+        let no_acks = || Err("the front-end lacks protocol feature REPLY_ACK".to_string());
         for (acks, shown, outcome) in [
-            (Acks::Real, false, Outcome::Up),
-            (Acks::Unknown, true, Outcome::Up),
+            (Acks::Real, false, Ok(())),
+            (Acks::Unknown, true, Ok(())),
             (Acks::Unknown, false, no_acks()),
             (Acks::Missing, true, no_acks()),
         ] {
@@ -235,18 +243,14 @@ mod tests {
     #[test]
     fn a_refusal_is_checked() {
         let refused = || Err(MapError::Refused);
-        assert_eq!(bring_up(refused, Acks::Real, true), Outcome::Up);
-        let failed = Outcome::Failed(MapError::Refused.to_string());
-        assert_eq!(bring_up(refused, Acks::Real, false), failed);
+        assert_eq!(bring_up(refused, Acks::Real, true), Ok(()));
+        assert_eq!(bring_up(refused, Acks::Real, false), Err(MapError::Refused.to_string()));
     }
 
-    /// Shows: a front-end that can't map is named as such, and a stop is no failure.
+    /// Shows: a session without a back-end channel is told apart.
     #[test]
-    fn other_ends_of_a_map() {
-        let no_shmem = bring_up(|| Err(MapError::NotNegotiated), Acks::Unknown, false);
-        assert_eq!(no_shmem, Outcome::Unsupported("protocol feature SHMEM"));
-        assert_eq!(bring_up(|| Err(MapError::Stopped), Acks::Real, false), Outcome::Cancelled);
-        let no_channel = WholeFile::new(file(), WindowBytes(BYTES)).bring_up();
-        assert_eq!(no_channel, Outcome::Unsupported("a back-end channel"));
+    fn a_channel_is_needed() {
+        let no_channel = WholeFile::new(file(), WindowBytes(BYTES));
+        assert_eq!(map(&no_channel), Err("the front-end lacks a back-end channel".into()));
     }
 }

@@ -52,7 +52,9 @@ fn main() {
     for (_, report) in &verified {
         disk.check(report);
     }
-    step("the host found all three files' bytes at their place in the host file; nothing was mounted");
+    step(
+        "the host found all three files' bytes at their place in the host file; nothing was mounted",
+    );
     print_table(&verified);
     let counts = vm.daemon(0).counts();
     println!(
