@@ -60,6 +60,15 @@ impl Daemon {
         daemon
     }
 
+    /// One more daemon on `disk` ends with code 2, and says why.
+    pub fn assert_refused(disk: &Disk, why: &str) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-dax"));
+        command.arg("pmem").arg("--socket-path").arg(disk.path().with_extension("second"));
+        let output = command.arg("--file").arg(disk.path()).output().expect("start a daemon");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && said.contains(why), "{said}");
+    }
+
     // Not by connecting: a connection is the daemon's one session.
     fn wait_for_socket(&mut self) {
         let there = self.output.wait_until(HANG, || self.socket.exists());

@@ -2,6 +2,7 @@
 
 //! What the guest fsynced survives `kill -9` of QEMU and of the daemon.
 
+use crate::daemon::Daemon;
 use crate::disk::{Disk, pattern};
 use crate::vm::{Guest, Vm};
 
@@ -65,6 +66,8 @@ fn kill_of_the_daemon() {
     let Some(guest) = Guest::enter("kill_of_the_daemon") else { return };
     let disk = Disk::new(128);
     let (mut vm, sha256, last) = write_until_kill(&guest, &disk, |vm| vm.kill_daemon(0));
+    // The VM still maps the file, and so still has its lock: nobody else may write to it.
+    Daemon::assert_refused(&disk, "in use by another process");
     vm.kill_qemu();
     drop(vm);
     verify_in_new_vm(&guest, &disk, &sha256, last);
