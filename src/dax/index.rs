@@ -70,11 +70,13 @@ struct Node {
     slots: [u64; SLOTS],
     used: u64,
     marks: [u64; MARKS],
+    /// None at the root.
+    parent: Option<NodeId>,
 }
 
 impl Node {
-    fn new() -> Box<Self> {
-        Box::new(Self { slots: [0; SLOTS], used: 0, marks: [0; MARKS] })
+    fn new(parent: Option<NodeId>) -> Box<Self> {
+        Box::new(Self { slots: [0; SLOTS], used: 0, marks: [0; MARKS], parent })
     }
 
     fn get(&self, slot: usize) -> Slot {
@@ -118,7 +120,33 @@ pub struct Index {
     root: Option<NodeId>,
     root_level: u32,
     entries: u64,
+    /// The node of the entry that was found last. Whoever walks a range asks for its neighbour next,
+    /// and that is found without a descent, however tall the tree.
+    finger: Cell<Option<Finger>>,
     steps: Cell<u64>,
+}
+
+/// A live node, its level, and the first page below it.
+#[derive(Clone, Copy)]
+struct Finger {
+    node: NodeId,
+    level: u32,
+    base: PageIndex,
+}
+
+impl Finger {
+    /// At the node of `level` that `page` is below.
+    fn at(node: NodeId, level: u32, page: PageIndex) -> Self {
+        Self { node, level, base: PageIndex(page.0 >> shift(level + 1) << shift(level + 1)) }
+    }
+
+    fn end(self) -> PageIndex {
+        PageIndex(self.base.0 + (1 << shift(self.level + 1)))
+    }
+
+    fn covers(self, page: PageIndex) -> bool {
+        self.base <= page && page < self.end()
+    }
 }
 
 impl Default for Index {
@@ -129,6 +157,7 @@ impl Default for Index {
             root: None,
             root_level: CHUNK_LEVEL,
             entries: 0,
+            finger: Cell::new(None),
             steps: Cell::new(0),
         }
     }
@@ -182,14 +211,14 @@ impl Index {
         }
     }
 
-    fn allocate(&mut self) -> NodeId {
+    fn allocate(&mut self, parent: Option<NodeId>) -> NodeId {
         if let Some(id) = self.free.pop() {
-            self.nodes[id.0 as usize] = Some(Node::new());
+            self.nodes[id.0 as usize] = Some(Node::new(parent));
             return id;
         }
         // 2^31 nodes would be over a terabyte of them.
         let id = NodeId(self.nodes.len() as u32);
-        self.nodes.push(Some(Node::new()));
+        self.nodes.push(Some(Node::new(parent)));
         id
     }
 
@@ -197,14 +226,24 @@ impl Index {
         page.0 >> shift(self.root_level) < SLOTS as u64
     }
 
+    /// The finger if `page` is below it, else the root if `page` is below that.
+    fn nearest(&self, page: PageIndex) -> Option<(NodeId, u32)> {
+        match self.finger.get() {
+            Some(finger) if finger.covers(page) => Some((finger.node, finger.level)),
+            _ => self.root.filter(|_| self.covers(page)).map(|root| (root, self.root_level)),
+        }
+    }
+
     fn locate(&self, page: PageIndex) -> Option<(Place, Entry)> {
-        let mut node = self.root.filter(|_| self.covers(page))?;
-        let mut level = self.root_level;
+        let (mut node, mut level) = self.nearest(page)?;
         loop {
             let slot = slot_of(page, level);
             match self.node(node).get(slot) {
                 Slot::Vacant => return None,
-                Slot::Entry(entry) => return Some((Place { node, slot, level }, entry)),
+                Slot::Entry(entry) => {
+                    self.finger.set(Some(Finger::at(node, level, page)));
+                    return Some((Place { node, slot, level }, entry));
+                }
                 Slot::Node(child) => node = child,
             }
             level -= 1;
@@ -226,15 +265,17 @@ impl Index {
             Order::Pte => 0,
             Order::Pmd => CHUNK_LEVEL,
         };
-        let mut node = self.root_for(page);
-        let mut level = self.root_level;
+        let (mut node, mut level) = match self.nearest(page) {
+            Some((node, level)) if level >= goal => (node, level),
+            _ => (self.root_for(page), self.root_level),
+        };
         while level > goal {
             let slot = slot_of(page, level);
             node = match self.node(node).get(slot) {
                 Slot::Node(child) => child,
                 Slot::Entry(_) => return Err(Occupied),
                 Slot::Vacant => {
-                    let child = self.allocate();
+                    let child = self.allocate(Some(node));
                     self.node_mut(node).set(slot, Slot::Node(child));
                     child
                 }
@@ -247,6 +288,7 @@ impl Index {
             return Err(Occupied);
         }
         self.node_mut(node).set(slot, Slot::Entry(entry));
+        self.finger.set(Some(Finger::at(node, level, page)));
         self.entries += 1;
         Ok(())
     }
@@ -257,13 +299,14 @@ impl Index {
             while !self.covers(page) && self.root_level < TOP_LEVEL {
                 self.root_level += 1;
             }
-            let root = self.allocate();
+            let root = self.allocate(None);
             self.root = Some(root);
             return root;
         };
         while !self.covers(page) && self.root_level < TOP_LEVEL {
             let marks = self.node(root).marks;
-            let above = self.allocate();
+            let above = self.allocate(None);
+            self.node_mut(root).parent = Some(above);
             let node = self.node_mut(above);
             node.set(0, Slot::Node(root));
             node.marks = marks.map(|marks| u64::from(marks != 0));
@@ -277,6 +320,8 @@ impl Index {
     fn release(&mut self, id: NodeId) {
         self.nodes[id.0 as usize] = None;
         self.free.push(id);
+        // It may be the finger's, and the number will be another node's.
+        self.finger.set(None);
     }
 
     /// Puts `entry` in the place of one of the same order; marks stay. False if there is none.
@@ -335,30 +380,26 @@ impl Index {
 
     /// Sets or clears `mark` on the entry that covers `page`. False if there is none.
     pub fn set_mark(&mut self, page: PageIndex, mark: Mark, on: bool) -> bool {
-        let (Some((place, _)), Some(root)) = (self.locate(page), self.root) else { return false };
-        self.set_mark_below(root, self.root_level, page, place.level, mark, on);
+        let Some((place, _)) = self.locate(page) else { return false };
+        self.change_marks(place, page, mark, 1 << place.slot, on);
         true
     }
 
-    fn set_mark_below(
-        &mut self,
-        node: NodeId,
-        level: u32,
-        page: PageIndex,
-        goal: u32,
-        mark: Mark,
-        on: bool,
-    ) -> bool {
-        let slot = slot_of(page, level);
-        let set = match self.node(node).get(slot) {
-            Slot::Node(child) if level > goal => {
-                self.set_mark_below(child, level - 1, page, goal, mark, on)
-            }
-            _ => on,
-        };
-        let marks = &mut self.node_mut(node).marks[mark as usize];
-        *marks = *marks & !(1 << slot) | u64::from(set) << slot;
-        *marks != 0
+    /// Sets or clears some marks of the node at `place`, which `page` is below, and then those above
+    /// it, as far up as they have become wrong.
+    fn change_marks(&mut self, place: Place, page: PageIndex, mark: Mark, bits: u64, on: bool) {
+        let Place { mut node, mut level, .. } = place;
+        let mut bits = bits;
+        loop {
+            let at = self.node_mut(node);
+            let marks = &mut at.marks[mark as usize];
+            let was_clean = *marks == 0;
+            *marks = if on { *marks | bits } else { *marks & !bits };
+            let right_above = was_clean == (*marks == 0);
+            let Some(parent) = at.parent.filter(|_| !right_above) else { break };
+            (node, level) = (parent, level + 1);
+            bits = 1 << slot_of(page, level);
+        }
     }
 
     /// The first entry that covers a page of `from..=last`, or with `mark` the first so marked.
@@ -371,19 +412,28 @@ impl Index {
         if from > last || !self.covers(from) {
             return None;
         }
+        let mut from = from;
+        if let Some(finger) = self.finger.get().filter(|finger| finger.covers(from)) {
+            let Finger { node, level, base } = finger;
+            let found = self.next_below(node, level, base, from, last, mark);
+            from = finger.end();
+            if found.is_some() || from > last || !self.covers(from) {
+                return found;
+            }
+        }
         self.next_below(self.root?, self.root_level, PageIndex(0), from, last, mark)
     }
 
     fn next_below(
         &self,
-        node: NodeId,
+        id: NodeId,
         level: u32,
         base: PageIndex,
         from: PageIndex,
         last: PageIndex,
         mark: Option<Mark>,
     ) -> Option<(PageIndex, Entry)> {
-        let node = self.node(node);
+        let node = self.node(id);
         let first = if from > base { slot_of(from, level) } else { 0 };
         let mut bits = node.bits(mark) & u64::MAX << first;
         while bits != 0 {
@@ -393,7 +443,10 @@ impl Index {
                 return None;
             }
             match node.get(slot) {
-                Slot::Entry(entry) => return Some((start, entry)),
+                Slot::Entry(entry) => {
+                    self.finger.set(Some(Finger { node: id, level, base }));
+                    return Some((start, entry));
+                }
                 Slot::Node(child) => {
                     let found = self.next_below(child, level - 1, start, from, last, mark);
                     if found.is_some() {
@@ -418,12 +471,24 @@ impl Index {
         let mut tagged = 0;
         let mut at = from;
         while let Some((start, entry)) = self.next(at, last, Some(Mark::Dirty)) {
-            if tagged == most {
+            let Some((place, _)) = self.locate(start).filter(|_| tagged < most) else {
                 return (tagged, Some(start));
-            }
-            self.set_mark(start, Mark::ToWrite, true);
-            tagged += 1;
+            };
+            let mut bits = 1 << place.slot;
             at = PageIndex(start.0 + entry.order().pages());
+            if place.level == 0 {
+                // A leaf has entries only: all of it at once.
+                let behind = (last.0 - start.0).min((SLOTS - 1 - place.slot) as u64);
+                bits = self.node(place.node).bits(Some(Mark::Dirty))
+                    & u64::MAX << place.slot
+                    & u64::MAX >> (SLOTS as u64 - 1 - place.slot as u64 - behind);
+                while u64::from(bits.count_ones()) > most - tagged {
+                    bits &= !(1 << bits.ilog2());
+                }
+                at = PageIndex(start.0 - place.slot as u64 + u64::from(bits.ilog2()) + 1);
+            }
+            self.change_marks(place, start, Mark::ToWrite, bits, true);
+            tagged += u64::from(bits.count_ones());
         }
         (tagged, None)
     }
@@ -569,6 +634,21 @@ mod tests {
             }
             assert_eq!((index.len(), index.bytes()), (0, 0), "an empty index holds no memory");
         }
+    }
+
+    /// Shows: what was found last is not remembered beyond its node, whose number is given out again.
+    #[test]
+    fn a_freed_node_is_not_found_again() {
+        let mut index = Index::default();
+        let entry = Entry::zero(Order::Pte);
+        index.insert(PageIndex(0), entry).unwrap();
+        index.insert(PageIndex(64), entry).unwrap();
+        assert!(index.get(PageIndex(64)).is_some());
+        assert!(index.remove(PageIndex(64)).is_some());
+        index.insert(PageIndex(128), entry).unwrap();
+        assert_eq!(index.get(PageIndex(64)), None);
+        assert_eq!(index.next(PageIndex(64), PageIndex::LAST, None), Some((PageIndex(128), entry)));
+        assert_eq!(index.len(), 2);
     }
 
     /// Shows: a search for marks costs by what is marked, not by what is there.

@@ -187,11 +187,15 @@ impl Mapper for Yes {
     }
 }
 
-/// One page of memory: `stored` is in a cache line, `durable` is where a flush puts it.
+/// One page of memory: `stored` is in a cache line, `durable` is where a flush puts it, unless it fails.
 #[derive(Clone, Default)]
-struct Line(Arc<(AtomicBool, AtomicBool)>);
+struct Line(Arc<(AtomicBool, AtomicBool)>, bool);
 
 impl Line {
+    fn broken() -> Self {
+        Self(Arc::default(), true)
+    }
+
     fn store(&self) {
         self.0.0.store(true, Ordering::SeqCst);
     }
@@ -211,6 +215,9 @@ impl Persist for Line {
     }
 
     fn flush(&self, _: u64, _: u64) -> io::Result<()> {
+        if self.1 {
+            return Err(io::Error::other("the line is broken"));
+        }
         self.0.1.fetch_or(self.0.0.load(Ordering::SeqCst), Ordering::SeqCst);
         Ok(())
     }
@@ -243,6 +250,20 @@ fn neither_of_two_flushers_returns_early() {
                 fsync(&engine, &space);
                 assert!(line.is_durable());
             }
+        };
+        together(flusher(), flusher(), || {});
+    });
+}
+
+/// Shows: of two who flush one entry and fail, neither says that it is durable (row 10).
+#[test]
+fn both_of_two_flushers_learn_of_a_failure() {
+    check(|| {
+        let (engine, space, span) = engine(&Line::broken());
+        engine.grant(&space, FileOffset(0), span, Access::Write).unwrap();
+        let flusher = || {
+            let (engine, space) = (engine.clone(), space.clone());
+            move || assert!(engine.writeback(&space, PageIndex(0), PageIndex(0)).is_err())
         };
         together(flusher(), flusher(), || {});
     });

@@ -1,6 +1,62 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: the DAX engine.
+//! Step 4 of 6: the DAX engine: what the kernel's `fs/dax.c` does for page tables, for a guest's window.
+//! Knows no virtio, no vhost-user and no FUSE: a file is an [`ExtentSource`](extent::ExtentSource), the
+//! window a [`Mapper`](crate::window::Mapper), and durability a [`Persist`](crate::persist::Persist).
+//!
+//! A [`Space`](engine::Space) is one host file, with an [`Entry`](entry::Entry) for each page or chunk
+//! of 2 MiB that is granted: a hole, or a block; locked, or not; clean, or dirty. A *grant* is what the
+//! guest may touch without asking again.
+//!
+//! # The steps of a grant
+//! 1. [`Engine::span`](engine::Engine::span) checks the numbers.
+//! 2. The gate is passed: no one changes the file's length or takes its blocks until the grant is there.
+//! 3. Past the end of the file? Refused. To write? Blocks first: a full disk is told now or never.
+//! 4. The grant is counted, so that whoever removes another one sees that these pages are wanted.
+//! 5. The fault: chunk by chunk a PMD entry where all conditions hold, else PTE entries. Each is grabbed
+//!    (locked), filled if it was a hole or empty, marked dirty if it may be written, and let go.
+//! 6. The window shows it: the few maps and unmaps that get there, or the way back if one is refused.
+//! 7. What was granted there before is retired: flushed a last time where nobody may write any more,
+//!    and forgotten where nobody may read either.
+//!
+//! # Lock order
+//! Take them from the top down. Only those above the line may be held over a front-end round trip, a
+//! file-system call or a flush.
+//!
+//! | lock | guards | held over |
+//! |---|---|---|
+//! | gate (one per space) | length and blocks; shared by grants, reads, writes and writebacks | all of them |
+//! | turn of the window (one per engine) | grants and maps | round trips; allocation in a re-fault |
+//! | an entry's lock bit | that entry; never two at once | its flush, its `unmap_hole`, its lookup |
+//! | ------ | | |
+//! | index mutex (one per space) | entries, their marks and lock bits | nothing |
+//! | wait bucket | who waits for an entry | nothing |
+//! | coverage (leaf) | how often each page is granted | nothing |
+//! | failed (leaf) | whether a writeback has failed | nothing |
+//!
+//! # From behaviour to test
+//! The rows are those of the project's table of the kernel's behaviours. Tests named `row_*` are in
+//! `tests/engine/rows`, unless a module is given. Where the model checker looks as well: `loom_tests`.
+//!
+//! | row | behaviour | tests |
+//! |---|---|---|
+//! | 1 | one word per entry | `row_01_an_entry_is_one_word` in [`entry`], and its size assertion |
+//! | 2 | who waits, and who is woken | `waits.rs`: `row_02_*` |
+//! | 3 | an entry is got, inserted, split, or refused | `entries.rs`: `row_03_grab_mapping_entry_*` |
+//! | 4 | an unused wake-up is passed on | `waits.rs`: `row_04_*` |
+//! | 5 | deletion, truncation, invalidate if clean | `entries.rs`, `resize.rs`: `row_05_*` |
+//! | 6 | holes are shown, not filled, not written back | `holes.rs`: `row_06_*`; `real_files.rs`: `row_06_a_sparse_gibibyte_stays_sparse` |
+//! | 7 | private mappings only read | `holes.rs`: `row_07_a_private_mapping_dirties_and_allocates_nothing` |
+//! | 8 | what replaces what, and in which order | `holes.rs`, `refusals.rs`: `row_08_*` |
+//! | 9 | dirty until the last write grant is gone | `writeback.rs`, `refusals.rs`: `row_09_*` |
+//! | 10 | one entry written back | `flushers.rs`, `writeback.rs`: `row_10_*` |
+//! | 11 | the cost of a writeback | `walk.rs`: `row_11_*`; `a_search_skips_what_is_clean` in [`index`] |
+//! | 12 | zeroing | `resize.rs`: `row_12_*`; `real_files.rs`: `row_12_zeroing_a_real_file_at_odd_offsets` |
+//! | 13 | READ and WRITE beside the window | `rw.rs`: `row_13_*`; `real_files.rs`: `row_13_read_and_write_against_mmap` |
+//! | 14 | the end of the file | `grants.rs`, `resize.rs`: `row_14_*` |
+//! | 15 | when it is a PMD | `fallback.rs`: `row_15_*`, one per condition |
+//! | 16 | blocks before promises | `grants.rs`: `row_16_*`; `real_files.rs`: `row_16_a_real_full_disk` |
+//! | 17 | trace points | `trace.rs`: `row_17_*`; `row_17_a_trace_point_is_cheap_when_off` in `trace` here |
 
 pub mod counters;
 mod coverage;

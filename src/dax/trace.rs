@@ -17,3 +17,25 @@ macro_rules! trace_dax {
 }
 
 pub(super) use trace_dax;
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::super::entry::PageIndex;
+    use super::super::wait::SpaceId;
+
+    struct Space {
+        id: SpaceId,
+    }
+
+    /// Shows: nothing that a trace point would print is computed while it is off (behaviour 17).
+    #[test]
+    fn row_17_a_trace_point_is_cheap_when_off() {
+        let (space, computed) = (Space { id: SpaceId(0) }, Cell::new(0));
+        let compute = || computed.set(computed.get() + 1);
+        assert!(log::max_level() < log::LevelFilter::Trace, "no logger is installed here");
+        trace_dax!(pte_fault, space, PageIndex(0), "{:?}", compute());
+        assert_eq!(computed.get(), 0);
+    }
+}

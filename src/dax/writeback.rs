@@ -113,8 +113,7 @@ impl Engine {
         // A failure is noted before the entry is unlocked: whoever waits for it looks at that next.
         let flushed = self.note(space, space.persist.flush(start.byte(), bytes));
         held.mark(Mark::Writeback, false);
-        // Noted before the unlock: whoever waited for us must see it.
-        self.note(space, flushed)?;
+        flushed?;
         self.counters.flushes.add(1);
         self.counters.bytes_written_back.add(bytes);
         trace_dax!(writeback_one, space, start, "pages={}", entry.order().pages());

@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Rows 3 and 5: how an entry is got, split and deleted.
+
+use std::sync::mpsc;
+use std::sync::{Arc, Barrier};
+use std::thread;
+
+use vhost_user_dax::dax::entry::{Entry, Order, PMD_PAGES, PageIndex};
+use vhost_user_dax::dax::extent::Access;
+use vhost_user_dax::dax::index::{Mark, Occupied};
+use vhost_user_dax::dax::space::Entries;
+use vhost_user_dax::dax::wait::{SpaceId, WaitTable};
+
+use super::{Rig, own_block, pmd, pte, receive, until, zero};
+
+pub fn no_unmap(at: PageIndex, order: Order) {
+    panic!("{order:?} at {at:?} was unmapped");
+}
+
+pub fn new_entries() -> (Arc<Entries>, Arc<WaitTable>) {
+    let waits = Arc::new(WaitTable::default());
+    (Arc::new(Entries::new(SpaceId(7), waits.clone())), waits)
+}
+
+/// Puts an entry there, not locked.
+pub fn put(entries: &Entries, page: u64, entry: Entry) {
+    let mut held = entries.grab(PageIndex(page), entry.order(), &mut no_unmap).unwrap();
+    if !entry.is_empty() {
+        held.fill(entry, &mut no_unmap);
+    }
+}
+
+fn look(entries: &Entries, page: u64) -> Option<(u64, Entry)> {
+    let page = PageIndex(page);
+    entries.next(page, page, None).map(|(start, entry)| (start.0, entry))
+}
+
+struct Case {
+    found: Option<(u64, Entry)>,
+    asked: Order,
+    /// The entry that comes back, with its first page.
+    got: Result<(u64, Entry), Occupied>,
+    split: bool,
+    unmapped: bool,
+}
+
+fn cases() -> Vec<Case> {
+    use Order::{Pmd, Pte};
+    let at = PMD_PAGES + 7;
+    let chunk = PMD_PAGES;
+    let case = |found, asked, got| Case { found, asked, got, split: false, unmapped: false };
+    let split = |found, unmapped| {
+        let got = Ok((at, Entry::empty(Pte)));
+        Case { found: Some((chunk, found)), asked: Pte, got, split: true, unmapped }
+    };
+    let same = |start, entry, asked| case(Some((start, entry)), asked, Ok((start, entry)));
+    let refused = |start, entry| case(Some((start, entry)), Pmd, Err(Occupied));
+    vec![
+        case(None, Pte, Ok((at, Entry::empty(Pte)))),
+        case(None, Pmd, Ok((chunk, Entry::empty(Pmd)))),
+        same(at, zero(Pte), Pte),
+        same(at, Entry::empty(Pte), Pte),
+        same(at, pte(at), Pte),
+        same(chunk, zero(Pmd), Pmd),
+        same(chunk, Entry::empty(Pmd), Pmd),
+        same(chunk, pmd(chunk), Pmd),
+        // A PMD with blocks is left to a PTE request.
+        same(chunk, pmd(chunk), Pte),
+        split(zero(Pmd), true),
+        split(Entry::empty(Pmd), false),
+        // PTEs are in a PMD's way: at its own index, or anywhere in the chunk.
+        refused(at, pte(at)),
+        refused(at, zero(Pte)),
+        refused(at, Entry::empty(Pte)),
+        refused(chunk, pte(chunk)),
+        refused(2 * chunk - 1, zero(Pte)),
+        // A PTE elsewhere is in no PTE's way.
+        case(Some((at + 1, pte(at + 1))), Pte, Ok((at, Entry::empty(Pte)))),
+        // And the next chunk's is in nobody's.
+        case(Some((2 * chunk, pte(2 * chunk))), Pmd, Ok((chunk, Entry::empty(Pmd)))),
+    ]
+}
+
+/// Row 3: every pair of what is asked for and what is there; never merged upward.
+#[test]
+fn row_03_grab_mapping_entry_every_pair() {
+    let at = PMD_PAGES + 7;
+    for (n, case) in cases().into_iter().enumerate() {
+        let (entries, _) = new_entries();
+        if let Some((start, entry)) = case.found {
+            put(&entries, start, entry);
+        }
+        let mut unmapped = Vec::new();
+        let held = entries.grab(PageIndex(at), case.asked, &mut |start, order| {
+            let there = look(&entries, start.0).unwrap();
+            assert!(there.1.is_locked(), "case {n}: unmapped without the entry's lock");
+            unmapped.push((start.0, order));
+        });
+        let got = held.as_ref().map(|held| (held.start().0, held.entry()));
+        assert_eq!(got.map_err(|e| *e), case.got, "case {n}");
+        let expected: &[_] = if case.unmapped { &[(PMD_PAGES, Order::Pmd)] } else { &[] };
+        assert_eq!(unmapped, expected, "case {n}");
+        if let Ok(held) = &held {
+            assert_eq!(held.was_split(), case.split, "case {n}");
+            let (start, there) = look(&entries, held.start().0).unwrap();
+            assert_eq!((start, there), (held.start().0, held.entry().locked()), "case {n}");
+        }
+        drop(held);
+        match (case.got, case.found) {
+            (Ok((start, entry)), _) => {
+                assert_eq!(look(&entries, start), Some((start, entry)), "case {n}: unlocked");
+                let left = u64::from(case.found.is_some_and(|(other, there)| {
+                    other != start && there.order() == Order::Pte
+                        || other / PMD_PAGES != start / PMD_PAGES
+                }));
+                assert_eq!(entries.len(), 1 + left, "case {n}");
+            }
+            (Err(_), found) => {
+                assert_eq!(look(&entries, found.unwrap().0), found, "case {n}: as it was");
+                assert_eq!(entries.len(), 1, "case {n}");
+            }
+        }
+    }
+}
+
+/// Row 3: a write to one page of a PMD that has blocks leaves the PMD, and dirties all of it.
+#[test]
+fn row_03_grab_mapping_entry_leaves_a_real_pmd_and_dirties_it() {
+    let rig = Rig::new(PMD_PAGES);
+    rig.source.fill(0, PMD_PAGES);
+    rig.grant(0, 0, PMD_PAGES, Access::Read).unwrap();
+    assert_eq!((rig.entries(), rig.dirty()), (vec![(0, pmd(0))], vec![]));
+    rig.grant(100, PMD_PAGES + 100, 1, Access::Write).unwrap();
+    assert_eq!((rig.entries(), rig.dirty()), (vec![(0, pmd(0))], vec![0]));
+    rig.sync().unwrap();
+    assert_eq!(rig.flushed(), [(0, PMD_PAGES)]);
+}
+
+/// Row 3: many threads that ask for both orders all over one chunk: each holds its entry alone, and
+/// no two entries ever overlap.
+#[test]
+fn row_03_grab_mapping_entry_races() {
+    let (entries, waits) = new_entries();
+    let owners: Arc<Vec<_>> =
+        Arc::new((0..PMD_PAGES).map(|_| std::sync::atomic::AtomicBool::new(false)).collect());
+    let begin = Barrier::new(4);
+    thread::scope(|scope| {
+        for thread in 0..4u64 {
+            let (entries, owners, begin) = (&entries, &owners, &begin);
+            scope.spawn(move || {
+                begin.wait();
+                for n in 0..2_000u64 {
+                    let page = (n * 7 + thread * 3) % 16 * 31;
+                    let order = if (n + thread) % 5 == 0 { Order::Pmd } else { Order::Pte };
+                    let Ok(held) = entries.grab(PageIndex(page), order, &mut |_, _| ()) else {
+                        continue;
+                    };
+                    use std::sync::atomic::Ordering::SeqCst;
+                    let covered = held.start().0..held.start().0 + held.entry().order().pages();
+                    let mine = &owners[covered.start as usize..covered.end as usize];
+                    let taken = mine.iter().any(|page| page.swap(true, SeqCst));
+                    assert!(!taken, "{covered:?} is held twice");
+                    mine.iter().for_each(|page| page.store(false, SeqCst));
+                    if n % 3 == 0 { held.delete() } else { drop(held) }
+                }
+            });
+        }
+    });
+    assert_eq!(waits.waiting(), 0);
+}
+
+/// Row 5: a deletion waits for the entry's lock, and deletes also what is dirty.
+#[test]
+fn row_05_delete_mapping_entry_waits_for_the_lock() {
+    let (entries, waits) = new_entries();
+    let mut held = entries.grab(PageIndex(3), Order::Pte, &mut no_unmap).unwrap();
+    let (done, deleted) = mpsc::channel();
+    let theirs = entries.clone();
+    thread::spawn(move || done.send(theirs.delete(PageIndex(3))));
+    until(|| waits.waiting() == 1);
+    assert!(deleted.try_recv().is_err(), "deleted under the lock");
+    held.fill(Entry::real(Order::Pte, own_block(3)), &mut no_unmap);
+    held.mark(Mark::Dirty, true);
+    drop(held);
+    assert_eq!(receive(&deleted), Some((PageIndex(3), pte(3))), "as it was when unlocked");
+    assert!(entries.is_empty());
+    assert_eq!(entries.delete(PageIndex(3)), None);
+}
+
+/// Row 5: "invalidate if clean" leaves what is dirty or to be written, and takes the rest.
+#[test]
+fn row_05_invalidate_leaves_what_is_dirty() {
+    for mark in [Mark::Dirty, Mark::ToWrite] {
+        for (page, entry) in [(9, pte(9)), (PMD_PAGES, pmd(PMD_PAGES))] {
+            let (entries, _) = new_entries();
+            put(&entries, page, entry);
+            let set = |on| {
+                let order = entry.order();
+                entries.grab(PageIndex(page), order, &mut no_unmap).unwrap().mark(mark, on)
+            };
+            set(true);
+            assert!(!entries.invalidate_clean(PageIndex(page)), "{mark:?}");
+            assert_eq!(look(&entries, page), Some((page, entry)));
+            set(false);
+            assert!(entries.invalidate_clean(PageIndex(page)), "clean again");
+            assert!(entries.is_empty());
+            assert!(!entries.invalidate_clean(PageIndex(page)), "there is none");
+        }
+    }
+}
+
+/// Row 5: truncations while the rest of the file is granted, stored to and synced by others: no entry stays
+/// behind the end, and none when all is over.
+#[test]
+fn row_05_truncate_under_load() {
+    let rig = Rig::new(2 * PMD_PAGES);
+    thread::scope(|scope| {
+        for half in 0..2 {
+            let rig = &rig;
+            scope.spawn(move || {
+                for n in 0..300 {
+                    let access = if n % 2 == 0 { Access::Write } else { Access::Read };
+                    // It may lie behind the end just now.
+                    let _ = rig.grant(half * PMD_PAGES + n % 40, half * PMD_PAGES, 8, access);
+                    rig.sync().unwrap();
+                    if n % 3 == 0 {
+                        rig.revoke(&[(half * PMD_PAGES, 8)]).unwrap();
+                    }
+                }
+            });
+        }
+        for n in 0..150 {
+            let pages = if n % 2 == 0 { PMD_PAGES + n % 20 } else { 2 * PMD_PAGES };
+            rig.engine.resize(&rig.space, pages * 4096).unwrap();
+            let past = rig.space.entries().next(PageIndex(pages), PageIndex::LAST, None);
+            assert!(pages == 2 * PMD_PAGES || past.is_none(), "{past:?} behind page {pages}");
+        }
+    });
+    rig.revoke(&[(0, 2 * PMD_PAGES)]).unwrap();
+    assert_eq!((rig.entries(), rig.mapper.maps().len()), (vec![], 0));
+}

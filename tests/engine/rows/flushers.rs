@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Row 10: one entry written back, and several who want it.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+
+use vhost_user_dax::dax::entry::{Block, Entry, Order, PAGE_BYTES, PMD_PAGES, PageIndex};
+use vhost_user_dax::dax::extent::Access;
+use vhost_user_dax::dax::index::Mark;
+
+use super::entries::no_unmap;
+use super::{Rig, receive};
+use crate::fakes::lock;
+
+fn flusher(rig: &Arc<Rig>, first: u64, last: u64) -> Receiver<io::Result<()>> {
+    let (said, heard) = channel();
+    let rig = rig.clone();
+    thread::spawn(move || {
+        let done = rig.engine.writeback(&rig.space, PageIndex(first), PageIndex(last));
+        said.send(done).unwrap();
+    });
+    heard
+}
+
+/// Row 10: an entry is flushed whole, a PMD even when asked for one page in its middle.
+#[test]
+fn row_10_writeback_one_flushes_the_whole_entry() {
+    let rig = Rig::new(3 * PMD_PAGES);
+    rig.grant(0, 0, 3 * PMD_PAGES, Access::Write).unwrap();
+    rig.log.take();
+    let middle = PageIndex(PMD_PAGES + 77);
+    rig.engine.writeback(&rig.space, middle, middle).unwrap();
+    assert_eq!(rig.flushed(), [(PMD_PAGES, PMD_PAGES)]);
+    assert_eq!((rig.counted().flushes, rig.counted().bytes_written_back), (1, 2 << 20));
+}
+
+/// Row 10: an entry that has gone by the time its turn comes is skipped; so is one whose block has moved.
+#[test]
+fn row_10_writeback_one_skips_what_has_gone_or_moved() {
+    for moved in [false, true] {
+        let rig = Rig::new(3);
+        rig.grant(0, 0, 1, Access::Write).unwrap();
+        rig.grant(1, 1, 1, Access::Write).unwrap();
+        rig.grant(2, 2, 1, Access::Write).unwrap();
+        rig.log.take();
+        let space = rig.space.clone();
+        *lock(&rig.persist.state().during) = Some(Arc::new(move |from| {
+            if from == 0 {
+                space.entries().delete(PageIndex(1)).unwrap();
+                if moved {
+                    let page = PageIndex(1);
+                    let mut held = space.entries().grab(page, Order::Pte, &mut no_unmap).unwrap();
+                    held.fill(Entry::real(Order::Pte, Block::new(5).unwrap()), &mut no_unmap);
+                    held.mark(Mark::ToWrite, true);
+                }
+            }
+        }));
+        rig.sync().unwrap();
+        assert_eq!(rig.flushed(), [(0, 1), (2, 1)], "moved: {moved}");
+    }
+}
+
+/// Row 10: two flushers of one entry: the second does not return before the first has flushed it.
+#[test]
+fn row_10_two_flushers_of_one_entry() {
+    let rig = Arc::new(Rig::new(1));
+    rig.grant(0, 0, 1, Access::Write).unwrap();
+    let stop = rig.persist.stop_in_flush();
+    let first = flusher(&rig, 0, 0);
+    stop.wait_stopped();
+    let second = flusher(&rig, 0, 0);
+    rig.until_waits(1);
+    assert!(second.try_recv().is_err() && first.try_recv().is_err());
+    stop.open();
+    receive(&first).unwrap();
+    receive(&second).unwrap();
+}
+
+/// Row 10: nor does it where the first has taken the entry's mark away between the second's tagging and its search.
+#[test]
+fn row_10_two_flushers_when_the_mark_is_gone_before_the_search() {
+    // 65 entries: one more than a batch, so that the last one is searched for later.
+    let rig = Arc::new(Rig::new(65));
+    rig.source.state().maps_pmd.store(false, SeqCst);
+    rig.grant(0, 0, 65, Access::Write).unwrap();
+    let (batch, last) = (crate::fakes::FlushStop::default(), crate::fakes::FlushStop::default());
+    let (batch_stops, last_stops) = (batch.clone(), last.clone());
+    *lock(&rig.persist.state().during) = Some(Arc::new(move |from| match from / PAGE_BYTES {
+        63 => batch_stops.stop(),
+        64 => last_stops.stop(),
+        _ => {}
+    }));
+    let second = flusher(&rig, 0, 64);
+    batch.wait_stopped();
+    let first = flusher(&rig, 64, 64);
+    last.wait_stopped();
+    batch.open();
+    rig.until_waits(1);
+    assert!(second.try_recv().is_err(), "page 64 is not flushed yet");
+    last.open();
+    receive(&first).unwrap();
+    receive(&second).unwrap();
+}
+
+/// Row 10: whoever waited for another's flush is told that it failed.
+#[test]
+fn row_10_a_flusher_that_waited_is_told_of_the_failure() {
+    for _ in 0..50 {
+        let rig = Arc::new(Rig::new(1));
+        rig.grant(0, 0, 1, Access::Write).unwrap();
+        let stop = rig.persist.stop_in_flush();
+        let first = flusher(&rig, 0, 0);
+        stop.wait_stopped();
+        let second = flusher(&rig, 0, 0);
+        rig.until_waits(1);
+        rig.persist.state().fails.store(true, SeqCst);
+        stop.open();
+        assert!(receive(&first).is_err());
+        assert!(receive(&second).is_err());
+    }
+}
+
+/// Row 10: what is stored while the entry is flushed is not taken for flushed: a write grant that comes
+/// meanwhile makes it dirty after that.
+#[test]
+fn row_10_a_grant_during_the_flush_dirties_after_it() {
+    let rig = Arc::new(Rig::new(1));
+    rig.source.fill(0, 1);
+    rig.grant(0, 0, 1, Access::Read).unwrap();
+    let held = rig.space.entries().grab(PageIndex(0), Order::Pte, &mut no_unmap).unwrap();
+    held.mark(Mark::Dirty, true);
+    drop(held);
+    let stop = rig.persist.stop_in_flush();
+    let flush = flusher(&rig, 0, 0);
+    stop.wait_stopped();
+    thread::scope(|scope| {
+        scope.spawn(|| rig.grant(0, 1, 1, Access::Write).unwrap());
+        rig.until_waits(1);
+        stop.open();
+    });
+    receive(&flush).unwrap();
+    assert_eq!(rig.dirty(), [0]);
+}

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Rows 14 and 16: the end of the file, and a full disk, before anything is promised.
+
+use std::sync::atomic::Ordering::SeqCst;
+
+use nix::errno::Errno;
+use vhost_user_dax::dax::engine::GrantError;
+use vhost_user_dax::dax::entry::{Order, PAGE_BYTES, PMD_PAGES};
+use vhost_user_dax::dax::extent::Access;
+use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
+
+use super::{MOST_MAPS, Rig, WINDOW_PAGES, map, pte, zero};
+use crate::fakes::{Event, lock};
+
+/// Row 14: a grant wholly behind the end of the file is refused, and leaves nothing.
+#[test]
+fn row_14_wholly_past_eof_is_refused() {
+    for (bytes, from) in [(0, 0), (3 * PAGE_BYTES, 3), (2 * PAGE_BYTES + 1, 3), (PAGE_BYTES, 9)] {
+        for access in [Access::Read, Access::Write] {
+            let rig = Rig::with(bytes, false);
+            let refused = rig.grant(from, 0, 4, access).unwrap_err();
+            assert!(matches!(refused, GrantError::PastEof), "{refused}");
+            assert_eq!(refused.errno(), Errno::ENXIO);
+            assert_eq!((rig.log.take(), rig.entries()), (vec![], vec![]));
+            assert_eq!((rig.counted().grants, rig.counted().grants_failed), (0, 1));
+        }
+    }
+}
+
+/// Row 14: of a grant that begins inside the file, and ends at or behind its end, the pages inside are
+/// faulted in, allocated and mapped: page by page, and no others.
+#[test]
+fn row_14_inside_eof_page_by_page() {
+    for asked in [3, 4, PMD_PAGES] {
+        let rig = Rig::new(3);
+        rig.source.fill(1, 2);
+        rig.grant(0, 0, asked, Access::Read).unwrap();
+        assert_eq!(rig.entries(), [(0, zero(Order::Pte)), (1, pte(1)), (2, zero(Order::Pte))]);
+        assert_eq!(rig.log.take(), [map(0, 0, 3)]);
+        rig.grant(0, 0, asked, Access::Write).unwrap();
+        assert_eq!(rig.entries(), [(0, pte(0)), (1, pte(1)), (2, pte(2))]);
+        assert_eq!(rig.source.allocated().into_iter().collect::<Vec<_>>(), [0, 1, 2]);
+        assert_eq!(rig.messages(), []);
+    }
+}
+
+/// Row 14: a last page that is not whole is a page of the file: granted where the front-end can map
+/// it, else refused as such, with nothing done.
+#[test]
+fn row_14_a_last_page_that_is_not_whole() {
+    let rig = Rig::with(2 * PAGE_BYTES + 5, false);
+    let refused = rig.grant(0, 0, 4, Access::Write).unwrap_err();
+    assert!(matches!(refused, GrantError::Tail), "{refused}");
+    assert_eq!((rig.log.take(), rig.entries()), (vec![], vec![]));
+    // What ends before it is granted as ever.
+    rig.grant(0, 0, 2, Access::Read).unwrap();
+    assert_eq!(rig.entries().len(), 2);
+}
+
+/// Numbers that can't be are refused, each as such, and change nothing.
+#[test]
+fn row_14_numbers_that_cannot_be() {
+    let rig = Rig::new(1);
+    let span = |at, bytes| rig.engine.span(WindowOffset(at), WindowBytes(bytes));
+    let window = WINDOW_PAGES * PAGE_BYTES;
+    for (at, bytes) in [
+        (0, 0),
+        (1, PAGE_BYTES),
+        (0, PAGE_BYTES + 1),
+        (window, PAGE_BYTES),
+        (0, window + PAGE_BYTES),
+        (u64::MAX - PAGE_BYTES + 1, PAGE_BYTES),
+        (PAGE_BYTES, u64::MAX - PAGE_BYTES + 1),
+    ] {
+        assert_eq!(span(at, bytes).unwrap_err().errno(), Errno::EINVAL, "{at:#x} {bytes:#x}");
+    }
+    for from in [1, u64::MAX, u64::MAX - PAGE_BYTES + 1, 1 << 63, (1 << 63) - PAGE_BYTES] {
+        let span = span(0, PAGE_BYTES).unwrap();
+        let refused = rig.engine.grant(&rig.space, FileOffset(from), span, Access::Write);
+        assert_eq!(refused.unwrap_err().errno(), Errno::EINVAL, "{from:#x}");
+    }
+    assert_eq!((rig.log.take(), rig.entries()), (vec![], vec![]));
+}
+
+/// Row 16: a write grant allocates before it does anything else.
+#[test]
+fn row_16_a_write_grant_allocates_first() {
+    let rig = Rig::new(PMD_PAGES);
+    rig.grant(0, 0, 8, Access::Write).unwrap();
+    assert_eq!(rig.log.take(), [Event::Allocate { first: 0, last: 7 }, map(0, 0, 8)]);
+}
+
+/// Row 16: a full disk is ENOSPC before anything is promised: no map, no entry, no grant; and what was
+/// granted there before still is.
+#[test]
+fn row_16_a_full_disk_is_enospc_before_anything_is_promised() {
+    let rig = Rig::new(2 * PMD_PAGES);
+    rig.grant(0, 0, 2 * PMD_PAGES, Access::Read).unwrap();
+    let before = (rig.entries(), rig.mapper.maps());
+    rig.log.take();
+    rig.source.state().free.store(20, SeqCst);
+    let refused = rig.grant(0, 0, PMD_PAGES, Access::Write).unwrap_err();
+    assert_eq!(refused.errno(), Errno::ENOSPC);
+    let asked = Event::Allocate { first: 0, last: PMD_PAGES - 1 };
+    assert_eq!(rig.log.take(), [asked], "and nothing else was done");
+    assert_eq!((rig.entries(), rig.mapper.maps()), before);
+    assert_eq!((rig.dirty(), rig.engine.sizes()), (vec![], (1, 1)));
+    // The same where nothing was granted.
+    rig.grant(0, 4 * PMD_PAGES, PMD_PAGES, Access::Write).unwrap_err();
+    assert_eq!(rig.engine.sizes(), (1, 1));
+}
+
+/// Row 16: a file system that fails in the middle of a fault: the grant is refused with its error, and the
+/// entries made so far are gone.
+#[test]
+fn row_16_a_lookup_that_fails_leaves_nothing() {
+    let (chunk, two) = (PMD_PAGES, 2 * PMD_PAGES);
+    for (bad, asked, access) in [
+        (4, 9, Access::Read),
+        (0, chunk, Access::Read),
+        (0, chunk, Access::Write),
+        (chunk, two, Access::Read),
+        (chunk, two, Access::Write),
+    ] {
+        let rig = Rig::new(two);
+        rig.source.fill(0, 4);
+        *lock(&rig.source.state().bad_page) = Some(bad);
+        let refused = rig.grant(0, 0, asked, access).unwrap_err();
+        assert_eq!(refused.errno(), Errno::EIO);
+        assert_eq!((rig.entries(), rig.engine.sizes()), (vec![], (0, 0)), "page {bad}");
+        assert_eq!(rig.messages(), []);
+    }
+}
+
+/// Row Q2 of the front-end: more maps than the VM can take are refused before anything is sent.
+#[test]
+fn row_16_too_many_maps_are_refused_before_anything_is_sent() {
+    let rig = Rig::new(1);
+    for n in 0..MOST_MAPS as u64 {
+        rig.grant(0, 2 * n, 1, Access::Read).unwrap();
+    }
+    rig.log.take();
+    let refused = rig.grant(0, 1000, 1, Access::Read).unwrap_err();
+    assert_eq!((refused.errno(), rig.messages()), (Errno::ENOMEM, vec![]));
+    rig.revoke(&[(0, WINDOW_PAGES)]).unwrap();
+    assert_eq!((rig.engine.sizes(), rig.entries()), ((0, 0), vec![]));
+}

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Grants that replace, split and remove others, and a front-end that refuses a step of it. (Beside the
+//! rows: the window's side of rows 8 and 9.)
+
+use std::sync::atomic::Ordering::SeqCst;
+
+use vhost_user_dax::dax::engine::GrantError;
+use vhost_user_dax::dax::entry::{Order, PAGE_BYTES, PMD_PAGES};
+use vhost_user_dax::dax::extent::Access;
+use vhost_user_dax::window::layout::ShowError;
+
+use super::{Rig, map, pte, unmap, zero};
+use crate::fakes::lock;
+
+type Change = fn(&Rig) -> Result<(), GrantError>;
+
+/// Three grants in a row, and changes that take some away, cut some, and give back what stuck out.
+fn prepared() -> Rig {
+    let rig = Rig::new(8 * PMD_PAGES);
+    rig.grant(0, 0, 100, Access::Read).unwrap();
+    rig.grant(1000, 100, 100, Access::Write).unwrap();
+    rig.grant(2000, 200, 100, Access::Read).unwrap();
+    rig.log.take();
+    rig
+}
+
+const CHANGES: [(&str, u64, Change); 6] = [
+    ("replace a whole one", 2, |rig| rig.grant(500, 100, 100, Access::Read)),
+    ("replace parts of two and all of one", 6, |rig| rig.grant(500, 50, 200, Access::Write)),
+    ("replace the middle of one", 4, |rig| rig.grant(500, 120, 10, Access::Write)),
+    ("remove the middle of one", 3, |rig| rig.revoke(&[(120, 10)])),
+    ("remove over two ends", 4, |rig| rig.revoke(&[(50, 100)])),
+    ("remove all", 3, |rig| rig.revoke(&[(0, 300)])),
+];
+
+/// A refused step, in whichever position, leaves maps, grants, entries and dirt as they were; and the same
+/// change succeeds afterwards.
+#[test]
+fn row_08_a_refused_step_leaves_all_as_it_was() {
+    for (what, steps, change) in CHANGES {
+        for position in 0..steps {
+            let rig = prepared();
+            let state =
+                |rig: &Rig| (rig.mapper.maps(), rig.engine.sizes(), rig.entries(), rig.dirty());
+            let before = state(&rig);
+            *lock(&rig.mapper.refuse_in) = Some(position);
+            let refused = change(&rig).expect_err(what);
+            assert!(
+                matches!(refused, GrantError::Window(ShowError::Refused(_))),
+                "{what}, step {position}: {refused}"
+            );
+            assert_eq!(state(&rig), before, "{what}, step {position}");
+            *lock(&rig.mapper.refuse_in) = None;
+            change(&rig).unwrap();
+            rig.revoke(&[(0, 300)]).unwrap();
+            assert_eq!((rig.engine.sizes(), rig.entries()), ((0, 0), vec![]), "{what}");
+        }
+        let rig = prepared();
+        *lock(&rig.mapper.refuse_in) = Some(steps);
+        change(&rig).unwrap_or_else(|e| panic!("{what} takes more than {steps} steps: {e}"));
+    }
+}
+
+/// Where the front-end refuses the way back, too, that is told apart, and what is left can be removed.
+#[test]
+fn row_08_a_refused_way_back_is_told() {
+    let rig = prepared();
+    rig.mapper.refuse_for_ever.store(true, SeqCst);
+    *lock(&rig.mapper.refuse_in) = Some(3);
+    let torn = rig.grant(500, 50, 200, Access::Write).unwrap_err();
+    assert!(matches!(torn, GrantError::Window(ShowError::Torn(_))), "{torn}");
+    assert!(rig.mapper.maps().is_empty());
+    rig.mapper.refuse_for_ever.store(false, SeqCst);
+    *lock(&rig.mapper.refuse_in) = None;
+    rig.revoke(&[(0, 300)]).unwrap();
+    assert_eq!((rig.engine.sizes(), rig.entries()), ((0, 0), vec![]));
+}
+
+/// A grant over others: the few whole maps and unmaps that get there, and what stuck out given back.
+#[test]
+fn row_08_a_grant_over_others_is_planned_in_whole_maps() {
+    let rig = prepared();
+    rig.grant(500, 50, 200, Access::Write).unwrap();
+    let mut sent = rig.messages();
+    sent[3..].sort_by_key(|event| format!("{event:?}"));
+    let mut expected = [
+        unmap(0, 100),
+        unmap(100, 100),
+        unmap(200, 100),
+        map(0, 0, 50),
+        map(50, 500, 200),
+        map(250, 2050, 50),
+    ];
+    expected[3..].sort_by_key(|event| format!("{event:?}"));
+    assert_eq!(sent, expected);
+    assert_eq!(rig.engine.sizes(), (3, 3));
+    let pages: Vec<_> = rig.entries().into_iter().map(|(page, _)| page).collect();
+    let left: Vec<_> = (0..50).chain(500..700).chain(2050..2100).collect();
+    assert_eq!(pages, left, "entries that no grant covers any more are gone");
+    assert_eq!(rig.dirty(), (500..700).collect::<Vec<_>>());
+}
+
+/// Removal of a part leaves the rest granted: its entries, its dirt, and its bytes in the window.
+#[test]
+fn row_09_removal_of_a_part() {
+    let rig = Rig::new(100);
+    rig.grant(0, 0, 100, Access::Write).unwrap();
+    rig.log.take();
+    rig.revoke(&[(40, 20)]).unwrap();
+    let flushed = rig.flushed();
+    assert_eq!(flushed, (40..60).map(|page| (page, 1)).collect::<Vec<_>>(), "a last flush");
+    assert_eq!(rig.dirty(), (0..40).chain(60..100).collect::<Vec<_>>());
+    let maps: Vec<_> = rig
+        .mapper
+        .maps()
+        .into_iter()
+        .map(|(at, (bytes, _, from))| (at / PAGE_BYTES, bytes / PAGE_BYTES, from / PAGE_BYTES))
+        .collect();
+    assert_eq!(maps, [(0, 40, 0), (60, 40, 60)]);
+}
+
+/// Removal of ranges of several files at once, in any order, holes among them.
+#[test]
+fn row_09_removal_of_ranges_of_several_files() {
+    let rig = Rig::new(PMD_PAGES);
+    let (second, third) = (rig.another_file(PMD_PAGES), rig.another_file(4));
+    rig.grant(0, 0, 10, Access::Write).unwrap();
+    rig.grant_of(&second, 0, 10, 10, Access::Write).unwrap();
+    rig.grant_of(&third, 0, 40, 4, Access::Read).unwrap();
+    rig.revoke(&[(40, 4), (5, 10), (20, 20), (0, 1)]).unwrap();
+    assert_eq!(third.entries().len(), 0);
+    assert_eq!((rig.entries().len(), second.entries().len()), (4, 5));
+    assert_eq!(rig.engine.sizes(), (2, 2));
+    // In the middle of a list the front-end refuses: what is in front of it has gone.
+    *lock(&rig.mapper.refuse_in) = Some(2);
+    assert!(rig.revoke(&[(1, 2), (3, 1), (15, 5)]).is_err());
+    assert_eq!((rig.entries().len(), second.entries().len()), (2, 5));
+    rig.revoke(&[(0, 1), (0, 64), (0, 64)]).unwrap();
+    assert_eq!((rig.entries().len(), second.entries().len(), rig.engine.sizes()), (0, 0, (0, 0)));
+}
+
+/// A virtio reset: the front-end has dropped all maps by itself; all is granted anew afterwards.
+#[test]
+fn row_09_a_reset_forgets_all_and_flushes_a_last_time() {
+    let rig = Rig::new(PMD_PAGES);
+    rig.grant(0, 0, 4, Access::Write).unwrap();
+    rig.log.take();
+    rig.mapper.drop_all();
+    rig.engine.reset();
+    assert_eq!(rig.flushed().len(), 4);
+    assert_eq!((rig.engine.sizes(), rig.entries()), ((0, 0), vec![]));
+    rig.grant(0, 0, 2, Access::Read).unwrap();
+    assert_eq!(rig.messages(), [map(0, 0, 2)]);
+    assert_eq!(rig.entries(), [(0, pte(0)), (1, pte(1))]);
+    assert_ne!(rig.entries()[0].1, zero(Order::Pte));
+}

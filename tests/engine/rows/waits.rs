@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Rows 2 and 4: who waits, who is woken, and that no wake-up is lost.
+
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Barrier};
+use std::thread;
+
+use vhost_user_dax::dax::entry::{Entry, Order, PMD_PAGES, PageIndex};
+use vhost_user_dax::dax::extent::Access;
+use vhost_user_dax::dax::index::Mark;
+use vhost_user_dax::dax::space::Entries;
+
+use super::entries::{new_entries, no_unmap, put};
+use super::{Rig, pmd, pte, receive, until};
+
+/// A thread that grabs a PTE, says so, and holds it until the barrier.
+fn grabber(entries: &Arc<Entries>, page: u64, hold: Option<Arc<Barrier>>) -> Receiver<Entry> {
+    let (said, heard) = channel();
+    let entries = entries.clone();
+    thread::spawn(move || {
+        let held = entries.grab(PageIndex(page), Order::Pte, &mut |_, _| ()).unwrap();
+        if let Some(barrier) = hold {
+            barrier.wait();
+        }
+        said.send(held.entry()).unwrap();
+    });
+    heard
+}
+
+/// Row 2: threads that wait on different pages of one PMD wait for the same thing: each unlock lets
+/// the next one in, until all have had it.
+#[test]
+fn row_02_waiters_on_all_pages_of_a_pmd_share_one_key() {
+    let (entries, waits) = new_entries();
+    put(&entries, PMD_PAGES, pmd(PMD_PAGES));
+    let held = entries.grab(PageIndex(PMD_PAGES + 9), Order::Pmd, &mut no_unmap).unwrap();
+    let waiters: Vec<_> = [0, 1, 255, PMD_PAGES - 1]
+        .into_iter()
+        .enumerate()
+        .map(|(n, page)| {
+            let waiter = grabber(&entries, PMD_PAGES + page, None);
+            until(|| waits.waiting() == n + 1);
+            waiter
+        })
+        .collect();
+    drop(held);
+    for waiter in &waiters {
+        assert_eq!(receive(waiter), pmd(PMD_PAGES));
+    }
+    assert_eq!(waits.waiting(), 0);
+}
+
+/// Row 2: an entry of another file, or elsewhere in this one, wakes nobody here.
+#[test]
+fn row_02_only_the_same_key_is_woken() {
+    let (entries, waits) = new_entries();
+    let held = entries.grab(PageIndex(1), Order::Pte, &mut no_unmap).unwrap();
+    let waiter = grabber(&entries, 1, None);
+    until(|| waits.waiting() == 1);
+    for page in 2..10_000 {
+        put(&entries, page, Entry::empty(Order::Pte));
+        entries.delete(PageIndex(page)).unwrap();
+    }
+    assert_eq!((waits.waiting(), waits.joined()), (1, 1), "somebody was woken in vain");
+    drop(held);
+    receive(&waiter);
+}
+
+/// Row 2: a deletion, and a split, wakes all at once: then each holds a PTE of its own, at the same time.
+#[test]
+fn row_02_removal_and_change_of_order_wake_all() {
+    for split in [false, true] {
+        let (entries, waits) = new_entries();
+        put(&entries, 0, Entry::zero(Order::Pmd));
+        let held = entries.grab(PageIndex(0), Order::Pmd, &mut no_unmap).unwrap();
+        let all_hold = Arc::new(Barrier::new(4));
+        let waiters: Vec<_> = (0..4)
+            .map(|n| {
+                let waiter = grabber(&entries, 100 * n, Some(all_hold.clone()));
+                until(|| waits.waiting() == n as usize + 1);
+                waiter
+            })
+            .collect();
+        // Not deleted: the first to wake splits it, and that wakes the others.
+        if split {
+            drop(held)
+        } else {
+            held.delete()
+        }
+        for waiter in &waiters {
+            assert_eq!(receive(waiter), Entry::empty(Order::Pte));
+        }
+        assert_eq!(waits.waiting(), 0);
+    }
+}
+
+/// Two waiters: one that will not lock, and one behind it that will.
+fn first_does_not_lock(first: impl FnOnce(&Entries) + Send + 'static) {
+    let (entries, waits) = new_entries();
+    put(&entries, 0, pte(0));
+    let held = entries.grab(PageIndex(0), Order::Pte, &mut no_unmap).unwrap();
+    held.mark(Mark::Dirty, true);
+    let theirs = entries.clone();
+    let (said, heard) = channel();
+    thread::spawn(move || {
+        first(&theirs);
+        said.send(()).unwrap();
+    });
+    until(|| waits.waiting() == 1);
+    let second = grabber(&entries, 0, None);
+    until(|| waits.waiting() == 2);
+    drop(held);
+    receive(&heard);
+    assert_eq!(receive(&second), pte(0));
+}
+
+/// Row 4: a PMD request that finds a PTE after its wait passes the wake-up on.
+#[test]
+fn row_04_a_refused_grab_passes_the_wake_up_on() {
+    first_does_not_lock(|entries| {
+        assert!(entries.grab(PageIndex(0), Order::Pmd, &mut no_unmap).is_err());
+    });
+}
+
+/// Row 4: so does an invalidation that finds the entry dirty.
+#[test]
+fn row_04_an_invalidation_in_vain_passes_the_wake_up_on() {
+    first_does_not_lock(|entries| assert!(!entries.invalidate_clean(PageIndex(0))));
+}
+
+/// Row 4: so does a flusher that finds its entry flushed by another one.
+#[test]
+fn row_04_a_flusher_that_comes_late_passes_the_wake_up_on() {
+    let rig = Arc::new(Rig::new(1));
+    rig.grant(0, 0, 1, Access::Write).unwrap();
+    let gate = rig.persist.stop_in_flush();
+    let run = |job: fn(&Rig)| {
+        let (said, heard) = channel();
+        let theirs = rig.clone();
+        thread::spawn(move || {
+            job(&theirs);
+            said.send(()).unwrap();
+        });
+        heard
+    };
+    let first = run(|rig| rig.sync().unwrap());
+    gate.wait_stopped();
+    // Both tag it anew; one of them flushes it, and the other has nothing left to do.
+    let second = run(|rig| rig.sync().unwrap());
+    rig.until_waits(1);
+    let third = run(|rig| rig.sync().unwrap());
+    rig.until_waits(2);
+    let grant = run(|rig| rig.grant(0, 1, 1, Access::Write).unwrap());
+    rig.until_waits(3);
+    gate.open();
+    for heard in [first, second, third, grant] {
+        receive(&heard);
+    }
+    assert_eq!(rig.flushed().len(), 2);
+}
