@@ -320,7 +320,9 @@ impl Engine {
     /// The front-end has dropped all maps, or is a new one, and the grants stay: sends every map again.
     ///
     /// # Errors
-    /// The front-end's, at the first map that it refuses; those behind it are not sent.
+    /// The front-end's, at the first map that it refuses; those behind it are not sent. The grants stay
+    /// all the same, so that the next call can send them: until then only that, or a
+    /// [reset](Self::reset), makes sense.
     pub fn map_again(&self) -> Result<(), MapError> {
         let window = self.window.take();
         window
