@@ -58,6 +58,11 @@ impl Space {
         lock(&self.coverage).runs_kept()
     }
 
+    /// Whether a writeback has failed, or what is dirty is no longer known: every later one fails.
+    pub fn has_failed(&self) -> bool {
+        *lock(&self.failed)
+    }
+
     /// The first entry at or behind `page`, and whether it is dirty: for a look.
     pub fn next_entry(&self, page: PageIndex) -> Option<(PageIndex, Entry, bool)> {
         let index = self.entries.index();

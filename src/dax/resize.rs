@@ -182,7 +182,7 @@ impl Engine {
     }
 
     /// Gives blocks to what live write grants cover in `first..=last`.
-    fn allocate(
+    pub(super) fn allocate(
         &self,
         window: &Window,
         space: &Arc<Space>,

@@ -95,7 +95,11 @@ impl Engine {
             if !entry.is_real() {
                 // Whole chunks: a hole of 2 MiB becomes one entry with blocks, or 512 of either kind.
                 let stop = PageIndex(last.chunk().0 + PMD_PAGES - 1);
-                return self.refault(&self.window.take(), space, start.chunk(), stop);
+                let window = self.window.take();
+                // The chunk may reach into a growth that nobody told of, where write grants have no
+                // blocks yet.
+                self.allocate(&window, space, start.chunk(), stop)?;
+                return self.refault(&window, space, start.chunk(), stop);
             }
             at = PageIndex(start.0 + entry.order().pages());
         }

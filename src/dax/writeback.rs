@@ -201,7 +201,7 @@ impl Engine {
     }
 
     pub(super) fn check_failed(&self, space: &Space) -> io::Result<()> {
-        if *lock(&space.failed) {
+        if space.has_failed() {
             return Err(io::Error::other("an earlier write-back of this file failed"));
         }
         Ok(())

@@ -161,7 +161,9 @@ impl World {
                 self.excuse(&e, file, before)?;
                 let file = &mut self.files[file];
                 file.known = known.min(least / PAGE_BYTES);
-                file.may_fail |= matches!(e, GrantError::Source(_));
+                // A refusal is told first; behind it the file system may have refused, too.
+                let refused_too = file.may_err() && file.space.has_failed();
+                file.may_fail |= matches!(e, GrantError::Source(_)) || refused_too;
             }
         }
         Ok(())
