@@ -4,10 +4,13 @@
 
 use std::io;
 use std::ops::{Deref, Range};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::Builder;
 
 use log::{debug, error, info};
+use nix::unistd::close;
 use vhost::vhost_user::Backend as BackendChannel;
 use vhost::vhost_user::message::{
     VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserVirtioFeatures,
@@ -21,16 +24,13 @@ use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
-use crate::device::Device;
-use crate::vring::{Epoch, GuestMemory, Ring, Vring};
-use crate::window::{MapError, ShmemMapper, WholeFile};
+use crate::device::{Device, SessionWindow};
+use crate::lock::lock;
+use crate::vring::{Epoch, GuestMemory, Ring, Started, Vring};
+use crate::window::{MapError, ShmemMapper};
 
 /// The largest ring that a front-end may ask for (its vq_size).
 const MAX_QUEUE_SIZE: usize = 1024;
-
-/// What to use instead of a front-end that can't do it.
-const USE_INSTEAD: &str = "use QEMU 11.1 or newer with -device \
-     vhost-user-test-device-pci,chardev=c0,virtio-id=27,num_vqs=1,vq_size=128,config_size=16";
 
 /// One front-end's use of a device.
 #[derive(Clone)]
@@ -38,22 +38,31 @@ pub(crate) struct Session(Arc<Inner>);
 
 struct Inner {
     device: Arc<dyn Device>,
-    ring: Arc<Ring>,
-    window: Arc<WholeFile>,
+    rings: Vec<Arc<Ring>>,
+    window: Arc<dyn SessionWindow>,
+    /// No ring was stopped since the last start: messages about the window may be sent (Q1).
+    started: Arc<AtomicBool>,
+    /// A ring has started afresh since the last stop, and the device was told.
+    restarted: AtomicBool,
     /// Why this front-end is turned away; its connection is cut then.
     refusal: OnceLock<String>,
     connection: Mutex<Option<ShutdownHandle>>,
+    /// What the library's threads were told to end by: it never closes them (vhost-user-backend 0.24).
+    exit_events: Mutex<Vec<RawFd>>,
 }
 
 impl Session {
     pub(crate) fn new(device: Arc<dyn Device>, mem: GuestMemory) -> Self {
-        let window = WholeFile::new(device.window_file().clone(), device.window_bytes());
+        let ring = |index| Ring::new(device.clone(), index, mem.clone());
         Self(Arc::new(Inner {
-            ring: Ring::new(device.clone(), mem),
+            rings: (0..device.queues()).map(ring).collect(),
+            window: device.open_window(),
+            started: Arc::default(),
+            restarted: AtomicBool::new(false),
             device,
-            window: Arc::new(window),
             refusal: OnceLock::new(),
             connection: Mutex::new(None),
+            exit_events: Mutex::default(),
         }))
     }
 
@@ -66,17 +75,35 @@ impl Session {
     /// The connection is gone: whatever is still open is void.
     pub(crate) fn end(&self) -> Option<String> {
         *self.connection() = None;
-        self.0.ring.stop();
+        self.0.started.store(false, Ordering::SeqCst);
+        self.0.window.stopped();
+        self.0.window.ended();
+        self.0.rings.iter().for_each(|ring| ring.end());
         self.0.device.session_ended();
+        self.0.device.report();
         self.0.refusal.get().cloned()
     }
 
+    /// The library's threads have ended: closes what it leaves open. Once.
+    pub(crate) fn close_exit_events(&self) {
+        let events = std::mem::take(&mut *self.exit_events());
+        for event in events {
+            if let Err(e) = close(event) {
+                debug!("an exit event was closed already: {e}");
+            }
+        }
+    }
+
+    fn exit_events(&self) -> std::sync::MutexGuard<'_, Vec<RawFd>> {
+        lock(&self.0.exit_events)
+    }
+
     fn connection(&self) -> std::sync::MutexGuard<'_, Option<ShutdownHandle>> {
-        self.0.connection.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.0.connection)
     }
 
     fn refuse(&self, lacks: &str) {
-        let line = format!("the front-end lacks {lacks}; {USE_INSTEAD}");
+        let line = format!("the front-end lacks {lacks}; {}", self.0.device.use_instead());
         let _ = self.0.refusal.set(line);
         self.cut_if_refused();
     }
@@ -87,35 +114,37 @@ impl Session {
         }
     }
 
-    /// The device was started: bring the window up, then let the requests out of the ring.
-    fn started(&self, epoch: Epoch) {
-        if self.0.window.is_shown() {
-            // Q10: it outlived a pause. A map would be refused, and would be a message under way
-            // that a quick second pause turns into a crash of QEMU (Q1).
-            debug!("started; the window is still mapped");
-            return self.0.ring.release(epoch);
+    /// A ring was started: bring the window up, then let the requests out of the ring.
+    fn started(&self, ring: &Arc<Ring>, started: Started) {
+        self.0.started.store(true, Ordering::SeqCst);
+        if started.afresh && !self.0.restarted.swap(true, Ordering::SeqCst) {
+            self.0.device.restarted();
         }
-        let session = self.clone();
+        if self.0.window.started() {
+            debug!("ring {} started", ring.index());
+            return ring.release(started.epoch);
+        }
+        let (session, its) = (self.clone(), ring.clone());
         // A thread of its own: the ack comes only after this session's other threads have
         // answered a memory update (Q3).
-        let spawned = Builder::new().name("window".into()).spawn(move || session.map(epoch));
-        if let Err(e) = spawned {
+        let map = move || session.bring_up(&its, started.epoch);
+        if let Err(e) = Builder::new().name("window".into()).spawn(map) {
             error!("can't start the window thread: {e}");
-            self.0.ring.release_without_window(epoch);
+            ring.release_without_window(started.epoch);
         }
     }
 
-    fn map(&self, epoch: Epoch) {
-        match self.0.device.map_window(self.0.window.clone()) {
+    fn bring_up(&self, ring: &Arc<Ring>, epoch: Epoch) {
+        match self.0.window.bring_up() {
             Ok(()) => {
                 info!("started; the window is mapped");
-                self.0.ring.release(epoch);
+                ring.release(epoch);
             }
             Err(MapError::Stopped) => debug!("stopped before the window was mapped"),
             Err(MapError::Unsupported(what)) => self.refuse(what),
             Err(e) => {
                 error!("the window can't be mapped: {e}; every flush will fail");
-                self.0.ring.release_without_window(epoch);
+                ring.release_without_window(epoch);
             }
         }
     }
@@ -134,7 +163,7 @@ impl VhostUserBackend for Session {
     type Vring = Vring;
 
     fn num_queues(&self) -> usize {
-        1
+        self.0.rings.len()
     }
 
     fn max_queue_size(&self) -> usize {
@@ -158,16 +187,23 @@ impl VhostUserBackend for Session {
     }
 
     /// SHARED_OBJECT only to find out whether the front-end acks (see [`ShmemMapper::probe_acks`]).
-    /// No STATUS (the library has none), no RESET_DEVICE (QEMU sends none at a virtio reset), and
-    /// no CONFIGURE_MEM_SLOTS: with it, a reset with a live map kills QEMU (Q12).
+    /// No STATUS (the library has none), no RESET_DEVICE (QEMU sends none at a virtio reset).
+    /// CONFIGURE_MEM_SLOTS is the device's choice: with it, a reset with a live map kills QEMU (Q12);
+    /// without it, a pause with many maps kills the device (Q13).
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::MQ
+        let mut offered = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::BACKEND_REQ
-            | VhostUserProtocolFeatures::BACKEND_SEND_FD
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::SHMEM
-            | VhostUserProtocolFeatures::SHARED_OBJECT
+            | VhostUserProtocolFeatures::REPLY_ACK;
+        if self.0.device.window_bytes().0 > 0 {
+            offered |= VhostUserProtocolFeatures::BACKEND_REQ
+                | VhostUserProtocolFeatures::BACKEND_SEND_FD
+                | VhostUserProtocolFeatures::SHMEM
+                | VhostUserProtocolFeatures::SHARED_OBJECT;
+        }
+        if self.0.device.mem_slots() {
+            offered |= VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        }
+        offered
     }
 
     /// The event index is kept by the library's queue.
@@ -186,19 +222,15 @@ impl VhostUserBackend for Session {
     }
 
     fn set_backend_req_fd(&self, backend: BackendChannel) {
-        let ring = self.0.ring.clone();
-        self.0.window.set_channel(ShmemMapper::new(backend, move || ring.is_started()));
-        // Long before the first start, so that the first map need not wait for the answer.
-        let session = self.clone();
-        let asked = Builder::new().name("acks".into()).spawn(move || session.0.window.acks());
-        if let Err(e) = asked {
-            debug!("can't ask ahead whether the front-end acks: {e}");
-        }
+        let started = self.0.started.clone();
+        let channel = ShmemMapper::new(backend, move || started.load(Ordering::SeqCst));
+        self.0.window.set_channel(channel);
     }
 
     /// QEMU makes one BAR of all regions together, and aborts if that is no power of two. So a
     /// second region, which nobody maps, makes up the rest.
     fn get_shmem_config(&self) -> io::Result<VhostUserShMemConfig> {
+        self.0.window.region_asked();
         let window = self.0.device.window_bytes().0;
         let whole = window.checked_next_power_of_two().unwrap_or(window);
         let regions = if whole == window { 1 } else { 2 };
@@ -206,15 +238,22 @@ impl VhostUserBackend for Session {
     }
 
     fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
-        new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
-            .inspect_err(|e| error!("no exit event: {e}"))
-            .ok()
+        let made = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC);
+        if let Ok((consumer, _)) = &made {
+            self.exit_events().push(consumer.as_raw_fd());
+        }
+        made.inspect_err(|e| error!("no exit event: {e}")).ok()
     }
 
     /// GET_VRING_BASE: the ring is not ours any more, and its maps may be dropped unsaid (Q10).
-    fn stop_vring(&self, _queue_index: u32) -> io::Result<()> {
-        self.0.ring.stop();
+    fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
+        // First of all: who is about to send a map must not, and must not keep us waiting.
+        self.0.started.store(false, Ordering::SeqCst);
+        self.0.restarted.store(false, Ordering::SeqCst);
         self.0.window.stopped();
+        if let Some(ring) = self.0.rings.get(queue_index as usize) {
+            ring.stop();
+        }
         Ok(())
     }
 
@@ -222,15 +261,18 @@ impl VhostUserBackend for Session {
     /// Never an error: the library would end the ring's thread.
     fn handle_event(
         &self,
-        _device_event: u16,
+        device_event: u16,
         _evset: EventSet,
         vrings: &[Vring],
         _thread_id: usize,
     ) -> io::Result<()> {
-        let Some(vring) = vrings.first() else { return Ok(()) };
-        match self.0.ring.start(vring) {
-            Some(epoch) => self.started(epoch),
-            None => self.0.ring.drain(),
+        let index = usize::from(device_event);
+        let (Some(vring), Some(ring)) = (vrings.get(index), self.0.rings.get(index)) else {
+            return Ok(());
+        };
+        match ring.start(vring) {
+            Some(started) => self.started(ring, started),
+            None => ring.drain(),
         }
         Ok(())
     }

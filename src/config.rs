@@ -10,6 +10,7 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
+use crate::fs::{FsConfig, FsError};
 use crate::pmem::PmemFileSpec;
 
 const KIB: u64 = 1 << 10;
@@ -30,6 +31,19 @@ pub struct PmemConfig {
     pub socket: SocketSpec,
     /// The file and what to do if it is missing.
     pub file: PmemFileSpec,
+    /// Offer CONFIGURE_MEM_SLOTS.
+    pub mem_slots: bool,
+    /// Wait for the next front-end when one has gone.
+    pub keep_listening: bool,
+}
+
+/// The settings of `vhost-user-dax fs`.
+#[derive(Debug, Clone)]
+pub struct FsRunConfig {
+    /// Where the front-end finds the daemon.
+    pub socket: SocketSpec,
+    /// What is served, and how.
+    pub fs: FsConfig,
     /// Wait for the next front-end when one has gone.
     pub keep_listening: bool,
 }
@@ -169,6 +183,12 @@ pub enum ConfigError {
     Locked(PathBuf),
     #[error("--file {path}: {error}", path = .path.display())]
     File { path: PathBuf, error: io::Error },
+    #[error("--shared-dir {path}: {error}; name a directory that the daemon can read", path = .path.display())]
+    SharedDir { path: PathBuf, error: io::Error },
+    #[error(transparent)]
+    Fs(#[from] FsError),
+    #[error("{0}")]
+    Option(String),
     #[error(
         "--socket-path has {0} bytes; the system allows {SOCKET_PATH_MAX_BYTES}, so take a shorter one"
     )]

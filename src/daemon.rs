@@ -3,6 +3,8 @@
 //! Step 1 of 6: the daemon's life: socket, sessions, signals, and the order in which it stops.
 
 use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process;
 use std::sync::Arc;
 use std::thread::Builder;
@@ -15,8 +17,9 @@ use vhost_user_backend::{Error as BackendError, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::backend::Session;
-use crate::config::{ConfigError, PmemConfig};
+use crate::config::{ConfigError, FsRunConfig, PmemConfig};
 use crate::device::Device;
+use crate::fs::{Fs, user_namespace};
 use crate::persist::Fdatasync;
 use crate::pmem::{Pmem, PmemFile};
 use crate::socket::{self, BoundSocket};
@@ -62,15 +65,50 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
     let signals = block_signals()?;
     let checked = socket::check(&config.socket)?;
     let file = PmemFile::open(&config.file)?;
-    let (listener, bound) = checked.listen()?;
+    let listening = checked.listen()?;
     let file = file.keep();
-    let pmem = Pmem::new(file.clone(), Box::new(Fdatasync(file)))?;
-    let bound = Arc::new(bound);
-    stop_on_signal(signals, pmem.clone(), bound.clone())?;
-    info!("{}: {}, waiting for a front-end", config.file.path.display(), pmem.size());
+    let persist = Box::new(Fdatasync(file.clone()));
+    let pmem = Pmem::with_mem_slots(file, persist, config.mem_slots)?;
+    let what = format!("{}: {}", config.file.path.display(), pmem.size());
+    run(signals, listening, pmem, &what, config.keep_listening)
+}
 
-    let ended = serve(Listener::from(listener), pmem.clone(), config.keep_listening);
-    pmem.shutdown();
+/// Runs `vhost-user-dax fs`, as [`run_pmem`] does the other.
+///
+/// # Errors
+/// [`DaemonError::Config`] comes before anything was created or changed.
+pub fn run_fs(config: &FsRunConfig) -> Result<(), DaemonError> {
+    let signals = block_signals()?;
+    let checked = socket::check(&config.socket)?;
+    check_shared_dir(&config.fs.shared_dir)?;
+    if !config.fs.uid_map.is_empty() || !config.fs.gid_map.is_empty() {
+        // Before any thread starts: the kernel moves only a process that has none.
+        let (uids, gids) = (&config.fs.uid_map, &config.fs.gid_map);
+        user_namespace::enter(uids, gids).map_err(|e| ConfigError::Fs(e.into()))?;
+    }
+    let fs = Fs::new(&config.fs).map_err(ConfigError::Fs)?;
+    let listening = checked.listen()?;
+    let what = format!("{}: tag {}", config.fs.shared_dir.display(), config.fs.tag);
+    run(signals, listening, fs, &what, config.keep_listening)
+}
+
+fn check_shared_dir(path: &Path) -> Result<(), ConfigError> {
+    let found = std::fs::read_dir(path).map(drop);
+    found.map_err(|error| ConfigError::SharedDir { path: path.to_owned(), error })
+}
+
+fn run(
+    signals: SigSet,
+    (listener, bound): (UnixListener, BoundSocket),
+    device: Arc<dyn Device>,
+    what: &str,
+    keep_listening: bool,
+) -> Result<(), DaemonError> {
+    let bound = Arc::new(bound);
+    stop_on_signal(signals, device.clone(), bound.clone())?;
+    info!("{what}, waiting for a front-end");
+    let ended = serve(Listener::from(listener), device.clone(), keep_listening);
+    device.shutdown();
     bound.remove();
     Ok(ended?)
 }
@@ -126,7 +164,10 @@ impl Running {
 
     fn wait(mut self) -> Result<(), SessionError> {
         let ended = self.daemon.wait();
-        if let Some(line) = self.session.end() {
+        let refusal = self.session.end();
+        drop(self.daemon);
+        self.session.close_exit_events();
+        if let Some(line) = refusal {
             return Err(SessionError::Refused(line));
         }
         match ended {
@@ -150,12 +191,16 @@ fn block_signals() -> io::Result<SigSet> {
 }
 
 /// The stop order: finish the running sync and answer it, remove the socket, exit.
-fn stop_on_signal(signals: SigSet, pmem: Arc<Pmem>, bound: Arc<BoundSocket>) -> io::Result<()> {
+fn stop_on_signal(
+    signals: SigSet,
+    device: Arc<dyn Device>,
+    bound: Arc<BoundSocket>,
+) -> io::Result<()> {
     Builder::new().name("signals".into()).spawn(move || {
         if let Ok(signal) = signals.wait() {
-            info!("{signal}: finishing the running sync");
-            pmem.shutdown();
-            pmem.session_ended();
+            info!("{signal}: finishing what runs");
+            device.shutdown();
+            device.report();
             bound.remove();
             process::exit(0);
         }

@@ -2,11 +2,13 @@
 
 //! Step 3 of 6: the seam between the rings and a device. Knows no vhost-user.
 
-use std::fs::File;
 use std::sync::Arc;
 
+use vm_memory::GuestMemoryMmap;
+
 use crate::request::Request;
-use crate::window::{MapError, Mapper, WindowBytes};
+use crate::vring::AtStop;
+use crate::window::{MapError, ShmemMapper, WindowBytes};
 
 /// What a virtio device offers to its session.
 ///
@@ -15,28 +17,74 @@ pub trait Device: Send + Sync + 'static {
     /// Device-specific virtio feature bits (virtio 1.4 section 2.2: bits 0 to 23).
     fn features(&self) -> u64;
 
+    /// How many rings it has.
+    fn queues(&self) -> usize;
+
+    /// What becomes of open requests when a ring is stopped.
+    fn at_stop(&self) -> AtStop;
+
     /// The device's config space.
     fn config(&self) -> &[u8];
 
-    /// The length of shared memory region 0.
+    /// The length of shared memory region 0; none is offered if it is 0.
     fn window_bytes(&self) -> WindowBytes;
 
-    /// The file that shared memory region 0 shows, from its first byte to its last.
-    fn window_file(&self) -> &Arc<File>;
+    /// Whether the front-end may send its memory table piece by piece (CONFIGURE_MEM_SLOTS).
+    fn mem_slots(&self) -> bool;
 
-    /// Makes region 0 show the file, through the front-end behind `mapper`. Called at each start that
-    /// finds it not shown, from a thread that may block.
-    ///
-    /// # Errors
-    /// The mapper's.
-    fn map_window(&self, mapper: Arc<dyn Mapper>) -> Result<(), MapError>;
+    /// How to start a QEMU that can serve this device: for those who come with another one.
+    fn use_instead(&self) -> &str;
+
+    /// The window as a new front-end will show it.
+    fn open_window(&self) -> Arc<dyn SessionWindow>;
 
     /// Takes one request. Must not block: it runs under the ring's lock.
     ///
-    /// Requests of one ring must be completed in the order in which they came:
-    /// a stop hands back those that are open by moving the ring's base.
+    /// With [`AtStop::HandBack`] requests of one ring must be completed in the order in which they came.
     fn handle(&self, request: Request);
 
-    /// Called once when a session is over, to report on it.
-    fn session_ended(&self);
+    /// A driver has begun anew: what the last one left is void.
+    fn restarted(&self) {}
+
+    /// Called once when a session is over, to let go of all that was its own.
+    fn session_ended(&self) {}
+
+    /// Says in one line what a session that is over has done.
+    fn report(&self);
+
+    /// The process is about to end: what runs may finish, and nobody is answered after that.
+    fn shutdown(&self);
+
+    /// Whether [`shutdown`](Self::shutdown) has begun: who waits for a stopped ring waits in vain.
+    fn is_closing(&self) -> bool {
+        false
+    }
+}
+
+/// Shared memory region 0 as one front-end shows it.
+pub trait SessionWindow: Send + Sync {
+    /// The back-end channel has come: once in a session.
+    fn set_channel(&self, channel: ShmemMapper);
+
+    /// The front-end has asked for the region's length: it will show it (protocol feature SHMEM).
+    fn region_asked(&self) {}
+
+    /// A new memory table.
+    fn table_came(&self, mem: &GuestMemoryMmap);
+
+    /// A ring was started. True if all is well; false if [`bring_up`](Self::bring_up) must be called, from a thread
+    /// that may block, before requests leave the ring.
+    fn started(&self) -> bool;
+
+    /// Shows what must be shown from the start.
+    ///
+    /// # Errors
+    /// The mapper's.
+    fn bring_up(&self) -> Result<(), MapError>;
+
+    /// A ring was stopped: nothing may be mapped until the next start.
+    fn stopped(&self);
+
+    /// The front-end has gone; it may still hold its end of the back-end channel.
+    fn ended(&self);
 }

@@ -9,7 +9,8 @@
 //! 2. [`vring`]: drains one ring into requests. [`request`]: one chain, checked.
 //!    `kick`: the library's ring, made patient.
 //! 3. [`device`]: the seam a device stands behind. [`pmem`]: virtio-pmem, the flush.
-//! 4. (the DAX engine comes here.)
+//!    [`fs`]: virtio-fs, FUSE and its DAX window.
+//! 4. [`dax`]: the engine: entries, grants, writeback.
 //! 5. [`window`]: the `Mapper` seam: SHMEM_MAP, and the front-end's rules.
 //! 6. [`persist`]: the `Persist` seam: fdatasync, shared by all that wait for it.
 //!
@@ -23,7 +24,9 @@ pub mod config;
 pub mod daemon;
 pub mod dax;
 pub mod device;
+pub mod fs;
 mod kick;
+mod lock;
 pub mod persist;
 pub mod pmem;
 mod ratelimit;

@@ -2,18 +2,22 @@
 
 //! The command line: arguments to settings, errors to one line and an exit code.
 
+mod fs_args;
+
 use std::io::Write;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use log::LevelFilter;
 
 use vhost_user_dax::config::{PmemConfig, PmemSize, SocketSpec};
-use vhost_user_dax::daemon::{DaemonError, run_pmem};
+use vhost_user_dax::daemon::{DaemonError, run_fs, run_pmem};
 use vhost_user_dax::pmem::PmemFileSpec;
+
+use fs_args::FsArgs;
 
 const EXIT_FAILURE: u8 = 1;
 const EXIT_USAGE: u8 = 2;
@@ -29,6 +33,48 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Pmem(PmemArgs),
+    Fs(Box<FsArgs>),
+}
+
+/// How both devices are reached, and how they talk.
+#[derive(Args)]
+struct Common {
+    /// Listen on this Unix socket; a dead socket there is replaced
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["fd", "print_capabilities"], conflicts_with = "fd")]
+    socket_path: Option<PathBuf>,
+
+    /// Listen on this inherited descriptor, as systemd's socket activation passes it (3)
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    fd: Option<RawFd>,
+
+    /// When the VM goes, wait for the next one instead of exiting
+    #[arg(long)]
+    keep_listening: bool,
+
+    /// How much to say on stderr: error, warn, info, debug or trace; RUST_LOG overrides it
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    log_level: LevelFilter,
+
+    /// Print what this back-end is, as QEMU's conventions want it (JSON), and exit
+    #[arg(long)]
+    print_capabilities: bool,
+}
+
+impl Common {
+    /// None if clap has let neither through, which it does not.
+    fn socket(&self) -> Option<SocketSpec> {
+        match (self.fd, &self.socket_path) {
+            (Some(fd), _) => Some(SocketSpec::Fd(fd)),
+            (None, path) => path.clone().map(SocketSpec::Path),
+        }
+    }
+}
+
+/// A switch that has a default.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OnOff {
+    On,
+    Off,
 }
 
 /// Serve a host file to one VM as persistent memory (virtio-pmem).
@@ -39,13 +85,8 @@ enum Command {
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 struct PmemArgs {
-    /// Listen on this Unix socket; a dead socket there is replaced
-    #[arg(long, value_name = "PATH", required_unless_present_any = ["fd", "print_capabilities"], conflicts_with = "fd")]
-    socket_path: Option<PathBuf>,
-
-    /// Listen on this inherited descriptor, as systemd's socket activation passes it (3)
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
-    fd: Option<RawFd>,
+    #[command(flatten)]
+    common: Common,
 
     /// The file to serve; its size must be a multiple of 2 MiB
     #[arg(long, value_name = "PATH", required_unless_present = "print_capabilities")]
@@ -59,17 +100,9 @@ struct PmemArgs {
     #[arg(long)]
     sparse: bool,
 
-    /// When the VM goes, wait for the next one instead of exiting
-    #[arg(long)]
-    keep_listening: bool,
-
-    /// How much to say on stderr: error, warn, info, debug or trace; RUST_LOG overrides it
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
-    log_level: LevelFilter,
-
-    /// Print what this back-end is, as QEMU's conventions want it (JSON), and exit
-    #[arg(long)]
-    print_capabilities: bool,
+    /// Let the front-end send its memory table piece by piece: 'on' in a VM that has an fs device, too
+    #[arg(long, value_name = "on|off", default_value = "off")]
+    mem_slots: OnOff,
 }
 
 const EXAMPLES: &str = "\
@@ -88,19 +121,25 @@ Exit codes: 0 the VM has gone, or SIGTERM or SIGINT came; 1 the session failed; 
 const PMEM_CAPABILITIES: &str = r#"{"type": "pmem", "features": []}"#;
 
 fn main() -> ExitCode {
-    let Command::Pmem(args) = match Cli::try_parse() {
+    let command = match Cli::try_parse() {
         Ok(cli) => cli.command,
         Err(e) => return usage_error(&e),
     };
-    if args.print_capabilities {
-        println!("{PMEM_CAPABILITIES}");
+    let (common, capabilities) = match &command {
+        Command::Pmem(args) => (&args.common, PMEM_CAPABILITIES),
+        Command::Fs(args) => (&args.common, fs_args::CAPABILITIES),
+    };
+    if common.print_capabilities {
+        println!("{capabilities}");
         return ExitCode::SUCCESS;
     }
-    init_log(args.log_level);
-    let ended = match config(args) {
-        Some(config) => run_pmem(&config),
-        None => return ExitCode::from(EXIT_USAGE), // clap has asked for both before.
+    init_log(common.log_level);
+    let ended = match command {
+        Command::Pmem(args) => pmem_config(args).map(|config| run_pmem(&config)),
+        Command::Fs(args) => args.config().map(|config| config.and_then(|config| run_fs(&config))),
     };
+    // None: clap has asked for what is missing before.
+    let Some(ended) = ended else { return ExitCode::from(EXIT_USAGE) };
     let Err(e) = ended else { return ExitCode::SUCCESS };
     eprintln!("vhost-user-dax: {e}");
     ExitCode::from(match e {
@@ -123,17 +162,17 @@ fn usage_error(e: &clap::Error) -> ExitCode {
     let what: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
     let what = what.join(" ");
     let what = what.strip_prefix("error: ").unwrap_or(&what);
-    eprintln!("vhost-user-dax: {what} (try 'vhost-user-dax pmem --help')");
+    let asked = std::env::args().nth(1).filter(|word| word == "fs");
+    let command = asked.as_deref().unwrap_or("pmem");
+    eprintln!("vhost-user-dax: {what} (try 'vhost-user-dax {command} --help')");
     ExitCode::from(EXIT_USAGE)
 }
 
-fn config(args: PmemArgs) -> Option<PmemConfig> {
-    let socket = match (args.fd, args.socket_path) {
-        (Some(fd), _) => SocketSpec::Fd(fd),
-        (None, path) => SocketSpec::Path(path?),
-    };
+fn pmem_config(args: PmemArgs) -> Option<PmemConfig> {
+    let socket = args.common.socket()?;
     let file = PmemFileSpec { path: args.file?, size: args.size, sparse: args.sparse };
-    Some(PmemConfig { socket, file, keep_listening: args.keep_listening })
+    let mem_slots = args.mem_slots == OnOff::On;
+    Some(PmemConfig { socket, file, mem_slots, keep_listening: args.common.keep_listening })
 }
 
 /// Lines go to stderr without a time: systemd and libvirt add their own.
@@ -142,6 +181,8 @@ fn init_log(level: LevelFilter) {
     builder.filter_level(level);
     // The queue's crate logs each bad chain; ours are counted and held to a bounded rate.
     builder.filter_module("virtio_queue", LevelFilter::Off);
+    // A hard limit of open files below virtiofsd's wish is the usual case, and no news.
+    builder.filter_module("virtiofsd::limits", LevelFilter::Off);
     if std::env::var_os("RUST_LOG").is_some() {
         builder.parse_default_env();
     }

@@ -2,6 +2,7 @@
 
 //! Keeps what a hostile guest can make us log to one line a second.
 
+use crate::lock::lock;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ struct State {
 impl RateLimit {
     /// `Some(n)` if a line may be logged at `now`; `n` lines were held back since the last one.
     pub(crate) fn allow(&self, now: Instant) -> Option<u64> {
-        let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());
+        let mut state = lock(&self.state);
         if state.last.is_some_and(|last| now.saturating_duration_since(last) < INTERVAL) {
             state.suppressed += 1;
             return None;

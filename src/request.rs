@@ -2,9 +2,8 @@
 
 //! Step 2 of 6: one descriptor chain, checked and taken. Knows no device.
 //!
-//! All that the guest wrote passes [`parse`] once. What comes out holds at most four bytes
-//! of request and four checked addresses for the reply, however long the chain was:
-//! virtio-pmem's request and reply are one le32 each (virtio 1.4 section 5.19.6).
+//! [`parse`] checks the shape of a chain once: its length, its order, its end. Whether its addresses
+//! are guest memory is looked at when they are used, since the memory table may change in between.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -12,11 +11,12 @@ use std::sync::Arc;
 use thiserror::Error;
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::{GuestMemoryLoadGuard, GuestMemoryMmap};
 
-use crate::vring::{Epoch, Ring};
+use crate::vring::{Epoch, Ring, Touching};
 
-/// Bytes in a request, and in a reply.
+/// Bytes in a request of virtio-pmem, and in its reply.
 pub const WORD_BYTES: usize = 4;
 
 /// What is wrong with a chain. The guest's fault: it is answered, counted, and never fatal.
@@ -45,59 +45,98 @@ pub enum Malformed {
     ShortReply(usize),
 }
 
-/// Where the reply goes: one address for each byte, since the driver may split it at will.
+/// One buffer of a chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ReplyArea([GuestAddress; WORD_BYTES]);
-
-impl ReplyArea {
-    /// Stores `value`, little-endian, and returns the number of bytes stored.
-    pub(crate) fn store(&self, mem: &GuestMemoryMmap, value: u32) -> u32 {
-        let mut stored = 0;
-        for (address, byte) in self.0.iter().zip(value.to_le_bytes()) {
-            // The table may have changed since parse(): then the byte has no place to go.
-            stored += u32::from(mem.write_obj(byte, *address).is_ok());
-        }
-        stored
-    }
+pub struct Segment {
+    /// Where it begins. Not checked.
+    pub at: GuestAddress,
+    /// How long it is.
+    pub bytes: u32,
 }
 
-/// A checked chain.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Parsed {
-    /// The request's word, or what is wrong with the chain.
-    pub word: Result<u32, Malformed>,
-    /// Where to answer, if the chain has room for an answer (also when `word` is an error).
-    pub reply: Option<ReplyArea>,
+/// The buffers of a chain, in the driver's order.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Chain {
+    /// The request.
+    pub readable: Vec<Segment>,
+    /// The room for the reply.
+    pub writable: Vec<Segment>,
 }
 
-#[derive(Default)]
-struct Gather {
-    request: Vec<u8>,
-    reply: Vec<GuestAddress>,
-}
-
-impl Gather {
-    fn take(&mut self, mem: &GuestMemoryMmap, desc: &Descriptor) -> Result<(), Malformed> {
-        let writable = desc.is_write_only();
-        if !writable && !self.reply.is_empty() {
-            return Err(Malformed::Order);
-        }
-        let have = if writable { self.reply.len() } else { self.request.len() };
-        let want = (WORD_BYTES - have).min(desc.len() as usize) as u64;
+/// The first `most` bytes of `segments`, as one address for each byte: the driver may split at will.
+fn addresses(segments: &[Segment], most: usize) -> Result<Vec<GuestAddress>, Malformed> {
+    let mut found = Vec::with_capacity(most);
+    for segment in segments {
+        let want = (most - found.len()).min(segment.bytes as usize) as u64;
         for i in 0..want {
-            let bad = Malformed::Address(desc.addr().raw_value());
-            let address = desc.addr().checked_add(i).ok_or(bad)?;
-            if writable {
-                if !mem.address_in_range(address) {
-                    return Err(bad);
-                }
-                self.reply.push(address);
-            } else {
-                self.request.push(mem.read_obj(address).map_err(|_| bad)?);
-            }
+            let bad = Malformed::Address(segment.at.raw_value());
+            found.push(segment.at.checked_add(i).ok_or(bad)?);
+        }
+    }
+    Ok(found)
+}
+
+impl Chain {
+    fn take(&mut self, desc: &Descriptor) -> Result<(), Malformed> {
+        let segment = Segment { at: desc.addr(), bytes: desc.len() };
+        if desc.is_write_only() {
+            self.writable.push(segment);
+        } else if self.writable.is_empty() {
+            self.readable.push(segment);
+        } else {
+            return Err(Malformed::Order);
         }
         Ok(())
     }
+
+    /// The request's le32, if the chain also has room for a reply of that length.
+    fn word(&self, mem: &GuestMemoryMmap) -> Result<u32, Malformed> {
+        let mut word = [0; WORD_BYTES];
+        let request = addresses(&self.readable, WORD_BYTES)?;
+        for (byte, at) in word.iter_mut().zip(&request) {
+            *byte = mem.read_obj(*at).map_err(|_| Malformed::Address(at.raw_value()))?;
+        }
+        let reply = self.reply(mem)?;
+        if request.len() < WORD_BYTES {
+            return Err(Malformed::ShortRequest(request.len()));
+        }
+        if reply.len() < WORD_BYTES {
+            return Err(Malformed::ShortReply(reply.len()));
+        }
+        Ok(u32::from_le_bytes(word))
+    }
+
+    fn reply(&self, mem: &GuestMemoryMmap) -> Result<Vec<GuestAddress>, Malformed> {
+        let reply = addresses(&self.writable, WORD_BYTES)?;
+        match reply.iter().find(|at| !mem.address_in_range(**at)) {
+            Some(bad) => Err(Malformed::Address(bad.raw_value())),
+            None => Ok(reply),
+        }
+    }
+
+    /// Stores `bytes` from the start of the reply on, as far as there is room and guest memory.
+    /// Returns how many were stored.
+    pub(crate) fn store(&self, mem: &GuestMemoryMmap, bytes: &[u8]) -> u32 {
+        let mut rest = bytes;
+        for segment in &self.writable {
+            let (now, later) = rest.split_at(rest.len().min(segment.bytes as usize));
+            // The table may have changed since the request was taken: then they have no place to go.
+            if mem.write_slice(now, segment.at).is_err() {
+                break;
+            }
+            rest = later;
+        }
+        (bytes.len() - rest.len()) as u32
+    }
+}
+
+/// A checked chain, or what there is of one that went wrong: it is answered all the same if it can be.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Parsed {
+    /// The buffers.
+    pub chain: Chain,
+    /// What is wrong with the chain.
+    pub fault: Option<Malformed>,
 }
 
 /// Checks one chain of a queue of `queue_size` descriptors.
@@ -106,26 +145,19 @@ where
     M: Deref<Target = GuestMemoryMmap> + Clone,
 {
     let head = chain.head_index();
-    if head >= queue_size {
-        return Parsed { word: Err(Malformed::Head(head)), reply: None };
-    }
-    let mut gather = Gather::default();
-    let walked = walk(chain, queue_size, &mut gather);
-    let reply = <[GuestAddress; WORD_BYTES]>::try_from(gather.reply.as_slice()).ok();
-    let word = walked.and_then(|()| {
-        let bytes = <[u8; WORD_BYTES]>::try_from(gather.request.as_slice())
-            .map_err(|_| Malformed::ShortRequest(gather.request.len()))?;
-        reply.ok_or(Malformed::ShortReply(gather.reply.len()))?;
-        Ok(u32::from_le_bytes(bytes))
-    });
-    Parsed { word, reply: reply.map(ReplyArea) }
+    let mut taken = Chain::default();
+    let fault = if head >= queue_size {
+        Some(Malformed::Head(head))
+    } else {
+        walk(chain, queue_size, &mut taken).err()
+    };
+    Parsed { chain: taken, fault }
 }
 
-fn walk<M>(chain: DescriptorChain<M>, queue_size: u16, gather: &mut Gather) -> Result<(), Malformed>
+fn walk<M>(chain: DescriptorChain<M>, queue_size: u16, taken: &mut Chain) -> Result<(), Malformed>
 where
     M: Deref<Target = GuestMemoryMmap> + Clone,
 {
-    let mem = chain.clone();
     // The iterator ends without a word where a chain goes wrong; a last descriptor that
     // still names a next one gives that away.
     let mut open = true;
@@ -134,20 +166,21 @@ where
             return Err(Malformed::TooLong);
         }
         open = desc.has_next();
-        gather.take(mem.memory(), &desc)?;
+        taken.take(&desc)?;
     }
     if open { Err(Malformed::Broken) } else { Ok(()) }
 }
 
-/// One request, taken from a ring. It must be [completed](Request::complete); one that is
-/// dropped instead stays open, and the ring's next stop hands it back to the driver.
-#[must_use = "a request that is never completed stays open until the ring stops"]
+/// One request, taken from a ring. It must be completed; one that is dropped instead stays open until
+/// the ring is reset (and is handed back at the next stop where the device [wants that](crate::vring::AtStop)).
+#[must_use = "a request that is never completed stays open until the ring is reset"]
 pub struct Request {
     pub(crate) ring: Arc<Ring>,
     pub(crate) epoch: Epoch,
     pub(crate) window_lost: bool,
     pub(crate) head: u16,
     pub(crate) parsed: Parsed,
+    pub(crate) touching: Option<Touching>,
 }
 
 impl Request {
@@ -157,16 +190,82 @@ impl Request {
     }
 
     /// The request's le32, or what is wrong with the chain.
+    ///
+    /// # Errors
+    /// See [`Malformed`].
     pub fn word(&self) -> Result<u32, Malformed> {
-        self.parsed.word
+        match self.parsed.fault {
+            Some(fault) => Err(fault),
+            None => self.parsed.chain.word(&self.memory()),
+        }
     }
 
-    /// Answers with `status` and returns the chain to the driver.
+    /// The buffers.
+    ///
+    /// # Errors
+    /// What is wrong with the chain.
+    pub fn chain(&self) -> Result<&Chain, Malformed> {
+        match self.parsed.fault {
+            Some(fault) => Err(fault),
+            None => Ok(&self.parsed.chain),
+        }
+    }
+
+    /// The guest's memory as it is now.
+    pub fn memory(&self) -> GuestMemoryLoadGuard<GuestMemoryMmap> {
+        self.ring.memory().memory()
+    }
+
+    /// Keeps the ring from being stopped until this request is completed or [lets go](Self::let_go): until
+    /// then it may read and write the guest's memory. Waits while the ring is stopped. False if it
+    /// was reset meanwhile: then the request is void.
+    ///
+    /// Until then nothing may wait for the front-end, which waits for the stop.
+    #[must_use = "without it guest memory must be left alone"]
+    pub fn touch(&mut self) -> bool {
+        if self.touching.is_none() {
+            self.touching = Ring::touch(&self.ring, self.epoch);
+        }
+        self.touching.is_some()
+    }
+
+    /// Ends what [`touch`](Self::touch) began.
+    pub fn let_go(&mut self) {
+        self.touching = None;
+    }
+
+    /// Answers with the le32 `status` and returns the chain to the driver.
     ///
     /// Does nothing if the ring was stopped since the request was taken: it was handed back.
     pub fn complete(self, status: u32) {
-        let returnable = !matches!(self.parsed.word, Err(Malformed::Head(_)));
-        let head = returnable.then_some(self.head);
-        self.ring.complete(self.epoch, head, self.parsed.reply, status);
+        // One address that is no memory, and the chain gets no status at all.
+        let room = self.parsed.chain.reply(&self.memory());
+        let whole = room.is_ok_and(|room| room.len() == WORD_BYTES)
+            && !matches!(self.word(), Err(Malformed::Address(_)));
+        let status = status.to_le_bytes();
+        self.complete_with(if whole { &status } else { &[] }, 0);
     }
+
+    /// Stores `reply`, behind which `behind` bytes have been stored already, and returns the chain to
+    /// the driver. If the ring is stopped meanwhile, that is done when it goes on.
+    pub fn complete_with(self, reply: &[u8], behind: u32) {
+        let returnable = !matches!(self.parsed.fault, Some(Malformed::Head(_)));
+        let answer = Answer {
+            head: returnable.then_some(self.head),
+            chain: self.parsed.chain,
+            reply: reply.to_vec(),
+            behind,
+        };
+        self.ring.complete(self.epoch, answer);
+        drop(self.touching); // Now the ring may be stopped.
+    }
+}
+
+/// What a chain goes back to the driver with.
+pub(crate) struct Answer {
+    /// None: it has no place in the used ring.
+    pub(crate) head: Option<u16>,
+    pub(crate) chain: Chain,
+    pub(crate) reply: Vec<u8>,
+    pub(crate) behind: u32,
 }

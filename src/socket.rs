@@ -15,6 +15,7 @@ use nix::sys::socket::{AddressFamily, SockType, SockaddrLike, SockaddrStorage};
 use nix::sys::socket::{getsockname, getsockopt, sockopt};
 
 use crate::config::{ConfigError, SOCKET_PATH_MAX_BYTES, SocketSpec};
+use crate::lock::lock;
 
 /// A socket setting that was looked at, and found usable, before anything was changed.
 #[derive(Debug)]
@@ -101,7 +102,7 @@ impl CheckedSocket {
 impl BoundSocket {
     /// Removes the file, if it is still the one that was made here. Callable more than once.
     pub fn remove(&self) {
-        let bound = self.0.lock().unwrap_or_else(|e| e.into_inner()).take();
+        let bound = lock(&self.0).take();
         if let Some(Bound { path, id }) = bound
             && fs::symlink_metadata(&path).is_ok_and(|now| file_id(&now) == id)
             && let Err(e) = fs::remove_file(&path)

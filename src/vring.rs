@@ -3,12 +3,13 @@
 //! Step 2 of 6: drains one vring into requests and returns their chains. Knows no device.
 //!
 //! A ring is stopped, held (started, but its window is not up yet: the requests stay where
-//! they are) or running. Every start and stop opens a new [`Epoch`]; what belongs to an older
-//! one is void. That is how a flush that is still syncing when the front-end stops the ring
-//! never touches a ring that is not ours any more.
+//! they are) or running. What is open when it stops is either handed back to the driver or kept until
+//! the ring goes on ([`AtStop`]). A start from another place than where the ring was stopped, and
+//! a stop that hands back, open a new [`Epoch`]; what belongs to an older one is void. That is how
+//! a flush that is still syncing never touches a ring that is not ours any more.
 
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use log::warn;
 use vhost_user_backend::VringT;
@@ -16,15 +17,40 @@ use virtio_queue::{Error as QueueError, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::device::Device;
+use crate::lock::lock;
 use crate::ratelimit::RateLimit;
-use crate::request::{ReplyArea, Request, parse};
+use crate::request::{Answer, Request, parse};
 
 /// The guest's memory, as the front-end last described it.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 pub use crate::kick::Vring;
 
-/// One stretch between a start and a stop of a ring.
+/// How often one who waits for a stopped ring looks whether the process is about to end.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// What becomes of open requests when the front-end stops a ring (GET_VRING_BASE).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AtStop {
+    /// The driver gets them back, and the next start takes them again: for requests that may be done
+    /// twice, and that are completed in the order in which they came.
+    HandBack,
+    /// They go on; who ends meanwhile is returned when the ring goes on where it was stopped, and never
+    /// if it was reset. The stop waits for those that [touch](crate::request::Request::touch) the
+    /// guest's memory, and for no others.
+    Keep,
+}
+
+/// How a ring was started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Started {
+    /// To be named when the ring is released.
+    pub epoch: Epoch,
+    /// It does not go on where it was stopped: the driver has reset the device.
+    pub afresh: bool,
+}
+
+/// One stretch in the life of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Epoch(u64);
 
@@ -34,6 +60,7 @@ enum Phase {
     Stopped,
     Held,
     Running,
+    Stopping,
 }
 
 #[derive(Default)]
@@ -41,9 +68,16 @@ struct State {
     vring: Option<Vring>,
     phase: Phase,
     epoch: Epoch,
-    /// Chains taken and not completed. The device completes in order, so these are the last
-    /// that were taken, and moving the base back by this number hands exactly them back.
+    /// Chains taken and not completed. With [`AtStop::HandBack`] the device completes in order, so
+    /// these are the last that were taken, and moving the base back by this number hands exactly
+    /// them back.
     open: u16,
+    /// Those of them that have a hand in the guest's memory.
+    touching: u16,
+    /// Completed while the ring was stopped.
+    kept: Vec<Answer>,
+    /// The available index at the last stop; the used index was this less the open ones.
+    stopped_at: u16,
     /// The guest has no window: whatever it stored is nowhere, so no flush may succeed.
     window_lost: bool,
     /// Chains were left in the ring because `open` had reached the queue's size.
@@ -53,45 +87,66 @@ struct State {
 /// One ring of a device.
 pub struct Ring {
     device: Arc<dyn Device>,
+    index: usize,
     mem: GuestMemory,
     // Lock order: this, then the library's vring lock, then the device's queue.
     state: Mutex<State>,
+    /// The ring was stopped, has started, or is touched by one less.
+    changed: Condvar,
     log_limit: RateLimit,
 }
 
 impl Ring {
-    /// A ring that is stopped, in the guest memory `mem`.
-    pub fn new(device: Arc<dyn Device>, mem: GuestMemory) -> Arc<Self> {
-        Arc::new(Self { device, mem, state: Mutex::default(), log_limit: RateLimit::default() })
+    /// The device's ring number `index`, stopped, in the guest memory `mem`.
+    pub fn new(device: Arc<dyn Device>, index: usize, mem: GuestMemory) -> Arc<Self> {
+        Arc::new(Self {
+            device,
+            index,
+            mem,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            log_limit: RateLimit::default(),
+        })
+    }
+
+    /// Its number.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.mem
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.state)
     }
 
     /// Takes note that the library may have started `vring`. If it has, and the ring was stopped,
     /// the ring is now held, and the caller must bring up the window and then call
     /// [`release`](Ring::release) with the epoch that this returns.
-    pub fn start(&self, vring: &Vring) -> Option<Epoch> {
+    pub fn start(&self, vring: &Vring) -> Option<Started> {
         let mut state = self.lock();
         // Looked at under our lock: GET_VRING_BASE clears `ready` before it calls stop(), so
         // either we see that here, or stop() comes after us and undoes the start.
-        let up = {
+        let (up, from, used) = {
             let vring = vring.get_ref();
-            vring.get_queue().ready() && vring.is_enabled()
+            let queue = vring.get_queue();
+            (queue.ready() && vring.is_enabled(), queue.next_avail(), queue.next_used())
         };
         if !up || state.phase != Phase::Stopped {
             return None;
         }
-        let epoch = Epoch(state.epoch.0 + 1);
-        *state =
-            State { vring: Some(vring.clone()), phase: Phase::Held, epoch, ..State::default() };
-        Some(epoch)
-    }
-
-    /// Whether the front-end has started the ring and not stopped it again.
-    pub fn is_started(&self) -> bool {
-        self.lock().phase != Phase::Stopped
+        let goes_on = from == state.stopped_at && used == from.wrapping_sub(state.open);
+        if !goes_on {
+            *state = State { epoch: Epoch(state.epoch.0 + 1), ..State::default() };
+            self.changed.notify_all();
+        }
+        state.vring = Some(vring.clone());
+        state.phase = Phase::Held;
+        state.window_lost = false;
+        Some(Started { epoch: state.epoch, afresh: !goes_on })
     }
 
     /// The window of this epoch is up: requests may leave the ring.
@@ -109,22 +164,66 @@ impl Ring {
         if state.phase == Phase::Held && state.epoch == epoch {
             state.phase = Phase::Running;
             state.window_lost = window_lost;
+            self.changed.notify_all();
+            for answer in std::mem::take(&mut state.kept) {
+                self.give_back(&mut state, answer);
+            }
             self.drain_locked(&mut state);
         }
     }
 
-    /// Stops the ring (GET_VRING_BASE). Requests that are open go back to the driver: the base
-    /// that the front-end will read is moved before them, so that the next start takes them again.
-    /// Never waits, whatever the disk is doing.
+    /// Stops the ring (GET_VRING_BASE). With [`AtStop::HandBack`] the base that the front-end will
+    /// read is moved before the open requests, so that the next start takes them again. Never waits
+    /// for a request, unless that touches the guest's memory.
     pub fn stop(&self) {
         let mut state = self.lock();
-        if let Some(vring) = state.vring.take() {
-            let mut vring = vring.get_mut();
-            let queue = vring.get_queue_mut();
+        // Whoever touches guest memory may still return its chain; nothing new is taken.
+        let hand_back = self.device.at_stop() == AtStop::HandBack;
+        if state.phase == Phase::Running && !hand_back {
+            state.phase = Phase::Stopping;
+        }
+        while state.touching > 0 {
+            state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        let epoch = Epoch(state.epoch.0 + 1);
+        let Some(vring) = state.vring.take() else {
+            if hand_back {
+                *state = State { epoch, ..State::default() };
+            }
+            state.phase = Phase::Stopped;
+            return;
+        };
+        let mut vring = vring.get_mut();
+        let queue = vring.get_queue_mut();
+        if hand_back {
             let base = queue.next_avail().wrapping_sub(state.open);
             queue.set_next_avail(base);
+            *state = State { epoch, stopped_at: base, ..State::default() };
+        } else {
+            state.stopped_at = queue.next_avail();
+            state.phase = Phase::Stopped;
         }
+    }
+
+    /// The front-end has gone: whatever is open is void.
+    pub fn end(&self) {
+        self.stop();
+        let mut state = self.lock();
         *state = State { epoch: Epoch(state.epoch.0 + 1), ..State::default() };
+        self.changed.notify_all();
+    }
+
+    /// See [`Request::touch`].
+    pub(crate) fn touch(ring: &Arc<Self>, epoch: Epoch) -> Option<Touching> {
+        let mut state = ring.lock();
+        while state.epoch == epoch && state.phase != Phase::Running && !ring.device.is_closing() {
+            // The device has no way to wake us.
+            let waited = ring.changed.wait_timeout(state, LOOK_AGAIN);
+            state = waited.unwrap_or_else(|e| e.into_inner()).0;
+        }
+        let may = state.epoch == epoch && state.phase == Phase::Running;
+        state.touching += u16::from(may);
+        may.then(|| Touching(ring.clone()))
     }
 
     /// Hands all waiting chains to the device.
@@ -167,6 +266,7 @@ impl Ring {
                     window_lost: state.window_lost,
                     head,
                     parsed,
+                    touching: None,
                 });
             }
             state.left_behind = state.open >= size;
@@ -176,44 +276,48 @@ impl Ring {
         }
     }
 
-    /// Writes `status`, puts `head` into the used ring (unless it has no place there), and
+    /// Stores the reply, puts the head into the used ring (unless it has no place there), and
     /// tells the driver if it wants to be told.
-    pub(crate) fn complete(
-        self: &Arc<Self>,
-        epoch: Epoch,
-        head: Option<u16>,
-        reply: Option<ReplyArea>,
-        status: u32,
-    ) {
+    pub(crate) fn complete(self: &Arc<Self>, epoch: Epoch, answer: Answer) {
         let mut state = self.lock();
-        if state.phase != Phase::Running || state.epoch != epoch {
-            return;
+        if state.epoch == epoch {
+            match state.phase {
+                Phase::Running | Phase::Stopping => self.give_back(&mut state, answer),
+                Phase::Held | Phase::Stopped => state.kept.push(answer),
+            }
+            if state.left_behind {
+                self.drain_locked(&mut state);
+            }
         }
+    }
+
+    fn give_back(&self, state: &mut State, answer: Answer) {
         let Some(vring) = state.vring.clone() else { return };
         state.open -= 1;
-        if let Some(head) = head
-            && let Err(e) = return_chain(&self.mem.memory(), &vring, head, reply, status)
+        if let Err(e) = return_chain(&self.mem.memory(), &vring, &answer)
             && let Some(held_back) = self.log_limit.allow(Instant::now())
         {
             warn!("a chain can't be returned: {e} ({held_back} more such lines held back)");
         }
-        if state.left_behind {
-            self.drain_locked(&mut state);
-        }
     }
 }
 
-fn return_chain(
-    mem: &GuestMemoryMmap,
-    vring: &Vring,
-    head: u16,
-    reply: Option<ReplyArea>,
-    status: u32,
-) -> Result<(), QueueError> {
+/// A hand in the guest's memory: while there is one, the ring is not stopped.
+pub(crate) struct Touching(Arc<Ring>);
+
+impl Drop for Touching {
+    fn drop(&mut self) {
+        self.0.lock().touching -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+fn return_chain(mem: &GuestMemoryMmap, vring: &Vring, answer: &Answer) -> Result<(), QueueError> {
+    let Some(head) = answer.head else { return Ok(()) };
     let mut guard = vring.get_mut();
-    // The status before the used index: the driver reads it as soon as the index moves.
-    let stored = reply.map_or(0, |reply| reply.store(mem, status));
-    guard.add_used(head, stored)?;
+    // The reply before the used index: the driver reads it as soon as the index moves.
+    let stored = answer.chain.store(mem, &answer.reply);
+    guard.add_used(head, stored + answer.behind)?;
     if guard.needs_notification()? {
         // A front-end that closed its end of the call is about to stop the ring: not our fault.
         let _ = guard.signal_used_queue();

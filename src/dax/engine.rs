@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use log::warn;
 use nix::errno::Errno;
@@ -32,6 +32,9 @@ pub struct Space {
     /// Shared by grants; alone for what changes the file's length or blocks. The kernel's
     /// `i_mmap_sem`: whoever has it may do file system calls and front-end round trips.
     pub(super) gate: Gate,
+    /// The file's length when we last looked, with the gate in hand: another one now is somebody
+    /// else's doing.
+    pub(super) known_bytes: AtomicU64,
     pub(super) coverage: Mutex<Coverage>,
     /// The first failure to write back is final (see [`Persist`]).
     pub(super) failed: Mutex<bool>,
@@ -51,6 +54,16 @@ impl Space {
     /// Bytes of memory that the entries take.
     pub fn index_bytes(&self) -> usize {
         self.entries.index().bytes()
+    }
+
+    /// Whether nothing of the file is granted.
+    pub fn is_idle(&self) -> bool {
+        self.granted_runs() == 0
+    }
+
+    /// The file behind the entries.
+    pub fn source(&self) -> &dyn ExtentSource {
+        &*self.source
     }
 
     /// How many runs of pages are counted as granted.
@@ -77,7 +90,14 @@ impl Space {
 
     /// Pages that have a byte of the file.
     pub(super) fn pages(&self) -> io::Result<u64> {
-        Ok(self.source.file_bytes()?.div_ceil(PAGE_BYTES))
+        Ok(self.look()?.div_ceil(PAGE_BYTES))
+    }
+
+    /// The file's length, from now on the known one.
+    pub(super) fn look(&self) -> io::Result<u64> {
+        let bytes = self.source.file_bytes()?;
+        self.known_bytes.store(bytes, Ordering::Relaxed);
+        Ok(bytes)
     }
 }
 
@@ -115,7 +135,7 @@ pub(super) struct Window {
 pub struct Engine {
     pub(super) bytes: WindowBytes,
     pub(super) mapper: Arc<dyn Mapper>,
-    pub(super) most_maps: usize,
+    most_maps: AtomicUsize,
     pub(super) window: Turn<Window>,
     waits: Arc<WaitTable>,
     next_space: AtomicU64,
@@ -175,7 +195,7 @@ impl Engine {
         Self {
             bytes,
             mapper,
-            most_maps,
+            most_maps: AtomicUsize::new(most_maps),
             window: Turn::new(Window::default()),
             waits: Arc::new(WaitTable::default()),
             next_space: AtomicU64::new(0),
@@ -192,9 +212,30 @@ impl Engine {
             source,
             persist,
             gate: Gate::default(),
+            known_bytes: AtomicU64::new(0),
             coverage: Mutex::default(),
             failed: Mutex::default(),
         })
+    }
+
+    /// How many maps there may be at most.
+    pub fn most_maps(&self) -> usize {
+        self.most_maps.load(Ordering::Relaxed)
+    }
+
+    /// Changes how many maps there may be: other devices of the VM use up the same number (Q2). Those
+    /// that are too many already stay.
+    pub fn set_most_maps(&self, most_maps: usize) {
+        self.most_maps.store(most_maps, Ordering::Relaxed);
+    }
+
+    /// What is granted at byte `at` of the window: the file, where in it, and how many bytes more.
+    pub fn granted_at(&self, at: WindowOffset) -> Option<(Arc<Space>, FileOffset, u64)> {
+        let window = self.window.take();
+        let (start, grant) = window.grants.range(..=at.0).next_back()?;
+        let skip = at.0 - start;
+        let left = grant.bytes.checked_sub(skip).filter(|left| *left > 0)?;
+        Some((grant.space.clone(), FileOffset(grant.from.0 + skip), left))
     }
 
     /// What the engine has done.
@@ -302,7 +343,7 @@ impl Engine {
             bytes: WindowBytes(mapped),
         });
         let (at, bytes) = (WindowOffset(span.at), WindowBytes(span.bytes));
-        window.layout.show(at, bytes, piece.as_ref(), &*self.mapper, self.most_maps)
+        window.layout.show(at, bytes, piece.as_ref(), &*self.mapper, self.most_maps())
     }
 
     /// REMOVEMAPPING: takes away what is granted in `spans`, of whatever files, in this order.
@@ -320,6 +361,15 @@ impl Engine {
             self.retire(&removed);
         }
         Ok(())
+    }
+
+    /// Takes away all that is granted.
+    ///
+    /// # Errors
+    /// See [`revoke`](Self::revoke).
+    pub fn revoke_all(&self) -> Result<(), GrantError> {
+        let whole = Span { at: 0, bytes: self.bytes.0 };
+        self.revoke(&[whole])
     }
 
     /// The front-end has dropped all maps, or is a new one, and the grants stay: sends every map again.
@@ -367,7 +417,8 @@ pub(super) fn extent_of(grant: &Grant) -> Result<(PageIndex, u64), GrantError> {
     }
     let last = grant.last().min(PageIndex(pages - 1));
     let wanted = last.next().byte() - grant.from.0;
-    let mapped = source.mappable_bytes()?.saturating_sub(grant.from.0).min(grant.bytes);
+    let mapped =
+        source.mappable_bytes(source.file_bytes()?).saturating_sub(grant.from.0).min(grant.bytes);
     if mapped < wanted {
         return Err(GrantError::Tail);
     }

@@ -72,13 +72,10 @@ pub trait ExtentSource: Send + Sync {
     /// The system's.
     fn file_bytes(&self) -> io::Result<u64>;
 
-    /// Bytes from the start of the file that a front-end agrees to map. QEMU refuses a map that ends
-    /// past the end of the file (row Q6), so by default this is the length in whole pages.
-    ///
-    /// # Errors
-    /// The system's.
-    fn mappable_bytes(&self) -> io::Result<u64> {
-        Ok(self.file_bytes()? / PAGE_BYTES * PAGE_BYTES)
+    /// Bytes from the start of a file of `file_bytes` that a front-end agrees to map. QEMU refuses a map
+    /// that ends past the end of the file (row Q6), so by default this is the length in whole pages.
+    fn mappable_bytes(&self, file_bytes: u64) -> u64 {
+        file_bytes / PAGE_BYTES * PAGE_BYTES
     }
 
     /// Whether the backing can be mapped by 2 MiB.
@@ -131,19 +128,27 @@ pub trait ExtentSource: Send + Sync {
 /// what a page-cache page belongs to never moves.
 pub struct FileExtents {
     file: Arc<File>,
+    /// What the front-end gets, if that is not the file itself.
+    stretched: Option<Arc<File>>,
     preallocated: bool,
 }
 
 impl FileExtents {
     /// Asks the file system for holes, and allocates for write grants.
     pub fn new(file: Arc<File>) -> Self {
-        Self { file, preallocated: false }
+        Self { file, stretched: None, preallocated: false }
+    }
+
+    /// The same, and the front-end maps `stretched`: the same page cache, as long as one may wish. The
+    /// chunk with the file's last byte is then mapped whole, so that a growth needs no message.
+    pub fn stretched(file: Arc<File>, stretched: Arc<File>) -> Self {
+        Self { file, stretched: Some(stretched), preallocated: false }
     }
 
     /// Takes the whole file as one extent: virtio-pmem's file was allocated when it was made, or its
     /// user said `--sparse` and lives with the holes.
     pub fn preallocated(file: Arc<File>) -> Self {
-        Self { file, preallocated: true }
+        Self { file, stretched: None, preallocated: true }
     }
 
     /// The first byte from `from` on that is data or a hole; the end of the file counts as a hole.
@@ -175,11 +180,26 @@ impl FileExtents {
 
 impl ExtentSource for FileExtents {
     fn file(&self) -> &Arc<File> {
-        &self.file
+        self.stretched.as_ref().unwrap_or(&self.file)
     }
 
     fn file_bytes(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.len())
+    }
+
+    fn mappable_bytes(&self, file_bytes: u64) -> u64 {
+        match &self.stretched {
+            Some(_) => file_bytes.next_multiple_of(PMD_BYTES),
+            None => file_bytes / PAGE_BYTES * PAGE_BYTES,
+        }
+    }
+
+    fn read_at(&self, from: u64, to: &mut [u8]) -> io::Result<usize> {
+        self.file.read_at(to, from)
+    }
+
+    fn write_at(&self, from: u64, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write_at(bytes, from)
     }
 
     /// The page cache can be mapped by 2 MiB where it has huge pages; whether it does is the

@@ -7,10 +7,12 @@
 //! whole VM dies of it.
 
 use std::io;
+use std::sync::atomic::Ordering;
 
 use super::engine::{Engine, Grant, GrantError, Space, Span, Window, extent_of};
 use super::entry::{PAGE_BYTES, PMD_PAGES, PageIndex};
 use super::extent::Access;
+
 use super::sync::{Arc, Taken, lock};
 use crate::window::FileOffset;
 
@@ -30,18 +32,54 @@ impl Engine {
     /// The front-end's or the file system's. The window then shows the file as long as it is, as
     /// far as the front-end lets us.
     pub fn resize(&self, space: &Arc<Space>, bytes: u64) -> Result<Resized, GrantError> {
+        self.resize_by(space, bytes, || space.source.set_bytes(bytes)).map(|((), resized)| resized)
+    }
+
+    /// The same, where it is `change` that sets the file's length to `bytes`.
+    ///
+    /// # Errors
+    /// See [`resize`](Self::resize).
+    pub fn resize_by<T>(
+        &self,
+        space: &Arc<Space>,
+        bytes: u64,
+        change: impl FnOnce() -> io::Result<T>,
+    ) -> Result<(T, Resized), GrantError> {
         if bytes > i64::MAX as u64 {
             return Err(GrantError::Invalid("longer than any file"));
         }
         let _alone = space.gate.alone();
         let old = space.source.file_bytes()?;
-        let clipped =
-            if bytes < old { self.clip(space, bytes / PAGE_BYTES * PAGE_BYTES) } else { Ok(()) };
-        let done = clipped.and_then(|()| Ok(space.source.set_bytes(bytes)?));
+        let mappable = space.source.mappable_bytes(bytes);
+        let clipped = if bytes < old { self.clip(space, mappable) } else { Ok(()) };
+        let done = clipped.and_then(|()| Ok(change()?));
         // Also after an error: what the window let go of in vain comes back.
         let kept = old.min(space.source.file_bytes()?);
         let followed = self.follow(space, kept, PageIndex::of_byte(kept).chunk());
-        done.and(followed)
+        done.and_then(|done| Ok((done, followed?)))
+    }
+
+    /// Lets `change` do something to the file's length or blocks that never makes it shorter than
+    /// `at_least` bytes. The window and the entries follow.
+    ///
+    /// # Errors
+    /// The change's own, or the front-end's after it.
+    pub fn change<T>(
+        &self,
+        space: &Arc<Space>,
+        at_least: u64,
+        change: impl FnOnce() -> io::Result<T>,
+    ) -> Result<T, GrantError> {
+        let _alone = space.gate.alone();
+        if at_least < space.source.file_bytes()? {
+            self.clip(space, space.source.mappable_bytes(at_least))?;
+        }
+        let done = change();
+        let bytes = space.source.file_bytes()?;
+        let followed = self.follow(space, bytes.min(at_least), PageIndex(0));
+        let done = done?;
+        followed?;
+        Ok(done)
     }
 
     /// The file has grown or shrunk by other hands (a FUSE WRITE behind the end, another process).
@@ -50,16 +88,39 @@ impl Engine {
     /// See [`resize`](Self::resize).
     pub fn resized(&self, space: &Arc<Space>) -> Result<Resized, GrantError> {
         let _alone = space.gate.alone();
-        self.clip(space, space.source.mappable_bytes()?)?;
+        self.clip(space, space.source.mappable_bytes(space.source.file_bytes()?))?;
         // How long it was before is not known: look at everything that is granted.
         self.follow(space, space.source.file_bytes()?, PageIndex(0))
+    }
+
+    /// Looks whether somebody else has changed the file's length. If it has become shorter, the window lets
+    /// go of every page that is behind the end now: the guest may not have heard of it, and where it
+    /// touches such a page the VMM dies. If it has grown again, the window shows it again.
+    ///
+    /// # Errors
+    /// The front-end's or the file system's.
+    pub fn look_again(&self, space: &Arc<Space>) -> Result<(), GrantError> {
+        // Mostly it is we who changed it, or nobody: then nothing has to wait.
+        if space.source.file_bytes()? == space.known_bytes.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let _alone = space.gate.alone();
+        let known = space.known_bytes.load(Ordering::Relaxed);
+        let bytes = space.look()?;
+        if bytes > known {
+            self.follow(space, known, PageIndex::of_byte(known).chunk())?;
+        } else if bytes < known {
+            self.clip(space, bytes.next_multiple_of(PAGE_BYTES))?;
+            self.delete_entries(space, bytes.next_multiple_of(PAGE_BYTES), i64::MAX as u64)?;
+        }
+        Ok(())
     }
 
     /// Nothing of the file behind byte `end` (a whole page) is in the window any more.
     fn clip(&self, space: &Space, end: u64) -> Result<(), GrantError> {
         let mut window = self.window.take();
         let (file, end) = (space.source.file(), FileOffset(end));
-        Ok(window.layout.clip(file, end, &*self.mapper, self.most_maps)?)
+        Ok(window.layout.clip(file, end, &*self.mapper, self.most_maps())?)
     }
 
     /// Window and entries follow the file's new length: entries behind its first `kept` bytes are
@@ -71,6 +132,7 @@ impl Engine {
         from: PageIndex,
     ) -> Result<Resized, GrantError> {
         let stale = PageIndex(kept.div_ceil(PAGE_BYTES));
+        space.look()?;
         let mut window = self.window.take();
         // Behaviour 16: blocks, and entries that know what is dirty, before the window shows anything.
         // A growth that nobody told of is not shown yet, either.
@@ -93,7 +155,8 @@ impl Engine {
                 Err(GrantError::PastEof) => continue,
                 Err(GrantError::Tail) => {
                     tail_hidden = true;
-                    let mapped = space.source.mappable_bytes()?.saturating_sub(grant.from.0);
+                    let mappable = space.source.mappable_bytes(space.source.file_bytes()?);
+                    let mapped = mappable.saturating_sub(grant.from.0);
                     self.show_grant(&mut window, at, &grant, mapped.min(grant.bytes))?;
                 }
                 Err(e) => return Err(e),

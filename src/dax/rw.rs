@@ -41,39 +41,58 @@ impl Engine {
         from: FileOffset,
         data: &[u8],
     ) -> Result<usize, GrantError> {
-        let end = from.0.checked_add(data.len() as u64).filter(|end| *end <= i64::MAX as u64);
+        self.write_by(space, from, data.len() as u64, || {
+            let mut done = 0;
+            while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
+                match space.source.write_at(from.0 + done as u64, rest) {
+                    Ok(0) => break,
+                    Ok(n) => done += n,
+                    Err(e) if done == 0 => return Err(e),
+                    Err(_) => break,
+                }
+            }
+            Ok(done)
+        })
+    }
+
+    /// The same, where it is `write` that writes up to `bytes` from byte `from` on, and says how many.
+    ///
+    /// # Errors
+    /// See [`write`](Self::write).
+    pub fn write_by(
+        &self,
+        space: &Arc<Space>,
+        from: FileOffset,
+        bytes: u64,
+        write: impl FnOnce() -> io::Result<usize>,
+    ) -> Result<usize, GrantError> {
+        let end = from.0.checked_add(bytes).filter(|end| *end <= i64::MAX as u64);
         let Some(end) = end else { return Err(GrantError::Invalid("longer than any file")) };
         {
             let _shared = space.gate.share();
             if end <= space.source.file_bytes()? {
-                return Ok(self.write_inside(space, from, data)?);
+                return Ok(self.write_inside(space, from, write)?);
             }
         }
         // It grows. Live grants then show more, and nobody else may measure the file meanwhile.
         let _alone = space.gate.alone();
         let old = space.source.file_bytes()?;
-        let done = self.write_inside(space, from, data)?;
+        let done = self.write_inside(space, from, write)?;
         if space.source.file_bytes()? > old {
             self.follow(space, old, PageIndex::of_byte(old.min(from.0)).chunk())?;
         }
         Ok(done)
     }
 
-    fn write_inside(&self, space: &Arc<Space>, from: FileOffset, data: &[u8]) -> io::Result<usize> {
-        let mut done = 0;
-        let mut result = Ok(());
-        while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
-            match space.source.write_at(from.0 + done as u64, rest) {
-                Ok(0) => break,
-                Ok(n) => done += n,
-                Err(e) => {
-                    result = Err(e);
-                    break;
-                }
-            }
-        }
+    fn write_inside(
+        &self,
+        space: &Arc<Space>,
+        from: FileOffset,
+        write: impl FnOnce() -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let done = write()?;
         if done == 0 {
-            return result.map(|()| 0);
+            return Ok(0);
         }
         let (first, end) = (from.0 / PAGE_BYTES, (from.0 + done as u64).div_ceil(PAGE_BYTES));
         if space.tracks() {

@@ -26,8 +26,7 @@ impl Engine {
     pub fn writeback(&self, space: &Space, first: PageIndex, last: PageIndex) -> io::Result<()> {
         self.check_failed(space)?;
         if space.persist.kernel_tracks() {
-            self.counters.syncs.add(1);
-            return self.note(space, space.persist.sync());
+            return self.sync_by(space, || space.persist.sync());
         }
         // A punch or truncate beside us would delete entries that we have tagged, and make them anew
         // without the tag.
@@ -48,6 +47,17 @@ impl Engine {
         trace_dax!(writeback_range_done, space, first, "last={:#x}", last.0);
         // Another flusher may have taken on our entries, and failed.
         self.check_failed(space)
+    }
+
+    /// Lets `sync` make durable what the kernel knows to be dirty, and remembers a failure like one of
+    /// our own.
+    ///
+    /// # Errors
+    /// See [`writeback`](Self::writeback).
+    pub fn sync_by(&self, space: &Space, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        self.check_failed(space)?;
+        self.counters.syncs.add(1);
+        self.note(space, sync())
     }
 
     /// Behaviour 10: an entry whose ToWrite another flusher cleared after we had tagged, and before we

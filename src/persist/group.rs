@@ -6,6 +6,7 @@
 //! the sync runs waits for the next one, so each answer rests on a sync that began after the
 //! request was handed in.
 
+use crate::lock::lock;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{Builder, JoinHandle};
 use std::{io, mem};
@@ -33,7 +34,7 @@ struct Shared<W> {
 
 impl<W> Shared<W> {
     fn lock(&self) -> MutexGuard<'_, Queue<W>> {
-        self.queue.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.queue)
     }
 }
 
@@ -71,7 +72,7 @@ impl<W: Waiter> GroupSync<W> {
         self.shared.lock().stopping = true;
         self.shared.changed.notify_one();
         // Held while joining, so that a second caller also returns only after the end.
-        let mut worker = self.worker.lock().unwrap_or_else(|e| e.into_inner());
+        let mut worker = lock(&self.worker);
         if let Some(worker) = worker.take()
             && worker.join().is_err()
         {

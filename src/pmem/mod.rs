@@ -9,21 +9,24 @@ mod file;
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use log::{error, info, warn};
+use vm_memory::GuestMemoryMmap;
 
 use crate::config::PmemSize;
 use crate::dax::engine::{Engine, Space};
 use crate::dax::entry::PageIndex;
 use crate::dax::extent::{Access, FileExtents};
-use crate::device::Device;
+use crate::device::{Device, SessionWindow};
 use crate::persist::{GroupSync, Persist, Waiter};
 use crate::ratelimit::RateLimit;
 use crate::request::Request;
-use crate::window::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
+use crate::vring::AtStop;
+use crate::window::{FileOffset, FrontEnd, MapError, ShmemMapper, WholeFile};
+use crate::window::{WindowBytes, WindowOffset};
 
 pub use file::{PmemFile, PmemFileSpec};
 
@@ -63,42 +66,12 @@ fn bump(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
-/// The front-end of the current session. Before the first there is none, and what is mapped then
-/// is only noted, to be sent at the start.
-#[derive(Default)]
-struct FrontEnd(Mutex<Option<Arc<dyn Mapper>>>);
-
-impl FrontEnd {
-    fn set(&self, mapper: Arc<dyn Mapper>) {
-        *self.0.lock().unwrap_or_else(|e| e.into_inner()) = Some(mapper);
-    }
-
-    fn get(&self) -> Option<Arc<dyn Mapper>> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner()).clone()
-    }
-}
-
-impl Mapper for FrontEnd {
-    fn map(
-        &self,
-        at: WindowOffset,
-        file: &File,
-        from: FileOffset,
-        bytes: WindowBytes,
-    ) -> Result<(), MapError> {
-        self.get().map_or(Ok(()), |mapper| mapper.map(at, file, from, bytes))
-    }
-
-    fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
-        self.get().map_or(Ok(()), |mapper| mapper.unmap(at, bytes))
-    }
-}
-
 /// A virtio-pmem device over one file: one write grant of the whole file, for the device's life. It
 /// outlives its sessions: a failed sync stays failed.
 pub struct Pmem {
     file: Arc<File>,
     size: PmemSize,
+    mem_slots: bool,
     config: Vec<u8>,
     engine: Arc<Engine>,
     front_end: Arc<FrontEnd>,
@@ -113,6 +86,18 @@ impl Pmem {
     /// # Errors
     /// When the file's length is no [`PmemSize`] or can't be read, or when no thread can be started.
     pub fn new(file: Arc<File>, persist: Box<dyn Persist>) -> io::Result<Arc<Self>> {
+        Self::with_mem_slots(file, persist, false)
+    }
+
+    /// The same, with or without the offer of CONFIGURE_MEM_SLOTS.
+    ///
+    /// # Errors
+    /// See [`new`](Self::new).
+    pub fn with_mem_slots(
+        file: Arc<File>,
+        persist: Box<dyn Persist>,
+        mem_slots: bool,
+    ) -> io::Result<Arc<Self>> {
         let size = PmemSize::new(file.metadata()?.len())
             .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e.to_string()))?;
         let front_end = Arc::new(FrontEnd::default());
@@ -126,6 +111,7 @@ impl Pmem {
         Ok(Arc::new(Self {
             file,
             size,
+            mem_slots,
             config: config_space(size),
             sync: GroupSync::new(writeback(engine.clone(), space))?,
             engine,
@@ -149,11 +135,6 @@ impl Pmem {
             failed: read(&self.tally.failed),
             malformed: read(&self.tally.malformed),
         }
-    }
-
-    /// Lets a running sync finish, answers those who waited for it, and answers nobody after.
-    pub fn shutdown(&self) {
-        self.sync.stop();
     }
 
     fn log_bad_request(&self, what: &str) {
@@ -201,13 +182,30 @@ impl Device for Pmem {
         WindowBytes(self.size.bytes())
     }
 
-    fn window_file(&self) -> &Arc<File> {
-        &self.file
+    fn mem_slots(&self) -> bool {
+        self.mem_slots
     }
 
-    fn map_window(&self, mapper: Arc<dyn Mapper>) -> Result<(), MapError> {
-        self.front_end.set(mapper);
-        self.engine.map_again()
+    fn queues(&self) -> usize {
+        1
+    }
+
+    /// A flush that is done twice is harmless, and so a pause need not wait for the disk.
+    fn at_stop(&self) -> AtStop {
+        AtStop::HandBack
+    }
+
+    fn use_instead(&self) -> &str {
+        "use QEMU 11.1 or newer with -device \
+         vhost-user-test-device-pci,chardev=c0,virtio-id=27,num_vqs=1,vq_size=128,config_size=16"
+    }
+
+    fn open_window(&self) -> Arc<dyn SessionWindow> {
+        Arc::new(Shown {
+            engine: self.engine.clone(),
+            front_end: self.front_end.clone(),
+            window: Arc::new(WholeFile::new(self.file.clone(), self.window_bytes())),
+        })
     }
 
     fn handle(&self, request: Request) {
@@ -230,11 +228,52 @@ impl Device for Pmem {
         self.sync.submit(Pending { request, is_flush, needs_sync, tally: self.tally.clone() });
     }
 
-    fn session_ended(&self) {
+    fn report(&self) {
         let Counters { flushes, syncs, failed, malformed } = self.counters();
         info!(
             "session ended: flushes={flushes} syncs={syncs} failed={failed} malformed={malformed}"
         );
+    }
+
+    /// Lets a running sync finish, answers those who waited for it, and answers nobody after.
+    fn shutdown(&self) {
+        self.sync.stop();
+    }
+}
+
+/// The window of one session: the whole file, from the start on.
+struct Shown {
+    engine: Arc<Engine>,
+    front_end: Arc<FrontEnd>,
+    window: Arc<WholeFile>,
+}
+
+impl SessionWindow for Shown {
+    fn set_channel(&self, channel: ShmemMapper) {
+        self.window.set_channel(channel);
+    }
+
+    fn table_came(&self, mem: &GuestMemoryMmap) {
+        self.window.table_came(mem);
+    }
+
+    /// Q10: a map that outlived a pause is not sent again. It would be refused, and would be a message
+    /// under way that a quick second pause turns into a crash of QEMU (Q1).
+    fn started(&self) -> bool {
+        self.window.is_shown()
+    }
+
+    fn bring_up(&self) -> Result<(), MapError> {
+        self.front_end.set(Some(self.window.clone()));
+        self.engine.map_again()
+    }
+
+    fn stopped(&self) {
+        self.window.stopped();
+    }
+
+    fn ended(&self) {
+        self.window.close();
     }
 }
 

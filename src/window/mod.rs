@@ -3,11 +3,15 @@
 //! Step 5 of 6: the `Mapper` seam: what the guest's window shows. Knows no ring and no device.
 //!
 //! The front-end's rules that this step keeps (rows of the table in the project's notes on QEMU):
-//! a map is sent only while the device is started (Q1), from a thread that no memory update
-//! waits for (Q3), never over a live one (Q4), and never past the end of the file (Q6).
+//! a map is made only while the device is started (Q1, see `channel.rs`), from a thread that no memory
+//! update waits for (Q3), never over a live one (Q4), and never past the end of the file (Q6).
 
+mod channel;
+mod front_end;
 pub mod layout;
+mod raw;
 mod shmem;
+mod takeover;
 mod whole;
 
 use std::fs::File;
@@ -15,6 +19,7 @@ use std::io;
 
 use thiserror::Error;
 
+pub(crate) use front_end::FrontEnd;
 pub use shmem::{Acks, ShmemMapper};
 pub(crate) use whole::WholeFile;
 
@@ -36,7 +41,7 @@ pub enum MapError {
     /// The front-end said no. It does not say why.
     #[error("the front-end refused")]
     Refused,
-    /// The device was stopped before the message was sent: nothing was sent (Q1).
+    /// The device was stopped before the request was made: nothing was done (Q1).
     #[error("the device was stopped")]
     Stopped,
     /// The front-end lacks something that no map can do without.

@@ -4,12 +4,13 @@
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use log::{debug, warn};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset};
+use crate::lock::lock;
 
 /// What the last memory table said, if one has come since the last stop.
 ///
@@ -23,13 +24,20 @@ enum Table {
 
 /// A mapper that can find out what its acks are worth.
 pub(crate) trait Channel: Mapper {
-    /// See [`ShmemMapper::probe_acks`].
-    fn probe_acks(&self) -> Acks;
+    /// See [`ShmemMapper::acks`].
+    fn acks(&self) -> Result<Acks, MapError>;
+
+    /// See [`ShmemMapper::close`].
+    fn close(&self);
 }
 
 impl Channel for ShmemMapper {
-    fn probe_acks(&self) -> Acks {
-        ShmemMapper::probe_acks(self)
+    fn acks(&self) -> Result<Acks, MapError> {
+        ShmemMapper::acks(self)
+    }
+
+    fn close(&self) {
+        ShmemMapper::close(self);
     }
 }
 
@@ -38,19 +46,12 @@ pub(crate) struct WholeFile {
     file: Arc<File>,
     bytes: WindowBytes,
     channel: OnceLock<Arc<dyn Channel>>,
-    acks: OnceLock<Acks>,
     table: Mutex<Table>,
 }
 
 impl WholeFile {
     pub(crate) fn new(file: Arc<File>, bytes: WindowBytes) -> Self {
-        Self {
-            file,
-            bytes,
-            channel: OnceLock::new(),
-            acks: OnceLock::new(),
-            table: Mutex::new(Table::Stale),
-        }
+        Self { file, bytes, channel: OnceLock::new(), table: Mutex::new(Table::Stale) }
     }
 
     /// The channel to the front-end, which a session gets once.
@@ -60,11 +61,10 @@ impl WholeFile {
         }
     }
 
-    /// Whether the front-end acks. The first call asks it, and blocks like a map.
-    pub(crate) fn acks(&self) -> Acks {
-        match self.channel.get() {
-            Some(channel) => *self.acks.get_or_init(|| channel.probe_acks()),
-            None => Acks::Unknown,
+    /// The session is over: a map that is under way returns.
+    pub(crate) fn close(&self) {
+        if let Some(channel) = self.channel.get() {
+            channel.close();
         }
     }
 
@@ -102,7 +102,7 @@ impl Mapper for WholeFile {
     ) -> Result<(), MapError> {
         let lacks = |what| Err(MapError::Unsupported(what));
         let Some(channel) = self.channel.get() else { return lacks("a back-end channel") };
-        let acks = self.acks();
+        let acks = channel.acks()?;
         if acks == Acks::Missing {
             return lacks("protocol feature REPLY_ACK");
         }
@@ -123,10 +123,6 @@ impl Mapper for WholeFile {
             None => Err(MapError::Unsupported("a back-end channel")),
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 fn same_file(a: &File, b: &File) -> bool {
@@ -166,9 +162,11 @@ mod tests {
     }
 
     impl Channel for Scripted {
-        fn probe_acks(&self) -> Acks {
-            self.acks
+        fn acks(&self) -> Result<Acks, MapError> {
+            Ok(self.acks)
         }
+
+        fn close(&self) {}
     }
 
     fn file() -> Arc<File> {

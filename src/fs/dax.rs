@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! SETUPMAPPING and REMOVEMAPPING, and what else changes a file that may be granted at the same time.
+//! Everything here goes through the engine. Knows no message and no ring.
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use log::warn;
+use nix::errno::Errno;
+use virtiofsd::fuse::{Attr, RemovemappingOne, SetupmappingIn};
+
+use crate::dax::engine::{Engine, GrantError};
+use crate::dax::entry::{PAGE_BYTES, PMD_BYTES, PageIndex};
+use crate::dax::extent::Access;
+use crate::device::SessionWindow;
+use crate::lock::lock;
+use crate::window::layout::ShowError;
+use crate::window::{FileOffset, FrontEnd, WindowBytes, WindowOffset};
+
+use super::guest_io::WindowPlace;
+use super::message::invalid;
+use super::nodes::{MakePersist, Node, Nodes};
+use super::settings::DaxPolicy;
+use super::stretch::Stretch;
+use super::window::FsWindow;
+
+/// FUSE_SETUPMAPPING_FLAG_WRITE and _READ.
+const FLAG_WRITE: u64 = 1 << 0;
+const FLAG_READ: u64 = 1 << 1;
+
+/// The most removals in one REMOVEMAPPING (FUSE_REMOVEMAPPING_MAX_ENTRY: a page of them).
+pub(super) const MAX_REMOVALS: u32 = 256;
+
+/// FUSE_ATTR_DAX.
+const ATTR_DAX: u32 = 1 << 1;
+
+/// log2 of what foffset and moffset must be multiples of: the slots of a Linux guest.
+pub(super) const MAP_ALIGNMENT_LOG2: u16 = PMD_BYTES.trailing_zeros() as u16;
+
+/// The window of a device, and the files in it.
+pub(super) struct Dax {
+    engine: Arc<Engine>,
+    nodes: Nodes,
+    front_end: Arc<FrontEnd>,
+    current: Mutex<Option<Arc<FsWindow>>>,
+    bytes: WindowBytes,
+    policy: DaxPolicy,
+    /// The guest may map files.
+    mapping: AtomicBool,
+    /// It wants a flag on each file that is to be mapped.
+    flags_wanted: AtomicBool,
+    pub(super) removals: AtomicU64,
+}
+
+/// What goes wrong in the engine, as the guest is told. Never EAGAIN, nor ENOMEM for want of maps: a guest
+/// that faults tries again for ever.
+fn guest_error(e: &GrantError) -> io::Error {
+    if matches!(e, GrantError::Window(ShowError::TooMany(_))) {
+        return Errno::ENOBUFS.into();
+    }
+    match e.errno() {
+        Errno::EAGAIN => Errno::EIO.into(),
+        errno => errno.into(),
+    }
+}
+
+impl Dax {
+    /// # Errors
+    /// The system's.
+    pub(super) fn new(
+        bytes: WindowBytes,
+        policy: DaxPolicy,
+        stretch: Stretch,
+        persist: Box<MakePersist>,
+    ) -> io::Result<Self> {
+        let front_end = Arc::new(FrontEnd::default());
+        let engine = Arc::new(Engine::new(bytes, front_end.clone(), most_maps(bytes)));
+        Ok(Self {
+            nodes: Nodes::new(engine.clone(), stretch, persist)?,
+            engine,
+            front_end,
+            current: Mutex::default(),
+            bytes,
+            policy,
+            mapping: AtomicBool::new(false),
+            flags_wanted: AtomicBool::new(false),
+            removals: AtomicU64::new(0),
+        })
+    }
+
+    pub(super) fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
+    fn current(&self) -> Option<Arc<FsWindow>> {
+        lock(&self.current).clone()
+    }
+
+    fn set_current(&self, window: Option<Arc<FsWindow>>) {
+        *lock(&self.current) = window;
+    }
+
+    /// A new front-end's window.
+    pub(super) fn open_window(&self) -> Arc<FsWindow> {
+        let window = FsWindow::new(self.engine.clone(), self.bytes, most_maps(self.bytes));
+        let window = Arc::new(window);
+        self.front_end.set(Some(window.clone()));
+        self.set_current(Some(window.clone()));
+        window
+    }
+
+    /// Whether this front-end can show a window. May block.
+    pub(super) fn is_there(&self) -> bool {
+        self.current().is_some_and(|window| window.is_there())
+    }
+
+    /// Where the window is in the guest's memory, if that is known.
+    pub(super) fn place(&self) -> Option<WindowPlace> {
+        self.current()?.place()
+    }
+
+    /// INIT agreed on whether the guest may map files, and whether it wants a flag on each.
+    pub(super) fn agree(&self, mapping: bool, flags_wanted: bool) {
+        self.mapping.store(mapping, Ordering::Relaxed);
+        self.flags_wanted.store(flags_wanted, Ordering::Relaxed);
+    }
+
+    /// Marks the files for which the policy wants DAX, and makes those that may be mapped fit for it.
+    pub(super) fn flag(&self, attr: &mut Attr) {
+        if attr.mode & libc::S_IFMT != libc::S_IFREG || !self.mapping.load(Ordering::Relaxed) {
+            return;
+        }
+        // Linux's dax_writeback_mapping_range() refuses to write back (and so fails each fsync) where
+        // the block size is not the page size, and FUSE takes the former from here.
+        attr.blksize = PAGE_BYTES as u32;
+        if self.flags_wanted.load(Ordering::Relaxed) && self.policy.pays(attr.size) {
+            attr.flags |= ATTR_DAX;
+        }
+    }
+
+    /// The driver has reset the device: the front-end has dropped all maps, and nothing is granted.
+    pub(super) fn forget(&self) {
+        if let Some(window) = self.current() {
+            window.reset();
+        }
+        self.engine.reset();
+        self.nodes.clear();
+    }
+
+    /// The process is about to end: nothing waits for the front-end any more.
+    pub(super) fn close(&self) {
+        if let Some(window) = self.current() {
+            window.ended();
+        }
+    }
+
+    /// The session is over.
+    pub(super) fn session_ended(&self) {
+        self.forget();
+        self.set_current(None);
+    }
+
+    /// The guest unmounts, or mounts anew: takes every map away.
+    pub(super) fn release_all(&self) {
+        if let Err(e) = self.engine.revoke_all() {
+            warn!("not every map could be taken away: {e}");
+            self.engine.reset();
+        }
+        self.nodes.clear();
+    }
+
+    /// The node, if something of the inode is granted or about to be.
+    pub(super) fn node(&self, nodeid: u64) -> Option<Arc<Node>> {
+        self.nodes.get(nodeid)
+    }
+
+    /// SETUPMAPPING. `open` gives the file, readable and writable.
+    ///
+    /// # Errors
+    /// What the guest is told; never EAGAIN.
+    pub(super) fn setup(
+        &self,
+        nodeid: u64,
+        asked: &SetupmappingIn,
+        open: impl FnOnce() -> io::Result<File>,
+    ) -> io::Result<()> {
+        let access = match asked.flags {
+            FLAG_READ => Access::Read,
+            flags if flags & !FLAG_READ == FLAG_WRITE => Access::Write,
+            _ => return Err(invalid()),
+        };
+        if !asked.foffset.is_multiple_of(PMD_BYTES) || !asked.moffset.is_multiple_of(PMD_BYTES) {
+            return Err(invalid());
+        }
+        let span = self.engine.span(WindowOffset(asked.moffset), WindowBytes(asked.len));
+        let span = span.map_err(|e| guest_error(&e))?;
+        let node = self.nodes.get_or_make(nodeid, open).map_err(|e| match e.raw_os_error() {
+            Some(errno) if errno != libc::EAGAIN => e,
+            _ => Errno::EIO.into(),
+        })?;
+        let granted = self.engine.grant(&node.space, FileOffset(asked.foffset), span, access);
+        drop(node);
+        if granted.is_err() {
+            self.nodes.drop_idle();
+        }
+        granted.map_err(|e| guest_error(&e))
+    }
+
+    /// REMOVEMAPPING. All numbers are looked at before anything is done.
+    ///
+    /// # Errors
+    /// What the guest is told.
+    pub(super) fn remove(&self, removals: &[RemovemappingOne]) -> io::Result<()> {
+        let spans: Result<Vec<_>, _> = removals
+            .iter()
+            .map(|one| self.engine.span(WindowOffset(one.moffset), WindowBytes(one.len)))
+            .collect();
+        let spans = spans.map_err(|e| guest_error(&e))?;
+        let done = self.engine.revoke(&spans);
+        self.removals.fetch_add(removals.len() as u64, Ordering::Relaxed);
+        self.nodes.drop_idle();
+        done.map_err(|e| guest_error(&e))
+    }
+
+    /// Lets `change` set the inode's length to `bytes`.
+    ///
+    /// # Errors
+    /// The change's, or the engine's.
+    pub(super) fn resize<T>(
+        &self,
+        nodeid: u64,
+        bytes: u64,
+        change: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        let Some(node) = self.node(nodeid) else { return change() };
+        let done = self.engine.resize_by(&node.space, bytes, change);
+        done.map(|(done, _)| done).map_err(|e| guest_error(&e))
+    }
+
+    /// Lets `change` do something to the inode's length or blocks that makes it shorter by at most
+    /// `shorter_by` bytes.
+    ///
+    /// # Errors
+    /// The change's, or the engine's.
+    pub(super) fn change<T>(
+        &self,
+        nodeid: u64,
+        shorter_by: u64,
+        change: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        let Some(node) = self.node(nodeid) else { return change() };
+        let at_least = node.space.source().file_bytes()?.saturating_sub(shorter_by);
+        self.engine.change(&node.space, at_least, change).map_err(|e| guest_error(&e))
+    }
+
+    /// Lets `write` write `bytes` at byte `from` of the inode.
+    ///
+    /// # Errors
+    /// The write's, or the engine's.
+    pub(super) fn write(
+        &self,
+        nodeid: u64,
+        from: u64,
+        bytes: u64,
+        write: impl FnOnce() -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let Some(node) = self.node(nodeid) else { return write() };
+        let done = self.engine.write_by(&node.space, FileOffset(from), bytes, write);
+        done.map_err(|e| guest_error(&e))
+    }
+
+    /// Makes a hole, or zeros where a write grant needs the blocks. False if nothing is granted.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(super) fn punch(&self, nodeid: u64, from: u64, bytes: u64) -> io::Result<bool> {
+        let Some(node) = self.node(nodeid) else { return Ok(false) };
+        self.engine.punch(&node.space, from, bytes).map_err(|e| guest_error(&e))?;
+        Ok(true)
+    }
+
+    /// Lets `sync` make the inode durable; what only our entries know to be dirty comes first.
+    ///
+    /// # Errors
+    /// The sync's; it is final.
+    pub(super) fn sync(
+        &self,
+        nodeid: u64,
+        datasync: bool,
+        sync: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
+        let Some(node) = self.node(nodeid) else { return sync() };
+        self.engine.writeback(&node.space, PageIndex(0), PageIndex::LAST)?;
+        // The data is durable; the times and the mode are more than fdatasync promises.
+        if datasync { Ok(()) } else { self.engine.sync_by(&node.space, sync) }
+    }
+
+    /// The same for all inodes that have anything granted.
+    ///
+    /// # Errors
+    /// The first one's.
+    pub(super) fn sync_all(&self) -> io::Result<()> {
+        self.nodes
+            .all()
+            .iter()
+            .try_for_each(|node| self.engine.writeback(&node.space, PageIndex(0), PageIndex::LAST))
+    }
+}
+
+/// One for each slot: a Linux guest asks for whole slots, and the map of one covers it.
+fn most_maps(bytes: WindowBytes) -> usize {
+    usize::try_from(bytes.0 / PMD_BYTES).unwrap_or(usize::MAX)
+}

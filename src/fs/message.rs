@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! FUSE messages (include/uapi/linux/fuse.h): what the guest wrote is checked here, once. Knows no
+//! file and no ring.
+
+use std::ffi::CStr;
+use std::io;
+
+use nix::errno::Errno;
+use virtiofsd::filesystem::{Extensions, SecContext};
+use virtiofsd::fuse::{ExtHeader, InHeader, OutHeader, Secctx, SuppGroups};
+use vm_memory_of_virtiofsd::ByteValued;
+
+/// `max_write`, and the most that one READ brings: what virtiofsd takes, too.
+pub(super) const MAX_DATA_BYTES: u32 = 1 << 20;
+
+/// The most that comes before the data of a request.
+const MAX_HEAD_BYTES: u32 = 4096;
+
+/// Bytes of the header that each request begins with.
+pub(super) const IN_HEADER_BYTES: usize = size_of::<InHeader>();
+
+/// Bytes of the header that each reply begins with.
+pub(super) const OUT_HEADER_BYTES: usize = size_of::<OutHeader>();
+
+/// FUSE_EXT_GROUPS; smaller types are the number of security contexts (FUSE_MAX_NR_SECCTX is 31).
+const EXT_GROUPS: u32 = 32;
+
+/// NGROUPS_MAX of Linux.
+const MAX_GROUPS: u32 = 65536;
+
+/// The error that a malformed request gets.
+pub(super) fn invalid() -> io::Error {
+    Errno::EINVAL.into()
+}
+
+/// A structure, from its bytes.
+pub(super) fn object<T: ByteValued + Default>(bytes: &[u8]) -> Option<T> {
+    let mut object = T::default();
+    object.as_mut_slice().copy_from_slice(bytes.get(..size_of::<T>())?);
+    Some(object)
+}
+
+/// How many bytes a request has, by its header; an error if that can't be.
+pub(super) fn request_bytes(header: &InHeader, readable: usize) -> io::Result<usize> {
+    let bytes = header.len as usize;
+    let possible = (IN_HEADER_BYTES..=readable).contains(&bytes)
+        && header.len <= MAX_DATA_BYTES + MAX_HEAD_BYTES;
+    if possible { Ok(bytes) } else { Err(invalid()) }
+}
+
+/// What follows the header of a request: structures, then names.
+pub(super) struct Args<'a>(&'a [u8]);
+
+impl<'a> Args<'a> {
+    pub(super) fn new(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
+    /// The next structure.
+    pub(super) fn take<T: ByteValued + Default>(&mut self) -> io::Result<T> {
+        let (object, rest) =
+            object(self.0).zip(self.0.get(size_of::<T>()..)).ok_or_else(invalid)?;
+        self.0 = rest;
+        Ok(object)
+    }
+
+    /// The next string, up to its NUL.
+    pub(super) fn string(&mut self) -> io::Result<&'a CStr> {
+        let string = CStr::from_bytes_until_nul(self.0).map_err(|_| invalid())?;
+        self.0 = self.0.get(string.to_bytes_with_nul().len()..).unwrap_or_default();
+        Ok(string)
+    }
+
+    /// The next string, which must be the name of an entry of a directory: one that would lead out of
+    /// it is refused here, whatever is done with it later.
+    pub(super) fn name(&mut self) -> io::Result<&'a CStr> {
+        let name = self.string()?;
+        match name.to_bytes() {
+            b"" | b"." | b".." => Err(invalid()),
+            bytes if bytes.contains(&b'/') => Err(invalid()),
+            _ => Ok(name),
+        }
+    }
+
+    /// All that is left.
+    pub(super) fn rest(&mut self) -> &'a [u8] {
+        std::mem::take(&mut self.0)
+    }
+
+    /// The extensions of a request that makes something (FUSE_SECURITY_CTX, FUSE_CREATE_SUPP_GROUP).
+    pub(super) fn extensions(&mut self, secctx: bool, groups: bool) -> io::Result<Extensions> {
+        let mut found = Extensions::default();
+        if !secctx && !groups {
+            return Ok(found);
+        }
+        let mut seen = (false, false);
+        while !self.0.is_empty() {
+            let (header, body) = self.extension()?;
+            let mut body = Self(body);
+            match header.ext_type {
+                0..EXT_GROUPS if secctx && !seen.0 => {
+                    seen.0 = true;
+                    found.secctx = body.security_context(header.ext_type)?;
+                }
+                EXT_GROUPS if groups && !seen.1 => {
+                    seen.1 = true;
+                    body.groups(&mut found)?;
+                }
+                _ => return Err(invalid()),
+            }
+        }
+        if secctx && !seen.0 { Err(invalid()) } else { Ok(found) }
+    }
+
+    fn extension(&mut self) -> io::Result<(ExtHeader, &'a [u8])> {
+        let header: ExtHeader = self.take()?;
+        let bytes =
+            (header.size as usize).checked_sub(size_of::<ExtHeader>()).ok_or_else(invalid)?;
+        let (body, rest) = self.0.split_at_checked(bytes).ok_or_else(invalid)?;
+        self.0 = rest;
+        Ok((header, body))
+    }
+
+    fn security_context(&mut self, count: u32) -> io::Result<Option<SecContext>> {
+        match count {
+            0 => Ok(None),
+            1 => {
+                let Secctx { size, .. } = self.take()?;
+                let name = self.string()?.to_owned();
+                let value = self.0.get(..size as usize).filter(|value| !value.is_empty());
+                let secctx = value.ok_or_else(invalid)?.to_vec();
+                Ok(Some(SecContext { name, secctx }))
+            }
+            // Linux sends one.
+            _ => Err(invalid()),
+        }
+    }
+
+    fn groups(&mut self, found: &mut Extensions) -> io::Result<()> {
+        let SuppGroups { nr_groups } = self.take()?;
+        if nr_groups > MAX_GROUPS {
+            return Err(invalid());
+        }
+        for _ in 0..nr_groups {
+            found.sup_gids.push(self.take::<u32>()?.into());
+        }
+        Ok(())
+    }
+}
+
+/// What a request is answered with, but for its header.
+pub(super) enum Reply {
+    /// Nothing at all: FORGET and its like.
+    None,
+    /// These bytes.
+    Bytes(Vec<u8>),
+    /// That many bytes, which are in the guest's memory already.
+    Data(u32),
+}
+
+impl Reply {
+    /// Success, and nothing to add.
+    pub(super) const DONE: io::Result<Self> = Ok(Self::Bytes(Vec::new()));
+
+    /// One structure.
+    pub(super) fn object<T: ByteValued>(object: T) -> Self {
+        Self::Bytes(object.as_slice().to_vec())
+    }
+}
+
+/// The header of a reply that has `bytes` behind it.
+pub(super) fn out_header(unique: u64, error: i32, bytes: usize) -> OutHeader {
+    OutHeader { len: (OUT_HEADER_BYTES + bytes) as u32, error, unique }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error_of<T>(result: io::Result<T>) -> Option<i32> {
+        result.err().and_then(|e| e.raw_os_error())
+    }
+
+    /// Shows: a name never leads out of its directory, and never runs past the request.
+    #[test]
+    fn names() {
+        let name = |bytes| Args::new(bytes).name().map(CStr::to_bytes);
+        assert_eq!(name(b"a\0rest").unwrap(), b"a");
+        assert_eq!(name(b"...\0").unwrap(), b"...");
+        for bad in [&b""[..], b"\0", b".\0", b"..\0", b"a/b\0", b"/\0", b"no end"] {
+            assert_eq!(error_of(name(bad)), Some(libc::EINVAL), "{bad:?}");
+        }
+    }
+
+    /// Shows: structures are taken one behind the other, and a short one is refused.
+    #[test]
+    fn structures() {
+        let mut args = Args::new(&[1, 0, 0, 0, 2, 0, 0, 0, 9]);
+        assert_eq!(args.take::<u32>().unwrap(), 1);
+        assert_eq!(args.take::<u32>().unwrap(), 2);
+        assert_eq!(error_of(args.take::<u32>()), Some(libc::EINVAL));
+        assert_eq!(args.rest(), &[9]);
+    }
+
+    /// Shows: a request's own length must be one that it has.
+    #[test]
+    fn lengths() {
+        let of = |len, readable| {
+            error_of(request_bytes(&InHeader { len, ..InHeader::default() }, readable))
+        };
+        assert_eq!(of(40, 40), None);
+        assert_eq!(of(40, 4000), None, "what is behind it is not looked at");
+        for (len, readable) in
+            [(0, 40), (39, 40), (41, 40), (u32::MAX, 1 << 22), (2 << 20, 4 << 20)]
+        {
+            assert_eq!(of(len, readable), Some(libc::EINVAL), "{len} {readable}");
+        }
+    }
+
+    fn extension(ext_type: u32, body: &[u8]) -> Vec<u8> {
+        let size = (size_of::<ExtHeader>() + body.len()) as u32;
+        [size.to_ne_bytes(), ext_type.to_ne_bytes()]
+            .concat()
+            .into_iter()
+            .chain(body.to_vec())
+            .collect()
+    }
+
+    /// Shows: groups and security contexts are read, and each way to lie about their size is refused.
+    #[test]
+    fn extensions() {
+        let mut groups = 2u32.to_ne_bytes().to_vec();
+        groups.extend([7u32, 8, 0].iter().flat_map(|gid| gid.to_ne_bytes()));
+        let context = [&4u32.to_ne_bytes()[..], &[0; 4], b"n\0", b"ctx1", &[0; 6]].concat();
+        let both = [extension(32, &groups), extension(1, &context)].concat();
+        let found = Args::new(&both).extensions(true, true).unwrap();
+        assert_eq!(found.sup_gids, [7.into(), 8.into()]);
+        let secctx = found.secctx.unwrap();
+        assert_eq!((secctx.name.to_bytes(), &secctx.secctx[..]), (&b"n"[..], &b"ctx1"[..]));
+
+        assert!(Args::new(&both).extensions(false, false).unwrap().secctx.is_none());
+        let huge_groups = extension(32, &u32::MAX.to_ne_bytes());
+        let long_context = extension(1, &[&99u32.to_ne_bytes()[..], &[0; 4], b"n\0abc"].concat());
+        for bad in [
+            both[..both.len() - 1].to_vec(),
+            extension(33, &[]),
+            extension(2, &context),
+            huge_groups,
+            long_context,
+            [extension(32, &groups), extension(32, &groups)].concat(),
+            vec![1, 0, 0, 0, 0, 0, 0, 0],
+            Vec::new(),
+        ] {
+            assert!(Args::new(&bad).extensions(true, true).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Step 3 of 6: virtio-fs (virtio 1.4 section 5.11) with a DAX window. Knows no ring and no message of
+//! vhost-user.
+//!
+//! The files are the business of virtiofsd's passthrough file system. Ours are the FUSE messages
+//! (`message`, `server`, `operations`, `transfers`, `readdir`), the way between guest memory and files
+//! (`guest_io`), the threads (`pool`), and the window: `dax` joins the guest's requests to the
+//! engine, `nodes` knows which inode has an address space there, `window` is what a front-end
+//! shows, and [`stretch`] lets it show the end of a file.
+
+mod dax;
+mod guest_io;
+mod message;
+mod nodes;
+mod opened;
+mod operations;
+mod pool;
+mod readdir;
+mod server;
+pub mod settings;
+pub mod stretch;
+mod transfers;
+pub mod user_namespace;
+mod watch;
+mod window;
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use log::{info, warn};
+use thiserror::Error;
+use virtiofsd::filesystem::FileSystem;
+use virtiofsd::passthrough::read_only::PassthroughFsRo;
+use virtiofsd::passthrough::{self, CachePolicy, NegotiationMode, PassthroughFs};
+use vm_memory::GuestMemoryMmap;
+
+use crate::device::{Device, SessionWindow};
+use crate::persist::{Fdatasync, Persist};
+use crate::ratelimit::RateLimit;
+use crate::request::Request;
+use crate::vring::AtStop;
+use crate::window::{MapError, ShmemMapper, WindowBytes};
+
+use self::dax::Dax;
+use self::opened::Opened;
+use self::pool::Pool;
+use self::server::{Message, Serve, Server, Tally, bump, pace};
+use self::stretch::{Stretch, Unavailable};
+
+pub use self::nodes::MakePersist;
+pub use self::settings::{DaxPolicy, FsConfig, Tag, WindowSize};
+
+/// Bytes of the config space: tag, num_request_queues, and notify_buf_size (which only a device with a
+/// notification queue has; QEMU's config_size=44 asks for it all the same).
+const CONFIG_BYTES: usize = 44;
+
+/// Why a device can't be made.
+#[derive(Debug, Error)]
+pub enum FsError {
+    /// `--dax=always` where no window can be had.
+    #[error(
+        "--dax=always: {0}; run the daemon as root on Linux 6.9 or newer, or take --dax=inode, \
+         which goes without a window where it must"
+    )]
+    NoWindow(Unavailable),
+    /// The shared directory can't be served.
+    #[error("--shared-dir: {0}")]
+    Share(io::Error),
+    /// `--uid-map` or `--gid-map` where that can't be.
+    #[error("--uid-map, --gid-map: {0}")]
+    Namespace(#[from] user_namespace::NamespaceError),
+    /// No threads.
+    #[error("can't start: {0}")]
+    Start(io::Error),
+}
+
+/// A virtio-fs device over one directory.
+pub struct Fs {
+    config: Vec<u8>,
+    queues: usize,
+    mem_slots: bool,
+    window_bytes: WindowBytes,
+    dax: Option<Arc<Dax>>,
+    server: Arc<dyn Serve>,
+    pool: Pool,
+    log_limit: RateLimit,
+    closing: AtomicBool,
+}
+
+impl Fs {
+    /// A device that shares `config.shared_dir`.
+    ///
+    /// # Errors
+    /// See [`FsError`].
+    pub fn new(config: &FsConfig) -> Result<Arc<Self>, FsError> {
+        Self::with_persist(
+            config,
+            Box::new(|file: Arc<File>| Box::new(Fdatasync(file)) as Box<dyn Persist>),
+        )
+    }
+
+    /// The same, with other means to make a granted file durable.
+    ///
+    /// # Errors
+    /// See [`FsError`].
+    pub fn with_persist(
+        config: &FsConfig,
+        persist: Box<MakePersist>,
+    ) -> Result<Arc<Self>, FsError> {
+        let dax = make_dax(config, persist)?;
+        let passthrough = passthrough_config(config);
+        let server: Arc<dyn Serve> = if config.readonly {
+            let fs = PassthroughFsRo::new(passthrough).map_err(FsError::Share)?;
+            serve(fs, dax.clone())
+        } else {
+            let fs = PassthroughFs::new(passthrough).map_err(FsError::Share)?;
+            serve(fs, dax.clone())
+        };
+        let queues = u32::from(config.request_queues);
+        let mut space = config.tag.padded().to_vec();
+        space.extend(queues.to_le_bytes());
+        space.resize(CONFIG_BYTES, 0);
+        Ok(Arc::new(Self {
+            config: space,
+            queues: 1 + usize::from(config.request_queues),
+            mem_slots: config.mem_slots,
+            window_bytes: if dax.is_some() { config.window.bytes() } else { WindowBytes(0) },
+            dax,
+            server,
+            pool: Pool::new(config.threads).map_err(FsError::Start)?,
+            log_limit: RateLimit::default(),
+            closing: AtomicBool::new(false),
+        }))
+    }
+}
+
+fn serve<F>(fs: F, dax: Option<Arc<Dax>>) -> Arc<dyn Serve>
+where
+    F: FileSystem<Inode = u64, Handle = u64> + Send + Sync + 'static,
+{
+    Arc::new(Server {
+        fs,
+        dax,
+        opened: Opened::default(),
+        options: Default::default(),
+        initialised: AtomicBool::new(false),
+        tally: Tally::default(),
+    })
+}
+
+/// The window, or a line that says why there is none.
+fn make_dax(config: &FsConfig, persist: Box<MakePersist>) -> Result<Option<Arc<Dax>>, FsError> {
+    if config.window == WindowSize::NONE || config.dax == DaxPolicy::Never {
+        info!("no window: every access is a request");
+        return Ok(None);
+    }
+    if config.readonly {
+        // Q7, Q8: whoever can map can write, whatever the map says.
+        warn!(
+            "no window: the share is read-only, and a front-end enforces that on requests, not on a window"
+        );
+        return Ok(None);
+    }
+    let stretch = match Stretch::new() {
+        Ok(stretch) => stretch,
+        Err(e) if config.dax == DaxPolicy::Always => return Err(FsError::NoWindow(e)),
+        Err(e) => {
+            warn!(
+                "no window: the end of a file could not be mapped: {e}. Run the daemon as root on \
+                 Linux 6.9 or newer to have one"
+            );
+            return Ok(None);
+        }
+    };
+    info!("a window of {}; the ends of files are mapped by FUSE passthrough", config.window);
+    let dax = Dax::new(config.window.bytes(), config.dax, stretch, persist);
+    Ok(Some(Arc::new(dax.map_err(FsError::Start)?)))
+}
+
+fn passthrough_config(config: &FsConfig) -> passthrough::Config {
+    // How long a guest may believe what it knows, by the cache policy: virtiofsd's numbers.
+    let valid = Duration::from_secs(match config.cache {
+        CachePolicy::Never => 0,
+        CachePolicy::Auto => 1,
+        CachePolicy::Metadata | CachePolicy::Always => 86_400,
+    });
+    let asked = |mode| mode != NegotiationMode::Never;
+    let xattr = config.xattr
+        || config.xattrmap.is_some()
+        || asked(config.posix_acl)
+        || asked(config.security_label);
+    passthrough::Config {
+        entry_timeout: valid,
+        attr_timeout: valid,
+        cache_policy: config.cache.clone(),
+        writeback: config.writeback,
+        root_dir: config.shared_dir.to_string_lossy().into_owned(),
+        xattr,
+        xattrmap: config.xattrmap.clone(),
+        announce_submounts: config.announce_submounts,
+        inode_file_handles: config.inode_file_handles,
+        readdirplus: config.readdirplus && !matches!(config.cache, CachePolicy::Never),
+        allow_direct_io: config.allow_direct_io,
+        killpriv_v2: config.killpriv_v2,
+        posix_acl: config.posix_acl,
+        security_label: config.security_label,
+        clean_noatime: !config.preserve_noatime,
+        allow_mmap: config.allow_mmap,
+        uid_map: Some(config.translate_uid.clone()),
+        gid_map: Some(config.translate_gid.clone()),
+        guest_fd_limit: config.guest_fds,
+        ..passthrough::Config::default()
+    }
+}
+
+impl Device for Fs {
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queues(&self) -> usize {
+        self.queues
+    }
+
+    /// Most requests must not be done twice.
+    fn at_stop(&self) -> AtStop {
+        AtStop::Keep
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn window_bytes(&self) -> WindowBytes {
+        self.window_bytes
+    }
+
+    fn mem_slots(&self) -> bool {
+        self.mem_slots
+    }
+
+    fn use_instead(&self) -> &str {
+        "use QEMU 11.1 or newer with -device \
+         vhost-user-test-device-pci,chardev=c0,virtio-id=26,num_vqs=2,vq_size=128,config_size=44"
+    }
+
+    fn open_window(&self) -> Arc<dyn SessionWindow> {
+        match &self.dax {
+            Some(dax) => dax.open_window(),
+            None => Arc::new(NoWindow),
+        }
+    }
+
+    fn handle(&self, request: Request) {
+        if self.is_closing() {
+            return; // It stays open, and is never answered.
+        }
+        match Message::read(&request, self.dax.as_deref()) {
+            Ok(message) => {
+                let server = self.server.clone();
+                let pace = pace(message.opcode());
+                self.pool.submit(pace, move || server.serve(request, message));
+            }
+            Err(_) => {
+                bump(&self.server.tally().malformed);
+                if let Some(held_back) = self.log_limit.allow(Instant::now()) {
+                    warn!(
+                        "the guest sent a chain that holds no FUSE message \
+                         ({held_back} more such lines held back)"
+                    );
+                }
+                self.pool.submit(pool::Pace::Quick, move || request.complete_with(&[], 0));
+            }
+        }
+    }
+
+    fn restarted(&self) {
+        self.server.restarted();
+    }
+
+    fn session_ended(&self) {
+        // What still runs belongs to this session, and must not grant anything in the next one.
+        self.pool.finish();
+        self.server.ended();
+    }
+
+    fn report(&self) {
+        let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let Tally { requests, errors, malformed } = self.server.tally();
+        let (requests, errors, malformed) = (read(requests), read(errors), read(malformed));
+        let window = self.dax.as_ref().map_or(String::from("none"), |dax| {
+            let counters = dax.engine().counters().snapshot();
+            format!(
+                "grants={} refused={} removals={} 2M-entries={} 4K-entries={} file-ends=passthrough",
+                counters.grants,
+                counters.grants_failed,
+                read(&dax.removals),
+                counters.pmd,
+                counters.pte
+            )
+        });
+        info!(
+            "session ended: requests={requests} errors={errors} malformed={malformed}; window: {window}"
+        );
+    }
+
+    /// What runs is finished and answered, but for what waits for a VM that is paused.
+    fn shutdown(&self) {
+        self.closing.store(true, Ordering::Relaxed);
+        if let Some(dax) = &self.dax {
+            dax.close();
+        }
+        self.pool.finish();
+    }
+
+    fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
+    }
+}
+
+/// A device without a window.
+struct NoWindow;
+
+impl SessionWindow for NoWindow {
+    fn set_channel(&self, _: ShmemMapper) {}
+
+    fn table_came(&self, _: &GuestMemoryMmap) {}
+
+    fn started(&self) -> bool {
+        true
+    }
+
+    fn bring_up(&self) -> Result<(), MapError> {
+        Ok(())
+    }
+
+    fn stopped(&self) {}
+
+    fn ended(&self) {}
+}

@@ -1,0 +1,481 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The FUSE operations, one by one: checked arguments in, a reply out. The work is done by virtiofsd's
+//! file system, or by the engine where a file may be granted.
+
+use std::ffi::CStr;
+use std::io;
+use std::sync::atomic::Ordering;
+
+use log::{info, warn};
+use nix::errno::Errno;
+use virtiofsd::filesystem::{
+    Context, Entry, FileSystem, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid,
+    SetxattrFlags,
+};
+use virtiofsd::fuse::{self, Attr, AttrOut, EntryOut, FsOptions, Opcode};
+use vm_memory_of_virtiofsd::ByteValued;
+
+use super::dax::{Dax, MAP_ALIGNMENT_LOG2};
+use super::message::{Args, MAX_DATA_BYTES, Reply, invalid};
+use super::readdir;
+use super::server::{Message, Server};
+
+/// FUSE_MAP_ALIGNMENT and FUSE_HAS_INODE_DAX.
+const MAP_ALIGNMENT: u64 = 1 << 26;
+const HAS_INODE_DAX: u64 = 1 << 33;
+
+/// FUSE_FSYNC_FDATASYNC.
+const FSYNC_FDATASYNC: u32 = 1 << 0;
+
+/// What we can do by ourselves, whatever the file system wants: what virtiofsd offers, too.
+const SUPPORTED: [FsOptions; 12] = [
+    FsOptions::ASYNC_READ,
+    FsOptions::PARALLEL_DIROPS,
+    FsOptions::BIG_WRITES,
+    FsOptions::AUTO_INVAL_DATA,
+    FsOptions::ASYNC_DIO,
+    FsOptions::HAS_IOCTL_DIR,
+    FsOptions::ATOMIC_O_TRUNC,
+    FsOptions::MAX_PAGES,
+    FsOptions::SUBMOUNTS,
+    FsOptions::INIT_EXT,
+    FsOptions::CREATE_SUPP_GROUP,
+    FsOptions::ALLOW_IDMAP,
+];
+
+pub(super) fn open_flag(flags: u32, flag: i32) -> bool {
+    flags & flag.cast_unsigned() != 0
+}
+
+impl<F> Server<F>
+where
+    F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
+{
+    /// Everything but READ and WRITE. `room` is what the guest has for the reply.
+    pub(super) fn operate(
+        &self,
+        opcode: Opcode,
+        message: &Message,
+        args: &mut Args<'_>,
+        room: usize,
+    ) -> io::Result<Reply> {
+        if room < reply_bytes(opcode) {
+            return Err(invalid());
+        }
+        let (fs, ctx, nodeid) = (&self.fs, message.context(), message.nodeid());
+        match opcode {
+            Opcode::Init => self.init(args),
+            Opcode::Destroy => self.destroy(),
+            Opcode::Lookup => self.entry(fs.lookup(ctx, nodeid, args.name()?)),
+            Opcode::Forget => {
+                let asked: fuse::ForgetIn = args.take()?;
+                // The root is looked up by nobody, and can't be forgotten.
+                if nodeid != fuse::ROOT_ID {
+                    fs.forget(ctx, nodeid, asked.nlookup);
+                }
+                Ok(Reply::None)
+            }
+            Opcode::BatchForget => self.batch_forget(ctx, args),
+            Opcode::Interrupt => Ok(Reply::None),
+            Opcode::Getattr => {
+                let asked: fuse::GetattrIn = args.take()?;
+                let fh = (asked.flags & fuse::GETATTR_FH != 0).then_some(asked.fh);
+                fs.getattr(ctx, nodeid, fh).map(|(attr, valid)| self.attr(attr, valid))
+            }
+            Opcode::Setattr => self.setattr(ctx, nodeid, args),
+            Opcode::Readlink => Ok(Reply::Bytes(fs.readlink(ctx, nodeid)?)),
+            Opcode::Symlink | Opcode::Mknod | Opcode::Mkdir | Opcode::Link => {
+                self.make(opcode, ctx, nodeid, args)
+            }
+            Opcode::Unlink => fs.unlink(ctx, nodeid, args.name()?).and(Reply::DONE),
+            Opcode::Rmdir => fs.rmdir(ctx, nodeid, args.name()?).and(Reply::DONE),
+            Opcode::Rename => {
+                let asked: fuse::RenameIn = args.take()?;
+                self.rename(ctx, nodeid, asked.newdir, 0, args)
+            }
+            Opcode::Rename2 => {
+                let asked: fuse::Rename2In = args.take()?;
+                self.rename(ctx, nodeid, asked.newdir, asked.flags, args)
+            }
+            Opcode::Statfs => Ok(Reply::object(fuse::Kstatfs::from(fs.statfs(ctx, nodeid)?))),
+            Opcode::Open => self.open(ctx, nodeid, args),
+            Opcode::Create => self.create(ctx, nodeid, args),
+            Opcode::Release => self.release(ctx, nodeid, args),
+            Opcode::Flush => {
+                let asked: fuse::FlushIn = args.take()?;
+                fs.flush(ctx, nodeid, asked.fh, asked.lock_owner)?;
+                self.opened.check(nodeid).and(Reply::DONE)
+            }
+            Opcode::Fsync => self.fsync(ctx, nodeid, args),
+            Opcode::Syncfs => self.opened.sync_all(|| self.syncfs(ctx, nodeid)).and(Reply::DONE),
+            Opcode::Fallocate => self.fallocate(ctx, nodeid, args),
+            Opcode::CopyFileRange => self.copy_file_range(ctx, nodeid, args),
+            Opcode::Lseek => {
+                let asked: fuse::LseekIn = args.take()?;
+                let offset = fs.lseek(ctx, nodeid, asked.fh, asked.offset, asked.whence)?;
+                Ok(Reply::object(fuse::LseekOut { offset }))
+            }
+            Opcode::Setxattr | Opcode::Getxattr | Opcode::Listxattr | Opcode::Removexattr => {
+                self.xattr(opcode, ctx, nodeid, args)
+            }
+            Opcode::Access => {
+                let asked: fuse::AccessIn = args.take()?;
+                fs.access(ctx, nodeid, asked.mask).and(Reply::DONE)
+            }
+            Opcode::Opendir => {
+                let asked: fuse::OpenIn = args.take()?;
+                Ok(open_out(fs.opendir(ctx, nodeid, asked.flags)?))
+            }
+            Opcode::Readdir | Opcode::Readdirplus => {
+                let plus = matches!(opcode, Opcode::Readdirplus);
+                let asked: fuse::ReadIn = args.take()?;
+                readdir::read(self, ctx, nodeid, &asked, room, plus).map(Reply::Bytes)
+            }
+            Opcode::Releasedir => {
+                let asked: fuse::ReleaseIn = args.take()?;
+                fs.releasedir(ctx, nodeid, asked.flags, asked.fh).and(Reply::DONE)
+            }
+            Opcode::Fsyncdir => {
+                let asked: fuse::FsyncIn = args.take()?;
+                let datasync = asked.fsync_flags & FSYNC_FDATASYNC != 0;
+                fs.fsyncdir(ctx, nodeid, datasync, asked.fh).and(Reply::DONE)
+            }
+            Opcode::SetupMapping => self.setup_mapping(ctx, nodeid, args),
+            Opcode::RemoveMapping => self.remove_mapping(args),
+            // What virtiofsd does not do, either: locks, ioctl, bmap, poll, tmpfile.
+            _ => Err(Errno::ENOSYS.into()),
+        }
+    }
+
+    fn has(&self, option: FsOptions) -> bool {
+        self.options.load(Ordering::Relaxed) & option.bits() != 0
+    }
+
+    fn init(&self, args: &mut Args<'_>) -> io::Result<Reply> {
+        let asked: fuse::InitInCompat = args.take()?;
+        let mut capable = u64::from(asked.flags);
+        if capable & FsOptions::INIT_EXT.bits() != 0 {
+            capable |= u64::from(args.take::<fuse::InitInExt>()?.flags2) << 32;
+        }
+        let mut out = fuse::InitOut {
+            major: fuse::KERNEL_VERSION,
+            minor: fuse::KERNEL_MINOR_VERSION,
+            ..fuse::InitOut::default()
+        };
+        if asked.major > fuse::KERNEL_VERSION {
+            return Ok(Reply::object(out)); // It comes back with ours.
+        }
+        if asked.major < fuse::KERNEL_VERSION || asked.minor < fuse::MIN_KERNEL_MINOR_VERSION {
+            warn!("the guest's FUSE {}.{} is too old", asked.major, asked.minor);
+            return Err(Errno::EPROTO.into());
+        }
+        // A guest that was reset, or is hostile, may have left grants and open files.
+        self.forget_guest();
+        let wanted = self.fs.init(FsOptions::from_bits_truncate(capable))?;
+        let supported = SUPPORTED.iter().fold(wanted.bits(), |all, one| all | one.bits());
+        let dax_options = self.dax_options();
+        let enabled = capable & (supported | dax_options);
+        let dax = enabled & (MAP_ALIGNMENT | HAS_INODE_DAX);
+        if let Some(window) = &self.dax {
+            window.agree(dax_options != 0, enabled & HAS_INODE_DAX != 0);
+        }
+        self.options.store(enabled, Ordering::Relaxed);
+        self.initialised.store(true, Ordering::Relaxed);
+        info!("mounted; the guest {}", if dax != 0 { "may map files" } else { "maps no files" });
+        out.max_readahead = asked.max_readahead;
+        (out.flags, out.flags2) = (enabled as u32, (enabled >> 32) as u32);
+        (out.max_background, out.congestion_threshold) = (u16::MAX, u16::MAX / 4 * 3);
+        out.max_write = MAX_DATA_BYTES;
+        out.max_pages = (MAX_DATA_BYTES / 4096) as u16;
+        out.time_gran = 1;
+        out.map_alignment = if dax == 0 { 0 } else { MAP_ALIGNMENT_LOG2 };
+        Ok(Reply::object(out))
+    }
+
+    fn dax_options(&self) -> u64 {
+        let there = self.dax.as_deref().is_some_and(Dax::is_there);
+        if there { MAP_ALIGNMENT | HAS_INODE_DAX } else { 0 }
+    }
+
+    fn forget_guest(&self) {
+        self.initialised.store(false, Ordering::Relaxed);
+        if let Some(dax) = &self.dax {
+            dax.release_all();
+        }
+        self.opened.clear();
+    }
+
+    fn destroy(&self) -> io::Result<Reply> {
+        self.forget_guest();
+        self.fs.destroy();
+        info!("unmounted");
+        Reply::DONE
+    }
+
+    fn attr(&self, mut attr: Attr, valid: std::time::Duration) -> Reply {
+        if let Some(dax) = &self.dax {
+            dax.flag(&mut attr);
+        }
+        Reply::object(AttrOut {
+            attr_valid: valid.as_secs(),
+            attr_valid_nsec: valid.subsec_nanos(),
+            dummy: 0,
+            attr,
+        })
+    }
+
+    pub(super) fn entry_out(&self, mut entry: Entry) -> EntryOut {
+        if let Some(dax) = &self.dax {
+            dax.flag(&mut entry.attr);
+        }
+        EntryOut::from(entry)
+    }
+
+    fn entry(&self, entry: io::Result<Entry>) -> io::Result<Reply> {
+        Ok(Reply::object(self.entry_out(entry?)))
+    }
+
+    fn batch_forget(&self, ctx: Context, args: &mut Args<'_>) -> io::Result<Reply> {
+        let asked: fuse::BatchForgetIn = args.take()?;
+        let mut all = Vec::new();
+        for _ in 0..asked.count {
+            // A count that lies ends here, at the end of the message.
+            let Ok(one) = args.take::<fuse::ForgetOne>() else { break };
+            if one.nodeid != fuse::ROOT_ID {
+                all.push((one.nodeid, one.nlookup));
+            }
+        }
+        self.fs.batch_forget(ctx, all);
+        Ok(Reply::None)
+    }
+
+    fn setattr(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
+        let asked: fuse::SetattrIn = args.take()?;
+        let fh = (asked.valid & fuse::FATTR_FH != 0).then_some(asked.fh);
+        let valid = SetattrValid::from_bits_truncate(asked.valid);
+        let change = || self.fs.setattr(ctx, nodeid, asked, fh, valid);
+        let done = match &self.dax {
+            Some(dax) if valid.contains(SetattrValid::SIZE) => {
+                dax.resize(nodeid, asked.size, change)
+            }
+            _ => change(),
+        };
+        done.map(|(attr, valid)| self.attr(attr, valid))
+    }
+
+    fn make(
+        &self,
+        opcode: Opcode,
+        ctx: Context,
+        parent: u64,
+        args: &mut Args<'_>,
+    ) -> io::Result<Reply> {
+        let fs = &self.fs;
+        self.entry(match opcode {
+            Opcode::Symlink => {
+                let (name, target) = (args.name()?, args.string()?);
+                fs.symlink(ctx, target, parent, name, self.extensions(args)?)
+            }
+            Opcode::Mknod => {
+                let asked: fuse::MknodIn = args.take()?;
+                let (name, more) = (args.name()?, self.extensions(args)?);
+                fs.mknod(ctx, parent, name, asked.mode, asked.rdev, asked.umask, more)
+            }
+            Opcode::Mkdir => {
+                let asked: fuse::MkdirIn = args.take()?;
+                let (name, more) = (args.name()?, self.extensions(args)?);
+                fs.mkdir(ctx, parent, name, asked.mode, asked.umask, more)
+            }
+            _ => {
+                let asked: fuse::LinkIn = args.take()?;
+                fs.link(ctx, asked.oldnodeid, parent, args.name()?)
+            }
+        })
+    }
+
+    fn extensions(&self, args: &mut Args<'_>) -> io::Result<virtiofsd::filesystem::Extensions> {
+        args.extensions(self.has(FsOptions::SECURITY_CTX), self.has(FsOptions::CREATE_SUPP_GROUP))
+    }
+
+    fn rename(
+        &self,
+        ctx: Context,
+        from: u64,
+        to: u64,
+        flags: u32,
+        args: &mut Args<'_>,
+    ) -> io::Result<Reply> {
+        let known = libc::RENAME_EXCHANGE | libc::RENAME_NOREPLACE | libc::RENAME_WHITEOUT;
+        let (old, new): (&CStr, &CStr) = (args.name()?, args.name()?);
+        self.fs.rename(ctx, from, old, to, new, flags & known).and(Reply::DONE)
+    }
+
+    fn open(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
+        let asked: fuse::OpenIn = args.take()?;
+        let kill_priv = asked.open_flags & fuse::OPEN_KILL_SUIDGID != 0;
+        let open = || self.fs.open(ctx, nodeid, kill_priv, asked.flags);
+        let opened = match &self.dax {
+            // ATOMIC_O_TRUNC: the window must let go before the file shrinks.
+            Some(dax) if open_flag(asked.flags, libc::O_TRUNC) => dax.resize(nodeid, 0, open)?,
+            _ => open()?,
+        };
+        self.opened.open(nodeid);
+        Ok(open_out(opened))
+    }
+
+    fn create(&self, ctx: Context, parent: u64, args: &mut Args<'_>) -> io::Result<Reply> {
+        let asked: fuse::CreateIn = args.take()?;
+        let (name, more) = (args.name()?, self.extensions(args)?);
+        let kill_priv = asked.open_flags & fuse::OPEN_KILL_SUIDGID != 0;
+        // A file that is there already may be granted, and then must not shrink behind our back.
+        let flags = asked.flags & !libc::O_TRUNC.cast_unsigned();
+        let (mut entry, handle, options) =
+            self.fs.create(ctx, parent, name, asked.mode, kill_priv, flags, asked.umask, more)?;
+        if open_flag(asked.flags, libc::O_TRUNC) && entry.attr.size > 0 {
+            let cut = fuse::SetattrIn::default();
+            let cut = || self.fs.setattr(ctx, entry.inode, cut, handle, SetattrValid::SIZE);
+            let (attr, _) = match &self.dax {
+                Some(dax) => dax.resize(entry.inode, 0, cut)?,
+                None => cut()?,
+            };
+            entry.attr = attr;
+        }
+        self.opened.open(entry.inode);
+        let mut reply = self.entry_out(entry).as_slice().to_vec();
+        if let Reply::Bytes(opened) = open_out((handle, options)) {
+            reply.extend(opened);
+        }
+        Ok(Reply::Bytes(reply))
+    }
+
+    fn release(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
+        let asked: fuse::ReleaseIn = args.take()?;
+        let flush = asked.release_flags & fuse::RELEASE_FLUSH != 0;
+        let unlock = asked.release_flags & fuse::RELEASE_FLOCK_UNLOCK != 0;
+        let owner = (flush || unlock).then_some(asked.lock_owner);
+        self.fs.release(ctx, nodeid, asked.flags, asked.fh, flush, unlock, owner)?;
+        self.opened.release(nodeid);
+        Reply::DONE
+    }
+
+    fn fsync(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
+        let asked: fuse::FsyncIn = args.take()?;
+        let datasync = asked.fsync_flags & FSYNC_FDATASYNC != 0;
+        let sync = || self.fs.fsync(ctx, nodeid, datasync, asked.fh);
+        let through = || match &self.dax {
+            Some(dax) => dax.sync(nodeid, datasync, sync),
+            None => sync(),
+        };
+        self.opened.sync(nodeid, through).and(Reply::DONE)
+    }
+
+    fn syncfs(&self, ctx: Context, nodeid: u64) -> io::Result<()> {
+        if let Some(dax) = &self.dax {
+            dax.sync_all()?;
+        }
+        self.fs.syncfs(ctx, nodeid)
+    }
+
+    fn fallocate(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
+        let asked: fuse::FallocateIn = args.take()?;
+        let (from, bytes, mode) = (asked.offset, asked.length, asked.mode);
+        let change = || self.fs.fallocate(ctx, nodeid, asked.fh, mode, from, bytes);
+        let Some(dax) = &self.dax else { return change().and(Reply::DONE) };
+        let has = |flag| open_flag(mode, flag);
+        if has(libc::FALLOC_FL_PUNCH_HOLE) && dax.punch(nodeid, from, bytes)? {
+            return Reply::DONE;
+        }
+        let shorter_by = if has(libc::FALLOC_FL_COLLAPSE_RANGE) { bytes } else { 0 };
+        dax.change(nodeid, shorter_by, change).and(Reply::DONE)
+    }
+
+    fn copy_file_range(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
+        let asked: fuse::CopyfilerangeIn = args.take()?;
+        // The reply counts in 32 bits.
+        let len = asked.len.min(u64::from(!4095u32));
+        let copy = || {
+            self.fs.copyfilerange(
+                ctx,
+                nodeid,
+                asked.fh_in,
+                asked.off_in,
+                asked.nodeid_out,
+                asked.fh_out,
+                asked.off_out,
+                len,
+                asked.flags,
+            )
+        };
+        let done = match &self.dax {
+            Some(dax) => dax.write(asked.nodeid_out, asked.off_out, len, copy)?,
+            None => copy()?,
+        };
+        Ok(written(done))
+    }
+
+    fn xattr(
+        &self,
+        opcode: Opcode,
+        ctx: Context,
+        nodeid: u64,
+        args: &mut Args<'_>,
+    ) -> io::Result<Reply> {
+        let fs = &self.fs;
+        if matches!(opcode, Opcode::Removexattr) {
+            return fs.removexattr(ctx, nodeid, args.string()?).and(Reply::DONE);
+        }
+        if matches!(opcode, Opcode::Setxattr) {
+            let asked = self.setxattr_in(args)?;
+            let (name, value) = (args.string()?, args.rest());
+            let value = value.get(..asked.size as usize).ok_or_else(invalid)?;
+            let more = SetxattrFlags::from_bits_truncate(asked.setxattr_flags);
+            return fs.setxattr(ctx, nodeid, name, value, asked.flags, more).and(Reply::DONE);
+        }
+        let asked: fuse::GetxattrIn = args.take()?;
+        if asked.size > MAX_DATA_BYTES {
+            return Err(Errno::ENOMEM.into());
+        }
+        let count = |size| Reply::object(fuse::GetxattrOut { size, padding: 0 });
+        if matches!(opcode, Opcode::Listxattr) {
+            return Ok(match fs.listxattr(ctx, nodeid, asked.size)? {
+                ListxattrReply::Names(names) => Reply::Bytes(names),
+                ListxattrReply::Count(size) => count(size),
+            });
+        }
+        Ok(match fs.getxattr(ctx, nodeid, args.string()?, asked.size)? {
+            GetxattrReply::Value(value) => Reply::Bytes(value),
+            GetxattrReply::Count(size) => count(size),
+        })
+    }
+
+    fn setxattr_in(&self, args: &mut Args<'_>) -> io::Result<fuse::SetxattrIn> {
+        if self.has(FsOptions::SETXATTR_EXT) {
+            return args.take();
+        }
+        let short: fuse::SetxattrInCompat = args.take()?;
+        Ok(fuse::SetxattrIn { size: short.size, flags: short.flags, ..Default::default() })
+    }
+}
+
+/// What a reply has at least: where there is no room for it, nothing is opened or looked up in vain.
+fn reply_bytes(opcode: Opcode) -> usize {
+    use Opcode::*;
+    match opcode {
+        Lookup | Symlink | Mknod | Mkdir | Link => size_of::<EntryOut>(),
+        Create => size_of::<EntryOut>() + size_of::<fuse::OpenOut>(),
+        Open | Opendir => size_of::<fuse::OpenOut>(),
+        Getattr | Setattr => size_of::<AttrOut>(),
+        Init => size_of::<fuse::InitOut>(),
+        _ => 0,
+    }
+}
+
+pub(super) fn written(bytes: usize) -> Reply {
+    Reply::object(fuse::WriteOut { size: bytes as u32, padding: 0 })
+}
+
+fn open_out((handle, options): (Option<u64>, OpenOptions)) -> Reply {
+    let (fh, open_flags) = (handle.unwrap_or(0), options.bits());
+    Reply::object(fuse::OpenOut { fh, open_flags, padding: 0 })
+}

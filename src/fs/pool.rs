@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The threads that requests run in: as many as are needed at once, and no queue waits for a disk.
+
+use crate::lock::lock;
+use std::collections::VecDeque;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::Builder;
+use std::time::Duration;
+
+use log::error;
+use nix::sched::{CloneFlags, unshare};
+
+/// An idle thread goes away after this long.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// Of the threads, the part that is kept free of what may take long: one quarter.
+const KEPT_FREE: usize = 4;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// How long a request may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// It waits for no disk, or not for long.
+    Quick,
+    /// It may wait for a disk or a network as long as that likes.
+    Slow,
+}
+
+#[derive(Default)]
+struct State {
+    quick: VecDeque<Job>,
+    slow: VecDeque<Job>,
+    threads: usize,
+    idle: usize,
+    running: usize,
+    slow_running: usize,
+    stopping: bool,
+}
+
+impl State {
+    fn is_still(&self) -> bool {
+        self.running == 0 && self.quick.is_empty() && self.slow.is_empty()
+    }
+}
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Nothing runs and nothing waits.
+    still: Condvar,
+    most: usize,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    fn most_slow(&self) -> usize {
+        self.most - self.most / KEPT_FREE
+    }
+
+    fn next(&self, state: &mut State) -> Option<(Pace, Job)> {
+        if let Some(job) = state.quick.pop_front() {
+            return Some((Pace::Quick, job));
+        }
+        if state.slow_running < self.most_slow()
+            && let Some(job) = state.slow.pop_front()
+        {
+            state.slow_running += 1;
+            return Some((Pace::Slow, job));
+        }
+        None
+    }
+}
+
+/// A pool that grows when all its threads are busy.
+pub(super) struct Pool(Arc<Shared>);
+
+impl Pool {
+    /// A pool of at most `most` threads (at least 2). One is started at once, to see whether it can be.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn new(most: usize) -> io::Result<Self> {
+        let shared = Shared {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            still: Condvar::new(),
+            most: most.max(2),
+        };
+        let pool = Self(Arc::new(shared));
+        pool.start_one(&mut pool.0.lock())?;
+        Ok(pool)
+    }
+
+    /// Runs `job` in some thread, soon. Never blocks.
+    pub(super) fn submit(&self, pace: Pace, job: impl FnOnce() + Send + 'static) {
+        let mut state = self.0.lock();
+        match pace {
+            Pace::Quick => state.quick.push_back(Box::new(job)),
+            Pace::Slow => state.slow.push_back(Box::new(job)),
+        }
+        let waiting = state.quick.len() + state.slow.len();
+        if waiting > state.idle
+            && state.threads < self.0.most
+            && let Err(e) = self.start_one(&mut state)
+        {
+            // There is at least one thread, which comes to it in the end.
+            error!("can't start a thread: {e}");
+        }
+        drop(state);
+        self.0.changed.notify_one();
+    }
+
+    /// Waits until all that was submitted has ended.
+    pub(super) fn finish(&self) {
+        let mut state = self.0.lock();
+        while !state.is_still() {
+            state = self.0.still.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+    }
+
+    fn start_one(&self, state: &mut State) -> io::Result<()> {
+        let shared = self.0.clone();
+        Builder::new().name("fuse".into()).spawn(move || run(&shared))?;
+        state.threads += 1;
+        Ok(())
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.0.lock().stopping = true;
+        self.0.changed.notify_all();
+    }
+}
+
+fn run(shared: &Shared) {
+    // virtiofsd's code changes the working directory and the umask of its thread.
+    if let Err(e) = unshare(CloneFlags::CLONE_FS) {
+        error!("a thread can't have a working directory of its own: {e}");
+    }
+    let mut state = shared.lock();
+    loop {
+        if let Some((pace, job)) = shared.next(&mut state) {
+            state.running += 1;
+            drop(state);
+            // What the guest sent must never end a thread; its request stays open.
+            if catch_unwind(AssertUnwindSafe(job)).is_err() {
+                error!("a request made its thread panic: this is a bug");
+            }
+            state = shared.lock();
+            state.running -= 1;
+            state.slow_running -= usize::from(pace == Pace::Slow);
+            if state.is_still() {
+                shared.still.notify_all();
+            }
+            continue;
+        }
+        if state.stopping {
+            break;
+        }
+        state.idle += 1;
+        let (after, waited) =
+            shared.changed.wait_timeout(state, IDLE).unwrap_or_else(|e| e.into_inner());
+        state = after;
+        state.idle -= 1;
+        let spare = waited.timed_out() && state.threads > 1;
+        if spare && state.quick.is_empty() && state.slow.is_empty() {
+            break;
+        }
+    }
+    state.threads -= 1;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    /// Shows: however many slow requests there are, a quick one runs beside them.
+    #[test]
+    fn slow_requests_hold_up_no_quick_one() {
+        let pool = Pool::new(4).unwrap();
+        let (release, held) = channel::<()>();
+        let held = Arc::new(Mutex::new(held));
+        for _ in 0..20 {
+            let held = held.clone();
+            pool.submit(Pace::Slow, move || {
+                let _ = held.lock().unwrap().recv();
+            });
+        }
+        let (done, seen) = channel();
+        pool.submit(Pace::Quick, move || done.send(()).unwrap());
+        seen.recv().unwrap();
+        drop(release);
+    }
+
+    /// Shows: finish() returns when everything has ended, and not before.
+    #[test]
+    fn finish_waits_for_all() {
+        let pool = Pool::new(4).unwrap();
+        let ended = Arc::new(Mutex::new(0));
+        for _ in 0..100 {
+            let ended = ended.clone();
+            pool.submit(Pace::Slow, move || *ended.lock().unwrap() += 1);
+        }
+        pool.finish();
+        assert_eq!(*ended.lock().unwrap(), 100);
+        pool.finish();
+    }
+
+    /// Shows: each slow request runs at last, and a panic takes no thread away.
+    #[test]
+    fn everything_runs() {
+        let pool = Pool::new(2).unwrap();
+        let (done, seen) = channel();
+        for i in 0..100 {
+            let done = done.clone();
+            let pace = if i % 2 == 0 { Pace::Slow } else { Pace::Quick };
+            pool.submit(pace, move || {
+                done.send(i).unwrap();
+                assert!(i % 7 != 0, "on purpose");
+            });
+        }
+        let mut all: Vec<i32> = seen.iter().take(100).collect();
+        all.sort_unstable();
+        assert_eq!(all, (0..100).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! From a request to its reply: reads the head of a FUSE message, has it done, and answers.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use log::{debug, error};
+use nix::errno::Errno;
+use virtiofsd::filesystem::{Context, FileSystem};
+use virtiofsd::fuse::{InHeader, Opcode, WriteIn};
+use vm_memory_of_virtiofsd::ByteValued;
+
+use crate::request::Request;
+
+use super::dax::Dax;
+use super::guest_io::copy_in;
+use super::message::{Args, IN_HEADER_BYTES, OUT_HEADER_BYTES, Reply};
+use super::message::{object, out_header, request_bytes};
+use super::opened::Opened;
+use super::pool::Pace;
+
+/// What has been asked and answered.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    pub(super) requests: AtomicU64,
+    pub(super) errors: AtomicU64,
+    pub(super) malformed: AtomicU64,
+}
+
+pub(super) fn bump(counter: &AtomicU64) {
+    // Relaxed: the counters order nothing.
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// The head of a message, copied out of the guest's memory: what it says can't change any more.
+pub(super) struct Message {
+    pub(super) header: InHeader,
+    /// What follows the header; of a WRITE without its data.
+    pub(super) args: Vec<u8>,
+    /// How many bytes the whole request has.
+    pub(super) bytes: usize,
+}
+
+impl Message {
+    /// Reads it. Called under the ring's lock, when the ring runs: what is read later might be another
+    /// driver's memory by then.
+    pub(super) fn read(request: &Request, dax: Option<&Dax>) -> Result<Self, Unanswerable> {
+        let chain = request.chain().map_err(|_| Unanswerable)?;
+        let mem = request.memory();
+        let place = dax.and_then(Dax::place);
+        let in_window = |segment| place.is_some_and(|place| place.touches(segment));
+        // The head of a reply goes to the first buffers, which must be memory.
+        let mut room = 0;
+        for segment in &chain.writable {
+            if room < OUT_HEADER_BYTES && in_window(*segment) {
+                return Err(Unanswerable);
+            }
+            room += segment.bytes as usize;
+        }
+        let header = copy_in(&mem, &chain.readable, IN_HEADER_BYTES, place);
+        let header: InHeader = header.ok().and_then(|bytes| object(&bytes)).ok_or(Unanswerable)?;
+        let readable = chain.readable.iter().map(|segment| segment.bytes as usize).sum();
+        let bytes = request_bytes(&header, readable);
+        let head = match bytes {
+            Ok(bytes) if header.opcode == Opcode::Write as u32 => {
+                bytes.min(IN_HEADER_BYTES + size_of::<WriteIn>())
+            }
+            Ok(bytes) => bytes,
+            Err(_) => IN_HEADER_BYTES,
+        };
+        let copied = copy_in(&mem, &chain.readable, head, place);
+        let whole = copied.ok().filter(|copied| copied.len() == head && bytes.is_ok());
+        let args = whole.and_then(|copied| copied.get(IN_HEADER_BYTES..).map(<[u8]>::to_vec));
+        let bytes = bytes.unwrap_or(0);
+        if room < OUT_HEADER_BYTES && !takes_no_reply(header.opcode) {
+            return Err(Unanswerable);
+        }
+        // A message that lies about its length is answered with EINVAL: see `is_whole`.
+        Ok(Self {
+            header,
+            bytes: if args.is_some() { bytes } else { 0 },
+            args: args.unwrap_or_default(),
+        })
+    }
+
+    /// Whether all that the header promises was there.
+    pub(super) fn is_whole(&self) -> bool {
+        self.bytes > 0
+    }
+
+    pub(super) fn opcode(&self) -> Option<Opcode> {
+        Opcode::try_from(self.header.opcode).ok()
+    }
+
+    pub(super) fn context(&self) -> Context {
+        Context::from(self.header)
+    }
+
+    pub(super) fn nodeid(&self) -> u64 {
+        self.header.nodeid
+    }
+}
+
+/// A chain that holds no message: it goes back as it came.
+pub(super) struct Unanswerable;
+
+fn takes_no_reply(opcode: u32) -> bool {
+    [Opcode::Forget, Opcode::BatchForget, Opcode::Interrupt].iter().any(|o| *o as u32 == opcode)
+}
+
+/// How long a request may take: what waits for no disk does not wait for those that do.
+pub(super) fn pace(opcode: Option<Opcode>) -> Pace {
+    use Opcode::*;
+    match opcode {
+        Some(
+            Fsync | Fsyncdir | Flush | Fallocate | Syncfs | CopyFileRange | Open | Opendir | Create
+            | Release | Releasedir | Setattr | Unlink | Rmdir | Rename | Rename2 | Read | Write
+            | Destroy,
+        ) => Pace::Slow,
+        _ => Pace::Quick,
+    }
+}
+
+/// One device's file system, its open files, and its window.
+pub(super) struct Server<F> {
+    pub(super) fs: F,
+    pub(super) dax: Option<Arc<Dax>>,
+    pub(super) opened: Opened,
+    /// The options that INIT agreed on (FUSE flags and flags2).
+    pub(super) options: AtomicU64,
+    pub(super) initialised: AtomicBool,
+    pub(super) tally: Tally,
+}
+
+/// A [`Server`], whatever its file system.
+pub(super) trait Serve: Send + Sync {
+    /// Does what the message asks for, and answers it.
+    fn serve(&self, request: Request, message: Message);
+
+    /// A driver has begun anew.
+    fn restarted(&self);
+
+    /// The session is over.
+    fn ended(&self);
+
+    fn tally(&self) -> &Tally;
+}
+
+impl<F> Serve for Server<F>
+where
+    F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
+{
+    fn serve(&self, mut request: Request, message: Message) {
+        bump(&self.tally.requests);
+        let header = message.header;
+        debug!("{:?} nodeid={} unique={}", message.opcode(), header.nodeid, header.unique);
+        let done = catch_unwind(AssertUnwindSafe(|| self.dispatch(&mut request, &message)));
+        let done = done.unwrap_or_else(|_| {
+            error!("{:?} made its thread panic: this is a bug", message.opcode());
+            Err(Errno::EIO.into())
+        });
+        if let Err(e) = &done {
+            bump(&self.tally.errors);
+            debug!("{:?} unique={}: {e}", message.opcode(), header.unique);
+        }
+        self.answer(request, header.unique, done);
+    }
+
+    fn restarted(&self) {
+        self.initialised.store(false, Ordering::Relaxed);
+        if let Some(dax) = &self.dax {
+            dax.forget();
+        }
+    }
+
+    fn ended(&self) {
+        self.initialised.store(false, Ordering::Relaxed);
+        if let Some(dax) = &self.dax {
+            dax.session_ended();
+        }
+        self.opened.clear();
+        self.fs.destroy();
+    }
+
+    fn tally(&self) -> &Tally {
+        &self.tally
+    }
+}
+
+impl<F> Server<F>
+where
+    F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
+{
+    fn dispatch(&self, request: &mut Request, message: &Message) -> io::Result<Reply> {
+        let opcode = message.opcode().ok_or(Errno::ENOSYS)?;
+        if !message.is_whole() {
+            return Err(Errno::EINVAL.into());
+        }
+        let before_init = matches!(opcode, Opcode::Init | Opcode::Destroy);
+        if !before_init && !self.initialised.load(Ordering::Relaxed) {
+            return if takes_no_reply(opcode as u32) {
+                Ok(Reply::None)
+            } else {
+                Err(Errno::EIO.into())
+            };
+        }
+        let mut args = Args::new(&message.args);
+        match opcode {
+            Opcode::Read => self.read(request, message, &mut args),
+            Opcode::Write => self.write(request, message, &mut args),
+            _ => self.operate(opcode, message, &mut args, room(request)),
+        }
+    }
+
+    fn answer(&self, request: Request, unique: u64, done: io::Result<Reply>) {
+        match done {
+            Ok(Reply::None) => request.complete_with(&[], 0),
+            Ok(Reply::Bytes(bytes)) => self.answer_bytes(request, unique, &bytes),
+            Ok(Reply::Data(bytes)) => {
+                let header = out_header(unique, 0, bytes as usize);
+                request.complete_with(header.as_slice(), bytes);
+            }
+            Err(e) => {
+                let errno = e.raw_os_error().filter(|errno| *errno > 0).unwrap_or(libc::EIO);
+                request.complete_with(out_header(unique, -errno, 0).as_slice(), 0);
+            }
+        }
+    }
+
+    fn answer_bytes(&self, request: Request, unique: u64, bytes: &[u8]) {
+        let place = self.dax.as_deref().and_then(Dax::place);
+        let fits = bytes.len() <= room(&request);
+        let in_memory = place.is_none_or(|place| {
+            let writable = request.chain().map(|chain| &chain.writable[..]).unwrap_or_default();
+            !writable.iter().any(|segment| place.touches(*segment))
+        });
+        if !fits || !in_memory {
+            // Less room than the message asks for, or room that no driver gives to it.
+            let errno = if fits { libc::EFAULT } else { libc::EINVAL };
+            return request.complete_with(out_header(unique, -errno, 0).as_slice(), 0);
+        }
+        let header = out_header(unique, 0, bytes.len());
+        request.complete_with(&[header.as_slice(), bytes].concat(), 0);
+    }
+}
+
+/// The room behind the header of the reply.
+pub(super) fn room(request: &Request) -> usize {
+    let writable = request.chain().map(|chain| &chain.writable[..]).unwrap_or_default();
+    let bytes: usize = writable.iter().map(|segment| segment.bytes as usize).sum();
+    bytes.saturating_sub(OUT_HEADER_BYTES)
+}

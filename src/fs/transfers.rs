@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! READ and WRITE, which move bytes between a file and the guest's memory, and SETUPMAPPING and
+//! REMOVEMAPPING, which save them the way.
+
+use std::cell::OnceCell;
+use std::fs::File;
+use std::io;
+
+use nix::errno::Errno;
+use virtiofsd::filesystem::{Context, FileSystem, ZeroCopyWriter};
+use virtiofsd::fuse;
+use virtiofsd::oslib::ReadvFlags;
+
+use crate::dax::engine::Engine;
+use crate::request::Request;
+
+use super::dax::MAX_REMOVALS;
+use super::guest_io::{Buffers, GuestReader, GuestWriter, WindowPlace};
+use super::message::{Args, IN_HEADER_BYTES, OUT_HEADER_BYTES, Reply, invalid};
+use super::operations::{open_flag, written};
+use super::server::{Message, Server};
+
+/// Takes the file that a READ would read.
+struct Capture<'a>(&'a OnceCell<io::Result<File>>);
+
+impl ZeroCopyWriter for Capture<'_> {
+    fn read_from_file_at(
+        &mut self,
+        f: &File,
+        _count: usize,
+        _off: u64,
+        _flags: Option<ReadvFlags>,
+    ) -> io::Result<usize> {
+        let _ = self.0.set(f.try_clone());
+        Ok(0)
+    }
+}
+
+impl<F> Server<F>
+where
+    F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
+{
+    /// READ: from the file into the guest's buffers.
+    pub(super) fn read(
+        &self,
+        request: &mut Request,
+        message: &Message,
+        args: &mut Args<'_>,
+    ) -> io::Result<Reply> {
+        let asked: fuse::ReadIn = args.take()?;
+        let owner = (asked.read_flags & fuse::READ_LOCKOWNER != 0).then_some(asked.lock_owner);
+        let chain = request.chain().map_err(|_| invalid())?;
+        let buffers = Buffers::find(&chain.writable, OUT_HEADER_BYTES, self.window())?;
+        if buffers.bytes() < asked.size as usize {
+            return Err(invalid());
+        }
+        if !request.touch() {
+            return Err(Errno::EIO.into());
+        }
+        let mem = request.memory();
+        let to = GuestWriter { mem: &mem, buffers };
+        let (ctx, nodeid) = (message.context(), message.nodeid());
+        let (fh, size, from) = (asked.fh, asked.size, asked.offset);
+        let done = self.fs.read(ctx, nodeid, fh, to, size, from, owner, asked.flags)?;
+        Ok(Reply::Data(done as u32))
+    }
+
+    /// WRITE: from the guest's buffers into the file.
+    pub(super) fn write(
+        &self,
+        request: &mut Request,
+        message: &Message,
+        args: &mut Args<'_>,
+    ) -> io::Result<Reply> {
+        let asked: fuse::WriteIn = args.take()?;
+        let owner = (asked.write_flags & fuse::WRITE_LOCKOWNER != 0).then_some(asked.lock_owner);
+        let delayed = asked.write_flags & fuse::WRITE_CACHE != 0;
+        let kill_priv = asked.write_flags & fuse::WRITE_KILL_PRIV != 0;
+        let head = IN_HEADER_BYTES + size_of::<fuse::WriteIn>();
+        let chain = request.chain().map_err(|_| invalid())?;
+        let buffers = Buffers::find(&chain.readable, head, self.window())?;
+        if message.bytes.saturating_sub(head) < asked.size as usize {
+            return Err(invalid());
+        }
+        let (ctx, nodeid) = (message.context(), message.nodeid());
+        let (fh, size, from, flags) = (asked.fh, asked.size, asked.offset, asked.flags);
+        let write = || {
+            if !request.touch() {
+                return Err(Errno::EIO.into());
+            }
+            let mem = request.memory();
+            let data = GuestReader { mem: &mem, buffers };
+            let done =
+                self.fs.write(ctx, nodeid, fh, data, size, from, owner, delayed, kill_priv, flags);
+            // What follows may wait for the front-end.
+            request.let_go();
+            done
+        };
+        let done = match &self.dax {
+            // Where it will go is not known before.
+            Some(dax) if open_flag(flags, libc::O_APPEND) && !delayed => {
+                dax.change(nodeid, 0, write)?
+            }
+            Some(dax) => dax.write(nodeid, from, u64::from(size), write)?,
+            None => write()?,
+        };
+        Ok(written(done))
+    }
+
+    fn window(&self) -> Option<(WindowPlace, &Engine)> {
+        let dax = self.dax.as_deref()?;
+        Some((dax.place()?, dax.engine()))
+    }
+
+    pub(super) fn setup_mapping(
+        &self,
+        ctx: Context,
+        nodeid: u64,
+        args: &mut Args<'_>,
+    ) -> io::Result<Reply> {
+        let dax = self.dax.as_deref().filter(|dax| dax.is_there()).ok_or(Errno::ENOSYS)?;
+        let asked: fuse::SetupmappingIn = args.take()?;
+        // `fh` is always -1: the inode is what counts.
+        dax.setup(nodeid, &asked, || self.file_of(ctx, nodeid)).and(Reply::DONE)
+    }
+
+    /// The file of an inode, readable and writable: QEMU wants it so, also for a guest that only reads
+    /// (Q7, Q8). The file system gives it to whoever reads from it.
+    fn file_of(&self, ctx: Context, nodeid: u64) -> io::Result<File> {
+        let flags = libc::O_RDWR.cast_unsigned();
+        let (handle, _) = self.fs.open(ctx, nodeid, false, flags)?;
+        let handle = handle.ok_or(Errno::EBADF)?;
+        let captured = OnceCell::new();
+        let read = self.fs.read(ctx, nodeid, handle, Capture(&captured), 1, 0, None, flags);
+        self.fs.release(ctx, nodeid, flags, handle, false, false, None)?;
+        read?;
+        captured.into_inner().unwrap_or_else(|| Err(Errno::EBADF.into()))
+    }
+
+    pub(super) fn remove_mapping(&self, args: &mut Args<'_>) -> io::Result<Reply> {
+        let dax = self.dax.as_deref().filter(|dax| dax.is_there()).ok_or(Errno::ENOSYS)?;
+        let fuse::RemovemappingIn { count } = args.take()?;
+        if count > MAX_REMOVALS {
+            return Err(invalid());
+        }
+        let removals: io::Result<Vec<_>> =
+            (0..count).map(|_| args.take::<fuse::RemovemappingOne>()).collect();
+        dax.remove(&removals?).and(Reply::DONE)
+    }
+}

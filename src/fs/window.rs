@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The window as one front-end shows it: many maps, which come and go with the guest's wishes.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+
+use log::{debug, warn};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::dax::engine::Engine;
+use crate::device::SessionWindow;
+use crate::lock::lock;
+use crate::window::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset};
+
+use super::guest_io::WindowPlace;
+
+/// Maps and memory regions of one VM, of all its devices together, of which QEMU 11.1 does not die (Q2:
+/// 512; the library itself stops at 509), less what other devices may map while we are not looking.
+const MOST_REGIONS: usize = 500;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Stopped,
+    Running,
+    Ended,
+}
+
+struct State {
+    phase: Phase,
+    /// Counts the resets: what was to be mapped before one is not wanted any more.
+    generation: u64,
+    /// What the front-end was asked to show, by window offset: inode, offset and length.
+    shown: BTreeMap<u64, (u64, u64, u64)>,
+    /// The window's guest physical address, once a memory table has given it away.
+    base: Option<u64>,
+}
+
+/// The window of one session.
+pub(super) struct FsWindow {
+    engine: Arc<Engine>,
+    bytes: WindowBytes,
+    /// The most maps that this window ever needs.
+    most_maps: usize,
+    /// The front-end knows of the region: a vhost-user-fs device of QEMU has a back-end channel, too.
+    has_region: AtomicBool,
+    channel: OnceLock<ShmemMapper>,
+    state: Mutex<State>,
+    changed: Condvar,
+    /// That there is too little room for all maps has been said.
+    said_full: AtomicBool,
+}
+
+impl FsWindow {
+    pub(super) fn new(engine: Arc<Engine>, bytes: WindowBytes, most_maps: usize) -> Self {
+        let state =
+            State { phase: Phase::Stopped, generation: 0, shown: BTreeMap::new(), base: None };
+        Self {
+            engine,
+            bytes,
+            most_maps,
+            has_region: AtomicBool::new(false),
+            channel: OnceLock::new(),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            said_full: AtomicBool::new(false),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// Whether the front-end can map at all: without a region and a back-end channel there is no window, and
+    /// without acks a map that was refused can't be told from one that was made. May block.
+    pub(super) fn is_there(&self) -> bool {
+        if !self.has_region.load(Ordering::Relaxed) {
+            return false;
+        }
+        let Some(channel) = self.channel.get() else { return false };
+        channel.probe_acks() != Acks::Missing
+    }
+
+    /// Where the window is in the guest's memory, if that is known.
+    pub(super) fn place(&self) -> Option<WindowPlace> {
+        self.lock().base.map(|base| WindowPlace { base, bytes: self.bytes })
+    }
+
+    /// The driver has reset the device, and the front-end has dropped all maps (Q10).
+    pub(super) fn reset(&self) {
+        let mut state = self.lock();
+        state.generation += 1;
+        state.shown.clear();
+        state.base = None;
+        self.changed.notify_all();
+    }
+
+    /// Does something with the channel while the device is started, and waits where it is not. (The
+    /// request that wants it stays open over a pause, and holds up nobody.) False if it was done, but after
+    /// a reset that came in between.
+    fn while_started(
+        &self,
+        send: impl Fn(&ShmemMapper) -> Result<(), MapError>,
+    ) -> Result<bool, MapError> {
+        let Some(channel) = self.channel.get() else {
+            return Err(MapError::Unsupported("a back-end channel"));
+        };
+        let generation = self.lock().generation;
+        loop {
+            {
+                let mut state = self.lock();
+                while state.phase == Phase::Stopped && state.generation == generation {
+                    state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+                }
+                if state.phase == Phase::Ended || state.generation != generation {
+                    return Err(MapError::Stopped);
+                }
+            }
+            match send(channel) {
+                // Stopped in between: our own state says so in a moment.
+                Err(MapError::Stopped) => std::thread::yield_now(),
+                done => return done.map(|()| generation == self.lock().generation),
+            }
+        }
+    }
+
+    /// Looks for our maps in a memory table: how many regions are not ours, and where the window is.
+    fn read_table(&self, mem: &GuestMemoryMmap) {
+        let mut state = self.lock();
+        let mut others = 0;
+        for region in mem.iter() {
+            let Some(backing) = region.file_offset() else { continue };
+            let Ok(inode) = inode_of(backing.file()) else { continue };
+            let ours = state.shown.iter().find(|(_, (shown, from, bytes))| {
+                *shown == inode && *from == backing.start() && *bytes == region.len()
+            });
+            match ours {
+                Some((at, _)) => {
+                    let base = region.start_addr().0.checked_sub(*at);
+                    if base.is_some() && state.base != base {
+                        state.base = base;
+                    }
+                }
+                None => others += 1,
+            }
+        }
+        drop(state);
+        let most = MOST_REGIONS.saturating_sub(others).min(self.most_maps);
+        if most < self.most_maps && !self.said_full.swap(true, Ordering::Relaxed) {
+            warn!(
+                "the VM has {others} other memory regions: {most} maps are left for this window, \
+                 which may want {}; make it smaller, or other devices' windows",
+                self.most_maps
+            );
+        }
+        self.engine.set_most_maps(most);
+        debug!("memory table of {} regions, {others} not ours", mem.num_regions());
+    }
+}
+
+/// Device and inode number in one: both are small, and a file of another device is never ours anyway.
+fn inode_of(file: &File) -> io::Result<u64> {
+    let found = file.metadata()?;
+    Ok(found.dev().rotate_left(32) ^ found.ino())
+}
+
+impl Mapper for FsWindow {
+    fn map(
+        &self,
+        at: WindowOffset,
+        file: &File,
+        from: FileOffset,
+        bytes: WindowBytes,
+    ) -> Result<(), MapError> {
+        let inode = inode_of(file).map_err(MapError::Broken)?;
+        // Before it is sent: the memory table that shows it comes before the ack (Q3).
+        self.lock().shown.insert(at.0, (inode, from.0, bytes.0));
+        let done = self.while_started(|channel| channel.map(at, file, from, bytes));
+        if matches!(done, Ok(true)) {
+            return Ok(());
+        }
+        self.lock().shown.remove(&at.0);
+        done?;
+        // Nobody wants it any more, and whoever comes next must not find it in his way (Q4).
+        self.while_started(|channel| channel.unmap(at, bytes))?;
+        Err(MapError::Stopped)
+    }
+
+    fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
+        self.while_started(|channel| channel.unmap(at, bytes))?;
+        self.lock().shown.remove(&at.0);
+        Ok(())
+    }
+}
+
+impl SessionWindow for FsWindow {
+    fn set_channel(&self, channel: ShmemMapper) {
+        if self.channel.set(channel).is_err() {
+            warn!("the front-end sent a second back-end channel; it is not used");
+        }
+    }
+
+    fn region_asked(&self) {
+        self.has_region.store(true, Ordering::Relaxed);
+    }
+
+    fn table_came(&self, mem: &GuestMemoryMmap) {
+        self.read_table(mem);
+    }
+
+    fn started(&self) -> bool {
+        self.lock().phase = Phase::Running;
+        self.changed.notify_all();
+        true
+    }
+
+    fn bring_up(&self) -> Result<(), MapError> {
+        Ok(())
+    }
+
+    fn stopped(&self) {
+        let mut state = self.lock();
+        if state.phase == Phase::Running {
+            state.phase = Phase::Stopped;
+        }
+    }
+
+    fn ended(&self) {
+        self.lock().phase = Phase::Ended;
+        self.changed.notify_all();
+        if let Some(channel) = self.channel.get() {
+            channel.close();
+        }
+    }
+}
