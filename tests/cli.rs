@@ -47,6 +47,15 @@ impl Place {
         command
     }
 
+    /// With a directory to share and a tag; socket and window are the caller's.
+    fn fs(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(BINARY);
+        command.arg("fs").arg("--socket-path").arg(self.path("sock"));
+        command.arg("--shared-dir").arg(self.dir.path()).args(["--tag", "share"]).args(arguments);
+        command.env_remove("RUST_LOG");
+        command
+    }
+
     /// Every name with its inode, size, blocks and time of change.
     fn snapshot(&self) -> BTreeMap<PathBuf, (u64, u64, u64, i64, i64)> {
         let entries = fs::read_dir(self.dir.path()).unwrap();
@@ -126,6 +135,90 @@ fn bad_files_are_refused() {
     place.refuses(&mut place.pmem("empty"), &["2M or 4M"]);
     place.refuses(place.pmem("nodir/new").args(["--size", "2M"]), &["no such directory"]);
     place.refuses(&mut place.pmem("good/new"), &["Not a directory"]);
+}
+
+/// Shows: what an fs device can't be is refused, with what would do.
+#[test]
+fn bad_shares_are_refused() {
+    let place = Place::new();
+    for (arguments, words) in [
+        (&["--window-size", "3M"][..], &["2M or 4M would do"][..]),
+        (&["--window-size", "1G"], &["768M would do", "QEMU dies"]),
+        (&["--window-size", "big"], &["512M or 1G"]),
+        (&["--dax", "sometimes"], &["inode", "always", "never"]),
+        (&["--mem-slots", "maybe"], &["on", "off"]),
+        (&["--num-request-queues", "0"], &["1..=31"]),
+        (&["--cache", "some"], &["cache"]),
+        (&["--xattrmap", "nonsense"], &["--xattrmap"]),
+        (&["--posix-acl", "--translate-uid", "map:0:1000:1"], &["--posix-acl", "leave one out"]),
+        (&["--translate-uid", "nonsense"], &["--translate-uid"]),
+        (&["--sandbox", "chroot"], &["--sandbox none"]),
+        (&["--rlimit-nofile", "100"], &["take more than"]),
+        (&["--uid-map", "nonsense"], &["--uid-map"]),
+    ] {
+        place.refuses(&mut place.fs(arguments), words);
+    }
+    let mut command = Command::new(BINARY);
+    command.args(["fs", "--tag", "t", "--socket-path"]).arg(place.path("sock"));
+    place.refuses(&mut command, &["--shared-dir", "try 'vhost-user-dax fs --help'"]);
+    command.arg("--shared-dir").arg(place.path("good"));
+    place.refuses(&mut command, &["good: Not a directory", "name a directory"]);
+    let long = "x".repeat(37);
+    let mut command = Command::new(BINARY);
+    command.args(["fs", "--tag", &long, "--shared-dir", "/", "--socket-path", "s"]);
+    place.refuses(&mut command, &["1 to 36 bytes"]);
+    if nix::unistd::geteuid().is_root() {
+        let uid_map = ["--uid-map", ":0:0:1:"];
+        place.refuses(&mut place.fs(&uid_map), &["not root", "--translate-uid"]);
+    } else {
+        skip("bad_shares_are_refused", "--uid-map as root: this is not root");
+    }
+}
+
+/// Shows: a share says at start whether it has a window, and why not if it has none.
+#[test]
+fn a_share_says_what_is_in_force() {
+    let place = Place::new();
+    for (arguments, words) in [
+        (&["--window-size", "0"][..], "no window: every access is a request"),
+        (&["--dax", "never"], "no window: every access is a request"),
+        (&["--readonly"], "no window: the share is read-only"),
+    ] {
+        let daemon = place.start(&mut place.fs(arguments));
+        assert!(daemon.said.contains(words), "{}", daemon.said);
+        assert!(daemon.end_with(Signal::SIGTERM).success());
+    }
+    let daemon = place.start(&mut place.fs(&["--window-size", "64M"]));
+    let told = ["a window of 64M; the ends of files are mapped", "no window: the end of a file"];
+    assert!(told.iter().any(|words| daemon.said.contains(words)), "{}", daemon.said);
+}
+
+/// Shows: a daemon that is not root serves from a user namespace, in which the numbers are as told.
+#[test]
+fn an_ordinary_user_has_a_map_of_users() {
+    if !nix::unistd::geteuid().is_root() {
+        return skip("an_ordinary_user_has_a_map_of_users", "not root, so can't become nobody");
+    }
+    // The kernel lets nobody make one in a chroot.
+    let mut probe = Command::new("unshare");
+    if !probe.args(["--user", "true"]).uid(NOBODY).stderr(Stdio::null()).status().unwrap().success()
+    {
+        return skip("an_ordinary_user_has_a_map_of_users", "no user namespaces here");
+    }
+    let place = Place::new();
+    nix::unistd::chown(place.dir.path(), Some(NOBODY.into()), Some(NOBODY.into())).unwrap();
+    // Nobody may have no way to where it was built.
+    fs::copy(BINARY, place.path("daemon")).unwrap();
+    let mut command = Command::new(place.path("daemon"));
+    command.args(["fs", "--tag", "share", "--socket-path"]).arg(place.path("sock"));
+    command.arg("--shared-dir").arg(place.dir.path()).env_remove("RUST_LOG");
+    command.args(["--uid-map", ":0:65534:1:", "--gid-map", ":0:65534:1:"]);
+    let daemon = place.start(command.uid(NOBODY).gid(NOBODY));
+    for map in ["uid_map", "gid_map"] {
+        let told = fs::read_to_string(format!("/proc/{}/{map}", daemon.child.id())).unwrap();
+        assert_eq!(told.split_whitespace().collect::<Vec<_>>(), ["0", "65534", "1"]);
+    }
+    assert!(daemon.said.contains("no window"), "{}", daemon.said);
 }
 
 /// Shows: a size that can't be is refused, and says what would do.

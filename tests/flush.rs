@@ -7,6 +7,7 @@
 mod common;
 
 use std::thread;
+use vhost_user_dax::device::Device as _;
 
 use common::driver::{Answer, Driver, Offered};
 use common::gated_sync::SyncEvent::{Began, Ended, Failed};

@@ -7,6 +7,8 @@
 mod common;
 
 use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use common::HANG;
@@ -17,6 +19,7 @@ use common::memory::guest_ram;
 use common::strict_vmm::{StrictVmm, VmmOptions};
 use tempfile::TempDir;
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const PAGE: u64 = 4096;
 const WINDOW: u64 = 4 << 20;
@@ -179,6 +182,18 @@ fn q6_map_past_the_end_of_the_file_is_refused() {
     assert_eq!(b.vmm.live_maps(), 0);
 }
 
+/// Q6: shows that a map which begins at or behind the end of the file is seen: QEMU lets it pass,
+/// and grows an empty file for it.
+#[test]
+fn q6_map_behind_the_end_of_the_file_is_seen() {
+    for len in [0, PAGE] {
+        let b = plain();
+        b.file.set_len(len).unwrap();
+        b.bad.map(&b.file, PAGE, 0, PAGE).unwrap_err();
+        assert_violation(&b.vmm, &["Q6", "of a file of"]);
+    }
+}
+
 /// Q8: shows that a map from a descriptor opened for reading only is refused.
 #[test]
 fn q8_map_from_a_read_only_descriptor_is_refused() {
@@ -247,4 +262,74 @@ fn q13_start_with_more_than_8_regions() {
         b.vmm.stop();
         assert_eq!(b.vmm.try_start(&mut b.driver), expected);
     }
+}
+
+/// A message of the back-end: header, then the words of its body.
+fn message(request: u32, flags: u32, body: &[u64]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for word in [request, 1 | flags, body.len() as u32 * 8] {
+        bytes.extend_from_slice(&word.to_ne_bytes());
+    }
+    body.iter().for_each(|word| bytes.extend_from_slice(&word.to_ne_bytes()));
+    bytes
+}
+
+const SHMEM_MAP: u32 = 9;
+const NEED_REPLY: u32 = 1 << 3;
+
+/// Shows that a map whose first byte comes alone, with the descriptor, is carried out once the rest
+/// has come, and that nothing else is served until then.
+#[test]
+fn a_message_in_two_pieces_is_one_message() {
+    let mut b = bench(Protocol::REPLY_ACK, 1);
+    b.vmm.start(&mut b.driver);
+    let mut channel = b.vmm.play_back_end();
+    let map = message(SHMEM_MAP, NEED_REPLY, &[0, 0, 0, PAGE, 1]);
+    channel.send_with_fd(&map[..1], b.file.as_raw_fd()).unwrap();
+    assert_eq!(b.vmm.live_maps(), 0);
+    channel.write_all(&map[1..]).unwrap();
+    let mut reply = [0u8; 20];
+    channel.read_exact(&mut reply).unwrap();
+    assert_eq!(reply, *message(SHMEM_MAP, 1 << 2, &[0]));
+    assert_eq!(b.vmm.live_maps(), 1);
+}
+
+/// Shows that a half message, of which the rest never comes, is seen: QEMU would wait for ever.
+#[test]
+fn half_a_message_is_a_hang() {
+    let mut b = bench_with(Protocol::empty(), 1, Duration::from_millis(200));
+    b.vmm.start(&mut b.driver);
+    b.vmm.play_back_end().write_all(&[9]).unwrap();
+    common::eventually("the front-end to give up", || {
+        b.vmm.take_violations().iter().any(|v| v.contains("half a message"))
+    });
+}
+
+/// Shows that a request with an unknown number is skipped, and the next one is served.
+#[test]
+fn an_unknown_request_is_skipped() {
+    let mut b = bench(Protocol::REPLY_ACK, 1);
+    b.vmm.start(&mut b.driver);
+    let mut channel = b.vmm.play_back_end();
+    channel.write_all(&message(4711, 0, &[])).unwrap();
+    channel.write_all(&message(4712, 0, &[1, 2, 3])).unwrap();
+    channel.write_all(&message(4713, NEED_REPLY, &[])).unwrap();
+    let mut reply = [0u8; 20];
+    channel.read_exact(&mut reply).unwrap();
+    assert_eq!(reply, *message(4713, 1 << 2, &[1]), "an unknown request is a failure");
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap();
+    assert_eq!((b.vmm.unknown_requests(), b.vmm.live_maps()), (3, 1));
+}
+
+/// Shows that the window is read and written across maps that lie side by side.
+#[test]
+fn loads_and_stores_cross_maps() {
+    let b = plain();
+    b.bad.map(&b.file, 4 * PAGE, 0, PAGE).unwrap();
+    b.bad.map(&b.file, 0, PAGE, PAGE).unwrap();
+    assert!(b.vmm.store(PAGE - 2, b"abcd"));
+    assert_eq!(b.vmm.fetch(PAGE - 2, 4).unwrap(), b"abcd");
+    assert_eq!(common::strict_vmm::file_bytes(&b.file, 5 * PAGE - 2, 2), b"ab");
+    assert_eq!(common::strict_vmm::file_bytes(&b.file, 0, 2), b"cd");
+    assert!(b.vmm.fetch(2 * PAGE - 2, 4).is_none());
 }

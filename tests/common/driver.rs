@@ -13,6 +13,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::memory::GuestMem;
+use super::strict_vmm::Ring;
 use super::{HANG, eventually};
 
 /// The descriptor goes on in `next`.
@@ -166,17 +167,6 @@ impl Driver {
     /// The rings' guest-physical addresses: descriptor table, available ring, used ring.
     pub fn rings() -> [u64; 3] {
         [DESC_TABLE, AVAIL_RING, USED_RING]
-    }
-
-    /// A new kick for a new start: QEMU gives no kick across a stop either.
-    pub fn fresh_kick(&mut self) -> EventFd {
-        self.kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        self.kick.try_clone().unwrap()
-    }
-
-    /// The call.
-    pub fn call(&self) -> EventFd {
-        self.call.try_clone().unwrap()
     }
 
     // --- a driver that keeps the rules ---
@@ -381,9 +371,24 @@ impl Driver {
         );
         let _ = self.call.read();
     }
+}
 
-    /// The host address of a guest-physical one, as QEMU hands ring addresses to a back-end.
-    pub fn host_address(&self, guest: u64) -> u64 {
-        self.mem.get_host_address(GuestAddress(guest)).unwrap() as u64
+impl Ring for Driver {
+    fn options(&self) -> DriverOptions {
+        self.options
+    }
+
+    fn host_addresses(&self) -> [u64; 3] {
+        Self::rings().map(|ring| self.mem.get_host_address(GuestAddress(ring)).unwrap() as u64)
+    }
+
+    /// QEMU gives no kick across a stop either.
+    fn fresh_kick(&mut self) -> EventFd {
+        self.kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        self.kick.try_clone().unwrap()
+    }
+
+    fn call(&self) -> EventFd {
+        self.call.try_clone().unwrap()
     }
 }

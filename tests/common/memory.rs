@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Guest memory in memfds, and the one place of the tests that is opened for `unsafe`.
-
-#![allow(unsafe_code)]
+//! Guest memory in memfds.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
@@ -21,22 +18,21 @@ const RAM_REGION_STRIDE: u64 = 256 << 20;
 
 /// RAM of `regions` regions, each in its own memfd; the rings live in the first one.
 pub fn guest_ram(regions: u64) -> GuestMem {
+    guest_ram_with(RAM_REGION_BYTES, regions)
+}
+
+/// The same, with a first region of `first_bytes`.
+pub fn guest_ram_with(first_bytes: u64, regions: u64) -> GuestMem {
+    assert!(first_bytes < RAM_REGION_STRIDE);
     let ranges: Vec<_> = (0..regions)
         .map(|i| {
             let memfd = memfd_create(c"guest-ram", MFdFlags::MFD_CLOEXEC).unwrap();
             let file = File::from(memfd);
-            file.set_len(RAM_REGION_BYTES).unwrap();
+            let bytes = if i == 0 { first_bytes } else { RAM_REGION_BYTES };
+            file.set_len(bytes).unwrap();
             let start = GuestAddress(i * RAM_REGION_STRIDE);
-            (start, RAM_REGION_BYTES as usize, Some(FileOffset::new(file, 0)))
+            (start, bytes as usize, Some(FileOffset::new(file, 0)))
         })
         .collect();
     GuestMem::from_ranges_with_files(&ranges).unwrap()
-}
-
-/// A descriptor of our own for an fd that vhost only lends to its request handler.
-pub fn own_fd(lent: &dyn AsRawFd) -> File {
-    // SAFETY: `lent` is an open file for as long as we borrow it, which is this function.
-    let borrowed = unsafe { BorrowedFd::borrow_raw(lent.as_raw_fd()) };
-    let owned: OwnedFd = borrowed.as_fd().try_clone_to_owned().unwrap();
-    File::from(owned)
 }

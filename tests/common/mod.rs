@@ -7,10 +7,18 @@
 #![allow(dead_code)] // Each test file and each bench uses its own part.
 
 pub mod bad_backend;
+mod channel;
+pub mod cloud_hypervisor;
 pub mod driver;
+pub mod fs;
+pub mod fuse;
+pub mod fuse_abi;
 pub mod gated_sync;
+mod handshake;
 pub mod machine;
 pub mod memory;
+pub mod queue;
+pub mod slow;
 pub mod strict_vmm;
 pub mod watchdog;
 

@@ -2,7 +2,7 @@
 
 //! A front-end that keeps QEMU's rules, and fails the test where QEMU would crash, abort or hang.
 //!
-//! It speaks through vhost's real `Frontend` and `FrontendReqHandler`. QEMU's one big lock is
+//! It speaks through vhost's real `Frontend`, and listens with `Channel`. QEMU's one big lock is
 //! [`Shared::bql`]: an action of the guest or of QMP (start, stop, reset) and a request of the
 //! back-end (SHMEM_MAP, SHMEM_UNMAP) never run at the same time.
 
@@ -14,19 +14,18 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use nix::sys::socket::{Shutdown, shutdown};
-use vhost::vhost_user::message::VhostUserConfigFlags;
-use vhost::vhost_user::{
-    Error as WireError, Frontend, FrontendReqHandler, VhostUserFrontend, VhostUserProtocolFeatures,
-};
-use vhost::{VhostBackend, VringConfigData};
+use vhost::VhostBackend;
+use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::HANG;
-use super::driver::Driver;
-use super::machine::{Bends, CallError, ChannelHandler, Machine, Region, SharedMachine};
+use super::channel::Channel;
+use super::driver::{Driver, DriverOptions};
+pub use super::handshake::Offer;
+use super::handshake::{get_config, negotiate, set_up_ring};
+use super::machine::{Bends, CallError, Machine, Region, SharedMachine};
 use super::memory::GuestMem;
 use super::watchdog::Watchdog;
 
@@ -40,59 +39,43 @@ pub const F_EVENT_IDX: u64 = 1 << 29;
 pub const F_INDIRECT_DESC: u64 = 1 << 28;
 /// VIRTIO_PMEM_F_SHMEM_REGION.
 pub const F_SHMEM_REGION: u64 = 1;
-/// `config_size` on QEMU's command line.
-const CONFIG_BYTES: u32 = 16;
-
 /// How the front-end behaves.
 pub struct VmmOptions {
     /// Protocol features that this front-end does not know.
     pub lacks: VhostUserProtocolFeatures,
     /// How long an answer may take before it counts as a deadlock.
     pub reply_deadline: Duration,
+    /// `num_vqs` on QEMU's command line.
+    pub queues: usize,
+    /// `config_size` on QEMU's command line.
+    pub config_bytes: u32,
+    /// The device's own feature bits that the guest's driver knows.
+    pub device_features: u64,
 }
 
 impl Default for VmmOptions {
     fn default() -> Self {
-        // Shorter than HANG: the deadlock is reported, not the hang that follows from it.
-        Self { lacks: VhostUserProtocolFeatures::empty(), reply_deadline: HANG / 2 }
-    }
-}
-
-/// What the back-end said while it was set up.
-#[derive(Debug, Clone)]
-pub struct Offer {
-    /// Virtio features.
-    pub features: u64,
-    /// vhost-user protocol features.
-    pub protocol: VhostUserProtocolFeatures,
-    /// GET_QUEUE_NUM.
-    pub queues: u64,
-    /// The config space.
-    pub config: Vec<u8>,
-    /// The shared memory regions' sizes.
-    pub windows: Vec<u64>,
-}
-
-struct Channel {
-    handler: FrontendReqHandler<ChannelHandler>,
-    readable: Epoll,
-    broken: bool,
-}
-
-impl Channel {
-    fn has_request(&self) -> bool {
-        let mut events = [EpollEvent::default()];
-        !self.broken && self.readable.wait(0, &mut events).is_ok_and(|n| n > 0)
-    }
-
-    /// Serves what is already in the channel, as QEMU's main loop does in one turn.
-    fn serve_pending(&mut self) {
-        while self.has_request() {
-            use WireError::{Disconnected, PartialMessage, SocketBroken};
-            let result = self.handler.handle_request();
-            self.broken = matches!(result, Err(Disconnected | PartialMessage | SocketBroken(_)));
+        Self {
+            lacks: VhostUserProtocolFeatures::empty(),
+            // Shorter than HANG: the deadlock is reported, not the hang that follows from it.
+            reply_deadline: HANG / 2,
+            queues: 1,
+            config_bytes: 16,
+            device_features: F_SHMEM_REGION,
         }
     }
+}
+
+/// A virtqueue's driver, as far as its front-end has to know it.
+pub trait Ring {
+    /// What the driver negotiates.
+    fn options(&self) -> DriverOptions;
+    /// Host addresses of descriptor table, available ring and used ring.
+    fn host_addresses(&self) -> [u64; 3];
+    /// A new kick for a new start.
+    fn fresh_kick(&mut self) -> EventFd;
+    /// The call.
+    fn call(&self) -> EventFd;
 }
 
 struct Shared {
@@ -112,7 +95,8 @@ pub struct StrictVmm {
     main: UnixStream,
     offer: Offer,
     acked: VhostUserProtocolFeatures,
-    base: u16,
+    bases: Vec<u16>,
+    device_features: u64,
     /// Where calls go that the guest has masked.
     masked: EventFd,
     quit: EventFd,
@@ -135,23 +119,20 @@ impl StrictVmm {
     /// Connects and negotiates in QEMU's order, up to the point where the guest boots.
     pub fn connect(path: &Path, ram: &GuestMem, options: VmmOptions) -> Result<Self, CallError> {
         let main = UnixStream::connect(path).unwrap();
-        let frontend = Frontend::from_stream(main.try_clone().unwrap(), 1);
+        let frontend = Frontend::from_stream(main.try_clone().unwrap(), options.queues as u64);
         let watchdog = Watchdog::new(main.try_clone().unwrap());
         let machine = Machine::new(frontend, watchdog, options.reply_deadline, regions_of(ram));
         let machine =
             Arc::new(SharedMachine { machine: Mutex::new(machine), served: Condvar::new() });
 
-        let handler = FrontendReqHandler::new(Arc::new(ChannelHandler(machine.clone()))).unwrap();
-        let readable = Epoll::new().unwrap();
-        let event = EpollEvent::new(EventSet::IN, 0);
-        readable.ctl(ControlOperation::Add, handler.as_raw_fd(), event).unwrap();
-        let mut channel = Channel { handler, readable, broken: false };
-
+        let mut channel = Channel::new(machine.clone(), options.reply_deadline);
         let masked = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let (offer, acked) = {
             let mut machine = machine.machine.lock().unwrap();
-            let (offer, acked) = negotiate(&mut machine, &mut channel, options.lacks)?;
-            machine.call("SET_VRING_CALL", false, |f| f.set_vring_call(0, &masked))?;
+            let (offer, acked) = negotiate(&mut machine, &mut channel, &options)?;
+            for queue in 0..options.queues {
+                machine.call("SET_VRING_CALL", false, |f| f.set_vring_call(queue, &masked))?;
+            }
             machine.slots = acked.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
             machine.window_bytes = offer.windows.first().copied().unwrap_or(0);
             (offer, acked)
@@ -159,7 +140,8 @@ impl StrictVmm {
         let shared = Arc::new(Shared { bql: Mutex::new(channel), machine });
         let quit = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let main_loop = Some(spawn_main_loop(&shared, &quit));
-        Ok(Self { shared, main, offer, acked, base: 0, masked, quit, main_loop })
+        let (bases, device_features) = (vec![0; options.queues], options.device_features);
+        Ok(Self { shared, main, offer, acked, bases, device_features, masked, quit, main_loop })
     }
 
     /// What the back-end offered.
@@ -169,47 +151,62 @@ impl StrictVmm {
 
     /// The guest's driver is ready (DRIVER_OK), or QMP `cont`. `Err` is QEMU's error number.
     pub fn try_start(&mut self, driver: &mut Driver) -> Result<(), i32> {
+        self.try_start_all(&mut [driver])
+    }
+
+    /// The same, with a driver for each of the queues.
+    pub fn try_start_all(&mut self, rings: &mut [&mut dyn Ring]) -> Result<(), i32> {
         self.check();
         let mut bql = self.shared.bql.lock().unwrap();
-        bql.serve_pending();
+        if !self.shared.machine().bends.deaf {
+            bql.serve_pending();
+        }
         let mut machine = self.shared.machine();
         assert!(!machine.started, "the test starts a started device");
-        (machine.in_flight, machine.may_cross) = (false, false);
-        let features = self.wanted_features(driver);
-        let call = driver.call();
+        assert_eq!(rings.len(), self.bases.len(), "the test starts some of the queues");
+        machine.in_flight = false;
+        let features = self.wanted_features(rings[0].options());
         let proto = |e: CallError| {
             eprintln!("start: {e:?}");
             libc::EPROTO
         };
         // Guest notifiers are unmasked before the device starts.
-        machine.call("SET_VRING_CALL", false, |f| f.set_vring_call(0, &call)).map_err(proto)?;
+        for (i, ring) in rings.iter().enumerate() {
+            let call = ring.call();
+            machine.call("SET_VRING_CALL", false, |f| f.set_vring_call(i, &call)).map_err(proto)?;
+        }
         machine.call("SET_FEATURES", false, |f| f.set_features(features)).map_err(proto)?;
         machine.tell_regions_at_start()?;
-        let (num, base) = (driver.options().size, self.base);
-        machine.call("SET_VRING_NUM", false, |f| f.set_vring_num(0, num)).map_err(proto)?;
-        machine.call("SET_VRING_BASE", false, |f| f.set_vring_base(0, base)).map_err(proto)?;
-        let rings = ring_addresses(driver);
-        machine.call("SET_VRING_ADDR", true, |f| f.set_vring_addr(0, &rings)).map_err(proto)?;
-        let kick = driver.fresh_kick();
-        machine.call("SET_VRING_KICK", false, |f| f.set_vring_kick(0, &kick)).map_err(proto)?;
-        machine.call("SET_VRING_ENABLE", true, |f| f.set_vring_enable(0, true)).map_err(proto)?;
+        for (i, ring) in rings.iter_mut().enumerate() {
+            set_up_ring(&mut machine, i, *ring, self.bases[i]).map_err(proto)?;
+        }
+        for i in 0..rings.len() {
+            machine
+                .call("SET_VRING_ENABLE", true, |f| f.set_vring_enable(i, true))
+                .map_err(proto)?;
+        }
         machine.started = true;
         Ok(())
     }
 
     /// A start that must succeed.
     pub fn start(&mut self, driver: &mut Driver) {
-        let started = self.try_start(driver);
+        self.start_all(&mut [driver]);
+    }
+
+    /// A start of all queues that must succeed.
+    pub fn start_all(&mut self, rings: &mut [&mut dyn Ring]) {
+        let started = self.try_start_all(rings);
         self.check();
         assert_eq!(started, Ok(()), "the start failed");
     }
 
-    fn wanted_features(&self, driver: &Driver) -> u64 {
-        let mut wanted = F_PROTOCOL_FEATURES | F_VERSION_1 | F_SHMEM_REGION;
-        if driver.options().event_idx {
+    fn wanted_features(&self, driver: DriverOptions) -> u64 {
+        let mut wanted = F_PROTOCOL_FEATURES | F_VERSION_1 | self.device_features;
+        if driver.event_idx {
             wanted |= F_EVENT_IDX;
         }
-        if driver.options().indirect {
+        if driver.indirect {
             wanted |= F_INDIRECT_DESC;
         }
         wanted & self.offer.features
@@ -223,17 +220,27 @@ impl StrictVmm {
         bql.serve_pending();
         let mut machine = self.shared.machine();
         assert!(machine.started, "the test stops a stopped device");
-        let disabled = machine.call("SET_VRING_ENABLE 0", true, |f| f.set_vring_enable(0, false));
-        let base = machine.call("GET_VRING_BASE", false, |f| f.get_vring_base(0));
+        let queues = 0..self.bases.len();
+        let mut said = Vec::new();
+        for i in queues.clone() {
+            said.push(machine.call("SET_VRING_ENABLE 0", true, |f| f.set_vring_enable(i, false)));
+        }
+        let bases: Vec<_> = queues
+            .clone()
+            .map(|i| machine.call("GET_VRING_BASE", false, |f| f.get_vring_base(i)))
+            .collect();
         machine.started = false;
-        let masked = machine.call("SET_VRING_CALL", false, |f| f.set_vring_call(0, &self.masked));
+        for i in queues {
+            let masked = &self.masked;
+            said.push(machine.call("SET_VRING_CALL", false, |f| f.set_vring_call(i, masked)));
+        }
         // What is in the channel now was sent in time, but will be read too late.
-        (machine.in_flight, machine.may_cross) = (bql.has_request(), true);
+        machine.in_flight = bql.has_request();
         drop(machine);
         drop(bql);
         self.check();
-        assert_eq!((disabled, masked), (Ok(()), Ok(())));
-        self.base = base.unwrap() as u16;
+        assert!(said.iter().all(Result::is_ok), "the stop failed: {said:?}");
+        self.bases = bases.into_iter().map(|base| base.unwrap() as u16).collect();
     }
 
     /// A virtio reset: stop if started, drop the maps, tell nobody. The driver's rings are new.
@@ -244,7 +251,7 @@ impl StrictVmm {
         let mut bql = self.shared.bql.lock().unwrap();
         bql.serve_pending();
         self.shared.machine().drop_maps();
-        self.base = 0;
+        self.bases.fill(0);
     }
 
     /// The guest reboots, or its driver is bound anew: two resets, new rings, a start.
@@ -255,9 +262,9 @@ impl StrictVmm {
         self.start(driver);
     }
 
-    /// The base that the last stop read.
+    /// The base that the last stop read, of the first queue.
     pub fn base(&self) -> u16 {
-        self.base
+        self.bases[0]
     }
 
     // --- other messages ---
@@ -265,7 +272,8 @@ impl StrictVmm {
     /// GET_CONFIG, as a guest's read of the config space causes it.
     pub fn get_config(&mut self) -> Vec<u8> {
         let _bql = self.shared.bql.lock().unwrap();
-        get_config(&mut self.shared.machine()).unwrap()
+        let bytes = self.offer.config.len() as u32;
+        get_config(&mut self.shared.machine(), bytes).unwrap()
     }
 
     /// A memory update for a reason that lies outside the device.
@@ -296,9 +304,29 @@ impl StrictVmm {
         self.bend(|b| b.hide_rings = hide);
     }
 
-    /// See `Bends::forgive_crossing_map`.
-    pub fn forgive_crossing_map(&mut self) {
-        self.bend(|b| b.forgive_crossing_map = true);
+    /// See `Bends::deaf`.
+    pub fn turn_deaf(&mut self) {
+        self.bend(|b| b.deaf = true);
+    }
+
+    /// See `Bends::hang_in_map`.
+    pub fn hang_in_map(&mut self) {
+        self.bend(|b| b.hang_in_map = true);
+    }
+
+    /// Waits until something is in the channel that was not read.
+    pub fn wait_unread(&self) {
+        super::eventually("a request", || self.shared.bql.lock().unwrap().has_request());
+    }
+
+    /// Hangs up, and keeps its end of the back-end channel.
+    pub fn hang_up(&self) {
+        let _ = self.main.shutdown(std::net::Shutdown::Both);
+    }
+
+    /// The back-end's end of its channel, for messages that no library sends.
+    pub fn play_back_end(&self) -> UnixStream {
+        self.shared.bql.lock().unwrap().play_back_end()
     }
 
     // --- what a test looks at ---
@@ -344,6 +372,26 @@ impl StrictVmm {
         self.shared.machine().table_updates
     }
 
+    /// Requests that this front-end does not know, so far.
+    pub fn unknown_requests(&self) -> usize {
+        self.shared.machine().unknown_requests
+    }
+
+    /// The largest number of live maps and other regions together, so far.
+    pub fn most_regions(&self) -> usize {
+        self.shared.machine().most_regions
+    }
+
+    /// Whether the window shows something at `at`.
+    pub fn is_mapped(&self, at: u64) -> bool {
+        self.shared.machine().is_mapped(at)
+    }
+
+    /// How many bytes of the window show something.
+    pub fn mapped_bytes(&self) -> u64 {
+        self.shared.machine().mapped_bytes()
+    }
+
     /// What was refused, with its row.
     pub fn refused(&self) -> Vec<String> {
         self.shared.machine().refused.clone()
@@ -380,7 +428,7 @@ impl StrictVmm {
     pub fn kill(&self) {
         let _ = self.main.shutdown(std::net::Shutdown::Both);
         let bql = self.shared.bql.lock().unwrap();
-        let _ = shutdown(bql.handler.as_raw_fd(), Shutdown::Both);
+        bql.cut();
     }
 }
 
@@ -388,11 +436,13 @@ impl Drop for StrictVmm {
     fn drop(&mut self) {
         let _ = self.main.shutdown(std::net::Shutdown::Both);
         let _ = self.quit.write(1);
+        self.bend(|b| b.hang_in_map = false);
+        self.shared.machine.served.notify_all();
         if let Some(main_loop) = self.main_loop.take() {
             let _ = main_loop.join();
         }
         if let Ok(bql) = self.shared.bql.lock() {
-            let _ = shutdown(bql.handler.as_raw_fd(), Shutdown::Both);
+            bql.cut();
         }
         if !thread::panicking() {
             self.check();
@@ -400,67 +450,10 @@ impl Drop for StrictVmm {
     }
 }
 
-fn negotiate(
-    machine: &mut Machine,
-    channel: &mut Channel,
-    lacks: VhostUserProtocolFeatures,
-) -> Result<(Offer, VhostUserProtocolFeatures), CallError> {
-    use VhostUserProtocolFeatures as P;
-    let features = machine.call("GET_FEATURES", false, |f| f.get_features())?;
-    let protocol = machine.call("GET_PROTOCOL_FEATURES", false, |f| f.get_protocol_features())?;
-    let known = P::MQ
-        | P::REPLY_ACK
-        | P::BACKEND_REQ
-        | P::CONFIG
-        | P::BACKEND_SEND_FD
-        | P::CONFIGURE_MEM_SLOTS
-        | P::RESET_DEVICE
-        | P::STATUS
-        | P::SHARED_OBJECT
-        | P::SHMEM;
-    let acked = protocol & known & !lacks;
-    machine.call("SET_PROTOCOL_FEATURES", false, |f| f.set_protocol_features(acked))?;
-    let queues = machine.call("GET_QUEUE_NUM", false, |f| f.get_queue_num())?;
-    channel.handler.set_reply_ack_flag(acked.contains(P::REPLY_ACK));
-    if acked.contains(P::BACKEND_REQ) {
-        // FrontendReqHandler only lends its peer's end: QEMU sends it and closes it.
-        let tx = channel.handler.get_tx_raw_fd();
-        machine.call("SET_BACKEND_REQ_FD", false, |f| f.set_backend_request_fd(&tx))?;
-    }
-    let mut windows = Vec::new();
-    if acked.contains(P::SHMEM) {
-        let shmem = machine.call("GET_SHMEM_CONFIG", false, |f| f.get_shmem_config())?;
-        windows.extend_from_slice(&shmem.memory_sizes[..shmem.nregions as usize]);
-    }
-    machine.call("SET_OWNER", false, |f| f.set_owner())?;
-    let config = if acked.contains(P::CONFIG) { get_config(machine)? } else { Vec::new() };
-    Ok((Offer { features, protocol, queues, config, windows }, acked))
-}
-
-fn get_config(machine: &mut Machine) -> Result<Vec<u8>, CallError> {
-    let (flags, zeros) = (VhostUserConfigFlags::empty(), [0u8; CONFIG_BYTES as usize]);
-    let reply =
-        machine.call("GET_CONFIG", false, |f| f.get_config(0, CONFIG_BYTES, flags, &zeros))?;
-    Ok(reply.1)
-}
-
-fn ring_addresses(driver: &Driver) -> VringConfigData {
-    let [desc, avail, used] = Driver::rings().map(|ring| driver.host_address(ring));
-    VringConfigData {
-        queue_max_size: driver.options().size,
-        queue_size: driver.options().size,
-        flags: 0,
-        desc_table_addr: desc,
-        used_ring_addr: used,
-        avail_ring_addr: avail,
-        log_addr: None,
-    }
-}
-
 /// QEMU's main loop: waits without the big lock, serves with it.
 fn spawn_main_loop(shared: &Arc<Shared>, quit: &EventFd) -> JoinHandle<()> {
     let epoll = Epoll::new().unwrap();
-    let channel = shared.bql.lock().unwrap().handler.as_raw_fd();
+    let channel = shared.bql.lock().unwrap().as_raw_fd();
     for (fd, data) in [(channel, 0), (quit.as_raw_fd(), 1)] {
         epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, data)).unwrap();
     }
@@ -470,7 +463,12 @@ fn spawn_main_loop(shared: &Arc<Shared>, quit: &EventFd) -> JoinHandle<()> {
         loop {
             let Ok(n) = epoll.wait(-1, &mut events) else { continue };
             let mut bql = shared.bql.lock().unwrap();
-            bql.serve_pending();
+            let deaf = shared.machine().bends.deaf;
+            if deaf {
+                thread::yield_now();
+            } else {
+                bql.serve_pending();
+            }
             if bql.broken || events.iter().take(n).any(|e| e.data() == 1) {
                 return;
             }

@@ -242,14 +242,12 @@ impl ExtentSource for FakeSource {
         Ok(self.0.file.metadata()?.len())
     }
 
-    fn mappable_bytes(&self) -> io::Result<u64> {
-        let bytes = self.file_bytes()?;
-        let whole = bytes / PAGE_BYTES * PAGE_BYTES;
-        Ok(if self.0.maps_tail.load(Ordering::Relaxed) {
-            bytes.next_multiple_of(PAGE_BYTES)
+    fn mappable_bytes(&self, file_bytes: u64) -> u64 {
+        if self.0.maps_tail.load(Ordering::Relaxed) {
+            file_bytes.next_multiple_of(PAGE_BYTES)
         } else {
-            whole
-        })
+            file_bytes / PAGE_BYTES * PAGE_BYTES
+        }
     }
 
     fn maps_pmd(&self) -> bool {

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A map of a stretched file is a map of the file.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::{Duration, UNIX_EPOCH};
+
+use nix::sys::signal::Signal;
+use vhost_user_dax::fs::stretch::CLAIMED_BYTES;
+
+use crate::map::Map;
+use crate::places::{self, Place};
+use crate::{RANGE_BYTES, among_others, file_here, stretch};
+
+const PAGE_BYTES: u64 = 4096;
+
+fn pread(file: &File, from: u64, bytes: usize) -> Vec<u8> {
+    let mut data = vec![0; bytes];
+    file.read_exact_at(&mut data, from).unwrap();
+    data
+}
+
+/// Shows: a 5000-byte file maps as 2 MiB, and map, pread, pwrite and a map of the file itself are one,
+/// also past the old end once the file has grown, and after it was cut and has grown again; past the
+/// end is SIGBUS as ever. On each file system.
+#[test]
+fn both_directions_on_each_file_system() {
+    let _others = among_others();
+    let Some(stretch) = stretch() else { return };
+    for place in places::all() {
+        let real = place.create("file");
+        real.write_all_at(&[3; 5000], 0).unwrap();
+        let mut stretched = stretch.open(&real).unwrap_or_else(|e| panic!("{}: {e}", place.name));
+        assert_eq!(stretched.metadata().unwrap().len(), CLAIMED_BYTES);
+        assert_eq!(Seek::seek(&mut &*stretched, SeekFrom::End(0)).unwrap(), CLAIMED_BYTES);
+        let map = Map::of(&stretched, RANGE_BYTES);
+        both_directions(&place, &real, &stretched, &map);
+        // Descriptor and inode gone, the map is still there.
+        stretched = stretch.open(&real).unwrap();
+        drop(stretched);
+        map.store(77, b"after");
+        assert_eq!(pread(&real, 77, 5), b"after", "{}", place.name);
+    }
+}
+
+fn both_directions(place: &Place, real: &File, stretched: &File, map: &Map) {
+    let name = place.name;
+    let own = Map::of(real, RANGE_BYTES);
+    assert_eq!(map.load(0, 5000), [3; 5000], "{name}");
+    assert_eq!(map.load(5000, 3192), [0; 3192], "{name}: zeros to the end of the page");
+    assert_eq!(map.store_kills(2 * PAGE_BYTES), Some(Signal::SIGBUS), "{name}");
+    assert_eq!(own.store_kills(2 * PAGE_BYTES), Some(Signal::SIGBUS), "{name}");
+
+    map.store(4990, b"by map");
+    assert_eq!(pread(real, 4990, 6), b"by map", "{name}");
+    real.write_all_at(b"by pwrite", 10).unwrap();
+    assert_eq!(map.load(10, 9), b"by pwrite", "{name}");
+    own.store(100, b"by the file's map");
+    assert_eq!(map.load(100, 17), b"by the file's map", "{name}");
+    assert_eq!(pread(stretched, 100, 17), b"by the file's map", "{name}");
+
+    // Past the old end.
+    real.write_all_at(b"grown", 1 << 20).unwrap();
+    assert_eq!(map.load(1 << 20, 5), b"grown", "{name}");
+    assert_eq!(map.load(5000, 5000), [0; 5000], "{name}");
+    map.store((1 << 19) + 1, b"between");
+    assert_eq!(pread(real, (1 << 19) + 1, 7), b"between", "{name}");
+    assert_eq!(real.metadata().unwrap().len(), (1 << 20) + 5, "{name}");
+
+    // Cut, and grown again.
+    real.set_len(20).unwrap();
+    assert_eq!(map.store_kills(PAGE_BYTES), Some(Signal::SIGBUS), "{name}");
+    real.set_len(RANGE_BYTES).unwrap();
+    assert_eq!(map.load(10, 20), b"by pwrite\x03\0\0\0\0\0\0\0\0\0\0", "{name}");
+    assert_eq!(map.load(1 << 20, 5), [0; 5], "{name}");
+    map.store(1 << 20, b"again");
+    assert_eq!(pread(real, 1 << 20, 5), b"again", "{name}");
+    assert_eq!(own.load(1 << 20, 5), b"again", "{name}");
+
+    // The descriptor itself writes to the file, too.
+    stretched.write_all_at(b"by descriptor", 300).unwrap();
+    assert_eq!(map.load(300, 13), b"by descriptor", "{name}");
+}
+
+/// Shows: a file that overlayfs has to copy up first is mapped where it then is.
+#[test]
+fn from_an_overlays_lower_layer() {
+    let _others = among_others();
+    let Some(stretch) = stretch() else { return };
+    let Ok(place) = places::overlay() else { return };
+    let real = place.open("from-below");
+    let map = Map::of(&stretch.open(&real).unwrap(), RANGE_BYTES);
+    assert_eq!(map.load(0, 5000), [7; 5000]);
+    map.store(0, b"above");
+    assert_eq!(pread(&place.open("from-below"), 0, 5), b"above");
+}
+
+/// Shows: two inodes of one file, of one mount or of two, and one opened anew through /proc, are the
+/// same memory; and the claim holds at its far end.
+#[test]
+fn many_of_one_file_are_one() {
+    let _others = among_others();
+    let (Some(stretch), Some(other)) = (stretch(), stretch()) else { return };
+    let real = file_here(5000);
+    let (one, two, three) =
+        (stretch.open(&real).unwrap(), stretch.open(&real).unwrap(), other.open(&real).unwrap());
+    let anew = format!("/proc/self/fd/{}", one.as_raw_fd());
+    let anew = OpenOptions::new().read(true).write(true).open(anew).unwrap();
+    let maps = [&*one, &*two, &*three, &anew, &real].map(|file| Map::of(file, RANGE_BYTES));
+    for (n, map) in maps.iter().enumerate() {
+        map.store(n as u64 * 1000, &[n as u8 + 1; 1000]);
+    }
+    for map in &maps {
+        let data = map.load(0, 5000);
+        assert!(data.iter().enumerate().all(|(at, byte)| usize::from(*byte) == at / 1000 + 1));
+    }
+    let far = Map::at(&one, CLAIMED_BYTES - RANGE_BYTES, RANGE_BYTES);
+    assert_eq!(far.store_kills(0), Some(Signal::SIGBUS));
+}
+
+/// Shows: what was stored through the map is on the disk when fdatasync of the real file returns: it is
+/// looked for on the disk itself, past the file system.
+#[test]
+fn fdatasync_of_the_real_file_makes_stores_durable() {
+    let _others = among_others();
+    let Some(stretch) = stretch() else { return };
+    for mut place in places::all() {
+        let Some(mut disk) = place.disk.take() else { continue };
+        let real = place.create("file");
+        real.set_len(5000).unwrap();
+        real.sync_all().unwrap();
+        let map = Map::of(&stretch.open(&real).unwrap(), RANGE_BYTES);
+        let told: Vec<u8> = (0..PAGE_BYTES).map(|n| (n * n % 251) as u8 ^ 0xa5).collect();
+        map.store(0, &told);
+        real.sync_data().unwrap();
+        let mut all = Vec::new();
+        disk.read_to_end(&mut all).unwrap();
+        let found = all.chunks(PAGE_BYTES as usize).any(|block| block == told);
+        assert!(found, "{}: not on the disk", place.name);
+    }
+}
+
+/// Shows: a store to a hole gives the file blocks and a new mtime exactly where a store through a map
+/// of the file itself does.
+#[test]
+fn blocks_and_mtime_are_the_files() {
+    let _others = among_others();
+    let Some(stretch) = stretch() else { return };
+    for place in places::all() {
+        let changed = [false, true].map(|stretched| {
+            let real = place.create(if stretched { "stretched" } else { "plain" });
+            real.set_len(RANGE_BYTES).unwrap();
+            let old = UNIX_EPOCH + Duration::from_secs(1_000_000);
+            real.set_modified(old).unwrap();
+            real.sync_all().unwrap();
+            assert_eq!(real.metadata().unwrap().blocks(), 0);
+            let map = match stretched {
+                true => Map::of(&stretch.open(&real).unwrap(), RANGE_BYTES),
+                false => Map::of(&real, RANGE_BYTES),
+            };
+            map.load(1 << 20, 1);
+            map.store(1 << 20, b"x");
+            real.sync_data().unwrap();
+            let after = real.metadata().unwrap();
+            assert!(after.blocks() > 0, "{}", place.name);
+            (after.blocks(), after.modified().unwrap() != old)
+        });
+        assert_eq!(changed[0], changed[1], "{}", place.name);
+        if place.name != "tmpfs" {
+            assert!(changed[1].1, "{}: a new mtime", place.name);
+        }
+    }
+}
+
+/// Shows: a store to a hole on a full file system is SIGBUS, and a store to what has blocks is not, as
+/// with a map of the file itself; with space again, it succeeds.
+#[test]
+fn a_full_file_system_is_full() {
+    let _others = among_others();
+    let Some(stretch) = stretch() else { return };
+    let small = [places::ext4(), places::memory("2m")];
+    for place in small.map(Result::unwrap) {
+        let real = place.create("sparse");
+        real.set_len(RANGE_BYTES).unwrap();
+        real.write_all_at(&[2; PAGE_BYTES as usize], 0).unwrap();
+        let maps =
+            [Map::of(&real, RANGE_BYTES), Map::of(&stretch.open(&real).unwrap(), RANGE_BYTES)];
+        let filler = place.create("filler");
+        let fill = |from: u64| {
+            let mut to = from;
+            while let Ok(written @ 1..) = filler.write_at(&[1; 4096], to) {
+                to += written as u64;
+            }
+            filler.sync_all().unwrap();
+            to
+        };
+        // A sync gives back what was set aside for metadata that was then not needed.
+        let mut filled = 0;
+        while let more @ 1.. = fill(filled) - filled {
+            filled += more;
+        }
+        for map in &maps {
+            assert_eq!(map.store_kills(1 << 20), Some(Signal::SIGBUS), "{}", place.name);
+            assert_eq!(map.store_kills(0), None, "{}", place.name);
+        }
+        drop(filler);
+        place.remove("filler");
+        // ext4 gives freed blocks out again only once the journal has them.
+        real.sync_all().unwrap();
+        assert_eq!(maps[1].store_kills(1 << 20), None, "{}", place.name);
+        assert_eq!(pread(&real, 1 << 20, 1), [1]);
+    }
+}

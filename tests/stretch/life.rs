@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What lives how long, and what is left behind: nothing.
+
+use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vhost_user_dax::fs::stretch::Stretch;
+
+use crate::map::{Map, own_mount_namespace};
+use crate::places::connections;
+use crate::roles::{Player, receive_file, send_file};
+use crate::{RANGE_BYTES, alone, among_others, file_here, stretch};
+
+fn entries(dir: impl AsRef<Path>) -> usize {
+    fs::read_dir(dir).unwrap().count()
+}
+
+/// Threads that answer the kernel.
+pub fn servers() -> usize {
+    let tasks = fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("comm")).ok());
+    names.filter(|name| name.trim() == "stretch").count()
+}
+
+fn resident_kib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// The kernel's FUSE inodes, if it counts them apart.
+fn fuse_inodes() -> Option<u64> {
+    let slabs = fs::read_to_string("/proc/slabinfo").ok()?;
+    let line = slabs.lines().find(|line| line.starts_with("fuse_inode "))?;
+    line.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// Until it holds, for what the kernel does a moment after a system call has returned.
+pub fn until(what: &str, holds: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < Duration::from_secs(60), "never: {what}");
+        thread::yield_now();
+    }
+}
+
+/// Shows: 10,000 rounds of open and drop leave descriptors, threads and memory of this process, and the
+/// kernel's inodes, where they were.
+#[test]
+fn ten_thousand_rounds_leave_nothing() {
+    let _alone = alone();
+    let Some(stretch) = stretch() else { return };
+    let real = file_here(5000);
+    let round = || {
+        let stretched = stretch.open(&real).unwrap();
+        Map::of(&stretched, RANGE_BYTES).store(0, b"round");
+    };
+    (0..1000).for_each(|_| round());
+    let began = Instant::now();
+    (0..1000).for_each(|_| drop(stretch.open(&real).unwrap()));
+    println!("1,000 opens and drops: {:?}", began.elapsed());
+    let counts = || (entries("/proc/self/fd"), entries("/proc/self/task"));
+    let (before, kib, inodes) = (counts(), resident_kib(), fuse_inodes());
+    let began = Instant::now();
+    (0..10_000).for_each(|_| round());
+    let took = began.elapsed();
+    assert_eq!(counts(), before);
+    let grown = resident_kib().saturating_sub(kib);
+    println!("10,000 rounds: {took:?}, {grown} KiB more; inodes {inodes:?} -> {:?}", fuse_inodes());
+    assert!(grown < 512, "{grown} KiB more");
+    if let Some(inodes) = inodes {
+        until("inodes freed", || fuse_inodes().is_some_and(|now| now < inodes + 1000));
+    }
+}
+
+/// Shows: many threads open at once, the same file and their own, and each gets the right one.
+#[test]
+fn many_threads_at_once() {
+    let _others = among_others();
+    let Some(stretch) = stretch() else { return };
+    let all = file_here(RANGE_BYTES);
+    thread::scope(|scope| {
+        for n in 0..16_u64 {
+            let (stretch, all) = (&stretch, &all);
+            scope.spawn(move || {
+                let own = file_here(5000);
+                for round in 0..200_u64 {
+                    let (mine, ours) = (stretch.open(&own).unwrap(), stretch.open(all).unwrap());
+                    let told = (n << 32 | round).to_ne_bytes();
+                    Map::of(&mine, RANGE_BYTES).store(0, &told);
+                    Map::of(&ours, RANGE_BYTES).store(n * 4096, &told);
+                    for (file, at) in [(&own, 0), (all, n * 4096)] {
+                        let mut seen = [0; 8];
+                        file.read_exact_at(&mut seen, at).unwrap();
+                        assert_eq!(seen, told);
+                    }
+                }
+            });
+        }
+    });
+}
+
+/// Shows: the mount is in no mount table, and files are opened from any mount namespace.
+#[test]
+fn no_mount_table_knows_it() {
+    let _alone = alone();
+    let mounts = || fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let before = mounts();
+    let Some(stretch) = stretch() else { return };
+    let real = file_here(5000);
+    let _stretched = stretch.open(&real).unwrap();
+    assert_eq!(mounts(), before);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            own_mount_namespace();
+            Map::of(&stretch.open(&real).unwrap(), RANGE_BYTES).store(0, b"elsewhere");
+        });
+    });
+    let mut seen = [0; 9];
+    real.read_exact_at(&mut seen, 0).unwrap();
+    assert_eq!(&seen, b"elsewhere");
+}
+
+/// The number that the kernel knows a mount's connection by.
+fn connection(stretched: &fs::File) -> String {
+    nix::sys::stat::minor(stretched.metadata().unwrap().dev()).to_string()
+}
+
+/// Shows: dropping the mount ends its thread and its descriptors though another process, of another
+/// user, holds a map and a descriptor; they go on working, also in being mapped anew; with the last of
+/// them the kernel forgets the connection.
+#[test]
+fn dropping_the_mount_ends_it_while_it_is_mapped_elsewhere() {
+    let _alone = alone();
+    if stretch().is_none() {
+        return;
+    }
+    let list = connections();
+    let counts = || (entries("/proc/self/fd"), servers());
+    let before = counts();
+    let stretch = Stretch::new().unwrap();
+    let real = file_here(5000);
+    let stretched = stretch.open(&real).unwrap();
+    let connection = list.join(connection(&stretched));
+    let mut front_end = Player::start("front-end", Some(65534));
+    send_file(&front_end.line, &stretched);
+    front_end.told();
+    drop(stretch);
+    drop(stretched);
+    // The real file and the line are what is left.
+    assert_eq!(counts(), (before.0 + 2, before.1));
+    real.write_all_at(b"later", 1 << 20).unwrap();
+    front_end.tell();
+    front_end.told();
+    for (at, stored) in
+        [(0, &b"mapped"[..]), (1000, b"still mapped"), (2000, b"without a descriptor")]
+    {
+        let mut seen = vec![0; stored.len()];
+        real.read_exact_at(&mut seen, at).unwrap();
+        assert_eq!(seen, stored);
+    }
+    assert!(connection.exists(), "held by the map");
+    front_end.tell();
+    front_end.ends();
+    until("the connection is gone", || !connection.exists());
+}
+
+/// Shows: a deleted file's space comes back when the last of mount, file and maps is gone, though the
+/// mount was dropped first, by which time nobody can close a backing id any more.
+#[test]
+fn a_dropped_mount_holds_no_file() {
+    let _others = among_others();
+    let Some(stretch) = stretch() else { return };
+    let place = crate::places::memory("2m").unwrap();
+    let full = || {
+        let real = place.create("file");
+        real.write_all_at(&[1; 1 << 20], 0).unwrap();
+        place.remove("file");
+        real
+    };
+    let (real, kept) = (full(), file_here(5000));
+    let held = stretch.open(&kept).unwrap();
+    // Keeps the superblock; the other has a backing id, too.
+    let map = Map::of(&held, RANGE_BYTES);
+    let stretched = stretch.open(&real).unwrap();
+    drop(stretch);
+    drop((real, stretched));
+    until("space again", || {
+        let again = place.create("again");
+        let fits = again.write_all_at(&[1; 2 << 20], 0).is_ok();
+        place.remove("again");
+        fits
+    });
+    map.store(0, b"kept");
+}
+
+/// Shows: the daemon killed with -9, a map and a descriptor of its files go on working.
+#[test]
+fn a_killed_daemon_takes_no_map_along() {
+    let _others = among_others();
+    if stretch().is_none() {
+        return;
+    }
+    let mut daemon = Player::start("daemon", None);
+    let stretched = receive_file(&daemon.line);
+    let real = receive_file(&daemon.line);
+    let map = Map::of(&stretched, RANGE_BYTES);
+    map.store(0, b"before");
+    daemon.process.kill().unwrap();
+    daemon.process.wait().unwrap();
+    map.store(4096, b"after");
+    real.write_all_at(b"grown", 1 << 20).unwrap();
+    assert_eq!(map.load(1 << 20, 5), b"grown");
+    let again = Map::of(&stretched, RANGE_BYTES);
+    drop(stretched);
+    again.store(8000, b"again");
+    for (at, stored) in [(0, &b"before"[..]), (4096, b"after"), (8000, b"again")] {
+        let mut seen = vec![0; stored.len()];
+        real.read_exact_at(&mut seen, at).unwrap();
+        assert_eq!(seen, stored);
+    }
+    real.sync_data().unwrap();
+}
+
+/// Shows: mounts come and go, and nothing of them stays.
+#[test]
+fn a_hundred_mounts_leave_nothing() {
+    let _alone = alone();
+    if stretch().is_none() {
+        return;
+    }
+    let list = connections();
+    let real = file_here(5000);
+    let counts = || (entries("/proc/self/fd"), servers(), entries(&list));
+    let before = counts();
+    for _ in 0..100 {
+        let stretch = Stretch::new().unwrap();
+        let stretched = stretch.open(&real).unwrap();
+        Map::of(&stretched, RANGE_BYTES).store(0, b"x");
+    }
+    until("all gone", || counts() == before);
+}

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What can't be stretched, and what a stretched file won't do.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::process::Command;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, OFlag, fallocate};
+use tempfile::NamedTempFile;
+use vhost_user_dax::fs::stretch::{CLAIMED_BYTES, Stretch};
+
+use crate::life::{servers, until};
+use crate::map::Map;
+use crate::places;
+use crate::roles::Player;
+use crate::{alone, among_others, file_here, skipped, stretch};
+
+fn errno<T>(result: io::Result<T>) -> Errno {
+    Errno::from_raw(result.err().expect("refused").raw_os_error().expect("the system's"))
+}
+
+/// Shows: each file that can't be mapped for writing is refused with an errno that says so, though the
+/// kernel would not refuse all of them.
+#[test]
+fn what_can_not_be_mapped_for_writing_is_refused() {
+    let _others = among_others();
+    let Some(stretch) = stretch() else { return };
+    let named = NamedTempFile::new_in(".").unwrap();
+    let open = |options: &mut OpenOptions| options.open(named.path()).unwrap();
+    let refused = |file: &File| errno(stretch.open(file));
+    assert_eq!(refused(&open(OpenOptions::new().read(true))), Errno::EACCES);
+    assert_eq!(refused(&open(OpenOptions::new().write(true))), Errno::EACCES);
+    let by_path = open(OpenOptions::new().read(true).custom_flags(OFlag::O_PATH.bits()));
+    assert_eq!(refused(&by_path), Errno::EBADF);
+    assert_eq!(refused(&File::open(".").unwrap()), Errno::EACCES);
+    let device = OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
+    assert_eq!(refused(&device), Errno::EINVAL);
+
+    // A file that we may not write to can only have been opened for reading.
+    fs::set_permissions(named.path(), std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
+    assert_eq!(refused(&open(OpenOptions::new().read(true))), Errno::EACCES);
+
+    // Opened for writing first, immutable or append-only then.
+    let writable = open(OpenOptions::new().read(true).write(true));
+    for flag in ["i", "a"] {
+        let chattr = |sign: &str| {
+            let done =
+                Command::new("chattr").arg(format!("{sign}{flag}")).arg(named.path()).status();
+            done.is_ok_and(|status| status.success())
+        };
+        if !chattr("+") {
+            skipped("immutable files: chattr can't");
+            break;
+        }
+        let error = refused(&writable);
+        assert!(chattr("-"));
+        assert_eq!(error, Errno::EPERM);
+    }
+    assert!(stretch.open(&writable).is_ok());
+}
+
+/// Shows: a file as long as the claim, and file systems stacked too high, are refused.
+#[test]
+fn too_long_or_too_deep_is_refused() {
+    let _others = among_others();
+    let Some(stretch) = stretch() else { return };
+    let long = tempfile::tempfile_in("/dev/shm").unwrap();
+    long.set_len(CLAIMED_BYTES).unwrap();
+    assert_eq!(errno(stretch.open(&long)), Errno::EFBIG);
+    long.set_len(CLAIMED_BYTES - 1).unwrap();
+    let stretched = stretch.open(&long).unwrap();
+    assert_eq!(errno(stretch.open(&stretched)), Errno::EFBIG);
+    match places::overlay().and_then(|below| Ok((places::overlay_over(&below)?, below))) {
+        Ok((place, _below)) => {
+            assert_eq!(errno(stretch.open(&place.create("file"))), Errno::ELOOP);
+        }
+        Err(e) => skipped(&format!("overlayfs over overlayfs: {e}")),
+    }
+}
+
+/// Shows: through a stretched descriptor nobody can resize the file, and a sync, which would be of
+/// nothing, does not pretend to be one.
+#[test]
+fn no_resize_and_no_false_sync() {
+    let _others = among_others();
+    let Some(stretch) = stretch() else { return };
+    let real = file_here(5000);
+    let stretched = stretch.open(&real).unwrap();
+    // Twice: the kernel remembers what is not implemented.
+    for _ in 0..2 {
+        assert_eq!(errno(stretched.sync_data()), Errno::EINVAL);
+        assert_eq!(errno(stretched.sync_all()), Errno::EINVAL);
+        assert_eq!(errno(stretched.set_len(10)), Errno::EPERM);
+        assert_eq!(errno(stretched.set_modified(std::time::UNIX_EPOCH)), Errno::EPERM);
+        for flags in [
+            FallocateFlags::empty(),
+            FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
+        ] {
+            assert_eq!(fallocate(&*stretched, flags, 0, 4096), Err(Errno::EOPNOTSUPP));
+        }
+    }
+    assert_eq!(real.metadata().unwrap().len(), 5000);
+}
+
+/// Shows: a connection that someone aborts is an error from then on, and no wait; its thread has ended.
+#[test]
+fn an_aborted_connection_is_an_error() {
+    let _alone = alone();
+    let Some(stretch) = stretch() else { return };
+    let list = places::connections();
+    let real = file_here(5000);
+    let stretched = stretch.open(&real).unwrap();
+    let number = nix::sys::stat::minor(stretched.metadata().unwrap().dev());
+    fs::write(list.join(number.to_string()).join("abort"), "1").unwrap();
+    let map = Map::of(&stretched, 4096);
+    assert_eq!(errno(stretch.open(&real)), Errno::ENOTCONN);
+    until("its thread has ended", || servers() == 0);
+    assert_eq!(errno(stretch.open(&real)), Errno::ENOTCONN);
+    map.store(0, b"x");
+    drop(stretch);
+}
+
+/// Shows: who may not, is told what is missing: no device to open, or no CAP_SYS_ADMIN.
+#[test]
+fn without_privilege_the_reason_is_clear() {
+    let _others = among_others();
+    if stretch().is_none() {
+        return;
+    }
+    let mut nobody = Player::start("refused", Some(65534));
+    let mut told = String::new();
+    nobody.line.read_to_string(&mut told).unwrap();
+    nobody.ends();
+    assert!(told.contains("/dev/fuse can't be opened") || told.contains("CAP_SYS_ADMIN"), "{told}");
+
+    // All of root's capabilities but the one.
+    let told = thread_without_sys_admin();
+    assert!(told.contains("CAP_SYS_ADMIN is needed (fsopen fails)"), "{told}");
+}
+
+/// Capabilities are a thread's.
+fn thread_without_sys_admin() -> String {
+    let thread = std::thread::spawn(|| {
+        let mut sets = rustix::thread::capabilities(None).unwrap();
+        sets.effective.remove(rustix::thread::CapabilitySet::SYS_ADMIN);
+        rustix::thread::set_capabilities(None, sets).unwrap();
+        Stretch::new().err().unwrap().to_string()
+    });
+    thread.join().unwrap()
+}
