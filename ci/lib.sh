@@ -77,8 +77,8 @@ need_rust() {
         have_rust || die "rustc >= $VUD_MIN_RUST with cargo, clippy and rustfmt is needed;" \
             "found $(rustc --version 2>/dev/null || echo none) at $(command -v rustc || echo nowhere)"
     fi
-    # Crates with C parts, the linker, and what cargo trusts the registry by.
-    need_apt gcc libc6-dev ca-certificates
+    # Crates with C parts, the linker, what cargo trusts the registry by, and what virtiofsd links.
+    need_apt gcc libc6-dev ca-certificates libcap-ng-dev
     step "rust: $(rustc --version)"
 }
 
@@ -87,4 +87,10 @@ need_rust() {
 need_guest() {
     need_apt strace
     "$(dirname "${BASH_SOURCE[0]}")/../images/build"
+}
+
+# need_guest_tools - the same, and a disk of test programs for shares.
+need_guest_tools() {
+    need_apt strace
+    "$(dirname "${BASH_SOURCE[0]}")/../images/build" tools
 }

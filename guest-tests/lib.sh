@@ -100,3 +100,25 @@ fio_fsyncs() {
     # "sync" : { "total_ios" : N, ...
     sed -n '/"sync" *:/,/}/s/.*"total_ios" *: *\([0-9]*\).*/\1/p' "$1" | head -n 1
 }
+
+# disk_of SERIAL - the virtio-blk device with this serial number.
+disk_of() {
+    load_modules blk
+    for disk in /sys/block/vd*; do
+        [ "$(cat "$disk/serial")" != "$1" ] || echo "/dev/${disk##*/}"
+    done
+}
+
+# need_tools - mounts the disk of test programs, once a boot.
+need_tools() {
+    export PATH="$PATH:/tools/bin" LD_LIBRARY_PATH=/tools/lib:/usr/lib/x86_64-linux-gnu
+    [ ! -d /tools/bin ] || return 0
+    mkdir -p /tools
+    mount -t ext4 -o ro "$(disk_of tools)" /tools || fail "no disk of test programs"
+}
+
+# is_dax FILE - asks the file itself (STATX_ATTR_DAX); a mount option could be ignored.
+is_dax() {
+    attributes=$(xfs_io -r -c 'statx -r' "$1" | sed -n 's/^stat.attributes = //p')
+    [ $((attributes & 0x200000)) -ne 0 ]
+}

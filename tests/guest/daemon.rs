@@ -7,10 +7,15 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use crate::disk::Disk;
+use crate::images::Images;
 use crate::output::Output;
+use crate::share::Share;
 
 /// Nothing here takes this long; it only tells a hang from a slow machine.
 const HANG: Duration = Duration::from_secs(60);
+
+/// A leak of one map per mount, or per map in the window, is far more.
+const MAPS_OF_THREADS: usize = 64;
 
 /// What the daemon says of a session when it ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +24,28 @@ pub struct Counts {
     pub syncs: u64,
     pub failed: u64,
     pub malformed: u64,
+}
+
+/// File descriptors, mappings and memory of a daemon; the VM's memory is not counted.
+#[derive(Debug, Clone, Copy)]
+pub struct Usage {
+    pub fds: usize,
+    pub maps: usize,
+    /// Those of a file, a library or a memfd.
+    pub file_maps: usize,
+    pub rss_kib: u64,
+}
+
+impl Usage {
+    /// Nothing was left behind: no descriptor and no map of a file. Threads come and go as they are
+    /// needed, and each may have a stack, an arena and a guard page of each.
+    pub fn assert_like(self, before: Self) {
+        let like = self.fds <= before.fds
+            && self.file_maps <= before.file_maps
+            && self.maps <= before.maps + MAPS_OF_THREADS
+            && self.rss_kib <= before.rss_kib + 4096;
+        assert!(like, "the daemon grew: {before:?} became {self:?}");
+    }
 }
 
 pub struct Daemon {
@@ -52,6 +79,25 @@ impl Daemon {
         command.arg("pmem").arg("--socket-path").arg(socket);
         command.arg("--file").arg(disk.path());
         command.args(["--size", &format!("{}M", disk.bytes() >> 20)]);
+        Self::spawn(command, socket, trace, on_end)
+    }
+
+    /// Starts the back-end of a share: ours, or Debian's virtiofsd.
+    pub fn serve(
+        share: &Share,
+        images: &Images,
+        socket: &Path,
+        on_end: impl FnOnce() + Send + 'static,
+    ) -> Self {
+        Self::spawn(share.command(images, socket), socket, None, on_end)
+    }
+
+    fn spawn(
+        mut command: Command,
+        socket: &Path,
+        trace: Option<PathBuf>,
+        on_end: impl FnOnce() + Send + 'static,
+    ) -> Self {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("start the daemon (is strace installed?)");
         let output = Output::collect(child.stderr.take().expect("stderr is piped"), on_end);
@@ -77,6 +123,21 @@ impl Daemon {
 
     pub fn log(&self) -> String {
         self.output.lines().join("\n")
+    }
+
+    /// What it holds of the host just now.
+    pub fn usage(&self) -> Usage {
+        let process = PathBuf::from(format!("/proc/{}", self.child.id()));
+        let read = |name: &str| std::fs::read_to_string(process.join(name)).expect("read /proc");
+        let status = read("status");
+        let maps = read("maps");
+        let rss = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("RssAnon");
+        Usage {
+            fds: std::fs::read_dir(process.join("fd")).expect("read /proc").count(),
+            maps: maps.lines().count(),
+            file_maps: maps.lines().filter(|line| line.split(' ').nth(4) != Some("0")).count(),
+            rss_kib: rss.split_whitespace().next().unwrap().parse().unwrap(),
+        }
     }
 
     pub fn kill(&mut self) {

@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The main job, to look at: `ci/demo` runs it. A stock guest mounts a host file with `-o dax`, fio
-//! writes and verifies, and the host then finds the guest's bytes in the file itself.
+//! writes and verifies, and the host then finds the guest's bytes in the file itself. Then the same
+//! guest shares a host directory, with a DAX window and without.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // The harness has more than this needs.
 
 mod daemon;
+mod demo_share;
 mod disk;
 mod images;
+mod machine;
 mod output;
 mod qmp;
 mod report;
+mod share;
 mod vm;
 
 use std::time::Instant;
@@ -61,6 +65,8 @@ fn main() {
         "\n  flushes from the guest: {}, answered by {} fdatasync on the host, {} failed\n",
         counts.flushes, counts.syncs, counts.failed
     );
+
+    demo_share::run(&guest, &step);
 }
 
 fn print_table(verified: &[(&str, CaseReport)]) {

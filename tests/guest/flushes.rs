@@ -4,7 +4,8 @@
 //! strace makes the disk slow, or bad, the same way each time.
 
 use crate::disk::Disk;
-use crate::vm::{Guest, Options};
+use crate::machine::Options;
+use crate::vm::Guest;
 
 /// Each fdatasync takes 20 ms longer.
 const SLOW: &[&str] = &["-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_enter=20000"];
@@ -20,7 +21,7 @@ fn flushes_share_syncs() {
         return;
     };
     let disk = Disk::new(128);
-    let options = Options { strace: SLOW, kernel: Some(kernel) };
+    let options = Options { strace: SLOW, kernel: Some(kernel), ..Options::default() };
     let mut vm = guest.boot_with(&[&disk], &options);
     let (dev, _) = vm.ready(0);
     let fsyncs = vm.run("fsync-raw", &[&dev, "8", "50"]).number("fsyncs");
@@ -42,7 +43,7 @@ fn a_failed_sync_is_for_good() {
     let Some(guest) = Guest::enter("a_failed_sync_is_for_good") else { return };
     let disk = Disk::new(128);
     let once = ["-e", "trace=fdatasync", "-e", "inject=fdatasync:error=EIO:when=3"];
-    let options = Options { strace: &once, kernel: None };
+    let options = Options { strace: &once, ..Options::default() };
     let mut vm = guest.boot_with(&[&disk], &options);
     let (dev, _) = vm.ready(0);
     vm.run("flush", &[&dev]);

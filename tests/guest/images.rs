@@ -46,6 +46,21 @@ impl Images {
         self.folder.join("initramfs.cpio")
     }
 
+    /// Debian's own back-end for shares, to compare with.
+    pub fn virtiofsd(&self) -> PathBuf {
+        self.folder.join("virtiofsd")
+    }
+
+    /// The folder of user-mode Linux, if a newer Debian release could be reached.
+    pub fn uml(&self) -> Option<PathBuf> {
+        Some(self.folder.join("uml")).filter(|path| path.join("version").exists())
+    }
+
+    /// A disk of test programs, which the demo does without.
+    pub fn tools(&self) -> Option<PathBuf> {
+        Some(self.folder.join("tools.img")).filter(|path| path.exists())
+    }
+
     /// Appends one line to `cases.log`, which `ci/test` counts.
     pub fn log_case(&self, outcome: &str, test: &str, case: &str, millis: u128) {
         std::fs::create_dir_all(&self.folder).expect("create target/guest");

@@ -7,7 +7,8 @@
 //!
 //! `images/build` must have run before. `VUD_GUEST=skip` leaves these tests out,
 //! `VUD_GUEST_JOBS` is how many VMs may run at once (one a core unless set), `VUD_ACCEL` is QEMU's
-//! accelerator (`tcg` unless set).
+//! accelerator (`tcg` unless set). `VUD_FS_BACKEND=virtiofsd` puts Debian's virtiofsd in the place of
+//! our daemon in the tests of shares.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![allow(clippy::indexing_slicing)]
@@ -15,13 +16,25 @@
 mod daemon;
 mod disk;
 mod images;
+mod machine;
 mod output;
 mod qmp;
 mod report;
+mod script;
+mod share;
 mod vm;
 
+mod crossing;
 mod devices;
 mod filesystems;
 mod flushes;
+mod fs_files;
+mod fs_full;
+mod fs_lives;
+mod fs_plain;
+mod fs_sides;
+mod fs_suites;
+mod fs_window;
 mod pauses;
 mod survives;
+mod uml;

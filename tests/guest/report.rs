@@ -25,7 +25,7 @@ impl CaseReport {
         self.get(key).parse().unwrap_or_else(|error| panic!("{key} in {self:#?}: {error}"))
     }
 
-    fn values(&self, key: &str) -> Vec<&str> {
+    pub fn values(&self, key: &str) -> Vec<&str> {
         self.lines
             .iter()
             .filter_map(|line| line.split_once('='))

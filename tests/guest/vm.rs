@@ -6,8 +6,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -18,14 +17,14 @@ use tempfile::TempDir;
 use crate::daemon::Daemon;
 use crate::disk::Disk;
 use crate::images::Images;
+use crate::machine::{FIRST_DISK, FIRST_SHARE, Options, Parts, qemu_command};
 use crate::output::Output;
 use crate::qmp::Qmp;
 use crate::report::CaseReport;
+use crate::share::Share;
 
 /// One case, or one boot. Only tells a hang from a slow machine.
 const HANG: Duration = Duration::from_secs(180);
-/// The PCI slot of the first disk; the next ones follow.
-const FIRST_SLOT: usize = 0x10;
 
 enum Event {
     /// The agent's port is connected.
@@ -49,14 +48,6 @@ pub struct Guest {
     _slot: Flock<File>,
 }
 
-/// How a VM differs from the plain one.
-#[derive(Default)]
-pub struct Options<'a> {
-    /// Arguments of strace for each daemon; empty: no strace.
-    pub strace: &'a [&'a str],
-    pub kernel: Option<PathBuf>,
-}
-
 impl Guest {
     /// `None` when guest tests are to be left out; the log of cases says so then.
     pub fn enter(test: &'static str) -> Option<Self> {
@@ -74,14 +65,21 @@ impl Guest {
     }
 
     pub fn boot_with(&self, disks: &[&Disk], options: &Options<'_>) -> Vm<'_> {
-        Vm::boot(self, disks, options)
+        Vm::boot(self, &Parts { disks, shares: &[] }, options)
+    }
+
+    /// A VM with shares, and with disks besides.
+    pub fn boot_shares(&self, shares: &[Share], parts: &[&Disk], options: &Options<'_>) -> Vm<'_> {
+        Vm::boot(self, &Parts { disks: parts, shares }, options)
     }
 }
 
 pub struct Vm<'g> {
     guest: &'g Guest,
     folder: TempDir,
+    /// Those of the disks, then those of the shares.
     daemons: Vec<Daemon>,
+    disks: usize,
     qemu: Child,
     qemu_output: Output,
     events: Receiver<Event>,
@@ -93,15 +91,15 @@ pub struct Vm<'g> {
 }
 
 impl<'g> Vm<'g> {
-    fn boot(guest: &'g Guest, disks: &[&Disk], options: &Options<'_>) -> Self {
+    fn boot(guest: &'g Guest, parts: &Parts<'_>, options: &Options<'_>) -> Self {
         let started = Instant::now();
         let folder = TempDir::new().expect("make a folder for the VM");
         let (sender, events) = channel();
-        let daemons = start_daemons(disks, &folder, options.strace, &sender);
+        let daemons = start_daemons(guest, parts, &folder, options.strace, &sender);
         let agent_listener = UnixListener::bind(folder.path().join("agent")).expect("bind");
         let qmp_listener = UnixListener::bind(folder.path().join("qmp")).expect("bind");
-        let mut qemu =
-            qemu_command(guest, &folder, disks.len(), options).spawn().expect("start QEMU");
+        let mut command = qemu_command(&guest.images, folder.path(), parts, options);
+        let mut qemu = command.spawn().expect("start QEMU");
         let gone = sender.clone();
         let qemu_output = Output::collect(qemu.stderr.take().expect("piped"), move || {
             let _ = gone.send(Event::Gone(Process::Qemu));
@@ -111,6 +109,7 @@ impl<'g> Vm<'g> {
             guest,
             folder,
             daemons,
+            disks: parts.disks.len(),
             qemu,
             qemu_output,
             events,
@@ -130,6 +129,22 @@ impl<'g> Vm<'g> {
     pub fn ready(&mut self, disk: usize) -> (String, u64) {
         let report = self.run("ready", &[&slot_of(disk)]);
         (report.get("dev").to_owned(), report.number("bytes"))
+    }
+
+    /// Mounts a share; `options` are for a device that has a window, and left out without.
+    pub fn mount(&mut self, share: &Share, dir: &str, options: &str) -> CaseReport {
+        let options = if share.has_window() { options } else { "rw" };
+        self.run("fs-mount", &[share.tag(), dir, options])
+    }
+
+    /// The daemon of a share.
+    pub fn share(&self, index: usize) -> &Daemon {
+        &self.daemons[self.disks + index]
+    }
+
+    /// What QEMU complains of.
+    pub fn qemu_says(&self) -> Vec<String> {
+        self.qemu_output.lines()
     }
 
     /// Runs one case that must pass.
@@ -194,10 +209,21 @@ impl<'g> Vm<'g> {
         self.qmp("set-action", json!({"reboot": "shutdown"}));
     }
 
+    /// Resets from inside while resets end QEMU, as `-action reboot=shutdown` asks.
+    pub fn reboot_ends(&mut self) {
+        self.tell("REBOOT");
+        self.expect("BYE REBOOT");
+        self.wait_ended();
+    }
+
     /// Powers off. QEMU and every daemon must end on their own, with exit code 0.
     pub fn poweroff(&mut self) {
         self.tell("POWEROFF");
         self.expect("BYE POWEROFF");
+        self.wait_ended();
+    }
+
+    fn wait_ended(&mut self) {
         if !self.qemu_output.wait_closed(HANG) {
             self.fail("QEMU does not end");
         }
@@ -228,6 +254,15 @@ impl<'g> Vm<'g> {
     pub fn kill_daemon(&mut self, index: usize) {
         self.killed.push(index);
         self.daemons[index].kill();
+    }
+
+    /// Prints what QEMU said, each line once, and how it ended, if it did.
+    pub fn print_end(&mut self) {
+        let mut lines = self.qemu_output.lines();
+        println!("QEMU said {} lines; ended: {:?}", lines.len(), self.qemu.try_wait());
+        lines.sort();
+        lines.dedup();
+        lines.iter().for_each(|line| println!("  {line}"));
     }
 
     /// QEMU has nothing to complain of.
@@ -311,22 +346,36 @@ impl Drop for Vm<'_> {
 
 /// The PCI slot of a disk, as the guest's cases want it.
 pub fn slot_of(disk: usize) -> String {
-    format!("{:02x}", FIRST_SLOT + disk)
+    format!("{:02x}", FIRST_DISK + disk)
+}
+
+/// The PCI slot of a share.
+pub fn slot_of_share(share: usize) -> String {
+    format!("{:02x}", FIRST_SHARE + share)
 }
 
 fn start_daemons(
-    disks: &[&Disk],
+    guest: &Guest,
+    parts: &Parts<'_>,
     folder: &TempDir,
     strace: &[&str],
     sender: &Sender<Event>,
 ) -> Vec<Daemon> {
-    let start = |(index, disk): (usize, &&Disk)| {
+    let socket = |index: usize| folder.path().join(format!("vhost-{index}"));
+    let on_end = |index: usize| {
         let gone = sender.clone();
-        Daemon::start(disk, &folder.path().join(format!("vhost-{index}")), strace, move || {
+        move || {
             let _ = gone.send(Event::Gone(Process::Daemon(index)));
-        })
+        }
     };
-    disks.iter().enumerate().map(start).collect()
+    let mut daemons = Vec::new();
+    for (index, disk) in parts.disks.iter().enumerate() {
+        daemons.push(Daemon::start(disk, &socket(index), strace, on_end(index)));
+    }
+    for (index, share) in (parts.disks.len()..).zip(parts.shares) {
+        daemons.push(Daemon::serve(share, &guest.images, &socket(index), on_end(index)));
+    }
+    daemons
 }
 
 /// Sends the agent's stream and then its lines, until QEMU closes it.
@@ -344,41 +393,4 @@ fn read_agent(listener: UnixListener, sender: Sender<Event>) {
             }
         }
     });
-}
-
-fn qemu_command(guest: &Guest, folder: &TempDir, disks: usize, options: &Options<'_>) -> Command {
-    let path = |name: &str| folder.path().join(name).display().to_string();
-    let kernel = options.kernel.clone().unwrap_or_else(|| guest.images.kernel());
-    let mut command = Command::new(guest.images.qemu());
-    command
-        .args(["-accel", &std::env::var("VUD_ACCEL").unwrap_or_else(|_| "tcg".into())])
-        .args(["-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35"])
-        // Without rdrand the guest has no entropy for minutes, and mkfs waits for it.
-        .args(["-cpu", "qemu64,+rdrand", "-smp", "2", "-m", "512M"])
-        .args(["-object", "memory-backend-memfd,id=mem,size=512M,share=on"])
-        .args(["-numa", "node,memdev=mem"])
-        .arg("-kernel")
-        .arg(kernel)
-        .arg("-initrd")
-        .arg(guest.images.initramfs())
-        .args(["-append", "console=ttyS0 quiet oops=panic panic=-1"])
-        .args(["-serial", &format!("file:{}", path("console"))])
-        .args(["-chardev", &format!("socket,id=agent,path={}", path("agent"))])
-        .args(["-serial", "chardev:agent"])
-        .args(["-qmp", &format!("unix:{},server=off", path("qmp"))])
-        // A guest that panics resets; this makes QEMU end then, and the test fail.
-        .args(["-action", "reboot=shutdown"]);
-    for index in 0..disks {
-        let socket = path(&format!("vhost-{index}"));
-        command.args(["-chardev", &format!("socket,id=disk{index},path={socket}")]).args([
-            "-device",
-            &format!(
-                "vhost-user-test-device-pci,chardev=disk{index},virtio-id=27,num_vqs=1,\
-                 vq_size=128,config_size=16,addr=0x{}",
-                slot_of(index)
-            ),
-        ]);
-    }
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-    command
 }

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Q1: QEMU crashes when it handles a map or an unmap for a device that it has stopped. Here maps
+//! and unmaps never cease while the VM is stopped and continued.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use serde_json::json;
+use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags};
+use vhost::vhost_user::{Backend, VhostUserFrontendReqHandler};
+use vhost_user_dax::window::{
+    FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset,
+};
+
+use crate::machine::Options;
+use crate::script::{MakeMapper, Script};
+use crate::vm::{Guest, Vm};
+
+/// The mapper that the daemon has.
+const OURS: MakeMapper = |channel, started| Arc::new(ShmemMapper::new(channel, started));
+
+/// One that only looks, in the last moment before the system call, whether the device is started.
+const LOOKS: MakeMapper = |channel, started| Arc::new(Looks { channel, started });
+
+struct Looks {
+    channel: Backend,
+    started: Box<dyn Fn() -> bool + Send + Sync>,
+}
+
+struct AtLastMoment<'a>(&'a Looks, RawFd);
+
+impl AsRawFd for AtLastMoment<'_> {
+    fn as_raw_fd(&self) -> RawFd {
+        if (self.0.started)() { self.1 } else { -1 }
+    }
+}
+
+impl Looks {
+    fn sort(&self, sent: io::Result<u64>) -> Result<(), MapError> {
+        match sent {
+            Ok(_) => Ok(()),
+            Err(_) if !(self.started)() => Err(MapError::Stopped),
+            Err(_) => Err(MapError::Refused),
+        }
+    }
+}
+
+fn message(at: WindowOffset, from: FileOffset, bytes: WindowBytes) -> VhostUserMMap {
+    let (fd_offset, shm_offset, len) = (from.0, at.0, bytes.0);
+    let flags = VhostUserMMapFlags::WRITABLE.bits();
+    VhostUserMMap { shmid: 0, padding: [0; 7], fd_offset, shm_offset, len, flags }
+}
+
+impl Mapper for Looks {
+    fn map(
+        &self,
+        at: WindowOffset,
+        file: &std::fs::File,
+        from: FileOffset,
+        bytes: WindowBytes,
+    ) -> Result<(), MapError> {
+        let file = AtLastMoment(self, file.as_raw_fd());
+        self.sort(self.channel.shmem_map(&message(at, from, bytes), &file))
+    }
+
+    fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
+        if !(self.started)() {
+            return Err(MapError::Stopped);
+        }
+        self.sort(self.channel.shmem_unmap(&message(at, FileOffset(0), bytes)))
+    }
+}
+
+/// What became of the requests.
+#[derive(Default)]
+struct Tally {
+    done: AtomicU64,
+    stopped: AtomicU64,
+    failed: AtomicU64,
+    over: AtomicBool,
+}
+
+impl Tally {
+    fn get(count: &AtomicU64) -> u64 {
+        count.load(Ordering::Relaxed)
+    }
+}
+
+/// Maps and unmaps one range without a pause, and again when the device was stopped: what failed
+/// was not done, and what was done lasts, so no request may ever be refused.
+fn storm(script: &Script, tally: &Tally) {
+    let mapper = script.mapper();
+    let again = |request: &dyn Fn() -> Result<(), MapError>| {
+        while !tally.over.load(Ordering::Relaxed) {
+            match request() {
+                Ok(()) => {
+                    tally.done.fetch_add(1, Ordering::Relaxed);
+                    return;
+                }
+                Err(MapError::Stopped) => {
+                    tally.stopped.fetch_add(1, Ordering::Relaxed);
+                    thread::yield_now();
+                }
+                Err(_) => {
+                    tally.failed.fetch_add(1, Ordering::Relaxed);
+                    return;
+                }
+            }
+        }
+    };
+    while !tally.over.load(Ordering::Relaxed) && Tally::get(&tally.failed) == 0 {
+        again(&|| script.map(&*mapper, 0));
+        again(&|| script.unmap(&*mapper, 0));
+    }
+}
+
+/// Stops and continues the VM until it has been done `times` times or QEMU is gone; how often.
+fn pauses(vm: &mut Vm<'_>, times: usize) -> usize {
+    let pause = |vm: &mut Vm<'_>| {
+        vm.qmp("stop", json!({}));
+        vm.qmp("cont", json!({}));
+    };
+    (0..times).find(|_| catch_unwind(AssertUnwindSafe(|| pause(vm))).is_err()).unwrap_or(times)
+}
+
+/// Boots a VM with the device and pauses it `times` times in the storm.
+fn cross(test: &'static str, make: MakeMapper, times: usize) -> Option<(usize, Tally)> {
+    let guest = Guest::enter(test)?;
+    let script = Script::start(make);
+    let options = Options { qemu: script.qemu_arguments(), ..Options::default() };
+    let mut vm = guest.boot_with(&[], &options);
+    let tally = Tally::default();
+    let began = Instant::now();
+    let survived = thread::scope(|scope| {
+        scope.spawn(|| storm(&script, &tally));
+        let survived = pauses(&mut vm, times);
+        tally.over.store(true, Ordering::Relaxed);
+        survived
+    });
+    println!(
+        "{survived} of {times} pauses in {:.1} s; requests: {} done, {} stopped, {} failed",
+        began.elapsed().as_secs_f64(),
+        Tally::get(&tally.done),
+        Tally::get(&tally.stopped),
+        Tally::get(&tally.failed)
+    );
+    vm.print_end();
+    Some((survived, tally))
+}
+
+/// Maps and unmaps go on, and none is lost or done twice, however often a stop meets one.
+#[test]
+fn stops_cross_maps() {
+    let Some((survived, tally)) = cross("stops_cross_maps", OURS, 300) else { return };
+    assert_eq!(survived, 300, "QEMU died");
+    assert_eq!(Tally::get(&tally.failed), 0);
+    assert!(Tally::get(&tally.done) > 100, "there was no storm");
+}
+
+/// The same without what `window/channel.rs` does: shows that the test above finds it.
+#[test]
+#[ignore = "shows how QEMU dies; run by hand"]
+fn stops_cross_maps_that_only_look() {
+    let name = "stops_cross_maps_that_only_look";
+    let Some((survived, _)) = cross(name, LOOKS, 3000) else { return };
+    assert!(survived < 3000, "QEMU survived");
+}
+
+/// What a request costs with 32 live maps, for both ways.
+#[test]
+#[ignore = "a measurement; run by hand"]
+fn cost_of_a_map() {
+    for (name, make) in [("looks", LOOKS), ("ours", OURS), ("looks", LOOKS), ("ours", OURS)] {
+        let Some(guest) = Guest::enter("cost_of_a_map") else { return };
+        let script = Script::start(make);
+        let options = Options { qemu: script.qemu_arguments(), ..Options::default() };
+        let _vm = guest.boot_with(&[], &options);
+        let mapper = script.mapper();
+        for i in 0..32 {
+            script.map(&*mapper, i).unwrap();
+        }
+        let timed = |request: &dyn Fn() -> Result<(), MapError>| {
+            let began = Instant::now();
+            request().unwrap();
+            began.elapsed().as_micros()
+        };
+        let times = (0..400).map(|_| {
+            let map = timed(&|| script.map(&*mapper, 32));
+            (map, timed(&|| script.unmap(&*mapper, 32)))
+        });
+        let (mut maps, mut unmaps): (Vec<_>, Vec<_>) = times.unzip();
+        maps.sort_unstable();
+        unmaps.sort_unstable();
+        let (p50, p95) = (maps.len() / 2, maps.len() * 95 / 100);
+        println!(
+            "{name}: map median {} us, 95 % {} us; unmap median {} us, 95 % {} us",
+            maps[p50], maps[p95], unmaps[p50], unmaps[p95]
+        );
+    }
+}

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A host disk that is full: the guest gets ENOSPC or a SIGBUS of its own, and all live on.
+
+use std::path::Path;
+use std::process::Command;
+
+use nix::sched::{CloneFlags, unshare};
+use tempfile::TempDir;
+
+use crate::machine::Options;
+use crate::share::Share;
+use crate::vm::{Guest, Vm};
+
+const DISK_MIB: u64 = 64;
+const MIB: u64 = 1 << 20;
+const ENOSPC: u64 = 28;
+const SIGBUS: u64 = 7;
+
+/// A small ext4 at dir/disk, in a mount namespace that only this thread and its children see.
+fn mount_small_disk(dir: &Path, block_bytes: &str) -> bool {
+    let run = |program: &str, args: &[&str]| {
+        let done = Command::new(program).args(args).current_dir(dir).output();
+        done.is_ok_and(|output| output.status.success())
+    };
+    std::fs::create_dir(dir.join("disk")).unwrap();
+    unshare(CloneFlags::CLONE_NEWNS).is_ok()
+        && run("mount", &["--make-rprivate", "/"])
+        && run("truncate", &["-s", &format!("{DISK_MIB}M"), "image"])
+        && run("mkfs.ext4", &["-q", "-F", "-b", block_bytes, "-O", "^has_journal", "image"])
+        && run("mount", &["-o", "loop", "image", "disk"])
+}
+
+/// Stores to a file that is larger than the disk, page after page.
+fn fill_by_mmap(vm: &mut Vm<'_>, share: &Share) {
+    let report = vm.run("mapio", &["fill", "/mnt/mapped", &(2 * DISK_MIB * MIB).to_string()]);
+    let stored = report.number("stored");
+    // Without a window the stores go to the guest's own page cache, which drops them later.
+    if share.has_window() {
+        assert_eq!(report.number("signal"), SIGBUS, "{report:#?}");
+        assert!(stored > 32 * MIB && stored < DISK_MIB * MIB, "{report:#?}");
+        let bytes = std::fs::read(share.path("mapped")).unwrap();
+        let stored = usize::try_from(stored).unwrap();
+        assert!(bytes[..stored].iter().all(|byte| *byte == b'f'), "a store was lost");
+    }
+}
+
+fn fill_and_use_again(guest: &Guest, share: Share) {
+    let shares = [share];
+    let share = &shares[0];
+    let mut vm = guest.boot_shares(&shares, &[], &Options::default());
+    vm.mount(share, "/mnt", "dax=always");
+    for _ in 0..2 {
+        fill_by_mmap(&mut vm, share);
+        vm.run("sh", &["rm", "/mnt/mapped"]);
+        let report = vm.run("mapio", &["write-out", "/mnt/written", &(128 * MIB).to_string()]);
+        assert_eq!(report.number("error"), ENOSPC, "{report:#?}");
+        assert!(report.number("written") > 32 * MIB, "no space after a delete: {report:#?}");
+        vm.run("sh", &["rm", "/mnt/written"]);
+    }
+    let report = vm.run("fs-fio", &["/mnt", "mmap", "write", "16M", "16M"]);
+    share.check_sums(&report);
+    vm.run("umount", &["/mnt"]);
+    vm.poweroff();
+}
+
+/// Runs `job` on a share that lies on a small disk of its own.
+fn on_small_disk(test: &'static str, block_bytes: &str, job: fn(&Guest, Share)) {
+    let Some(guest) = Guest::enter(test) else { return };
+    let dir = TempDir::new().unwrap();
+    if !mount_small_disk(dir.path(), block_bytes) {
+        guest.images().log_case("skip", test, "no-loop-mount", 0);
+        return;
+    }
+    job(&guest, Share::dax(&dir.path().join("disk"), "small"));
+    // Fails when somebody still holds it.
+    let unmounted = Command::new("umount").arg(dir.path().join("disk")).status();
+    assert!(unmounted.unwrap().success(), "something still holds the disk");
+}
+
+#[test]
+fn a_full_disk() {
+    on_small_disk("a_full_disk", "4096", fill_and_use_again);
+}
+
+/// A host file system whose blocks are smaller than a page: fsync and msync work as anywhere.
+#[test]
+fn small_blocks_on_the_host() {
+    on_small_disk("small_blocks_on_the_host", "1024", |guest, share| {
+        let shares = [share];
+        let mut vm = guest.boot_shares(&shares, &[], &Options::default());
+        vm.mount(&shares[0], "/mnt", "dax=always");
+        for engine in ["psync", "mmap"] {
+            let report = vm.run("fs-fio", &["/mnt", engine, "write", "4M", "4M"]);
+            shares[0].check_sums(&report);
+        }
+        vm.poweroff();
+    });
+}

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! pjdfstest, stress-ng's file-system class and fsx, with a window, without one, and on Debian's
+//! virtiofsd in the same guest. What differs from virtiofsd stands in expected-differences.txt with
+//! its reason; anything else that differs fails.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tempfile::TempDir;
+
+use crate::machine::Options;
+use crate::report::CaseReport;
+use crate::share::Share;
+use crate::vm::{Guest, Vm};
+
+/// suite, dax or plain, case, our result, virtiofsd's result, reason.
+const EXPECTED: &str = include_str!("expected-differences.txt");
+
+/// Of the 57 in stress-ng's file-system class, those that are about a shared file system and end in a
+/// few seconds: link and symlink take over a minute each, and pjdfstest has them too.
+const STRESSORS: &str = "access,acl,chattr,chdir,chmod,chown,copy-file,dentry,dir,dup,fallocate,\
+    fcntl,fiemap,flock,fpunch,fsize,fstat,getdent,handle,hdd,io,iomix,lease,locka,lockf,lockofd,mknod,\
+    open,pseek,rename,sync-file,touch,utime,xattr";
+
+type Results = BTreeMap<String, String>;
+
+struct Shares {
+    _dirs: [TempDir; 3],
+    shares: [Share; 3],
+}
+
+const NAMES: [&str; 3] = ["virtiofsd", "dax", "plain"];
+
+impl Shares {
+    fn new() -> Self {
+        let dirs = NAMES.map(|_| TempDir::new().unwrap());
+        let [a, b, c] = NAMES;
+        let shares = [
+            Share::virtiofsd(dirs[0].path(), a),
+            Share::dax(dirs[1].path(), b),
+            Share::plain(dirs[2].path(), c),
+        ];
+        Self { _dirs: dirs, shares: shares.map(|share| share.args(&["--xattr"])) }
+    }
+
+    fn boot<'g>(&self, guest: &'g Guest) -> Vm<'g> {
+        let mut vm = guest.boot_shares(&self.shares, &[], &Options::default());
+        for (share, name) in self.shares.iter().zip(NAMES) {
+            vm.mount(share, &format!("/mnt/{name}"), "dax=always");
+        }
+        vm
+    }
+}
+
+/// Compares ours with virtiofsd's, and with what is known to differ.
+fn judge(suite: &str, results: &[Results; 3]) {
+    let known: BTreeSet<Vec<&str>> = EXPECTED
+        .lines()
+        .filter(|line| !line.starts_with('#') && !line.trim().is_empty())
+        .map(|line| line.split_whitespace().take(5).collect())
+        .filter(|words: &Vec<&str>| words[0] == suite)
+        .collect();
+    let mut unlisted = Vec::new();
+    let mut seen = BTreeSet::new();
+    let none = String::from("none");
+    for (name, ours) in NAMES.iter().zip(results).skip(1) {
+        for case in ours.keys().chain(results[0].keys()).collect::<BTreeSet<_>>() {
+            let our = ours.get(case).unwrap_or(&none);
+            let theirs = results[0].get(case).unwrap_or(&none);
+            let difference = vec![suite, name, case, our, theirs];
+            if our != theirs {
+                if !known.contains(&difference) {
+                    unlisted.push(difference.join(" "));
+                }
+                seen.insert(difference);
+            }
+        }
+    }
+    for gone in known.difference(&seen) {
+        eprintln!("listed, but not seen this time: {}", gone.join(" "));
+    }
+    assert!(unlisted.is_empty(), "differences that are not listed:\n{}", unlisted.join("\n"));
+}
+
+fn log_counts(suite: &str, name: &str, results: &Results) {
+    let count = |wanted: &str| results.values().filter(|result| *result == wanted).count();
+    eprintln!(
+        "{suite} on {name}: {} passed, {} failed, {} skipped",
+        count("passed"),
+        count("failed"),
+        count("skipped")
+    );
+}
+
+fn pjdfstest_results(report: &CaseReport) -> Results {
+    let of_line = |line: &str| {
+        let (case, result) = line.split_once(',').unwrap();
+        let result = match result {
+            "ok" => "passed",
+            "FAILED" => "failed",
+            other => other,
+        };
+        (case.to_owned(), result.to_owned())
+    };
+    report.values("result").into_iter().map(of_line).collect()
+}
+
+/// `/mnt/dax stress-ng: info: [42] passed: 3: access (1) chattr (1) ...`
+fn stress_results(report: &CaseReport, dir: &str) -> Results {
+    let mut results = Results::new();
+    for line in report.lines.iter().filter_map(|line| line.strip_prefix(dir)) {
+        for outcome in ["passed", "failed", "skipped"] {
+            let Some((_, rest)) = line.split_once(&format!("{outcome}: ")) else { continue };
+            let Some((count, names)) = rest.split_once(": ") else { continue };
+            if count.trim().parse::<u32>().is_ok() {
+                let names = names.split_whitespace().filter(|word| !word.starts_with('('));
+                results.extend(names.map(|name| (name.to_owned(), outcome.to_owned())));
+            }
+        }
+    }
+    results
+}
+
+#[test]
+fn pjdfstest() {
+    let Some(guest) = Guest::enter("pjdfstest") else { return };
+    let shares = Shares::new();
+    let mut vm = shares.boot(&guest);
+    let results = NAMES.map(|name| {
+        let report = vm.run("pjdfstest", &[&format!("/mnt/{name}")]);
+        let results = pjdfstest_results(&report);
+        assert!(results.len() > 300, "too few results: {report:#?}");
+        log_counts("pjdfstest", name, &results);
+        results
+    });
+    vm.poweroff();
+    judge("pjdfstest", &results);
+}
+
+#[test]
+fn stress_ng() {
+    let Some(guest) = Guest::enter("stress_ng") else { return };
+    let shares = Shares::new();
+    let mut vm = shares.boot(&guest);
+    let dirs = NAMES.map(|name| format!("/mnt/{name}"));
+    let report = vm.run("stress-fs", &["1", STRESSORS, &dirs[0], &dirs[1], &dirs[2]]);
+    let results = [0, 1, 2].map(|index| {
+        if std::env::var_os("VUD_LOG_LEVEL").is_some() {
+            eprintln!("{}", report.lines.join("\n"));
+        }
+        let results = stress_results(&report, &dirs[index]);
+        log_counts("stress-ng", NAMES[index], &results);
+        assert_eq!(results.len(), STRESSORS.split(',').count(), "{report:#?}");
+        results
+    });
+    vm.poweroff();
+    judge("stress-ng", &results);
+}
+
+/// fsx with reads, writes, truncates, holes, copies and mappings, the same operations on each.
+#[test]
+fn fsx() {
+    let Some(guest) = Guest::enter("fsx") else { return };
+    let shares = Shares::new();
+    let mut vm = shares.boot(&guest);
+    for (index, name) in NAMES.iter().enumerate() {
+        let report = vm.run("fsx", &["2000", "42", &format!("/mnt/{name}/fsx")]);
+        shares.shares[index].check_sums(&report);
+    }
+    vm.poweroff();
+}

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The machine that QEMU is asked for: what is in it, and in which PCI slots.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::disk::Disk;
+use crate::images::Images;
+use crate::share::Share;
+
+/// The PCI slot of the first disk; the next ones follow.
+pub const FIRST_DISK: usize = 0x10;
+/// The same of the first share.
+pub const FIRST_SHARE: usize = 0x18;
+
+/// What has a daemon of its own.
+pub struct Parts<'a> {
+    pub disks: &'a [&'a Disk],
+    pub shares: &'a [Share],
+}
+
+/// How a VM differs from the plain one.
+#[derive(Default)]
+pub struct Options<'a> {
+    /// Arguments of strace for each daemon of a disk; empty: no strace.
+    pub strace: &'a [&'a str],
+    pub kernel: Option<PathBuf>,
+    /// A file that the guest sees as an ordinary virtio-blk disk.
+    pub scratch: Option<PathBuf>,
+    /// More arguments for QEMU.
+    pub qemu: Vec<String>,
+}
+
+pub fn qemu_command(
+    images: &Images,
+    folder: &Path,
+    parts: &Parts<'_>,
+    options: &Options<'_>,
+) -> Command {
+    let path = |name: &str| folder.join(name).display().to_string();
+    let kernel = options.kernel.clone().unwrap_or_else(|| images.kernel());
+    let mut command = Command::new(images.qemu());
+    command
+        .args(["-accel", &std::env::var("VUD_ACCEL").unwrap_or_else(|_| "tcg".into())])
+        .args(["-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35"])
+        // Without rdrand the guest has no entropy for minutes, and mkfs waits for it.
+        .args(["-cpu", "qemu64,+rdrand", "-smp", "2", "-m", "512M"])
+        .args(["-object", "memory-backend-memfd,id=mem,size=512M,share=on"])
+        .args(["-numa", "node,memdev=mem"])
+        .arg("-kernel")
+        .arg(kernel)
+        .arg("-initrd")
+        .arg(images.initramfs())
+        .args(["-append", "console=ttyS0 quiet oops=panic panic=-1"])
+        .args(["-serial", &format!("file:{}", path("console"))])
+        .args(["-chardev", &format!("socket,id=agent,path={}", path("agent"))])
+        .args(["-serial", "chardev:agent"])
+        .args(["-qmp", &format!("unix:{},server=off", path("qmp"))])
+        // A guest that panics resets; this makes QEMU end then, and the test fail.
+        .args(["-action", "reboot=shutdown"]);
+    for index in 0..parts.disks.len() {
+        let device = "vhost-user-test-device-pci,virtio-id=27,num_vqs=1,vq_size=128,config_size=16";
+        add_vhost(
+            &mut command,
+            &path(&format!("vhost-{index}")),
+            index,
+            device,
+            FIRST_DISK + index,
+        );
+    }
+    for (share, index) in parts.shares.iter().zip(parts.disks.len()..) {
+        let slot = FIRST_SHARE + index - parts.disks.len();
+        add_vhost(&mut command, &path(&format!("vhost-{index}")), index, &share.device(), slot);
+    }
+    if let Some(tools) = images.tools().filter(|_| !parts.shares.is_empty()) {
+        add_drive(&mut command, "tools", &tools, true);
+    }
+    if let Some(scratch) = &options.scratch {
+        add_drive(&mut command, "scratch", scratch, false);
+    }
+    command.args(&options.qemu);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+fn add_vhost(command: &mut Command, socket: &str, index: usize, device: &str, slot: usize) {
+    command.args(["-chardev", &format!("socket,id=vhost{index},path={socket}")]);
+    command.args(["-device", &format!("{device},chardev=vhost{index},addr=0x{slot:02x}")]);
+}
+
+/// The guest finds it by its serial number, which is its name.
+fn add_drive(command: &mut Command, name: &str, file: &Path, read_only: bool) {
+    let read_only = if read_only { "on" } else { "off" };
+    let file = file.display();
+    command.args([
+        "-drive",
+        &format!("if=none,id={name},format=raw,file={file},readonly={read_only},file.locking=off"),
+    ]);
+    command.args(["-device", &format!("virtio-blk-pci,drive={name},serial={name}")]);
+}
