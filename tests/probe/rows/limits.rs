@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! How many maps there may be, and how large the window may be.
+
+use nix::sys::signal::Signal;
+
+use super::PAGE;
+use crate::backend::{Answer, Options};
+use crate::lab::Lab;
+use crate::qemu::Res;
+use crate::table::{Expected, Found, Row};
+use crate::wire::Range;
+
+/// Beyond the limit (QEMU's VHOST_USER_MAX_RAM_SLOTS, 512) with RAM's regions not even counted.
+const TOO_MANY_MAPS: u64 = 520;
+/// As many as one device without CONFIGURE_MEM_SLOTS makes before the other one is started.
+const CHEAP_MAPS: u64 = 506;
+const MIB: u64 = 1 << 20;
+
+pub const ROWS: &[Row] = &[
+    Row {
+        name: "Q2",
+        done: "520 maps of 4 KiB, CONFIGURE_MEM_SLOTS negotiated",
+        expected: Expected::Dies(Signal::SIGABRT, "nregions <= VHOST_USER_MAX_RAM_SLOTS"),
+        gain: "a window of any size, and no budget for it that all devices of a VM share",
+        probe: many_maps,
+    },
+    Row {
+        name: "Q15",
+        done: "GET_SHMEM_CONFIG answered with one region of 48 MiB",
+        expected: Expected::Dies(Signal::SIGABRT, "pci_register_bar"),
+        gain: "windows of any size without a second region that fills them up",
+        probe: |lab| window(lab, &[48 * MIB]),
+    },
+    Row {
+        name: "Q15",
+        done: "the same with a second region of 16 MiB",
+        expected: Expected::Seen("QEMU starts"),
+        gain: "none: it would be a loss",
+        probe: |lab| window(lab, &[48 * MIB, 16 * MIB]),
+    },
+];
+
+fn many_maps(lab: &mut Lab) -> Res<Found> {
+    lab.boot(&[Options::new(false), Options::new(true)])?;
+    let file = lab.file("file", TOO_MANY_MAPS * PAGE)?;
+    lab.start(0)?;
+    for index in 0..TOO_MANY_MAPS {
+        // A map is dear once a device with CONFIGURE_MEM_SLOTS is started: with all of them made
+        // so, this row would take 27 seconds.
+        let mapper = usize::from(index >= CHEAP_MAPS);
+        if index == CHEAP_MAPS {
+            lab.doing("at the start of the second device");
+            lab.start(1)?;
+        }
+        lab.doing(&format!("at map {}", index + 1));
+        let range = Range { fd_offset: index * PAGE, ..Range::new(index * PAGE, PAGE) };
+        let answer = lab.backend(mapper).map(range, &file)?;
+        if answer == Answer::Refused {
+            return lab.found(answer);
+        }
+    }
+    Ok(Found::Accepted)
+}
+
+fn window(lab: &mut Lab, sizes: &[u64]) -> Res<Found> {
+    lab.boot(&[Options { windows: sizes.to_vec(), ..Options::new(false) }])?;
+    Ok(Found::Seen("QEMU starts".into()))
+}
