@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! pjdfstest, stress-ng's file-system class and fsx, with a window, without one, and on Debian's
-//! virtiofsd in the same guest. What differs from virtiofsd stands in expected-differences.txt with
-//! its reason; anything else that differs fails.
+//! virtiofsd in the same guest. What ends worse than on virtiofsd, or is not run, stands in
+//! expected-differences.txt with its reason; any other such case fails.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -52,7 +52,7 @@ impl Shares {
     }
 }
 
-/// Compares ours with virtiofsd's, and with what is known to differ.
+/// Compares ours with virtiofsd's, and with what is known to differ: what passes there passes here.
 fn judge(suite: &str, results: &[Results; 3]) {
     let known: BTreeSet<Vec<&str>> = EXPECTED
         .lines()
@@ -68,12 +68,16 @@ fn judge(suite: &str, results: &[Results; 3]) {
             let our = ours.get(case).unwrap_or(&none);
             let theirs = results[0].get(case).unwrap_or(&none);
             let difference = vec![suite, name, case, our, theirs];
-            if our != theirs {
-                if !known.contains(&difference) {
-                    unlisted.push(difference.join(" "));
-                }
-                seen.insert(difference);
+            if our == theirs {
+                continue;
             }
+            if our == "passed" {
+                // virtiofsd's own loss. (Its open::etxtbsy ends so once in a while.)
+                eprintln!("better than virtiofsd: {}", difference.join(" "));
+            } else if !known.contains(&difference) {
+                unlisted.push(difference.join(" "));
+            }
+            seen.insert(difference);
         }
     }
     for gone in known.difference(&seen) {
