@@ -22,6 +22,10 @@ const STRESSORS: &str = "access,acl,chattr,chdir,chmod,chown,copy-file,dentry,di
     fcntl,fiemap,flock,fpunch,fsize,fstat,getdent,handle,hdd,io,iomix,lease,locka,lockf,lockofd,mknod,\
     open,pseek,rename,sync-file,touch,utime,xattr";
 
+const THE_REST: &str = "binderfs,bind-mount,dirdeep,dirmany,dnotify,eventfd,fanotify,fd-fork,\
+    file-ioctl,filename,filerace,inode-flags,inotify,ioprio,link,lockmix,metamix,procfs,statmount,\
+    symlink,umask,unlink,verity";
+
 type Results = BTreeMap<String, String>;
 
 struct Shares {
@@ -141,24 +145,52 @@ fn pjdfstest() {
     judge("pjdfstest", &results);
 }
 
+/// Runs stressors on all three at the same time, and adds what came of them.
+fn stress(vm: &mut Vm<'_>, stressors: &str, results: &mut [Results; 3]) {
+    let dirs = NAMES.map(|name| format!("/mnt/{name}"));
+    let report = vm.run("stress-fs", &["1", stressors, &dirs[0], &dirs[1], &dirs[2]]);
+    if std::env::var_os("VUD_LOG_LEVEL").is_some() {
+        eprintln!("{}", report.lines.join("\n"));
+    }
+    for (dir, results) in dirs.iter().zip(results) {
+        let found = stress_results(&report, dir);
+        assert_eq!(found.len(), stressors.split(',').count(), "{stressors}: {report:#?}");
+        results.extend(found);
+    }
+}
+
+fn judge_stress(results: &[Results; 3]) {
+    for (name, results) in NAMES.iter().zip(results) {
+        log_counts("stress-ng", name, results);
+    }
+    judge("stress-ng", results);
+}
+
 #[test]
 fn stress_ng() {
     let Some(guest) = Guest::enter("stress_ng") else { return };
     let shares = Shares::new();
     let mut vm = shares.boot(&guest);
-    let dirs = NAMES.map(|name| format!("/mnt/{name}"));
-    let report = vm.run("stress-fs", &["1", STRESSORS, &dirs[0], &dirs[1], &dirs[2]]);
-    let results = [0, 1, 2].map(|index| {
-        if std::env::var_os("VUD_LOG_LEVEL").is_some() {
-            eprintln!("{}", report.lines.join("\n"));
-        }
-        let results = stress_results(&report, &dirs[index]);
-        log_counts("stress-ng", NAMES[index], &results);
-        assert_eq!(results.len(), STRESSORS.split(',').count(), "{report:#?}");
-        results
-    });
+    let mut results = Default::default();
+    stress(&mut vm, STRESSORS, &mut results);
     vm.poweroff();
-    judge("stress-ng", &results);
+    judge_stress(&results);
+}
+
+/// The rest of the class, one by one.
+#[test]
+#[ignore = "takes many minutes; run by hand"]
+fn stress_ng_the_rest() {
+    let Some(guest) = Guest::enter("stress_ng_the_rest") else { return };
+    let shares = Shares::new();
+    let mut vm = shares.boot(&guest);
+    let mut results = Default::default();
+    for stressor in THE_REST.split(',') {
+        eprintln!("{stressor}");
+        stress(&mut vm, stressor, &mut results);
+    }
+    vm.poweroff();
+    judge_stress(&results);
 }
 
 /// fsx with reads, writes, truncates, holes, copies and mappings, the same operations on each.
