@@ -147,3 +147,28 @@ fn a_failed_fsync_is_not_forgotten() {
     guest.power_off();
     assert!(host.ended().success());
 }
+
+/// Shows that pages which were lost before the file was mapped are told of: the kernel does so once
+/// through each open file, and the guest's handle may be the only one that is old enough.
+#[test]
+fn an_error_of_the_handle_alone_is_an_error() {
+    if !Strace::is_here() {
+        return skip("an_error_of_the_handle_alone_is_an_error", "no strace");
+    }
+    for datasync in [false, true] {
+        let host = FsHost::new();
+        host.put("file", &vec![1; RANGE as usize]);
+        let mut guest = host.boot();
+        let (node, fh) = guest.opened("file");
+        guest.setup(node, 0, RANGE, BOTH, 0).unwrap();
+        assert!(guest.vmm.store(0, b"dirty"));
+        let calls = if datasync { "fdatasync" } else { "fsync" };
+        let nth = if datasync { 2 } else { 1 };
+        let mut strace = Strace::attach(host.pid(), calls, &format!("error=EIO:when={nth}"));
+        let done = guest.call(op::FSYNC, node, &abi::fsync(fh, datasync), 0);
+        assert_eq!(done, Err(libc::EIO), "datasync={datasync}: {}", strace.text());
+        drop(strace);
+        guest.power_off();
+        assert!(host.ended().success());
+    }
+}

@@ -282,20 +282,21 @@ impl Dax {
         Ok(true)
     }
 
-    /// Lets `sync` make the inode durable; what only our entries know to be dirty comes first.
+    /// Makes the inode durable: what the window was written through, then `sync`, which is about the
+    /// guest's own handle.
     ///
     /// # Errors
-    /// The sync's; it is final.
+    /// Either one's; it is final.
     pub(super) fn sync(
         &self,
         nodeid: u64,
-        datasync: bool,
         sync: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
         let Some(node) = self.node(nodeid) else { return sync() };
         self.engine.writeback(&node.space, PageIndex(0), PageIndex::LAST)?;
-        // The data is durable; the times and the mode are more than fdatasync promises.
-        if datasync { Ok(()) } else { self.engine.sync_by(&node.space, sync) }
+        // Also for fdatasync: the kernel tells of lost pages once through each open file, and the
+        // handle may be older than the node's.
+        self.engine.sync_by(&node.space, sync)
     }
 
     /// The same for all inodes that have anything granted.

@@ -364,7 +364,7 @@ where
         let datasync = asked.fsync_flags & FSYNC_FDATASYNC != 0;
         let sync = || self.fs.fsync(ctx, nodeid, datasync, asked.fh);
         let through = || match &self.dax {
-            Some(dax) => dax.sync(nodeid, datasync, sync),
+            Some(dax) => dax.sync(nodeid, sync),
             None => sync(),
         };
         self.opened.sync(nodeid, through).and(Reply::DONE)
