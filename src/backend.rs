@@ -25,6 +25,7 @@ use vmm_sys_util::event::{
 };
 
 use crate::device::{Device, SessionWindow};
+use crate::life::Life;
 use crate::lock::lock;
 use crate::vring::{Epoch, GuestMemory, Ring, Started, Vring};
 use crate::window::{MapError, ShmemMapper};
@@ -41,8 +42,8 @@ struct Inner {
     rings: Vec<Arc<Ring>>,
     window: Arc<dyn SessionWindow>,
     /// No ring was stopped since the last start: messages about the window may be sent (Q1).
-    started: Arc<AtomicBool>,
-    /// A ring has started afresh since the last stop, and the device was told.
+    life: Arc<Life>,
+    /// A ring has started afresh since the last stop, and the device is told. Changed in `life`'s steps.
     restarted: AtomicBool,
     /// Why this front-end is turned away; its connection is cut then.
     refusal: OnceLock<String>,
@@ -57,7 +58,7 @@ impl Session {
         Self(Arc::new(Inner {
             rings: (0..device.queues()).map(ring).collect(),
             window: device.open_window(),
-            started: Arc::default(),
+            life: Arc::default(),
             restarted: AtomicBool::new(false),
             device,
             refusal: OnceLock::new(),
@@ -75,8 +76,7 @@ impl Session {
     /// The connection is gone: whatever is still open is void.
     pub(crate) fn end(&self) -> Option<String> {
         *self.connection() = None;
-        self.0.started.store(false, Ordering::SeqCst);
-        self.0.window.stopped();
+        self.0.life.stop(|| self.0.window.stopped());
         self.0.window.ended();
         self.0.rings.iter().for_each(|ring| ring.end());
         self.0.device.session_ended();
@@ -114,13 +114,23 @@ impl Session {
         }
     }
 
+    /// Starts the ring, if it can be, and says whether it is the first one that the driver has begun anew.
+    fn start(&self, ring: &Ring, vring: &Vring) -> Option<(Started, bool)> {
+        self.0.life.start(|| {
+            let started = ring.start(vring)?;
+            let anew = started.afresh && !self.0.restarted.swap(true, Ordering::SeqCst);
+            Some((started, anew))
+        })
+    }
+
     /// A ring was started: bring the window up, then let the requests out of the ring.
-    fn started(&self, ring: &Arc<Ring>, started: Started) {
-        self.0.started.store(true, Ordering::SeqCst);
-        if started.afresh && !self.0.restarted.swap(true, Ordering::SeqCst) {
+    fn started(&self, ring: &Arc<Ring>, started: Started, anew: bool) {
+        if anew {
             self.0.device.restarted();
         }
-        if self.0.window.started() {
+        // Stopped again at once: then it must not be told; and bring_up() finds out by itself, and so does
+        // a ring that goes on although another one was stopped.
+        if self.0.life.if_started(|| self.0.window.started()) == Some(true) {
             debug!("ring {} started", ring.index());
             return ring.release(started.epoch);
         }
@@ -222,8 +232,8 @@ impl VhostUserBackend for Session {
     }
 
     fn set_backend_req_fd(&self, backend: BackendChannel) {
-        let started = self.0.started.clone();
-        let channel = ShmemMapper::new(backend, move || started.load(Ordering::SeqCst));
+        let life = self.0.life.clone();
+        let channel = ShmemMapper::new(backend, move || life.is_started());
         self.0.window.set_channel(channel);
     }
 
@@ -247,10 +257,10 @@ impl VhostUserBackend for Session {
 
     /// GET_VRING_BASE: the ring is not ours any more, and its maps may be dropped unsaid (Q10).
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
-        // First of all: who is about to send a map must not, and must not keep us waiting.
-        self.0.started.store(false, Ordering::SeqCst);
-        self.0.restarted.store(false, Ordering::SeqCst);
-        self.0.window.stopped();
+        self.0.life.stop(|| {
+            self.0.restarted.store(false, Ordering::SeqCst);
+            self.0.window.stopped();
+        });
         if let Some(ring) = self.0.rings.get(queue_index as usize) {
             ring.stop();
         }
@@ -270,8 +280,8 @@ impl VhostUserBackend for Session {
         let (Some(vring), Some(ring)) = (vrings.get(index), self.0.rings.get(index)) else {
             return Ok(());
         };
-        match ring.start(vring) {
-            Some(started) => self.started(ring, started),
+        match self.start(ring, vring) {
+            Some((started, anew)) => self.started(ring, started, anew),
             None => ring.drain(),
         }
         Ok(())

@@ -6,6 +6,7 @@
 //!
 //! 1. [`daemon`]: the socket, one session per front-end, the stop order.
 //!    `backend`: what the front-end asks: features, config space, window size.
+//!    `life`: whether the device is started.
 //! 2. [`vring`]: drains one ring into requests. [`request`]: one chain, checked.
 //!    `kick`: the library's ring, made patient.
 //! 3. [`device`]: the seam a device stands behind. [`pmem`]: virtio-pmem, the flush.
@@ -26,6 +27,7 @@ pub mod dax;
 pub mod device;
 pub mod fs;
 mod kick;
+mod life;
 mod lock;
 pub mod persist;
 pub mod pmem;
