@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: what the engine has done, in numbers. They order nothing.
+//! Step 4 of 6: what the engine has done, in numbers. They order nothing. (The devices count by the same
+//! [`Counter`].)
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -17,7 +18,7 @@ macro_rules! counters {
         impl Counters {
             /// Reads all of them.
             pub fn snapshot(&self) -> Snapshot {
-                Snapshot { $($name: self.$name.0.load(Ordering::Relaxed),)* }
+                Snapshot { $($name: self.$name.get(),)* }
             }
         }
     };
@@ -65,8 +66,12 @@ counters! {
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    pub(super) fn add(&self, n: u64) {
+    pub(crate) fn add(&self, n: u64) {
         self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
     }
 
     pub(super) fn set(&self, n: u64) {

@@ -5,13 +5,14 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use log::warn;
 use nix::errno::Errno;
 use virtiofsd::fuse::{Attr, RemovemappingOne, SetupmappingIn};
 
+use crate::dax::counters::Counter;
 use crate::dax::engine::{Engine, GrantError};
 use crate::dax::entry::{PAGE_BYTES, PMD_BYTES, PageIndex};
 use crate::dax::extent::Access;
@@ -52,7 +53,7 @@ pub(super) struct Dax {
     mapping: AtomicBool,
     /// It wants a flag on each file that is to be mapped.
     flags_wanted: AtomicBool,
-    pub(super) removals: AtomicU64,
+    pub(super) removals: Counter,
 }
 
 /// What goes wrong in the engine, as the guest is told. Never EAGAIN, nor ENOMEM for want of maps: a guest
@@ -87,7 +88,7 @@ impl Dax {
             policy,
             mapping: AtomicBool::new(false),
             flags_wanted: AtomicBool::new(false),
-            removals: AtomicU64::new(0),
+            removals: Counter::default(),
         })
     }
 
@@ -220,7 +221,7 @@ impl Dax {
             .collect();
         let spans = spans.map_err(|e| guest_error(&e))?;
         let done = self.engine.revoke(&spans);
-        self.removals.fetch_add(removals.len() as u64, Ordering::Relaxed);
+        self.removals.add(removals.len() as u64);
         self.nodes.drop_idle();
         done.map_err(|e| guest_error(&e))
     }

@@ -48,7 +48,7 @@ use crate::window::{MapError, ShmemMapper, WindowBytes};
 use self::dax::Dax;
 use self::opened::Opened;
 use self::pool::Pool;
-use self::server::{Message, Serve, Server, Tally, bump, pace};
+use self::server::{Message, Serve, Server, Tally, pace};
 use self::stretch::{Stretch, Unavailable};
 
 pub use self::nodes::MakePersist;
@@ -266,7 +266,7 @@ impl Device for Fs {
                 self.pool.submit(pace, move || server.serve(request, message));
             }
             Err(_) => {
-                bump(&self.server.tally().malformed);
+                self.server.tally().malformed.add(1);
                 if let Some(held_back) = self.log_limit.allow(Instant::now()) {
                     warn!(
                         "the guest sent a chain that holds no FUSE message \
@@ -289,16 +289,15 @@ impl Device for Fs {
     }
 
     fn report(&self) {
-        let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         let Tally { requests, errors, malformed } = self.server.tally();
-        let (requests, errors, malformed) = (read(requests), read(errors), read(malformed));
+        let (requests, errors, malformed) = (requests.get(), errors.get(), malformed.get());
         let window = self.dax.as_ref().map_or(String::from("none"), |dax| {
             let counters = dax.engine().counters().snapshot();
             format!(
                 "grants={} refused={} removals={} 2M-entries={} 4K-entries={} file-ends=passthrough",
                 counters.grants,
                 counters.grants_failed,
-                read(&dax.removals),
+                dax.removals.get(),
                 counters.pmd,
                 counters.pte
             )

@@ -13,6 +13,7 @@ use virtiofsd::filesystem::{Context, FileSystem};
 use virtiofsd::fuse::{InHeader, Opcode, WriteIn};
 use vm_memory_of_virtiofsd::ByteValued;
 
+use crate::dax::counters::Counter;
 use crate::request::Request;
 
 use super::dax::Dax;
@@ -25,14 +26,9 @@ use super::pool::Pace;
 /// What has been asked and answered.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
-    pub(super) requests: AtomicU64,
-    pub(super) errors: AtomicU64,
-    pub(super) malformed: AtomicU64,
-}
-
-pub(super) fn bump(counter: &AtomicU64) {
-    // Relaxed: the counters order nothing.
-    counter.fetch_add(1, Ordering::Relaxed);
+    pub(super) requests: Counter,
+    pub(super) errors: Counter,
+    pub(super) malformed: Counter,
 }
 
 /// The head of a message, copied out of the guest's memory: what it says can't change any more.
@@ -154,7 +150,7 @@ where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
 {
     fn serve(&self, mut request: Request, message: Message) {
-        bump(&self.tally.requests);
+        self.tally.requests.add(1);
         let header = message.header;
         debug!("{:?} nodeid={} unique={}", message.opcode(), header.nodeid, header.unique);
         let done = catch_unwind(AssertUnwindSafe(|| self.dispatch(&mut request, &message)));
@@ -163,7 +159,7 @@ where
             Err(Errno::EIO.into())
         });
         if let Err(e) = &done {
-            bump(&self.tally.errors);
+            self.tally.errors.add(1);
             debug!("{:?} unique={}: {e}", message.opcode(), header.unique);
         }
         self.answer(request, header.unique, done);

@@ -10,13 +10,13 @@ mod file;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use log::{error, info, warn};
 use vm_memory::GuestMemoryMmap;
 
 use crate::config::PmemSize;
+use crate::dax::counters::Counter;
 use crate::dax::engine::{Engine, Space};
 use crate::dax::entry::PageIndex;
 use crate::dax::extent::{Access, FileExtents};
@@ -56,14 +56,9 @@ pub struct Counters {
 
 #[derive(Default)]
 struct Tally {
-    flushes: AtomicU64,
-    failed: AtomicU64,
-    malformed: AtomicU64,
-}
-
-fn bump(counter: &AtomicU64) {
-    // Relaxed: the counters order nothing.
-    counter.fetch_add(1, Ordering::Relaxed);
+    flushes: Counter,
+    failed: Counter,
+    malformed: Counter,
 }
 
 /// A virtio-pmem device over one file: one write grant of the whole file, for the device's life. It
@@ -128,17 +123,16 @@ impl Pmem {
 
     /// What the device has done so far.
     pub fn counters(&self) -> Counters {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Counters {
-            flushes: read(&self.tally.flushes),
+            flushes: self.tally.flushes.get(),
             syncs: self.engine.counters().snapshot().syncs,
-            failed: read(&self.tally.failed),
-            malformed: read(&self.tally.malformed),
+            failed: self.tally.failed.get(),
+            malformed: self.tally.malformed.get(),
         }
     }
 
     fn log_bad_request(&self, what: &str) {
-        bump(&self.tally.malformed);
+        self.tally.malformed.add(1);
         if let Some(held_back) = self.log_limit.allow(Instant::now()) {
             warn!("the guest sent a bad request: {what} ({held_back} more such lines held back)");
         }
@@ -221,7 +215,7 @@ impl Device for Pmem {
             }
         };
         if is_flush {
-            bump(&self.tally.flushes);
+            self.tally.flushes.add(1);
         }
         // Bad requests queue up too: answers must keep the order of the ring.
         let needs_sync = is_flush && !request.window_lost();
@@ -293,7 +287,7 @@ impl Waiter for Pending {
     fn answer(self, durable: bool) {
         let kept = self.needs_sync && durable;
         if self.is_flush && !kept {
-            bump(&self.tally.failed);
+            self.tally.failed.add(1);
         }
         self.request.complete(if kept { STATUS_OK } else { STATUS_FAILED });
     }
