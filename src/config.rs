@@ -11,6 +11,7 @@ use std::str::FromStr;
 use thiserror::Error;
 
 use crate::fs::{FsConfig, FsError};
+use crate::persist::{PersistError, PersistMode};
 use crate::pmem::PmemFileSpec;
 
 const KIB: u64 = 1 << 10;
@@ -31,6 +32,8 @@ pub struct PmemConfig {
     pub socket: SocketSpec,
     /// The file and what to do if it is missing.
     pub file: PmemFileSpec,
+    /// What makes its bytes durable.
+    pub persist: PersistMode,
     /// Offer CONFIGURE_MEM_SLOTS.
     pub mem_slots: bool,
     /// Wait for the next front-end when one has gone.
@@ -167,12 +170,18 @@ pub enum ConfigError {
     MissingDirectory { path: PathBuf, dir: PathBuf },
     #[error("--file {path} is a directory; name a file in it, for example --file {example}", path = .0.display(), example = .0.join("pmem.img").display())]
     Directory(PathBuf),
-    #[error("--file {path} is no regular file; name one, or a new one with --size", path = .0.display())]
+    #[error("--file {path} is neither a regular file nor a device-DAX node; name one, or a new file with --size", path = .0.display())]
     NotRegular(PathBuf),
     #[error("--file {path}: {error}; the daemon (uid {uid}) must be able to read and write it", path = .path.display())]
     NoAccess { path: PathBuf, uid: u32, error: io::Error },
     #[error("--file {path}: {error}; grow it with 'truncate -s SIZE FILE'", path = .path.display())]
     FileSize { path: PathBuf, error: SizeError },
+    #[error("--file {path}: {error}; make its namespace anew with 'ndctl create-namespace --align 2M --size SIZE'", path = .path.display())]
+    NodeSize { path: PathBuf, error: SizeError },
+    #[error("--persist=cacheline: {path}: not each page can have a block ({error}); free some space, or take --persist=sync", path = .path.display())]
+    Blocks { path: PathBuf, error: io::Error },
+    #[error("{path}: {error}", path = .path.display())]
+    Persist { path: PathBuf, error: PersistError },
     #[error("--file {path} is {actual}, not {wanted}; give --size {actual} or leave --size out", path = .path.display())]
     SizeDiffers { path: PathBuf, actual: PmemSize, wanted: PmemSize },
     #[error("--file {path}: no room for {size} ({error}); free some space, take a smaller --size, or add --sparse and never let the disk fill up", path = .path.display())]

@@ -20,8 +20,8 @@ use crate::backend::Session;
 use crate::config::{ConfigError, FsRunConfig, PmemConfig};
 use crate::device::Device;
 use crate::fs::{Fs, user_namespace};
-use crate::persist::Fdatasync;
-use crate::pmem::{Pmem, PmemFile};
+use crate::persist::{Backing, Durability, FilePersist};
+use crate::pmem::{Pmem, PmemFile, file_bytes};
 use crate::socket::{self, BoundSocket};
 
 /// How a session ended that did not end well.
@@ -65,9 +65,15 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
     let signals = block_signals()?;
     let checked = socket::check(&config.socket)?;
     let file = PmemFile::open(&config.file)?;
+    let path = &config.file.path;
+    let chosen = Durability::choose(Backing::of(file.file()), config.persist)
+        .map_err(|error| ConfigError::Persist { path: path.clone(), error })?;
+    let FilePersist { persist, direct } = chosen.persist(file.file(), file_bytes(file.file())?)?;
+    if let Some(direct) = direct.filter(|_| chosen.backing == Backing::DaxFile) {
+        file.settle_blocks(path, &direct)?;
+    }
     let listening = checked.listen()?;
-    let file = file.keep();
-    let persist = Box::new(Fdatasync(file.clone()));
+    let file = file.keep(chosen);
     let pmem = Pmem::with_mem_slots(file, persist, config.mem_slots)?;
     let what = format!("{}: {}", config.file.path.display(), pmem.size());
     run(signals, listening, pmem, &what, config.keep_listening)

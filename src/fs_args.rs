@@ -234,6 +234,7 @@ impl FsArgs {
                 Dax::Inode => DaxPolicy::Inode(self.dax_threshold.0),
                 Dax::Always => DaxPolicy::Always,
             },
+            persist: self.common.persist.into(),
             mem_slots: self.mem_slots == OnOff::On,
             request_queues: self.num_request_queues,
             threads: self.thread_pool_size,

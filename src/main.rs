@@ -15,6 +15,7 @@ use log::LevelFilter;
 
 use vhost_user_dax::config::{PmemConfig, PmemSize, SocketSpec};
 use vhost_user_dax::daemon::{DaemonError, run_fs, run_pmem};
+use vhost_user_dax::persist::PersistMode;
 use vhost_user_dax::pmem::PmemFileSpec;
 
 use fs_args::FsArgs;
@@ -47,6 +48,11 @@ struct Common {
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     fd: Option<RawFd>,
 
+    /// What makes the guest's bytes durable: the kernel ('sync'), this daemon by cache lines where the bytes
+    /// lie in persistent memory or memory ('cacheline'), or what that asks for ('auto')
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    persist: Persist,
+
     /// When the VM goes, wait for the next one instead of exiting
     #[arg(long)]
     keep_listening: bool,
@@ -70,6 +76,24 @@ impl Common {
     }
 }
 
+/// `--persist`
+#[derive(Clone, Copy, ValueEnum)]
+enum Persist {
+    Auto,
+    Sync,
+    Cacheline,
+}
+
+impl From<Persist> for PersistMode {
+    fn from(persist: Persist) -> Self {
+        match persist {
+            Persist::Auto => Self::Auto,
+            Persist::Sync => Self::Sync,
+            Persist::Cacheline => Self::Cacheline,
+        }
+    }
+}
+
 /// A switch that has a default.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum OnOff {
@@ -88,7 +112,7 @@ struct PmemArgs {
     #[command(flatten)]
     common: Common,
 
-    /// The file to serve; its size must be a multiple of 2 MiB
+    /// The file to serve, or a device-DAX node (/dev/dax0.0); its size must be a multiple of 2 MiB
     #[arg(long, value_name = "PATH", required_unless_present = "print_capabilities")]
     file: Option<PathBuf>,
 
@@ -172,7 +196,13 @@ fn pmem_config(args: PmemArgs) -> Option<PmemConfig> {
     let socket = args.common.socket()?;
     let file = PmemFileSpec { path: args.file?, size: args.size, sparse: args.sparse };
     let mem_slots = args.mem_slots == OnOff::On;
-    Some(PmemConfig { socket, file, mem_slots, keep_listening: args.common.keep_listening })
+    Some(PmemConfig {
+        socket,
+        file,
+        persist: args.common.persist.into(),
+        mem_slots,
+        keep_listening: args.common.keep_listening,
+    })
 }
 
 /// Lines go to stderr without a time: systemd and libvirt add their own.

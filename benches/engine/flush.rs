@@ -67,7 +67,7 @@ fn pmem(bytes: u64) -> Loaded {
     let file = tempfile::tempfile().unwrap();
     file.set_len(bytes).unwrap();
     let engine = Engine::new(WindowBytes(bytes), Arc::new(AnyMapper), MOST_MAPS);
-    let source = Box::new(FileExtents::preallocated(Arc::new(file)));
+    let source = Box::new(FileExtents::preallocated(Arc::new(file), bytes));
     let space = engine.space(source, Box::new(AtOnce { kernel_tracks: true }));
     let last = PageIndex::of_byte(bytes - 1);
     Loaded { engine, space, last }

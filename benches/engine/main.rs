@@ -10,6 +10,7 @@
 
 mod doubles;
 mod flush;
+mod lines;
 mod measure;
 mod memory;
 mod memory_count;
@@ -27,8 +28,8 @@ use report::Verdicts;
 
 type Point = fn(Effort, &mut Verdicts);
 
-const POINTS: [Point; 5] =
-    [writeback::bench, writer::bench, versus::bench, memory::bench, flush::bench];
+const POINTS: [Point; 6] =
+    [writeback::bench, writer::bench, versus::bench, memory::bench, flush::bench, lines::bench];
 
 fn main() -> ExitCode {
     let effort = Effort::from_env();

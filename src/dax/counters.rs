@@ -53,6 +53,8 @@ counters! {
     splits,
     /// Entries written back.
     flushes,
+    /// Fences behind batches of them.
+    fences,
     /// Syncs of a whole file.
     syncs,
     /// Bytes written back entry by entry.

@@ -71,6 +71,24 @@ impl Space {
         lock(&self.coverage).runs_kept()
     }
 
+    /// Whether live write grants cover all of `bytes` from byte `from` on: then they have blocks (behaviour
+    /// 16), for as long as nobody may change that: see the gate.
+    pub(crate) fn may_be_written(&self, from: FileOffset, bytes: u64) -> bool {
+        let Some(last) = bytes.checked_sub(1).and_then(|more| from.0.checked_add(more)) else {
+            return false;
+        };
+        let (first, last) = (PageIndex::of_byte(from.0), PageIndex::of_byte(last));
+        let runs = lock(&self.coverage).runs(first, last);
+        let mut next = first;
+        for (start, end, count) in runs {
+            if start > next || count.writes == 0 {
+                return false;
+            }
+            next = end.next();
+        }
+        next > last
+    }
+
     /// Whether a writeback has failed, or what is dirty is no longer known: every later one fails.
     pub fn has_failed(&self) -> bool {
         *lock(&self.failed)

@@ -107,6 +107,12 @@ pub trait ExtentSource: Send + Sync {
     /// The system's.
     fn zero(&self, from: u64, bytes: u64, keep: bool) -> io::Result<()>;
 
+    /// Whether what [`write_at`](Self::write_at) stores goes past the processor's cache (behaviour 13), so
+    /// that only a fence is missing.
+    fn bypasses_cache(&self) -> bool {
+        false
+    }
+
     /// Reads, holes as zeros. May read less than asked, and 0 bytes only at the end of the file.
     ///
     /// # Errors
@@ -130,25 +136,26 @@ pub struct FileExtents {
     file: Arc<File>,
     /// What the front-end gets, if that is not the file itself.
     stretched: Option<Arc<File>>,
-    preallocated: bool,
+    /// All of it is one extent, of this many bytes.
+    preallocated: Option<u64>,
 }
 
 impl FileExtents {
     /// Asks the file system for holes, and allocates for write grants.
     pub fn new(file: Arc<File>) -> Self {
-        Self { file, stretched: None, preallocated: false }
+        Self { file, stretched: None, preallocated: None }
     }
 
     /// The same, and the front-end maps `stretched`: the same page cache, as long as one may wish. The
     /// chunk with the file's last byte is then mapped whole, so that a growth needs no message.
     pub fn stretched(file: Arc<File>, stretched: Arc<File>) -> Self {
-        Self { file, stretched: Some(stretched), preallocated: false }
+        Self { file, stretched: Some(stretched), preallocated: None }
     }
 
-    /// Takes the whole file as one extent: virtio-pmem's file was allocated when it was made, or its
-    /// user said `--sparse` and lives with the holes.
-    pub fn preallocated(file: Arc<File>) -> Self {
-        Self { file, stretched: None, preallocated: true }
+    /// Takes the whole file as one extent of `bytes`: virtio-pmem's file was allocated when it was made, or
+    /// its user said `--sparse` and lives with the holes; and a device-DAX node has no holes.
+    pub fn preallocated(file: Arc<File>, bytes: u64) -> Self {
+        Self { file, stretched: None, preallocated: Some(bytes) }
     }
 
     /// The first byte from `from` on that is data or a hole; the end of the file counts as a hole.
@@ -184,7 +191,10 @@ impl ExtentSource for FileExtents {
     }
 
     fn file_bytes(&self) -> io::Result<u64> {
-        Ok(self.file.metadata()?.len())
+        match self.preallocated {
+            Some(bytes) => Ok(bytes),
+            None => Ok(self.file.metadata()?.len()),
+        }
     }
 
     fn mappable_bytes(&self, file_bytes: u64) -> u64 {
@@ -209,7 +219,7 @@ impl ExtentSource for FileExtents {
     }
 
     fn allocate(&self, first: PageIndex, last: PageIndex) -> io::Result<()> {
-        if self.preallocated {
+        if self.preallocated.is_some() {
             return Ok(());
         }
         // Never past the end of the file: KEEP_SIZE would leave blocks there that nobody sees.
@@ -225,7 +235,7 @@ impl ExtentSource for FileExtents {
         let by_place = Block::new(page.0)
             .map(Backed::Mapped)
             .ok_or_else(|| io::Error::from_raw_os_error(Errno::EFBIG as i32))?;
-        if self.preallocated || access == Access::Write {
+        if self.preallocated.is_some() || access == Access::Write {
             return Ok(run(pages, by_place));
         }
         let until = |byte: Option<u64>, pages: u64| match byte {

@@ -27,7 +27,7 @@
 //! |---|---|---|
 //! | gate (one per space) | length and blocks; shared by grants, reads, writes and writebacks | all of them |
 //! | turn of the window (one per engine) | grants and maps | round trips; allocation in a re-fault |
-//! | an entry's lock bit | that entry; never two at once | its flush, its `unmap_hole`, its lookup |
+//! | an entry's lock bit | that entry; more than one only in a writeback's batch, in the file's order | its flush, its `unmap_hole`, its lookup |
 //! | ------ | | |
 //! | index mutex (one per space) | entries, their marks and lock bits | nothing |
 //! | wait bucket | who waits for an entry | nothing |
@@ -60,6 +60,7 @@
 
 pub mod counters;
 mod coverage;
+pub mod direct;
 pub mod engine;
 pub mod entry;
 pub mod extent;

@@ -98,8 +98,11 @@ impl Engine {
         if space.tracks() {
             // Written back at once: no entry need know of it, and there may be none.
             self.check_failed(space)?;
-            let lines = space.persist.flush(first * PAGE_BYTES, (end - first) * PAGE_BYTES);
-            self.note(space, lines)?;
+            if !space.source.bypasses_cache() {
+                let lines = space.persist.flush(first * PAGE_BYTES, (end - first) * PAGE_BYTES);
+                self.note(space, lines)?;
+            }
+            space.persist.fence();
         }
         self.fill_holes(space, PageIndex(first), PageIndex(end - 1))?;
         Ok(done)

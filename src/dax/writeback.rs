@@ -5,8 +5,9 @@
 use std::io;
 
 use super::engine::{Engine, Space};
-use super::entry::{Entry, PageIndex};
+use super::entry::{Entry, PAGE_BYTES, PageIndex};
 use super::index::Mark;
+use super::space::Held;
 use super::sync::lock;
 use super::trace::trace_dax;
 
@@ -14,6 +15,19 @@ use super::trace::trace_dax;
 /// The kernel's PAGEVEC_SIZE of the seed is 14; tagging goes by 4096.
 const BATCH: usize = 64;
 const TAG_BATCH: u64 = 4096;
+
+/// An entry whose lines are on their way to the memory: held, and marked as such.
+struct Flushing<'a> {
+    held: Held<'a>,
+    /// It lies under a write grant.
+    written: bool,
+}
+
+impl Drop for Flushing<'_> {
+    fn drop(&mut self) {
+        self.held.mark(Mark::Writeback, false);
+    }
+}
 
 impl Engine {
     /// Makes durable what the guest has stored in `first..=last` before the call.
@@ -39,9 +53,7 @@ impl Engine {
             let batch = self.batch(space, at, last);
             let Some((start, entry)) = batch.last() else { break };
             at = PageIndex(start.0 + entry.order().pages());
-            for (start, entry) in &batch {
-                self.writeback_one(space, *start, *entry)?;
-            }
+            self.writeback_batch(space, &batch)?;
         }
         self.wait_for_others(space, first, last);
         trace_dax!(writeback_range_done, space, first, "last={:#x}", last.0);
@@ -93,18 +105,48 @@ impl Engine {
         batch
     }
 
-    /// Behaviour 10.
-    fn writeback_one(&self, space: &Space, page: PageIndex, seen: Entry) -> io::Result<()> {
+    /// Flushes the entries, then fences once for all of them: only then are their lines where they belong,
+    /// so all stay locked until then. They are locked in the order of the file, and whoever else holds
+    /// an entry waits for no second one: nobody waits in a circle.
+    fn writeback_batch(&self, space: &Space, batch: &[(PageIndex, Entry)]) -> io::Result<()> {
+        let mut flushing = Vec::with_capacity(batch.len());
+        for (start, entry) in batch {
+            flushing.extend(self.begin_writeback(space, *start, *entry)?);
+        }
+        if flushing.is_empty() {
+            return Ok(());
+        }
+        space.persist.fence();
+        self.counters.fences.add(1);
+        for Flushing { held, written } in &flushing {
+            let pages = held.entry().order().pages();
+            self.counters.flushes.add(1);
+            self.counters.bytes_written_back.add(pages * PAGE_BYTES);
+            trace_dax!(writeback_one, space, held.start(), "pages={pages}");
+            if !written {
+                held.mark(Mark::Dirty, false);
+            }
+        }
+        Ok(())
+    }
+
+    /// Behaviour 10, up to the fence. None for what is not to be flushed any more.
+    fn begin_writeback<'a>(
+        &self,
+        space: &'a Space,
+        page: PageIndex,
+        seen: Entry,
+    ) -> io::Result<Option<Flushing<'a>>> {
         let entries = &space.entries;
         let (mut index, found) = entries.look(entries.index(), page);
-        let Some((start, entry)) = found else { return Ok(()) };
+        let Some((start, entry)) = found else { return Ok(None) };
         // Its block moved, or another flusher was here: done, or not ours any more. A hole has
         // nothing to write, whatever its marks say (behaviour 6).
         let moved = entry.block() != seen.block();
         if moved || !entry.is_real() || !index.is_marked(start, Mark::ToWrite) {
             drop(index);
             entries.pass_on(start);
-            return Ok(());
+            return Ok(None);
         }
         let held = entries.hold(&mut index, start, entry);
         // Cleared before the flush, and safe: whoever comes for this entry now waits for its lock.
@@ -114,24 +156,14 @@ impl Engine {
         // Behaviour 9: we can't write-protect the guest's view. Under a write grant there may be
         // new dirty lines at once, so the entry stays dirty until the last such grant is gone.
         // Looked up before the flush: a grant that goes during it may have stored behind it.
-        let written = {
-            let last = PageIndex(start.0 + entry.order().pages() - 1);
-            lock(&space.coverage).any(start, last, |count| count.writes > 0)
-        };
-        // All of it, also where only a part was asked for.
-        let bytes = entry.order().pages() * super::entry::PAGE_BYTES;
-        // A failure is noted before the entry is unlocked: whoever waits for it looks at that next.
-        let flushed = self.note(space, space.persist.flush(start.byte(), bytes));
-        held.mark(Mark::Writeback, false);
-        flushed?;
-        self.counters.flushes.add(1);
-        self.counters.bytes_written_back.add(bytes);
-        trace_dax!(writeback_one, space, start, "pages={}", entry.order().pages());
-        if !written {
-            held.mark(Mark::Dirty, false);
-        }
-        drop(held);
-        Ok(())
+        let last = PageIndex(start.0 + entry.order().pages() - 1);
+        let written = lock(&space.coverage).any(start, last, |count| count.writes > 0);
+        let flushing = Flushing { held, written };
+        // All of it, also where only a part was asked for. A failure is noted before the entry is
+        // unlocked: whoever waits for it looks at that next.
+        let bytes = entry.order().pages() * PAGE_BYTES;
+        self.note(space, space.persist.flush(start.byte(), bytes))?;
+        Ok(Some(flushing))
     }
 
     /// Entries of `first..=last` that have lost a grant: those without a write grant become clean,
@@ -179,7 +211,7 @@ impl Engine {
             index.get(start)
         };
         match entry {
-            Some((start, entry)) => self.writeback_one(space, start, entry),
+            Some((start, entry)) => self.writeback_batch(space, &[(start, entry)]),
             None => Ok(()),
         }
     }

@@ -18,12 +18,13 @@ use crate::dax::entry::{PAGE_BYTES, PMD_BYTES, PageIndex};
 use crate::dax::extent::Access;
 use crate::device::SessionWindow;
 use crate::lock::lock;
+use crate::persist::{Persist, PersistMode};
 use crate::window::layout::ShowError;
 use crate::window::{FileOffset, FrontEnd, WindowBytes, WindowOffset};
 
-use super::guest_io::WindowPlace;
+use super::guest_io::{PastCache, WindowPlace};
 use super::message::invalid;
-use super::nodes::{MakePersist, Node, Nodes};
+use super::nodes::{Node, Nodes};
 use super::settings::DaxPolicy;
 use super::stretch::Stretch;
 use super::window::FsWindow;
@@ -75,7 +76,7 @@ impl Dax {
         bytes: WindowBytes,
         policy: DaxPolicy,
         stretch: Stretch,
-        persist: Box<MakePersist>,
+        persist: PersistMode,
     ) -> io::Result<Self> {
         let front_end = Arc::new(FrontEnd::default());
         let engine = Arc::new(Engine::new(bytes, front_end.clone(), most_maps(bytes)));
@@ -257,7 +258,8 @@ impl Dax {
         self.engine.change(&node.space, at_least, change).map_err(|e| guest_error(&e))
     }
 
-    /// Lets `write` write `bytes` at byte `from` of the inode.
+    /// Lets `write` write `bytes` at byte `from` of the inode, past the processor's cache where it is told
+    /// how.
     ///
     /// # Errors
     /// The write's, or the engine's.
@@ -266,11 +268,39 @@ impl Dax {
         nodeid: u64,
         from: u64,
         bytes: u64,
+        write: impl FnOnce(Option<PastCache<'_>>) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let Some(node) = self.node(nodeid) else { return write(None) };
+        let (space, from) = (&node.space, FileOffset(from));
+        let done =
+            self.engine.write_by(space, from, bytes, || {
+                write(node.direct.as_deref().map(|direct| PastCache {
+                    direct,
+                    has_blocks: space.may_be_written(from, bytes),
+                }))
+            });
+        done.map_err(|e| guest_error(&e))
+    }
+
+    /// Lets `write` write at the end of the file, wherever that is by then.
+    ///
+    /// # Errors
+    /// The write's, or the engine's.
+    pub(super) fn append(
+        &self,
+        nodeid: u64,
         write: impl FnOnce() -> io::Result<usize>,
     ) -> io::Result<usize> {
         let Some(node) = self.node(nodeid) else { return write() };
-        let done = self.engine.write_by(&node.space, FileOffset(from), bytes, write);
-        done.map_err(|e| guest_error(&e))
+        self.change(nodeid, 0, || {
+            let end = node.space.source().file_bytes()?;
+            let done = write()?;
+            if let Some(direct) = &node.direct {
+                direct.write_back(end, done as u64)?;
+                direct.fence();
+            }
+            Ok(done)
+        })
     }
 
     /// Makes a hole, or zeros where a write grant needs the blocks. False if nothing is granted.

@@ -16,11 +16,14 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use nix::errno::Errno;
+use nix::sys::stat::futimens;
+use nix::sys::time::TimeSpec;
 use virtiofsd::filesystem::{ZeroCopyReader, ZeroCopyWriter};
 use virtiofsd::oslib::{self, ReadvFlags, WritevFlags};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 use crate::dax::engine::{Engine, Space};
+use crate::persist::Direct;
 use crate::request::Segment;
 use crate::window::{FileOffset, WindowBytes, WindowOffset};
 
@@ -275,10 +278,27 @@ impl ZeroCopyWriter for GuestWriter<'_> {
     }
 }
 
+/// How a WRITE reaches a file whose pages are the memory itself (behaviour 13).
+#[derive(Clone, Copy)]
+pub(super) struct PastCache<'a> {
+    /// The file's memory.
+    pub(super) direct: &'a Direct,
+    /// All of what is to be written lies in the file and has blocks: stores will do.
+    pub(super) has_blocks: bool,
+}
+
+impl PastCache<'_> {
+    /// The same; by the kernel unless `plain`.
+    pub(super) fn if_plain(self, plain: bool) -> Self {
+        Self { has_blocks: self.has_blocks && plain, ..self }
+    }
+}
+
 /// Buffers that a WRITE takes from.
 pub(super) struct GuestReader<'m> {
     pub(super) mem: &'m GuestMemoryMmap,
     pub(super) buffers: Buffers,
+    pub(super) past_cache: Option<PastCache<'m>>,
 }
 
 impl GuestReader<'_> {
@@ -289,7 +309,11 @@ impl GuestReader<'_> {
         off: i64,
         flags: Option<WritevFlags>,
     ) -> io::Result<usize> {
-        let done = match self.buffers.front_file() {
+        let front = self.buffers.front_file();
+        if let (None, Some(PastCache { direct, has_blocks: true })) = (&front, self.past_cache) {
+            return self.store(direct, file, count, off);
+        }
+        let done = match front {
             None => {
                 let slices = self.buffers.memory(self.mem, count)?;
                 let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard).collect();
@@ -313,6 +337,21 @@ impl GuestReader<'_> {
                 unsafe { oslib::writev_at(file.as_fd(), &[iovec], off, flags)? }
             }
         };
+        if let Some(PastCache { direct, .. }) = self.past_cache {
+            direct.write_back(off.cast_unsigned(), done as u64)?;
+        }
+        self.buffers.consume(done);
+        Ok(done)
+    }
+
+    /// Stores the front of the buffers past the cache, as a write of `file` would, which notes the time.
+    fn store(&mut self, direct: &Direct, file: &File, count: usize, off: i64) -> io::Result<usize> {
+        let mut done = 0;
+        for slice in self.buffers.memory(self.mem, count)? {
+            direct.store_from(off.cast_unsigned() + done as u64, &slice)?;
+            done += slice.len();
+        }
+        futimens(file, &TimeSpec::UTIME_OMIT, &TimeSpec::UTIME_NOW)?;
         self.buffers.consume(done);
         Ok(done)
     }

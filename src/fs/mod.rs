@@ -25,7 +25,6 @@ pub mod user_namespace;
 mod watch;
 mod window;
 
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -39,7 +38,7 @@ use virtiofsd::passthrough::{self, CachePolicy, NegotiationMode, PassthroughFs};
 use vm_memory::GuestMemoryMmap;
 
 use crate::device::{Device, SessionWindow};
-use crate::persist::{Fdatasync, Persist};
+use crate::persist::{Backing, Durability, PersistError};
 use crate::ratelimit::RateLimit;
 use crate::request::Request;
 use crate::vring::AtStop;
@@ -51,7 +50,6 @@ use self::pool::Pool;
 use self::server::{Message, Serve, Server, Tally, pace};
 use self::stretch::{Stretch, Unavailable};
 
-pub use self::nodes::MakePersist;
 pub use self::settings::{DaxPolicy, FsConfig, Tag, WindowSize};
 
 /// Bytes of the config space: tag, num_request_queues, and notify_buf_size (which only a device with a
@@ -73,6 +71,9 @@ pub enum FsError {
     /// `--uid-map` or `--gid-map` where that can't be.
     #[error("--uid-map, --gid-map: {0}")]
     Namespace(#[from] user_namespace::NamespaceError),
+    /// `--persist` where that can't be.
+    #[error("--shared-dir: {0}")]
+    Persist(PersistError),
     /// No threads.
     #[error("can't start: {0}")]
     Start(io::Error),
@@ -97,21 +98,7 @@ impl Fs {
     /// # Errors
     /// See [`FsError`].
     pub fn new(config: &FsConfig) -> Result<Arc<Self>, FsError> {
-        Self::with_persist(
-            config,
-            Box::new(|file: Arc<File>| Box::new(Fdatasync(file)) as Box<dyn Persist>),
-        )
-    }
-
-    /// The same, with other means to make a granted file durable.
-    ///
-    /// # Errors
-    /// See [`FsError`].
-    pub fn with_persist(
-        config: &FsConfig,
-        persist: Box<MakePersist>,
-    ) -> Result<Arc<Self>, FsError> {
-        let dax = make_dax(config, persist)?;
+        let dax = make_dax(config)?;
         let passthrough = passthrough_config(config);
         let server: Arc<dyn Serve> = if config.readonly {
             let fs = PassthroughFsRo::new(passthrough).map_err(FsError::Share)?;
@@ -153,7 +140,7 @@ where
 }
 
 /// The window, or a line that says why there is none.
-fn make_dax(config: &FsConfig, persist: Box<MakePersist>) -> Result<Option<Arc<Dax>>, FsError> {
+fn make_dax(config: &FsConfig) -> Result<Option<Arc<Dax>>, FsError> {
     if config.window == WindowSize::NONE || config.dax == DaxPolicy::Never {
         info!("no window: every access is a request");
         return Ok(None);
@@ -176,8 +163,14 @@ fn make_dax(config: &FsConfig, persist: Box<MakePersist>) -> Result<Option<Arc<D
             return Ok(None);
         }
     };
+    let durability = Durability::choose(Backing::of_dir(&config.shared_dir), config.persist);
+    let durability = durability.map_err(FsError::Persist)?;
+    info!("the share is in {}", durability.promise());
+    if let Some(warning) = durability.backing.warning() {
+        warn!("the share {warning}");
+    }
     info!("a window of {}; the ends of files are mapped by FUSE passthrough", config.window);
-    let dax = Dax::new(config.window.bytes(), config.dax, stretch, persist);
+    let dax = Dax::new(config.window.bytes(), config.dax, stretch, config.persist);
     Ok(Some(Arc::new(dax.map_err(FsError::Start)?)))
 }
 

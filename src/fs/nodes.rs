@@ -11,16 +11,14 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use log::warn;
 
+use crate::dax::direct::DirectExtents;
 use crate::dax::engine::{Engine, Space};
-use crate::dax::extent::FileExtents;
+use crate::dax::extent::{ExtentSource, FileExtents};
 use crate::lock::lock;
-use crate::persist::Persist;
+use crate::persist::{Direct, Durability, FilePersist, PersistMode};
 
 use super::stretch::{Stretch, StretchedFile};
 use super::watch::{Watch, Watching};
-
-/// How the bytes of a file are made durable: a seam, so that a test can make it slow or fail.
-pub type MakePersist = dyn Fn(Arc<File>) -> Box<dyn Persist> + Send + Sync;
 
 /// Device and inode number: what a file is known by, whatever number the guest gave it. A bind mount
 /// in the share shows the same file under two of those.
@@ -29,6 +27,8 @@ type FileId = (u64, u64);
 /// A file that is or is about to be granted.
 pub(super) struct Node {
     pub(super) space: Arc<Space>,
+    /// Its memory, where cache lines count.
+    pub(super) direct: Option<Arc<Direct>>,
     id: FileId,
     /// How many numbers of the guest's the table has for it.
     names: AtomicUsize,
@@ -48,7 +48,7 @@ pub(super) struct Nodes {
     engine: Arc<Engine>,
     stretch: Stretch,
     watch: Watch,
-    persist: Box<MakePersist>,
+    persist: PersistMode,
 }
 
 impl Nodes {
@@ -57,7 +57,7 @@ impl Nodes {
     pub(super) fn new(
         engine: Arc<Engine>,
         stretch: Stretch,
-        persist: Box<MakePersist>,
+        persist: PersistMode,
     ) -> io::Result<Self> {
         let watch = Watch::new(engine.clone())?;
         Ok(Self { table: Mutex::default(), engine, stretch, watch, persist })
@@ -112,7 +112,13 @@ impl Nodes {
         let stretched = self.stretch.open(&file)?;
         let file = Arc::new(file);
         let source = FileExtents::stretched(file.clone(), stretched.file().clone());
-        let space = self.engine.space(Box::new(source), (self.persist)(file.clone()));
+        let FilePersist { persist, direct } =
+            Durability::of_file(&file, self.persist).persist(&file, file.metadata()?.len())?;
+        let source: Box<dyn ExtentSource> = match &direct {
+            Some(direct) => Box::new(DirectExtents::new(source, direct.clone())),
+            None => Box::new(source),
+        };
+        let space = self.engine.space(source, persist);
         let watching = self.watch.add(&file, &space).inspect_err(|e| {
             warn!(
                 "a file can't be watched ({e}; fs.inotify.max_user_watches?): if it is made shorter \
@@ -121,6 +127,7 @@ impl Nodes {
         });
         Ok(Arc::new(Node {
             space,
+            direct,
             id,
             names: AtomicUsize::new(0),
             _stretched: stretched,

@@ -14,6 +14,7 @@ use virtiofsd::soft_idmap::cmdline::IdMap;
 
 use crate::config::{PmemSize, Size, SizeError};
 use crate::dax::entry::PMD_BYTES;
+use crate::persist::PersistMode;
 use crate::window::WindowBytes;
 
 /// Bytes of the tag in the config space (virtio 1.4 section 5.11.4).
@@ -145,6 +146,7 @@ pub struct FsConfig {
     pub tag: Tag,
     pub window: WindowSize,
     pub dax: DaxPolicy,
+    pub persist: PersistMode,
     pub mem_slots: bool,
     pub request_queues: u16,
     pub threads: usize,
@@ -179,6 +181,7 @@ impl FsConfig {
             tag,
             window,
             dax: DaxPolicy::Inode(DEFAULT_DAX_THRESHOLD.0),
+            persist: PersistMode::Auto,
             mem_slots: true,
             request_queues: 1,
             threads: DEFAULT_THREADS,

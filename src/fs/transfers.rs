@@ -16,7 +16,7 @@ use crate::dax::engine::Engine;
 use crate::request::Request;
 
 use super::dax::MAX_REMOVALS;
-use super::guest_io::{Buffers, GuestReader, GuestWriter, WindowPlace};
+use super::guest_io::{Buffers, GuestReader, GuestWriter, PastCache, WindowPlace};
 use super::message::{Args, IN_HEADER_BYTES, OUT_HEADER_BYTES, Reply, invalid};
 use super::operations::{open_flag, written};
 use super::server::{Message, Server};
@@ -85,12 +85,15 @@ where
         }
         let (ctx, nodeid) = (message.context(), message.nodeid());
         let (fh, size, from, flags) = (asked.fh, asked.size, asked.offset, asked.flags);
-        let write = || {
+        // What the kernel does beside writing is missed past the cache.
+        let plain = !kill_priv && !open_flag(flags, libc::O_DSYNC);
+        let write = |past_cache: Option<PastCache<'_>>| {
             if !request.touch() {
                 return Err(Errno::EIO.into());
             }
             let mem = request.memory();
-            let data = GuestReader { mem: &mem, buffers };
+            let past_cache = past_cache.map(|how| how.if_plain(plain));
+            let data = GuestReader { mem: &mem, buffers, past_cache };
             let done =
                 self.fs.write(ctx, nodeid, fh, data, size, from, owner, delayed, kill_priv, flags);
             // What follows may wait for the front-end.
@@ -100,10 +103,10 @@ where
         let done = match &self.dax {
             // Where it will go is not known before.
             Some(dax) if open_flag(flags, libc::O_APPEND) && !delayed => {
-                dax.change(nodeid, 0, write)?
+                dax.append(nodeid, || write(None))?
             }
             Some(dax) => dax.write(nodeid, from, u64::from(size), write)?,
-            None => write()?,
+            None => write(None)?,
         };
         Ok(written(done))
     }

@@ -1,43 +1,261 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What kind of file system a file lies on, and what that means for durability.
+//! What a file's bytes lie in, who knows which of them are dirty, and so what makes them durable.
 
-use std::fs::File;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use nix::sys::stat::{major, minor};
 use nix::sys::statfs::{self, BTRFS_SUPER_MAGIC, HUGETLBFS_MAGIC, TMPFS_MAGIC};
+use thiserror::Error;
 
-/// What a successful sync is worth on this file.
+use super::cacheline::Instruction;
+use super::direct::{Direct, maps_sync};
+use super::{Fdatasync, Persist};
+
+/// What a file's bytes lie in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backing {
-    /// A file system that keeps its blocks in place: allocated blocks stay allocated.
-    InPlace,
-    /// A file system that writes every block to a new place: a store may need space.
+    /// The page cache, over a file system that keeps its blocks in place.
+    PageCache,
+    /// The page cache, over a file system that writes every block to a new place.
     CopyOnWrite,
-    /// Memory: nothing survives power loss.
+    /// Persistent memory, under a file system that maps it (`-o dax`): MAP_SYNC works.
+    DaxFile,
+    /// A device-DAX node (`/dev/dax0.0`): persistent memory with no file system.
+    DeviceDax,
+    /// Memory: tmpfs, memfd, hugetlbfs.
     Memory,
 }
 
 impl Backing {
-    /// Asks the file system. One that can't say is taken for an ordinary one.
+    /// Asks the kernel. A file system that can't say is taken for an ordinary one.
     pub fn of(file: &File) -> Self {
+        if DaxNode::of(file).is_ok_and(|node| node.is_some()) {
+            return Self::DeviceDax;
+        }
+        match Self::of_file_system(file) {
+            Self::PageCache if maps_sync(file) => Self::DaxFile,
+            backing => backing,
+        }
+    }
+
+    /// The same of what files in a directory lie in. Nothing is left there.
+    pub fn of_dir(dir: &Path) -> Self {
+        let unnamed = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_TMPFILE)
+            .mode(0o600)
+            .open(dir);
+        match unnamed {
+            Ok(file) => Self::of(&file),
+            Err(_) => File::open(dir).map_or(Self::PageCache, |dir| Self::of_file_system(&dir)),
+        }
+    }
+
+    fn of_file_system(file: &File) -> Self {
         match statfs::fstatfs(file).map(|s| s.filesystem_type()) {
             Ok(TMPFS_MAGIC | HUGETLBFS_MAGIC) => Self::Memory,
             Ok(BTRFS_SUPER_MAGIC) => Self::CopyOnWrite,
-            _ => Self::InPlace,
+            _ => Self::PageCache,
         }
     }
 
     /// What the user must know at start, if anything.
     pub fn warning(self) -> Option<&'static str> {
         match self {
-            Self::InPlace => None,
+            Self::PageCache | Self::DaxFile | Self::DeviceDax => None,
             Self::CopyOnWrite => Some(
                 "lies on a copy-on-write file system: even an allocated file needs free space \
                  for each store, and a store that finds none kills the VM; keep space free",
             ),
-            Self::Memory => {
-                Some("lies in memory: a flush succeeds at once, and nothing survives power loss")
-            }
+            Self::Memory => Some("lies in memory: nothing survives power loss"),
         }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::PageCache | Self::CopyOnWrite => "the page cache",
+            Self::DaxFile => "a DAX file system",
+            Self::DeviceDax => "device-DAX",
+            Self::Memory => "memory",
+        }
+    }
+}
+
+/// `--persist`: who makes the guest's stores durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PersistMode {
+    /// What the backing asks for.
+    #[default]
+    Auto,
+    /// The kernel.
+    Sync,
+    /// We, by cache lines.
+    Cacheline,
+}
+
+/// Why a [`PersistMode`] can't be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum PersistError {
+    /// `cacheline` on the page cache.
+    #[error(
+        "--persist=cacheline: the file is in the page cache, where a line that was written back is lost \
+         with the power all the same; take auto or sync"
+    )]
+    PageCache,
+    /// `sync` on device-DAX.
+    #[error("--persist=sync: a device-DAX node has no sync; take auto or cacheline")]
+    DeviceDax,
+    /// A processor that has none of the instructions.
+    #[error("--persist=cacheline: this processor can't write back cache lines; take sync")]
+    NoInstruction,
+}
+
+/// What was chosen for a backing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Durability {
+    /// What the bytes lie in.
+    pub backing: Backing,
+    /// What writes them back from user mode; None where the kernel does all.
+    pub instruction: Option<Instruction>,
+}
+
+impl Durability {
+    /// # Errors
+    /// See [`PersistError`].
+    pub fn choose(backing: Backing, mode: PersistMode) -> Result<Self, PersistError> {
+        let lines = match (mode, backing) {
+            (PersistMode::Sync, Backing::DeviceDax) => return Err(PersistError::DeviceDax),
+            (PersistMode::Cacheline, Backing::PageCache | Backing::CopyOnWrite) => {
+                return Err(PersistError::PageCache);
+            }
+            (PersistMode::Sync, _) => false,
+            (PersistMode::Cacheline, _) => true,
+            // In memory nothing is gained by lines: 12 ms for each GiB of them, and no power loss survived.
+            (PersistMode::Auto, backing) => backing == Backing::DeviceDax,
+        };
+        let instruction = lines.then(Instruction::best);
+        if instruction == Some(None) {
+            return Err(PersistError::NoInstruction);
+        }
+        Ok(Self { backing, instruction: instruction.flatten() })
+    }
+
+    /// For one file of a share, which may lie on another file system than the share: what can't be had
+    /// there is the kernel's business.
+    pub fn of_file(file: &File, mode: PersistMode) -> Self {
+        let backing = Backing::of(file);
+        Self::choose(backing, mode).unwrap_or(Self { backing, instruction: None })
+    }
+
+    /// One line: what a flush is, and what it promises.
+    pub fn promise(self) -> String {
+        let flush = match self.instruction {
+            Some(instruction) => format!("{instruction} over the dirty lines, and a fence"),
+            None => "fdatasync, shared by all that wait".into(),
+        };
+        let promise = match self.backing {
+            Backing::Memory => "survives this daemon and the VM, but no power loss",
+            _ => "survives this daemon, the VM and power loss",
+        };
+        format!("{}: a flush is {flush}; what it has answered for {promise}", self.backing.name())
+    }
+
+    /// What keeps the promise for one file of `bytes`.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn persist(self, file: &Arc<File>, bytes: u64) -> io::Result<FilePersist> {
+        let direct = self
+            .instruction
+            .map(|instruction| Direct::new(file.clone(), bytes, self.backing, instruction));
+        Ok(match direct.transpose()? {
+            Some(direct) => FilePersist { persist: Box::new(direct.clone()), direct: Some(direct) },
+            None => FilePersist { persist: Box::new(Fdatasync(file.clone())), direct: None },
+        })
+    }
+}
+
+/// What makes one file durable.
+pub struct FilePersist {
+    /// The seam.
+    pub persist: Box<dyn Persist>,
+    /// The file's own memory, where cache lines count.
+    pub direct: Option<Arc<Direct>>,
+}
+
+/// A device-DAX node, as sysfs describes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DaxNode {
+    /// Its length.
+    pub bytes: u64,
+    /// What each of its maps must be a multiple of.
+    pub align_bytes: u64,
+}
+
+impl DaxNode {
+    /// None for anything else.
+    ///
+    /// # Errors
+    /// The system's, and InvalidData where sysfs says no number.
+    pub fn of(file: &File) -> io::Result<Option<Self>> {
+        let found = file.metadata()?;
+        if !found.file_type().is_char_device() {
+            return Ok(None);
+        }
+        let number = found.rdev();
+        let node = PathBuf::from(format!("/sys/dev/char/{}:{}", major(number), minor(number)));
+        let subsystem = fs::canonicalize(node.join("subsystem")).unwrap_or_default();
+        if subsystem.file_name().is_none_or(|name| name != "dax") {
+            return Ok(None);
+        }
+        let number = |name: &str| {
+            let text = fs::read_to_string(node.join(name))?;
+            text.trim().parse().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
+        };
+        Ok(Some(Self { bytes: number("size")?, align_bytes: number("align")? }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Shows: each backing is met with what keeps its promise, and nothing else can be asked for.
+    #[test]
+    fn each_backing_has_its_means() {
+        let lines = |backing, mode| {
+            Durability::choose(backing, mode).map(|chosen| chosen.instruction.is_some())
+        };
+        use {Backing as B, PersistMode as M};
+        for (backing, auto, sync, cacheline) in [
+            (B::PageCache, Ok(false), Ok(false), Err(PersistError::PageCache)),
+            (B::CopyOnWrite, Ok(false), Ok(false), Err(PersistError::PageCache)),
+            (B::DaxFile, Ok(false), Ok(false), Ok(true)),
+            (B::DeviceDax, Ok(true), Err(PersistError::DeviceDax), Ok(true)),
+            (B::Memory, Ok(false), Ok(false), Ok(true)),
+        ] {
+            assert_eq!(lines(backing, M::Auto), auto, "{backing:?}");
+            assert_eq!(lines(backing, M::Sync), sync, "{backing:?}");
+            assert_eq!(lines(backing, M::Cacheline), cacheline, "{backing:?}");
+        }
+    }
+
+    /// Shows: real files are told apart. (A DAX file and a device-DAX node: tests/direct_access.rs.)
+    #[test]
+    fn what_files_lie_in() {
+        let on_disk = tempfile::tempfile_in(".").unwrap();
+        assert!(matches!(Backing::of(&on_disk), Backing::PageCache | Backing::CopyOnWrite));
+        assert_eq!(Backing::of_dir(Path::new(".")), Backing::of(&on_disk));
+        let memory = tempfile::tempfile_in("/dev/shm").unwrap();
+        assert_eq!(Backing::of(&memory), Backing::Memory);
+        assert_eq!(Backing::of_dir(Path::new("/dev/shm")), Backing::Memory);
+        let null = File::open("/dev/null").unwrap();
+        assert_eq!(DaxNode::of(&null).unwrap(), None);
     }
 }

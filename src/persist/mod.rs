@@ -3,13 +3,17 @@
 //! Step 6 of 6: the `Persist` seam: what makes the file's bytes durable. Knows no virtio.
 
 mod backing;
+pub mod cacheline;
+mod direct;
 mod group;
+mod sigbus;
 
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-pub use backing::Backing;
+pub use backing::{Backing, DaxNode, Durability, FilePersist, PersistError, PersistMode};
+pub use direct::Direct;
 pub use group::{GroupSync, Waiter};
 
 /// Makes durable what has been stored so far.
@@ -26,14 +30,17 @@ pub trait Persist: Send + Sync + 'static {
         true
     }
 
-    /// Makes durable `bytes` of the file from byte `from` on, if the kernel does not track it.
-    /// The flush has ended when this returns, the fence included.
+    /// Begins to make durable `bytes` of the file from byte `from` on, if the kernel does not track it.
+    /// They are durable once this thread has called [`fence`](Self::fence).
     ///
     /// # Errors
     /// Final, as those of [`sync`](Self::sync).
     fn flush(&self, _from: u64, _bytes: u64) -> io::Result<()> {
         self.sync()
     }
+
+    /// Returns once all that this thread has flushed is durable: one for each batch of flushes.
+    fn fence(&self) {}
 }
 
 /// A file in the page cache or on a DAX file system: the kernel knows what is dirty.

@@ -4,7 +4,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 use nix::libc;
 
 use crate::config::{ConfigError, PmemSize, Size};
-use crate::persist::Backing;
+use crate::persist::{DaxNode, Direct, Durability};
 
 /// `st_blocks` counts in units of 512 bytes, whatever the file system's block size (stat(2)).
 const STAT_BLOCK_BYTES: u64 = 512;
@@ -28,6 +28,28 @@ pub struct PmemFileSpec {
     pub size: Option<PmemSize>,
     /// Leave holes in a file that is created, and accept them in one that exists.
     pub sparse: bool,
+}
+
+impl PmemFileSpec {
+    fn check_size(&self, actual: PmemSize) -> Result<(), ConfigError> {
+        match self.size {
+            Some(wanted) if wanted != actual => {
+                Err(ConfigError::SizeDiffers { path: self.path.clone(), actual, wanted })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The length of a regular file or of a device-DAX node.
+///
+/// # Errors
+/// The system's.
+pub fn file_bytes(file: &File) -> io::Result<u64> {
+    match DaxNode::of(file)? {
+        Some(node) => Ok(node.bytes),
+        None => Ok(file.metadata()?.len()),
+    }
 }
 
 /// An open, checked and locked file. One that was created here is removed again unless it is [kept](Self::keep).
@@ -45,6 +67,7 @@ impl PmemFile {
     pub fn open(spec: &PmemFileSpec) -> Result<Self, ConfigError> {
         match fs::metadata(&spec.path) {
             Ok(found) if found.is_dir() => Err(ConfigError::Directory(spec.path.clone())),
+            Ok(found) if found.file_type().is_char_device() => Self::open_node(spec),
             Ok(found) if !found.is_file() => Err(ConfigError::NotRegular(spec.path.clone())),
             Ok(_) => Self::open_existing(spec),
             Err(e) if e.kind() == io::ErrorKind::NotFound => match spec.size {
@@ -55,22 +78,27 @@ impl PmemFile {
         }
     }
 
+    /// A device-DAX node. It is of one piece, so its maps are as aligned as it is itself.
+    fn open_node(spec: &PmemFileSpec) -> Result<Self, ConfigError> {
+        let path = &spec.path;
+        let file = open_both_ways(path)?;
+        let node = DaxNode::of(&file).map_err(|e| open_error(path, e))?;
+        let node = node.ok_or_else(|| ConfigError::NotRegular(path.clone()))?;
+        lock(&file, path)?;
+        let actual = PmemSize::new(node.bytes)
+            .map_err(|error| ConfigError::NodeSize { path: path.clone(), error })?;
+        spec.check_size(actual)?;
+        Ok(Self { file: Arc::new(file), remove_on_drop: None })
+    }
+
     fn open_existing(spec: &PmemFileSpec) -> Result<Self, ConfigError> {
         let path = &spec.path;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(path)
-            .map_err(|e| open_error(path, e))?;
+        let file = open_both_ways(path)?;
         lock(&file, path)?;
         let found = file.metadata().map_err(|e| open_error(path, e))?;
         let actual = PmemSize::new(found.len())
             .map_err(|error| ConfigError::FileSize { path: path.clone(), error })?;
-        if let Some(wanted) = spec.size
-            && wanted != actual
-        {
-            return Err(ConfigError::SizeDiffers { path: path.clone(), actual, wanted });
-        }
+        spec.check_size(actual)?;
         let holes = actual.bytes().saturating_sub(found.blocks() * STAT_BLOCK_BYTES);
         if holes > 0 && !spec.sparse {
             warn!(
@@ -137,9 +165,25 @@ impl PmemFile {
         &self.file
     }
 
-    /// Keeps the file, and says what its file system means for durability.
-    pub fn keep(mut self) -> Arc<File> {
-        if let Some(warning) = Backing::of(&self.file).warning() {
+    /// Makes all that a later store needs durable beforehand, where only its cache lines will be written
+    /// back: each page of a file on a DAX file system gets its block.
+    ///
+    /// # Errors
+    /// No space, most likely.
+    pub fn settle_blocks(&self, path: &Path, direct: &Direct) -> Result<(), ConfigError> {
+        let bytes = self.file.metadata().map_err(|e| open_error(path, e))?.len();
+        let length = bytes as libc::off_t; // It is the length of a file.
+        info!("giving each page of {} a block that is durably its own", path.display());
+        let done = fallocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, length)
+            .map_err(io::Error::from)
+            .and_then(|()| direct.settle_blocks(bytes));
+        done.map_err(|error| ConfigError::Blocks { path: path.to_owned(), error })
+    }
+
+    /// Keeps the file, and says what flushes of it are worth.
+    pub fn keep(mut self, durability: Durability) -> Arc<File> {
+        info!("the pmem file is in {}", durability.promise());
+        if let Some(warning) = durability.backing.warning() {
             warn!("the pmem file {warning}");
         }
         self.remove_on_drop = None;
@@ -155,6 +199,10 @@ impl Drop for PmemFile {
             warn!("{}: can't remove the unfinished file: {e}", path.display());
         }
     }
+}
+
+fn open_both_ways(path: &Path) -> Result<File, ConfigError> {
+    OpenOptions::new().read(true).write(true).open(path).map_err(|e| open_error(path, e))
 }
 
 /// An open-file-description lock on the whole file (fcntl(2), F_OFD_SETLK). It also keeps out a

@@ -28,7 +28,7 @@ use crate::vring::AtStop;
 use crate::window::{FileOffset, FrontEnd, MapError, ShmemMapper, WholeFile};
 use crate::window::{WindowBytes, WindowOffset};
 
-pub use file::{PmemFile, PmemFileSpec};
+pub use file::{PmemFile, PmemFileSpec, file_bytes};
 
 /// Feature bit 0: the region is shared memory region 0, not an address in the config space.
 pub const VIRTIO_PMEM_F_SHMEM_REGION: u64 = 1 << 0;
@@ -93,12 +93,13 @@ impl Pmem {
         persist: Box<dyn Persist>,
         mem_slots: bool,
     ) -> io::Result<Arc<Self>> {
-        let size = PmemSize::new(file.metadata()?.len())
+        let size = PmemSize::new(file_bytes(&file)?)
             .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e.to_string()))?;
         let front_end = Arc::new(FrontEnd::default());
         let window = WindowBytes(size.bytes());
         let engine = Arc::new(Engine::new(window, front_end.clone(), 1));
-        let space = engine.space(Box::new(FileExtents::preallocated(file.clone())), persist);
+        let space =
+            engine.space(Box::new(FileExtents::preallocated(file.clone(), size.bytes())), persist);
         engine
             .span(WindowOffset(0), window)
             .and_then(|whole| engine.grant(&space, FileOffset(0), whole, Access::Write))

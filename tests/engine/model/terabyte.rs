@@ -116,7 +116,7 @@ fn run(source: FileExtents, most_written: u64) {
 #[ignore = "a_million_steps_over_a_tebibyte_leave_nothing_behind runs it"]
 fn in_a_process_of_its_own() {
     run(FileExtents::new(file()), WRITTEN_BYTES);
-    run(FileExtents::preallocated(file()), FILE_BYTES);
+    run(FileExtents::preallocated(file(), FILE_BYTES), FILE_BYTES);
 }
 
 /// Shows: a 1 TiB sparse file, granted and removed at random for a million steps, leaves no entry, no

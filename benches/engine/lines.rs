@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Point 6: cache lines, the daemon's way, against libpmem (PMDK): write-back of dirty and of clean memory,
+//! and copies past the cache. Both sides work on the same pages of memory.
+
+#![allow(unsafe_code)] // Calls a C library, and shares memory with it.
+
+use std::fs::File;
+use std::hint::black_box;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use nix::libc;
+use vhost_user_dax::persist::{Backing, Direct, Durability, Persist, PersistMode};
+
+use super::measure::{Effort, Samples, nanos};
+use super::report::{Table, Verdicts, headline, short};
+
+const KIB: usize = 1 << 10;
+const MIB: usize = 1 << 20;
+const SIZES: [(&str, usize); 3] = [("4 KiB", 4 * KIB), ("2 MiB", 2 * MIB), ("256 MiB", 256 * MIB)];
+/// The largest.
+const BYTES: usize = 256 * MIB;
+/// PMEM_F_MEM_NONTEMPORAL, and PMEM_F_MEM_NODRAIN.
+const NONTEMPORAL: libc::c_uint = 1 << 1 | 1 << 0;
+
+type Flush = unsafe extern "C" fn(*const u8, usize);
+type Drain = unsafe extern "C" fn();
+type Memcpy = unsafe extern "C" fn(*mut u8, *const u8, usize, libc::c_uint) -> *mut u8;
+
+/// The functions of libpmem.
+struct Libpmem {
+    flush: Flush,
+    drain: Drain,
+    memcpy: Memcpy,
+}
+
+impl Libpmem {
+    /// None where it is not installed.
+    fn load() -> Option<Self> {
+        // SAFETY: a library without surprises in its constructor; the names end in 0.
+        let library = unsafe { libc::dlopen(c"libpmem.so.1".as_ptr(), libc::RTLD_NOW) };
+        let symbol = |name: &std::ffi::CStr| {
+            // SAFETY: dlsym() of an open library, and a name that ends in 0.
+            let found = unsafe { libc::dlsym(library, name.as_ptr()) };
+            (!library.is_null() && !found.is_null()).then_some(found)
+        };
+        // SAFETY: these are the functions' types in libpmem.h.
+        unsafe {
+            Some(Self {
+                flush: std::mem::transmute::<*mut libc::c_void, Flush>(symbol(c"pmem_flush")?),
+                drain: std::mem::transmute::<*mut libc::c_void, Drain>(symbol(c"pmem_drain")?),
+                memcpy: std::mem::transmute::<*mut libc::c_void, Memcpy>(symbol(c"pmem_memcpy")?),
+            })
+        }
+    }
+}
+
+/// A file in memory, as the daemon maps it.
+struct Rig {
+    libpmem: Libpmem,
+    direct: Arc<Direct>,
+    base: *mut u8,
+    from: Vec<u8>,
+}
+
+impl Rig {
+    fn new(libpmem: Libpmem) -> Self {
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.set_len(BYTES as u64).unwrap();
+        let file = Arc::new(file);
+        let chosen = Durability::choose(Backing::Memory, PersistMode::Cacheline).unwrap();
+        let direct = chosen.persist(&file, BYTES as u64).unwrap().direct.unwrap();
+        let base = mapped(&file);
+        let rig = Self { libpmem, direct, base, from: vec![7; BYTES] };
+        rig.dirty(BYTES); // All pages are there.
+        rig
+    }
+
+    fn dirty(&self, bytes: usize) {
+        // SAFETY: mapped, and of this size.
+        unsafe { self.base.write_bytes(black_box(1), bytes) };
+    }
+
+    fn ours(&self, bytes: usize) {
+        self.direct.flush(0, bytes as u64).unwrap();
+        self.direct.fence();
+    }
+
+    fn theirs(&self, bytes: usize) {
+        // SAFETY: mapped.
+        unsafe {
+            (self.libpmem.flush)(self.base, bytes);
+            (self.libpmem.drain)();
+        }
+    }
+
+    fn copy_ours(&self, bytes: usize) {
+        self.direct.store(0, &self.from[..bytes]).unwrap();
+        self.direct.fence();
+    }
+
+    fn copy_theirs(&self, bytes: usize) {
+        // SAFETY: both are as long.
+        unsafe {
+            (self.libpmem.memcpy)(self.base, self.from.as_ptr(), bytes, NONTEMPORAL);
+            (self.libpmem.drain)();
+        }
+    }
+}
+
+/// Where the daemon's code has mapped the file: both sides shall work there.
+fn mapped(file: &File) -> *mut u8 {
+    let inode = file.metadata().unwrap().ino().to_string();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let line = maps.lines().find(|line| line.split_whitespace().nth(4) == Some(&inode)).unwrap();
+    let start = line.split('-').next().unwrap();
+    std::ptr::with_exposed_provenance_mut(usize::from_str_radix(start, 16).unwrap())
+}
+
+pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
+    headline(6, "Cache lines against libpmem: write-back and a fence, copies past the cache");
+    let Some(libpmem) = Libpmem::load() else {
+        println!("SKIPPED point 6: no libpmem.so.1 here (Debian: libpmem1)");
+        return;
+    };
+    let rig = Rig::new(libpmem);
+    let mut table = Table::new(&["what", "size", "ours us", "libpmem us", "libpmem / ours"]);
+    for (name, bytes) in SIZES {
+        for what in ["dirty", "clean", "copy"] {
+            // Each turn is long enough for the clock; what makes lines dirty is not timed.
+            let repeat = (effort.pick(8, 2) * MIB / bytes).max(1);
+            let side = |ours: bool| {
+                let mut spent = 0.0;
+                for _ in 0..repeat {
+                    if what == "dirty" {
+                        rig.dirty(bytes);
+                    }
+                    spent += nanos(|| match (what, ours) {
+                        ("copy", true) => rig.copy_ours(bytes),
+                        ("copy", false) => rig.copy_theirs(bytes),
+                        (_, true) => rig.ours(bytes),
+                        (_, false) => rig.theirs(bytes),
+                    });
+                }
+                spent / repeat as f64
+            };
+            // Alternately who is first.
+            let samples = Samples::of((0..effort.pick(41, 5)).map(|round| {
+                let first = side(round % 2 == 0);
+                let second = side(round % 2 != 0);
+                if round % 2 == 0 { [first, second] } else { [second, first] }
+            }));
+            let ratio = samples.ratio(1, 0);
+            let micros = |side| short(samples.median(side) / 1000.0);
+            table.row(&[&what, &name, &micros(0), &micros(1), &short(ratio)]);
+            verdicts.aim(
+                ratio >= 1.0,
+                format!("6. {what}, {name}: {} of libpmem (aim 1.0)", short(ratio)),
+            );
+        }
+    }
+    table.print();
+}

@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Cache lines: the instructions that write them back, and stores that go past the cache. Knows no file.
+//!
+//! All that depends on the processor is here. Lines are written back by the first of these that the
+//! processor has: CLWB, CLFLUSHOPT, CLFLUSH on x86-64; DC CVAP, DC CVAC on aarch64. Nothing is durable
+//! before a [`fence`].
+
+#![allow(unsafe_code)] // Instructions, and stores by raw pointer: what each needs is said there.
+
+use std::fmt;
+
+#[cfg(target_arch = "aarch64")]
+use aarch64 as arch;
+#[cfg(target_arch = "x86_64")]
+use x86_64 as arch;
+
+pub use arch::{Instruction, fence};
+
+/// Below this many bytes, stores and a write-back of their lines cost less than stores past the cache.
+const SHORT_BYTES: usize = 256;
+
+/// The length of a line, always a power of two.
+#[derive(Clone, Copy)]
+struct LineBytes(u32);
+
+impl LineBytes {
+    fn here() -> Self {
+        Self(arch::line_bytes_log2())
+    }
+
+    fn bytes(self) -> usize {
+        1 << self.0
+    }
+
+    /// What is over after whole lines.
+    fn of_end(self, n: usize) -> usize {
+        n & (self.bytes() - 1)
+    }
+
+    /// How many whole lines.
+    fn whole(self, n: usize) -> usize {
+        n >> self.0
+    }
+}
+
+impl Instruction {
+    /// The best that this processor has. None on one that can't write back a line from user mode.
+    pub fn best() -> Option<Self> {
+        Self::ALL.into_iter().find(|instruction| instruction.is_here())
+    }
+
+    /// Starts to write back all lines that hold a byte of the range: exactly those, each once. They are
+    /// in memory after the next [`fence`] of this thread. Returns how many.
+    ///
+    /// # Safety
+    /// The processor has the instruction, and all of the range is mapped readable.
+    pub unsafe fn write_back(self, from: *const u8, bytes: usize) -> usize {
+        if bytes == 0 {
+            return 0;
+        }
+        let line = LineBytes::here();
+        let skipped = line.of_end(from.addr());
+        let lines = line.whole(skipped + bytes + line.bytes() - 1);
+        // SAFETY: it is in the line that holds `from`, so in the same page.
+        let first = unsafe { from.sub(skipped) };
+        // SAFETY: each line holds a byte of the range, which the caller vouches for.
+        unsafe { self.write_back_lines(first, lines, line.bytes()) };
+        lines
+    }
+
+    /// Copies past the cache, or copies and writes the lines back: after the next [`fence`] of this
+    /// thread the copy is in memory.
+    ///
+    /// # Safety
+    /// `from` is readable and `to` is writable for `bytes`, and they do not overlap. Others may change the
+    /// bytes of both meanwhile (they are guest memory): what is copied then is any mixture.
+    pub unsafe fn copy(self, to: *mut u8, from: *const u8, bytes: usize) {
+        // SAFETY: as the caller says. The pieces make up the range.
+        unsafe {
+            self.by_lines(to, bytes, |to, done, bytes, whole| {
+                let from = from.add(done);
+                if whole {
+                    arch::stream(to, from, bytes);
+                } else {
+                    std::ptr::copy_nonoverlapping(from, to, bytes);
+                }
+            });
+        }
+    }
+
+    /// Clears past the cache, like [`copy`](Self::copy).
+    ///
+    /// # Safety
+    /// `to` is writable for `bytes`.
+    pub unsafe fn zero(self, to: *mut u8, bytes: usize) {
+        // SAFETY: as the caller says.
+        unsafe {
+            self.by_lines(to, bytes, |to, _, bytes, whole| {
+                if whole {
+                    arch::stream_zeros(to, bytes);
+                } else {
+                    std::ptr::write_bytes(to, 0, bytes);
+                }
+            });
+        }
+    }
+
+    /// Calls `store` with a pointer, how far it is from `to`, a length, and whether these are whole lines:
+    /// for what comes before the first whole line, the whole lines, and the rest. What are no whole
+    /// lines is written back.
+    ///
+    /// # Safety
+    /// See [`copy`](Self::copy).
+    unsafe fn by_lines(
+        self,
+        to: *mut u8,
+        bytes: usize,
+        mut store: impl FnMut(*mut u8, usize, usize, bool),
+    ) {
+        let line = LineBytes::here();
+        let head = if bytes < SHORT_BYTES { bytes } else { line.of_end(to.addr().wrapping_neg()) };
+        let body = (bytes - head) - line.of_end(bytes - head);
+        let pieces =
+            [(0, head, false), (head, body, true), (head + body, bytes - head - body, false)];
+        for (done, bytes, whole) in pieces {
+            if bytes == 0 {
+                continue;
+            }
+            // SAFETY: the pieces make up the range.
+            let to = unsafe { to.add(done) };
+            store(to, done, bytes, whole);
+            if !whole {
+                // SAFETY: the same range, which is mapped: it was just stored to.
+                unsafe { self.write_back(to, bytes) };
+            }
+        }
+    }
+}
+
+impl fmt::Display for Instruction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86_64 {
+    use std::arch::asm;
+    use std::arch::x86_64::{
+        __cpuid, __cpuid_count, __m256i, _MM_HINT_NTA, _mm_clflush, _mm_loadu_si128, _mm_prefetch,
+        _mm_setzero_si128, _mm_sfence, _mm_stream_si128, _mm256_loadu_si256, _mm256_stream_si256,
+    };
+    use std::sync::LazyLock;
+
+    /// An instruction that writes a cache line back.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum Instruction {
+        /// Writes back and may keep the line. Ordered by [`fence`] only.
+        Clwb,
+        /// Writes back and drops the line. Ordered by [`fence`] only.
+        Clflushopt,
+        /// Writes back and drops the line, one after the other.
+        Clflush,
+    }
+
+    /// CPUID leaf 7, EBX.
+    const CLFLUSHOPT_BIT: u32 = 1 << 23;
+    const CLWB_BIT: u32 = 1 << 24;
+    /// CPUID leaf 1, EDX.
+    const CLFSH_BIT: u32 = 1 << 19;
+
+    struct Processor {
+        leaf_7_ebx: u32,
+        leaf_1_edx: u32,
+        line_bytes_log2: u32,
+        avx: bool,
+    }
+
+    static PROCESSOR: LazyLock<Processor> = LazyLock::new(|| {
+        let leaf_1 = __cpuid(1);
+        let leaf_7_ebx = if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).ebx };
+        // EBX bits 15 to 8: what CLFLUSH writes back, in units of 8 bytes.
+        let line_bytes = (leaf_1.ebx >> 8 & 0xff) * 8;
+        Processor {
+            leaf_7_ebx,
+            leaf_1_edx: leaf_1.edx,
+            line_bytes_log2: if line_bytes.is_power_of_two() { line_bytes.ilog2() } else { 6 },
+            avx: is_x86_feature_detected!("avx"),
+        }
+    });
+
+    impl Instruction {
+        /// From the best to the worst.
+        pub const ALL: [Self; 3] = [Self::Clwb, Self::Clflushopt, Self::Clflush];
+
+        /// Whether this processor has it.
+        pub fn is_here(self) -> bool {
+            match self {
+                Self::Clwb => PROCESSOR.leaf_7_ebx & CLWB_BIT != 0,
+                Self::Clflushopt => PROCESSOR.leaf_7_ebx & CLFLUSHOPT_BIT != 0,
+                Self::Clflush => PROCESSOR.leaf_1_edx & CLFSH_BIT != 0,
+            }
+        }
+
+        pub(super) fn name(self) -> &'static str {
+            match self {
+                Self::Clwb => "CLWB",
+                Self::Clflushopt => "CLFLUSHOPT",
+                Self::Clflush => "CLFLUSH",
+            }
+        }
+
+        /// # Safety
+        /// The processor has it, and each line is mapped.
+        pub(super) unsafe fn write_back_lines(self, first: *const u8, lines: usize, line: usize) {
+            // SAFETY (all): the caller's. No instruction changes a byte or a register, and the compiler may
+            // not move stores behind them: no `nomem`.
+            match self {
+                Self::Clwb => each_line(first, lines, line, |at| unsafe {
+                    asm!("clwb [{}]", in(reg) at, options(nostack, preserves_flags));
+                }),
+                Self::Clflushopt => each_line(first, lines, line, |at| unsafe {
+                    asm!("clflushopt [{}]", in(reg) at, options(nostack, preserves_flags));
+                }),
+                Self::Clflush => each_line(first, lines, line, |at| unsafe { _mm_clflush(at) }),
+            }
+        }
+    }
+
+    /// Unrolled: of lines that are in the cache one takes about as long as the loop around it.
+    #[inline(always)]
+    fn each_line(first: *const u8, lines: usize, line: usize, write_back: impl Fn(*const u8)) {
+        let mut at = first;
+        for _ in 0..lines / 8 {
+            for i in 0..8 {
+                write_back(at.wrapping_add(i * line));
+            }
+            at = at.wrapping_add(8 * line);
+        }
+        for i in 0..lines % 8 {
+            write_back(at.wrapping_add(i * line));
+        }
+    }
+
+    /// Returns once all lines that this thread has written back, and all it has stored past the cache, are
+    /// in memory (or in what survives a power loss with it: the platform's ADR).
+    pub fn fence() {
+        // SAFETY: SFENCE is there on each x86-64 processor.
+        unsafe { _mm_sfence() }
+    }
+
+    pub(super) fn line_bytes_log2() -> u32 {
+        PROCESSOR.line_bytes_log2
+    }
+
+    /// # Safety
+    /// As `copy_nonoverlapping`; `to` and `bytes` are whole lines.
+    pub(super) unsafe fn stream(to: *mut u8, from: *const u8, bytes: usize) {
+        if PROCESSOR.avx {
+            // SAFETY: AVX is there; the rest is the caller's.
+            return unsafe { stream_avx(to, from, bytes) };
+        }
+        for at in (0..bytes).step_by(16) {
+            // SAFETY: inside the range, and `to` is aligned to lines, so to 16.
+            unsafe { _mm_stream_si128(to.add(at).cast(), _mm_loadu_si128(from.add(at).cast())) };
+        }
+    }
+
+    /// How far ahead of the copy its source is fetched, in vectors of 32 bytes: 2 KiB. (A copy of 256 MiB
+    /// gains 8 %; 512 bytes to 16 KiB make little difference.)
+    const AHEAD: usize = 64;
+
+    #[target_feature(enable = "avx")]
+    unsafe fn stream_avx(to: *mut u8, from: *const u8, bytes: usize) {
+        let (to, from) = (to.cast::<__m256i>(), from.cast::<__m256i>());
+        let vectors = bytes / 32;
+        let mut at = 0;
+        // Four lines of loads, then as many of stores: the memory is busy with one or the other.
+        while at + 8 <= vectors {
+            // SAFETY: inside the range, and `to` is aligned to lines, so to 32. A prefetch may be of anything.
+            unsafe {
+                for line in 0..4 {
+                    let ahead = from.wrapping_add(at + AHEAD + 2 * line);
+                    _mm_prefetch::<_MM_HINT_NTA>(ahead.cast());
+                }
+                let lines: [__m256i; 8] =
+                    std::array::from_fn(|i| _mm256_loadu_si256(from.add(at + i)));
+                for (i, vector) in lines.into_iter().enumerate() {
+                    _mm256_stream_si256(to.add(at + i), vector);
+                }
+            }
+            at += 8;
+        }
+        while at < vectors {
+            // SAFETY: the same.
+            unsafe { _mm256_stream_si256(to.add(at), _mm256_loadu_si256(from.add(at))) };
+            at += 1;
+        }
+    }
+
+    /// # Safety
+    /// `to` is writable; it and `bytes` are whole lines.
+    pub(super) unsafe fn stream_zeros(to: *mut u8, bytes: usize) {
+        for at in (0..bytes).step_by(16) {
+            // SAFETY: inside the range, and aligned to 16.
+            unsafe { _mm_stream_si128(to.add(at).cast(), _mm_setzero_si128()) };
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod aarch64 {
+    use std::arch::asm;
+
+    /// An instruction that writes a cache line back.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum Instruction {
+        /// To the point of persistence (FEAT_DPB).
+        Cvap,
+        /// To the point of coherency.
+        Cvac,
+    }
+
+    /// AT_HWCAP bit 16: DC CVAP may be used in user mode.
+    const HWCAP_DCPOP: u64 = 1 << 16;
+
+    impl Instruction {
+        /// From the best to the worst.
+        pub const ALL: [Self; 2] = [Self::Cvap, Self::Cvac];
+
+        /// Whether this processor has it.
+        pub fn is_here(self) -> bool {
+            match self {
+                // SAFETY: getauxval() has no conditions.
+                Self::Cvap => (unsafe { libc::getauxval(libc::AT_HWCAP) }) & HWCAP_DCPOP != 0,
+                Self::Cvac => true,
+            }
+        }
+
+        pub(super) fn name(self) -> &'static str {
+            match self {
+                Self::Cvap => "DC CVAP",
+                Self::Cvac => "DC CVAC",
+            }
+        }
+
+        /// # Safety
+        /// The processor has it, and each line is mapped.
+        pub(super) unsafe fn write_back_lines(self, first: *const u8, lines: usize, line: usize) {
+            let addresses = (0..lines).map(|i| first.wrapping_add(i * line));
+            match self {
+                // SAFETY (both): the caller's. DC CVAP by its encoding: assemblers want FEAT_DPB for the name.
+                Self::Cvap => addresses.for_each(|at| unsafe {
+                    asm!("sys #3, c7, c12, #1, {}", in(reg) at, options(nostack, preserves_flags));
+                }),
+                Self::Cvac => addresses.for_each(|at| unsafe {
+                    asm!("dc cvac, {}", in(reg) at, options(nostack, preserves_flags));
+                }),
+            }
+        }
+    }
+
+    /// Returns once all lines that this thread has written back are in memory.
+    pub fn fence() {
+        // SAFETY: a barrier, for all of the system. No `nomem`: stores stay where they are.
+        unsafe { asm!("dsb sy", options(nostack, preserves_flags)) }
+    }
+
+    /// CTR_EL0.DminLine: log2 of the words in the smallest line; Linux lets user mode read it.
+    pub(super) fn line_bytes_log2() -> u32 {
+        let ctr: u64;
+        // SAFETY: reads a register.
+        unsafe { asm!("mrs {}, ctr_el0", out(reg) ctr, options(nomem, nostack, preserves_flags)) }
+        2 + (ctr >> 16 & 0xf) as u32
+    }
+
+    /// There is no store past the cache that is sure to be one: a copy, and its lines written back.
+    ///
+    /// # Safety
+    /// As `copy_nonoverlapping`; `to` and `bytes` are whole lines.
+    pub(super) unsafe fn stream(to: *mut u8, from: *const u8, bytes: usize) {
+        // SAFETY: the caller's.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, to, bytes);
+            written_back(to, bytes);
+        }
+    }
+
+    /// # Safety
+    /// `to` is writable; it and `bytes` are whole lines.
+    pub(super) unsafe fn stream_zeros(to: *mut u8, bytes: usize) {
+        // SAFETY: the caller's.
+        unsafe {
+            std::ptr::write_bytes(to, 0, bytes);
+            written_back(to, bytes);
+        }
+    }
+
+    unsafe fn written_back(to: *const u8, bytes: usize) {
+        // One of the two is always there.
+        let best = if Instruction::Cvap.is_here() { Instruction::Cvap } else { Instruction::Cvac };
+        // SAFETY: just stored to.
+        unsafe { best.write_back_lines(to, bytes >> line_bytes_log2(), 1 << line_bytes_log2()) };
+    }
+}

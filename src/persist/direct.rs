@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A file whose pages are the memory itself, mapped by this process as well: what the guest stored is made
+//! durable by cache lines, and what is written by request goes past the cache (behaviours 12 and 13).
+
+#![allow(unsafe_code)] // Maps a file; what is done there is in bounds by its one function at().
+
+use std::fs::File;
+use std::io;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use nix::errno::Errno;
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+use vm_memory::VolatileSlice;
+
+use super::cacheline::{Instruction, fence};
+use super::sigbus::{guarded, install};
+use super::{Backing, Persist};
+use crate::dax::entry::PMD_BYTES;
+use crate::lock::lock;
+
+/// The file, from its first byte on.
+struct Mapping {
+    base: NonNull<u8>,
+    bytes: usize,
+    /// A page of it was gone when it was touched.
+    gone: AtomicBool,
+}
+
+// SAFETY: it is memory that others change at any time, wherever they run; nothing here makes a
+// reference to it.
+unsafe impl Send for Mapping {}
+// SAFETY: the same.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// # Errors
+    /// The system's.
+    fn new(file: &File, bytes: u64, flags: MapFlags) -> io::Result<Self> {
+        let too_long = || io::Error::from(Errno::ENOMEM);
+        let length =
+            usize::try_from(bytes).ok().and_then(NonZeroUsize::new).ok_or_else(too_long)?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new place for the map, which nobody else knows of.
+        let base = unsafe { mmap(None, length, protection, flags, file, 0)? }.cast();
+        Ok(Self { base, bytes: length.get(), gone: AtomicBool::new(false) })
+    }
+
+    /// Runs `work` with a pointer to byte `from`, behind which `bytes` are mapped.
+    ///
+    /// # Errors
+    /// EINVAL for what is not in it; EIO where the file has no page any more.
+    fn at<T>(&self, from: u64, bytes: usize, work: impl FnOnce(*mut u8) -> T) -> io::Result<T> {
+        let start = usize::try_from(from).map_err(|_| Errno::EINVAL)?;
+        let end = start.checked_add(bytes).filter(|end| *end <= self.bytes).ok_or(Errno::EINVAL)?;
+        let base = self.base.as_ptr();
+        guarded(base.addr() + start..base.addr() + end, &self.gone, || {
+            work(base.wrapping_add(start))
+        })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: it is ours, and nobody has a pointer into it any more.
+        let _ = unsafe { munmap(self.base.cast(), self.bytes) };
+    }
+}
+
+/// Whether a store to the file can be made durable by cache lines alone: whether it can be mapped with MAP_SYNC.
+pub(super) fn maps_sync(file: &File) -> bool {
+    Mapping::new(file, PMD_BYTES, MapFlags::MAP_SHARED_VALIDATE | MapFlags::MAP_SYNC).is_ok()
+}
+
+/// How often a file may double in length: from 2 MiB to the most that a file can have.
+const DOUBLINGS: usize = 43;
+
+/// One file, mapped.
+pub struct Direct {
+    file: Arc<File>,
+    flags: MapFlags,
+    instruction: Instruction,
+    /// As long as the file was at first.
+    first: Mapping,
+    /// Twice as long, four times as long ..., made when the file has grown so far. To find one costs no
+    /// lock: a flush of a page takes less time than a contended lock does.
+    grown: [OnceLock<Mapping>; DOUBLINGS],
+    making: Mutex<()>,
+}
+
+impl Direct {
+    /// Maps the first `bytes` of `file`, and more as it grows.
+    ///
+    /// # Errors
+    /// The system's. Where [`Backing::DaxFile`] was said and the file is none, EOPNOTSUPP.
+    pub fn new(
+        file: Arc<File>,
+        bytes: u64,
+        backing: Backing,
+        instruction: Instruction,
+    ) -> io::Result<Arc<Self>> {
+        install()?;
+        let flags = match backing {
+            // With MAP_SYNC a first store to a page returns when its block is durably the file's.
+            Backing::DaxFile => MapFlags::MAP_SHARED_VALIDATE | MapFlags::MAP_SYNC,
+            _ => MapFlags::MAP_SHARED,
+        };
+        let first = Mapping::new(&file, bytes.max(1).next_multiple_of(PMD_BYTES), flags)?;
+        let grown = [const { OnceLock::new() }; DOUBLINGS];
+        Ok(Arc::new(Self { file, flags, instruction, first, grown, making: Mutex::default() }))
+    }
+
+    /// Gives each page of the first `bytes` a block that is durably the file's, so that cache lines are all
+    /// that a later store needs. Nothing that the file holds changes.
+    ///
+    /// # Errors
+    /// The system's; EFAULT where the file system finds no space.
+    pub fn settle_blocks(&self, bytes: u64) -> io::Result<()> {
+        let map = self.covering(bytes)?;
+        let bytes = usize::try_from(bytes).map_err(|_| Errno::EINVAL)?;
+        // SAFETY: of the range that is mapped; it is as if each page had been stored to.
+        Ok(unsafe { madvise(map.base.cast(), bytes, MmapAdvise::MADV_POPULATE_WRITE) }?)
+    }
+
+    /// Writes back the lines of `bytes` from byte `from` on. They are durable after the next
+    /// [`fence`](Persist::fence) of this thread.
+    ///
+    /// # Errors
+    /// EIO where the file has no page there.
+    pub fn write_back(&self, from: u64, bytes: u64) -> io::Result<()> {
+        let bytes = usize::try_from(bytes).map_err(|_| Errno::EINVAL)?;
+        // SAFETY: the instruction was chosen because it is here, and the range is mapped.
+        self.work(from, bytes, |at| unsafe { self.instruction.write_back(at, bytes) }).map(drop)
+    }
+
+    /// Copies `bytes` to byte `from` on, past the cache. They are durable after the next
+    /// [`fence`](Persist::fence) of this thread.
+    ///
+    /// # Errors
+    /// EIO where the file has no page for them.
+    pub fn store(&self, from: u64, bytes: &[u8]) -> io::Result<()> {
+        // SAFETY: `bytes` are ours, and so many are mapped from `to` on.
+        self.work(from, bytes.len(), |to| unsafe {
+            self.instruction.copy(to, bytes.as_ptr(), bytes.len());
+        })
+    }
+
+    /// The same, out of the guest's memory.
+    ///
+    /// # Errors
+    /// See [`store`](Self::store).
+    pub fn store_from(&self, from: u64, slice: &VolatileSlice<'_>) -> io::Result<()> {
+        let guard = slice.ptr_guard();
+        // SAFETY: the slice is as long as it says, and so much is mapped from `to` on.
+        self.work(from, slice.len(), |to| unsafe {
+            self.instruction.copy(to, guard.as_ptr(), slice.len());
+        })
+    }
+
+    /// Copies out of the file from byte `from` on.
+    ///
+    /// # Errors
+    /// See [`store`](Self::store).
+    pub fn load(&self, from: u64, to: &mut [u8]) -> io::Result<()> {
+        self.work(from, to.len(), |at| {
+            // SAFETY: `to` is ours alone, and what is mapped is as long. Others may store meanwhile:
+            // any mixture of bytes is a good copy.
+            unsafe { std::ptr::copy_nonoverlapping(at, to.as_mut_ptr(), to.len()) };
+        })
+    }
+
+    /// Clears bytes, past the cache, as [`store`](Self::store) does.
+    ///
+    /// # Errors
+    /// See [`store`](Self::store).
+    pub fn zero(&self, from: u64, bytes: u64) -> io::Result<()> {
+        let bytes = usize::try_from(bytes).map_err(|_| Errno::EINVAL)?;
+        // SAFETY: mapped, as long as that.
+        self.work(from, bytes, |to| unsafe { self.instruction.zero(to, bytes) })
+    }
+
+    /// Runs `work` where byte `from` is mapped, and `bytes` behind it.
+    fn work<T>(&self, from: u64, bytes: usize, work: impl FnOnce(*mut u8) -> T) -> io::Result<T> {
+        let end = from.checked_add(bytes as u64).ok_or(Errno::EINVAL)?;
+        self.covering(end)?.at(from, bytes, work)
+    }
+
+    /// A mapping of at least `end` bytes.
+    fn covering(&self, end: u64) -> io::Result<&Mapping> {
+        let first = self.first.bytes as u64;
+        if end <= first {
+            return Ok(&self.first);
+        }
+        let doublings = end.div_ceil(first).next_power_of_two().trailing_zeros();
+        let place = self.grown.get(doublings as usize - 1).ok_or(Errno::EFBIG)?;
+        if let Some(map) = place.get() {
+            return Ok(map);
+        }
+        let _alone = lock(&self.making);
+        if place.get().is_none() {
+            let new = Mapping::new(&self.file, first << doublings, self.flags)?;
+            let _ = place.set(new); // It is empty: we are alone.
+        }
+        place.get().ok_or_else(|| Errno::ENOMEM.into())
+    }
+}
+
+impl Persist for Arc<Direct> {
+    /// Nobody calls this where only cache lines count; metadata is the file system's business.
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn kernel_tracks(&self) -> bool {
+        false
+    }
+
+    fn flush(&self, from: u64, bytes: u64) -> io::Result<()> {
+        self.write_back(from, bytes)
+    }
+
+    fn fence(&self) {
+        fence();
+    }
+}
