@@ -64,10 +64,10 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
     // Before any thread starts: all of them must leave the signals to the one that waits.
     let signals = block_signals()?;
     let checked = socket::check(&config.socket)?;
-    let file = PmemFile::open(&config.file)?;
     let path = &config.file.path;
-    let chosen = Durability::choose(Backing::of(file.file()), config.persist)
+    let chosen = Durability::choose(config.file.backing(), config.persist)
         .map_err(|error| ConfigError::Persist { path: path.clone(), error })?;
+    let file = PmemFile::open(&config.file)?;
     let FilePersist { persist, direct } = chosen.persist(file.file(), file_bytes(file.file())?)?;
     if let Some(direct) = direct.filter(|_| chosen.backing == Backing::DaxFile) {
         file.settle_blocks(path, &direct)?;

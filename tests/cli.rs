@@ -128,7 +128,7 @@ fn bad_files_are_refused() {
     fs::create_dir(place.path("dir")).unwrap();
     place.refuses(&mut place.pmem("dir"), &["is a directory", "dir/pmem.img"]);
     nix::unistd::mkfifo(&place.path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-    place.refuses(&mut place.pmem("fifo"), &["no regular file"]);
+    place.refuses(&mut place.pmem("fifo"), &["neither a regular file nor a device-DAX node"]);
     fs::write(place.path("odd"), vec![0; 5 << 20]).unwrap();
     place.refuses(&mut place.pmem("odd"), &["no multiple of 2 MiB", "4M or 6M", "truncate"]);
     fs::write(place.path("empty"), b"").unwrap();
@@ -304,6 +304,38 @@ fn blocks_are_allocated_at_creation_unless_sparse() {
     assert!(sparse.end_with(Signal::SIGTERM).success());
     let warned = place.start(&mut place.pmem("holes"));
     assert!(warned.said.contains("8M of holes"), "{}", warned.said);
+}
+
+/// Shows: the start says what a flush is and what it is worth; what can't be promised is refused, before a
+/// file is made.
+#[test]
+fn persist_is_what_the_backing_can_keep() {
+    let place = Place::new();
+    let auto = place.start(&mut place.pmem("good"));
+    assert!(auto.said.contains("a flush is fdatasync"), "{}", auto.said);
+    assert!(auto.said.contains("survives this daemon, the VM and power loss"), "{}", auto.said);
+    assert!(auto.end_with(Signal::SIGTERM).success());
+    for file in ["good", "new"] {
+        let mut command = place.pmem(file);
+        command.args(["--size", "4M", "--persist=cacheline"]);
+        place.refuses(&mut command, &["--persist=cacheline", "page cache", "take auto or sync"]);
+    }
+    place.refuses(
+        &mut place.fs(&["--persist=cacheline", "--window-size", "2M"]),
+        &["--shared-dir", "--persist=cacheline", "take auto or sync"],
+    );
+    place.refuses(place.pmem("good").arg("--persist=perhaps"), &["--persist", "auto"]);
+
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    for (how, said) in [("sync", "a flush is fdatasync"), ("cacheline", "over the dirty lines")] {
+        let mut command = Command::new(BINARY);
+        command.arg("pmem").arg("--socket-path").arg(place.path("sock")).arg("--file");
+        command.arg(memory.path().join("file")).args(["--size", "4M", "--persist", how]);
+        let daemon = place.start(&mut command);
+        assert!(daemon.said.contains(said), "{}", daemon.said);
+        assert!(daemon.said.contains("no power loss"), "{}", daemon.said);
+        assert!(daemon.end_with(Signal::SIGTERM).success());
+    }
 }
 
 /// Shows: one file, one daemon; the second is refused, and the lock goes with the first.

@@ -141,6 +141,8 @@ where
 
 /// The window, or a line that says why there is none.
 fn make_dax(config: &FsConfig) -> Result<Option<Arc<Dax>>, FsError> {
+    let durability = Durability::choose(Backing::of_dir(&config.shared_dir), config.persist);
+    let durability = durability.map_err(FsError::Persist)?;
     if config.window == WindowSize::NONE || config.dax == DaxPolicy::Never {
         info!("no window: every access is a request");
         return Ok(None);
@@ -163,8 +165,6 @@ fn make_dax(config: &FsConfig) -> Result<Option<Arc<Dax>>, FsError> {
             return Ok(None);
         }
     };
-    let durability = Durability::choose(Backing::of_dir(&config.shared_dir), config.persist);
-    let durability = durability.map_err(FsError::Persist)?;
     info!("the share is in {}", durability.promise());
     if let Some(warning) = durability.backing.warning() {
         warn!("the share {warning}");

@@ -404,3 +404,73 @@ mod aarch64 {
         unsafe { best.write_back_lines(to, bytes >> line_bytes_log2(), 1 << line_bytes_log2()) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What this processor lacks can't be forced on it, and must not pass for tested.
+    fn all_here() -> Vec<Instruction> {
+        let (here, missing): (Vec<_>, Vec<_>) =
+            Instruction::ALL.into_iter().partition(|instruction| instruction.is_here());
+        for instruction in missing {
+            println!("SKIPPED {instruction}: this processor does not have it");
+        }
+        assert_eq!(here.first().copied(), Instruction::best());
+        here
+    }
+
+    /// Shows: each instruction, forced: it takes exactly the lines that hold a byte of the range, and changes
+    /// no byte.
+    #[test]
+    fn each_instruction_writes_back_exactly_the_lines() {
+        let line = LineBytes::here().bytes();
+        let memory: Vec<u8> = (0..64 * 1024).map(|at| (at % 251) as u8).collect();
+        let start = memory.as_ptr().addr().wrapping_neg() % line;
+        for instruction in all_here() {
+            for (from, bytes, lines) in [
+                (0, 0, 0),
+                (0, 1, 1),
+                (line - 1, 1, 1),
+                (line - 1, 2, 2),
+                (0, line, 1),
+                (0, line + 1, 2),
+                (1, line, 2),
+                (0, 4096, 4096 / line),
+                (8, 4096, 4096 / line + 1),
+                (0, 32 * 1024, 32 * 1024 / line),
+            ] {
+                let at = &raw const memory[start + from];
+                // SAFETY: inside `memory`, and the instruction is here.
+                let taken = unsafe { instruction.write_back(at, bytes) };
+                assert_eq!(taken, lines, "{instruction} of {bytes} bytes at {from}");
+            }
+            fence();
+            assert!(memory.iter().enumerate().all(|(at, byte)| *byte == (at % 251) as u8));
+        }
+    }
+
+    /// Shows: each instruction's copies and zeros land where they belong, at odd places and of odd lengths,
+    /// and nothing beside.
+    #[test]
+    fn stores_past_the_cache_are_exact() {
+        let source: Vec<u8> = (0..16_384).map(|at| (at % 253 + 1) as u8).collect();
+        for instruction in all_here() {
+            for (to, from, bytes) in (0..2_000).map(|n| (n * 13 % 130, n * 7 % 66, n * 37 % 8_000))
+            {
+                let mut memory = vec![0xff_u8; 8_192];
+                // SAFETY: both ranges are inside their vectors.
+                unsafe {
+                    instruction.copy(memory[to..].as_mut_ptr(), &raw const source[from], bytes)
+                };
+                fence();
+                assert_eq!(memory[to..to + bytes], source[from..from + bytes], "{to} {bytes}");
+                // SAFETY: the same range.
+                unsafe { instruction.zero(memory[to..].as_mut_ptr(), bytes) };
+                fence();
+                let expected = |at: usize| if (to..to + bytes).contains(&at) { 0 } else { 0xff };
+                assert!(memory.iter().enumerate().all(|(at, byte)| *byte == expected(at)));
+            }
+        }
+    }
+}

@@ -226,3 +226,58 @@ impl Persist for Arc<Direct> {
         fence();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::persist::{Durability, PersistMode};
+
+    fn direct(bytes: u64) -> (Arc<File>, Arc<Direct>) {
+        let file = Arc::new(tempfile::tempfile_in("/dev/shm").unwrap());
+        file.set_len(bytes).unwrap();
+        let chosen = Durability::choose(Backing::Memory, PersistMode::Cacheline).unwrap();
+        let direct = chosen.persist(&file, bytes).unwrap().direct.unwrap();
+        (file, direct)
+    }
+
+    /// Shows: a file that somebody else cuts off is an error of that file, in each kind of access and ever
+    /// after, and no SIGBUS; another file is not concerned.
+    #[test]
+    fn a_file_that_is_cut_off_is_an_error() {
+        let works: [(&str, fn(&Direct) -> io::Result<()>); 4] = [
+            ("write back", |direct| direct.write_back(0, 4 * PMD_BYTES)),
+            ("store", |direct| direct.store(3 * PMD_BYTES, b"lost")),
+            ("zero", |direct| direct.zero(3 * PMD_BYTES, 100)),
+            ("load", |direct| direct.load(3 * PMD_BYTES, &mut [0; 100])),
+        ];
+        let (_, other) = direct(PMD_BYTES);
+        for (name, work) in works {
+            let (file, direct) = direct(4 * PMD_BYTES);
+            work(&direct).unwrap();
+            file.set_len(PMD_BYTES).unwrap();
+            assert_eq!(work(&direct).unwrap_err().raw_os_error(), Some(libc::EIO), "{name}");
+            file.set_len(4 * PMD_BYTES).unwrap();
+            assert!(work(&direct).is_err(), "{name}: what it did before was lost");
+            other.store(0, b"kept").unwrap();
+        }
+    }
+
+    /// Shows: a file that grows is mapped as far as it goes, and what is not in it is refused.
+    #[test]
+    fn growth_is_followed() {
+        let (file, direct) = direct(PMD_BYTES);
+        for pages in [2, 3, 9, 64] {
+            let bytes = pages * PMD_BYTES;
+            file.set_len(bytes).unwrap();
+            direct.store(bytes - 5, b"last.").unwrap();
+            let mut found = [0; 5];
+            file.read_exact_at(&mut found, bytes - 5).unwrap();
+            assert_eq!(&found, b"last.");
+            direct.write_back(0, bytes).unwrap();
+        }
+        assert!(direct.store(u64::MAX - 2, b"wraps").is_err());
+        assert!(direct.write_back(1 << 62, 1).is_err());
+    }
+}

@@ -14,7 +14,7 @@ use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 use nix::libc;
 
 use crate::config::{ConfigError, PmemSize, Size};
-use crate::persist::{DaxNode, Direct, Durability};
+use crate::persist::{Backing, DaxNode, Direct, Durability};
 
 /// `st_blocks` counts in units of 512 bytes, whatever the file system's block size (stat(2)).
 const STAT_BLOCK_BYTES: u64 = 512;
@@ -31,6 +31,21 @@ pub struct PmemFileSpec {
 }
 
 impl PmemFileSpec {
+    /// What the file lies in, or will if it is missing.
+    pub fn backing(&self) -> Backing {
+        match open_both_ways(&self.path) {
+            Ok(file) => Backing::of(&file),
+            Err(_) => Backing::of_dir(self.dir()),
+        }
+    }
+
+    fn dir(&self) -> &Path {
+        match self.path.parent() {
+            Some(dir) if !dir.as_os_str().is_empty() => dir,
+            _ => Path::new("."),
+        }
+    }
+
     fn check_size(&self, actual: PmemSize) -> Result<(), ConfigError> {
         match self.size {
             Some(wanted) if wanted != actual => {
@@ -114,10 +129,7 @@ impl PmemFile {
 
     fn create(spec: &PmemFileSpec, size: PmemSize) -> Result<Self, ConfigError> {
         let path = &spec.path;
-        let dir = match path.parent() {
-            Some(dir) if !dir.as_os_str().is_empty() => dir,
-            _ => Path::new("."),
-        };
+        let dir = spec.dir();
         if !dir.is_dir() {
             return Err(ConfigError::MissingDirectory { path: path.clone(), dir: dir.to_owned() });
         }

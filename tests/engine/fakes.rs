@@ -33,6 +33,7 @@ pub enum Event {
     SetBytes(u64),
     Zero { from: u64, bytes: u64, keep: bool },
     Flush { from: u64, bytes: u64 },
+    Fence,
     Sync,
 }
 
@@ -368,6 +369,10 @@ impl Persist for FakePersist {
             during(from);
         }
         self.outcome()
+    }
+
+    fn fence(&self) {
+        self.0.log.push(Event::Fence);
     }
 }
 

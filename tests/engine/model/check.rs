@@ -136,6 +136,9 @@ impl World {
                     "LOST: file {number} page {page:#x} is dirty, no entry says so"
                 ));
             }
+            if !failed && pages.unfenced.any(0, u64::MAX) {
+                return Err(format!("LOST: file {number}: flushed, and no fence behind it"));
+            }
             let mut blocks = Pages::default();
             file.source.allocated().iter().for_each(|page| blocks.insert(*page, page + 1));
             if let Some(page) = pages.written.first_missing(&blocks, 0, u64::MAX) {

@@ -45,6 +45,8 @@ pub struct FilePages {
     pub covered: Pages,
     /// Flushed during this step.
     pub flushed: Pages,
+    /// Flushed, and no fence came behind: not durable yet.
+    pub unfenced: Pages,
 }
 
 pub struct Guest {
@@ -158,6 +160,7 @@ impl Guest {
         }
         pages.dirty.remove(from, end);
         pages.flushed.insert(from, end);
+        pages.unfenced.insert(from, end);
         // A store comes right behind the flush.
         self.store();
     }
@@ -260,5 +263,9 @@ impl Persist for DiskOf {
         let (from, end) = (from / PAGE_BYTES, (from + bytes) / PAGE_BYTES);
         lock(&self.0.guest).flushed(self.0.file, from, end);
         Ok(())
+    }
+
+    fn fence(&self) {
+        lock(&self.0.guest).files[self.0.file].unfenced = Pages::default();
     }
 }

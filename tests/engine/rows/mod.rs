@@ -7,6 +7,7 @@ mod fallback;
 mod flushers;
 mod grants;
 mod holes;
+mod lines;
 mod real_files;
 mod refusals;
 mod resize;

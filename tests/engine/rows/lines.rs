@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Rows 10, 12 and 13 where only cache lines make a store durable: a double that counts lines shows which
+//! were written back, how often, and that a fence came behind them.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex};
+
+use vhost_user_dax::dax::direct::DirectExtents;
+use vhost_user_dax::dax::engine::{Engine, Space};
+use vhost_user_dax::dax::entry::{PAGE_BYTES, PMD_BYTES, PMD_PAGES, PageIndex};
+use vhost_user_dax::dax::extent::{Access, ExtentSource, FileExtents};
+use vhost_user_dax::persist::{Backing, Durability, Persist, PersistMode};
+use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
+
+use crate::fakes::{Log, StrictMapper, lock};
+
+const LINE: u64 = 64;
+const FILE_PAGES: u64 = 4 * PMD_PAGES;
+
+#[derive(Default)]
+struct Lines {
+    /// Line -> how often it was written back since the last fence.
+    under_way: BTreeMap<u64, u32>,
+    /// Those of each batch that a fence ended.
+    fenced: Vec<BTreeMap<u64, u32>>,
+}
+
+/// Durability by lines: what was written back is durable when a fence came behind it.
+#[derive(Clone, Default)]
+struct LineCounter(Arc<Mutex<Lines>>);
+
+impl Persist for LineCounter {
+    fn sync(&self) -> io::Result<()> {
+        panic!("no kernel knows what is dirty");
+    }
+
+    fn kernel_tracks(&self) -> bool {
+        false
+    }
+
+    fn flush(&self, from: u64, bytes: u64) -> io::Result<()> {
+        let mut lines = lock(&self.0);
+        for line in from / LINE..(from + bytes).div_ceil(LINE) {
+            *lines.under_way.entry(line).or_default() += 1;
+        }
+        Ok(())
+    }
+
+    fn fence(&self) {
+        let mut lines = lock(&self.0);
+        let batch = std::mem::take(&mut lines.under_way);
+        lines.fenced.push(batch);
+    }
+}
+
+struct LineRig {
+    engine: Engine,
+    space: Arc<Space>,
+    lines: LineCounter,
+}
+
+impl LineRig {
+    fn new() -> Self {
+        let window = FILE_PAGES * PAGE_BYTES;
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        file.set_len(window).unwrap();
+        let engine =
+            Engine::new(WindowBytes(window), StrictMapper::new(window, Log::default()), 256);
+        let lines = LineCounter::default();
+        let space = engine.space(Box::new(FileExtents::new(file)), Box::new(lines.clone()));
+        Self { engine, space, lines }
+    }
+
+    fn grant(&self, page: u64, pages: u64, access: Access) {
+        let at = page * PAGE_BYTES;
+        let span = self.engine.span(WindowOffset(at), WindowBytes(pages * PAGE_BYTES)).unwrap();
+        self.engine.grant(&self.space, FileOffset(at), span, access).unwrap();
+    }
+
+    /// The batches since the last call. Nothing may be under way any more.
+    fn batches(&self) -> Vec<BTreeMap<u64, u32>> {
+        let mut lines = lock(&self.lines.0);
+        assert!(lines.under_way.is_empty(), "lines were written back, and no fence came behind");
+        std::mem::take(&mut lines.fenced)
+    }
+}
+
+fn lines_of(page: u64, pages: u64) -> impl Iterator<Item = u64> {
+    let per_page = PAGE_BYTES / LINE;
+    page * per_page..(page + pages) * per_page
+}
+
+/// Shows: of dirty PTEs, clean ones, a dirty PMD and a clean one exactly the lines of the dirty entries are
+/// written back, each once, and before writeback() returns one fence stands behind them.
+#[test]
+fn row_10_exactly_the_dirty_lines_and_one_fence() {
+    let rig = LineRig::new();
+    for page in [1, 3, 77] {
+        rig.grant(page, 1, Access::Write);
+    }
+    rig.grant(5, 2, Access::Read);
+    rig.grant(PMD_PAGES, PMD_PAGES, Access::Write);
+    rig.grant(2 * PMD_PAGES, PMD_PAGES, Access::Read);
+    let expected: BTreeMap<u64, u32> = [(1, 1), (3, 1), (77, 1), (PMD_PAGES, PMD_PAGES)]
+        .into_iter()
+        .flat_map(|(page, pages)| lines_of(page, pages))
+        .map(|line| (line, 1))
+        .collect();
+    for _ in 0..2 {
+        // Under their write grants they are dirty again at once (row 9).
+        rig.engine.writeback(&rig.space, PageIndex(0), PageIndex::LAST).unwrap();
+        assert_eq!(rig.batches(), [expected.clone()]);
+    }
+    // Of a part of the file, the entries in it.
+    rig.engine.writeback(&rig.space, PageIndex(2), PageIndex(70)).unwrap();
+    assert_eq!(rig.batches(), [lines_of(3, 1).map(|line| (line, 1)).collect()]);
+}
+
+/// Shows: more entries than one batch holds: each batch has its fence, and no line comes twice.
+#[test]
+fn row_10_each_batch_has_its_fence() {
+    let rig = LineRig::new();
+    for page in (0..200).map(|n| 2 * n) {
+        rig.grant(page, 1, Access::Write);
+    }
+    rig.batches();
+    rig.engine.writeback(&rig.space, PageIndex(0), PageIndex::LAST).unwrap();
+    let batches = rig.batches();
+    assert_eq!(batches.len() as u64, rig.engine.counters().snapshot().fences);
+    assert_eq!(batches.len(), 200_usize.div_ceil(64));
+    let mut all = BTreeMap::new();
+    for (line, times) in batches.into_iter().flatten() {
+        *all.entry(line).or_insert(0) += times;
+    }
+    let expected = (0..200).flat_map(|n| lines_of(2 * n, 1)).map(|line| (line, 1)).collect();
+    assert_eq!(all, expected);
+}
+
+/// Shows: the last flush of an entry that loses its write grant has its fence, too.
+#[test]
+fn row_10_a_last_flush_has_its_fence() {
+    let rig = LineRig::new();
+    rig.grant(9, 1, Access::Write);
+    let span = rig.engine.span(WindowOffset(9 * PAGE_BYTES), WindowBytes(PAGE_BYTES)).unwrap();
+    rig.engine.revoke(&[span]).unwrap();
+    assert_eq!(rig.batches(), [lines_of(9, 1).map(|line| (line, 1)).collect()]);
+}
+
+/// Shows: what a WRITE has stored is durable when it returns: its pages' lines, and a fence.
+#[test]
+fn row_13_a_write_has_its_fence() {
+    let rig = LineRig::new();
+    rig.engine.write(&rig.space, FileOffset(5000), b"written").unwrap();
+    assert_eq!(rig.batches(), [lines_of(1, 1).map(|line| (line, 1)).collect()]);
+}
+
+/// A file in memory as its own direct memory.
+fn direct_file(bytes: u64) -> (Arc<std::fs::File>, DirectExtents<FileExtents>) {
+    let file = Arc::new(tempfile::tempfile_in("/dev/shm").unwrap());
+    file.set_len(bytes).unwrap();
+    let chosen = Durability::choose(Backing::Memory, PersistMode::Cacheline).unwrap();
+    let direct = chosen.persist(&file, bytes).unwrap().direct.unwrap();
+    (file.clone(), DirectExtents::new(FileExtents::new(file), direct))
+}
+
+/// Shows: what is written past the cache is what the file holds, at odd places, over holes, and behind the
+/// end; and read() sees it.
+#[test]
+fn row_13_writes_past_the_cache_land_in_the_file() {
+    let (file, source) = direct_file(PMD_BYTES);
+    let mut expected = vec![0; PMD_BYTES as usize];
+    let lengths = [1, 15, 63, 64, 65, 255, 256, 257, 1000, 4096, 5000, 70_000];
+    for (n, length) in lengths.into_iter().cycle().take(200).enumerate() {
+        let from = (n * 7919 * 13) % (expected.len() - length);
+        let bytes: Vec<_> = (0..length).map(|at| (n + at % 250 + 1) as u8).collect();
+        // Half of them with their blocks there, so past the cache; the others by the file system.
+        if n % 2 == 0 {
+            let (first, last) = (from as u64 / PAGE_BYTES, (from + length) as u64 / PAGE_BYTES);
+            source.allocate(PageIndex(first), PageIndex(last)).unwrap();
+        }
+        assert_eq!(source.write_at(from as u64, &bytes).unwrap(), length);
+        expected[from..from + length].copy_from_slice(&bytes);
+        let mut found = vec![0; length];
+        source.read_at(from as u64, &mut found).unwrap();
+        assert_eq!(found, bytes);
+    }
+    let mut found = vec![0; expected.len()];
+    file.read_exact_at(&mut found, 0).unwrap();
+    assert!(found == expected, "other bytes in the file");
+    assert_eq!(source.write_at(PMD_BYTES + 5, b"behind").unwrap(), 6);
+    assert_eq!(source.file_bytes().unwrap(), PMD_BYTES + 11);
+}
+
+/// Shows: zeroing at odd places clears exactly the range, in blocks that stay, and makes none in holes.
+#[test]
+fn row_12_parts_of_pages_are_zeroed_past_the_cache() {
+    use std::os::unix::fs::MetadataExt;
+    for keep in [false, true] {
+        let (file, source) = direct_file(64 * PAGE_BYTES);
+        let mut expected = vec![0; 64 * PAGE_BYTES as usize];
+        expected[..32 * PAGE_BYTES as usize].fill(7);
+        file.write_all_at(&expected[..32 * PAGE_BYTES as usize], 0).unwrap();
+        let inside = [(1, 62), (4095, 2), (5000, 9000), (8192, 4096), (31 * 4096, 4000)];
+        let in_a_hole = (40 * 4096 + 5, 100);
+        for (from, bytes) in inside.into_iter().chain([in_a_hole]) {
+            source.zero(from, bytes, keep).unwrap();
+            expected[from as usize..(from + bytes) as usize].fill(0);
+        }
+        let mut found = vec![0; expected.len()];
+        file.read_exact_at(&mut found, 0).unwrap();
+        assert!(found == expected, "keep {keep}: other bytes in the file");
+        let blocks = file.metadata().unwrap().blocks() / 8;
+        assert!(blocks <= 32, "keep {keep}: a hole got a block: {blocks} pages");
+        assert!(!keep || blocks == 32, "a page lost its block: {blocks} pages");
+    }
+}
