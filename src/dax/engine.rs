@@ -71,22 +71,25 @@ impl Space {
         lock(&self.coverage).runs_kept()
     }
 
-    /// Whether live write grants cover all of `bytes` from byte `from` on: then they have blocks (behaviour
-    /// 16), for as long as nobody may change that: see the gate.
-    pub(crate) fn may_be_written(&self, from: FileOffset, bytes: u64) -> bool {
-        let Some(last) = bytes.checked_sub(1).and_then(|more| from.0.checked_add(more)) else {
-            return false;
-        };
-        let (first, last) = (PageIndex::of_byte(from.0), PageIndex::of_byte(last));
+    /// Whether `bytes` from byte `from` on lie inside the file, and live write grants cover all of them: then
+    /// they have blocks (behaviour 16), for as long as the caller is in the gate.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn may_be_stored_to(&self, from: FileOffset, bytes: u64) -> io::Result<bool> {
+        let file_bytes = self.source.file_bytes()?;
+        let end = from.0.checked_add(bytes).filter(|end| bytes > 0 && *end <= file_bytes);
+        let Some(end) = end else { return Ok(false) };
+        let (first, last) = (PageIndex::of_byte(from.0), PageIndex::of_byte(end - 1));
         let runs = lock(&self.coverage).runs(first, last);
         let mut next = first;
         for (start, end, count) in runs {
             if start > next || count.writes == 0 {
-                return false;
+                return Ok(false);
             }
             next = end.next();
         }
-        next > last
+        Ok(next > last)
     }
 
     /// Whether a writeback has failed, or what is dirty is no longer known: every later one fails.
@@ -109,6 +112,11 @@ impl Space {
     /// Pages that have a byte of the file.
     pub(super) fn pages(&self) -> io::Result<u64> {
         Ok(self.look()?.div_ceil(PAGE_BYTES))
+    }
+
+    /// The file's length when we last looked.
+    pub(super) fn known_bytes(&self) -> u64 {
+        self.known_bytes.load(Ordering::Relaxed)
     }
 
     /// The file's length, from now on the known one.

@@ -7,7 +7,6 @@
 //! whole VM dies of it.
 
 use std::io;
-use std::sync::atomic::Ordering;
 
 use super::engine::{Engine, Grant, GrantError, Space, Span, Window, extent_of};
 use super::entry::{PAGE_BYTES, PMD_PAGES, PageIndex};
@@ -101,11 +100,11 @@ impl Engine {
     /// The front-end's or the file system's.
     pub fn look_again(&self, space: &Arc<Space>) -> Result<(), GrantError> {
         // Mostly it is we who changed it, or nobody: then nothing has to wait.
-        if space.source.file_bytes()? == space.known_bytes.load(Ordering::Relaxed) {
+        if space.source.file_bytes()? == space.known_bytes() {
             return Ok(());
         }
         let _alone = space.gate.alone();
-        let known = space.known_bytes.load(Ordering::Relaxed);
+        let known = space.known_bytes();
         let bytes = space.look()?;
         if bytes > known {
             self.follow(space, known, PageIndex::of_byte(known).chunk())?;

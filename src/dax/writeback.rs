@@ -121,7 +121,6 @@ impl Engine {
         for Flushing { held, written } in &flushing {
             let pages = held.entry().order().pages();
             self.counters.flushes.add(1);
-            self.counters.bytes_written_back.add(pages * PAGE_BYTES);
             trace_dax!(writeback_one, space, held.start(), "pages={pages}");
             if !written {
                 held.mark(Mark::Dirty, false);
@@ -159,10 +158,14 @@ impl Engine {
         let last = PageIndex(start.0 + entry.order().pages() - 1);
         let written = lock(&space.coverage).any(start, last, |count| count.writes > 0);
         let flushing = Flushing { held, written };
-        // All of it, also where only a part was asked for. A failure is noted before the entry is
-        // unlocked: whoever waits for it looks at that next.
-        let bytes = entry.order().pages() * PAGE_BYTES;
-        self.note(space, space.persist.flush(start.byte(), bytes))?;
+        // All of it, also where only a part was asked for; but where the file has just been cut off there
+        // is nothing any more. A failure is noted before the entry is unlocked: whoever waits for it
+        // looks at that next.
+        let end = last.next().byte().min(space.known_bytes().next_multiple_of(PAGE_BYTES));
+        if let Some(bytes) = end.checked_sub(start.byte()).filter(|bytes| *bytes > 0) {
+            self.note(space, space.persist.flush(start.byte(), bytes))?;
+            self.counters.bytes_written_back.add(bytes);
+        }
         Ok(Some(flushing))
     }
 

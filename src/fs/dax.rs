@@ -272,13 +272,10 @@ impl Dax {
     ) -> io::Result<usize> {
         let Some(node) = self.node(nodeid) else { return write(None) };
         let (space, from) = (&node.space, FileOffset(from));
-        let done =
-            self.engine.write_by(space, from, bytes, || {
-                write(node.direct.as_deref().map(|direct| PastCache {
-                    direct,
-                    has_blocks: space.may_be_written(from, bytes),
-                }))
-            });
+        let done = self.engine.write_by(space, from, bytes, || {
+            let Some(direct) = node.direct.as_deref() else { return write(None) };
+            write(Some(PastCache { direct, has_blocks: space.may_be_stored_to(from, bytes)? }))
+        });
         done.map_err(|e| guest_error(&e))
     }
 

@@ -246,7 +246,8 @@ mod tests {
     /// after, and no SIGBUS; another file is not concerned.
     #[test]
     fn a_file_that_is_cut_off_is_an_error() {
-        let works: [(&str, fn(&Direct) -> io::Result<()>); 4] = [
+        type Work = fn(&Direct) -> io::Result<()>;
+        let works: [(&str, Work); 4] = [
             ("write back", |direct| direct.write_back(0, 4 * PMD_BYTES)),
             ("store", |direct| direct.store(3 * PMD_BYTES, b"lost")),
             ("zero", |direct| direct.zero(3 * PMD_BYTES, 100)),

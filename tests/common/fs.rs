@@ -44,6 +44,10 @@ pub struct FsOptions {
     pub ram_regions: u64,
     /// Whether the driver negotiates indirect descriptors.
     pub indirect: bool,
+    /// `--persist`
+    pub persist: String,
+    /// Where the share's directory is made.
+    pub below: PathBuf,
 }
 
 impl Default for FsOptions {
@@ -55,6 +59,9 @@ impl Default for FsOptions {
             keep_listening: false,
             ram_regions: 1,
             indirect: true,
+            // All tests of shares can be run with another one, and elsewhere: with TMPDIR.
+            persist: std::env::var("VUD_TEST_PERSIST").unwrap_or_else(|_| "auto".into()),
+            below: std::env::temp_dir(),
         }
     }
 }
@@ -69,7 +76,7 @@ impl FsOptions {
         command.arg("fs").arg("--socket-path").arg(socket).arg("--shared-dir").arg(share);
         command.args(["--tag", "share", "--window-size", &self.window_bytes.to_string()]);
         command.args(["--num-request-queues", &self.request_queues.to_string()]);
-        command.args(["--dax", "always"]);
+        command.args(["--dax", "always", "--persist", &self.persist]);
         // Else each thread may leave an arena behind, and no map can be told from a leak.
         command.env("MALLOC_ARENA_MAX", "1");
         command.args(["--mem-slots", if self.mem_slots { "on" } else { "off" }]);
@@ -99,7 +106,7 @@ impl FsHost {
 
     /// A daemon of one's choice.
     pub fn with(options: FsOptions) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir_in(&options.below).unwrap();
         let share = dir.path().join("share");
         fs::create_dir(&share).unwrap();
         let command = options.command(&dir.path().join("sock"), &share);

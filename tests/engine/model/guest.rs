@@ -8,7 +8,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use vhost_user_dax::dax::entry::PAGE_BYTES;
+use vhost_user_dax::dax::entry::{PAGE_BYTES, PMD_PAGES};
 use vhost_user_dax::persist::Persist;
 use vhost_user_dax::window::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
 
@@ -155,7 +155,10 @@ impl Guest {
         let trying = self
             .trying
             .is_some_and(|(of, first, behind)| of == file && first < end && from < behind);
-        if !trying && !pages.dirty.any(from, end) && !pages.wanted.any(from, end) {
+        // Of a chunk that has been cut off, what is left is flushed, whichever page of it was dirty.
+        let cut = from.is_multiple_of(PMD_PAGES) && end < from + PMD_PAGES;
+        let entry_end = if cut { from + PMD_PAGES } else { end };
+        if !trying && !pages.dirty.any(from, entry_end) && !pages.wanted.any(from, entry_end) {
             self.needless.push(format!("file {file}: pages {from:#x}..{end:#x}"));
         }
         pages.dirty.remove(from, end);

@@ -112,7 +112,7 @@ fn row_10_exactly_the_dirty_lines_and_one_fence() {
     for _ in 0..2 {
         // Under their write grants they are dirty again at once (row 9).
         rig.engine.writeback(&rig.space, PageIndex(0), PageIndex::LAST).unwrap();
-        assert_eq!(rig.batches(), [expected.clone()]);
+        assert_eq!(rig.batches().as_slice(), std::slice::from_ref(&expected));
     }
     // Of a part of the file, the entries in it.
     rig.engine.writeback(&rig.space, PageIndex(2), PageIndex(70)).unwrap();
