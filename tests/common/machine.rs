@@ -17,6 +17,7 @@ use vhost::VhostUserMemoryRegionInfo;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserMMap};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{Error as VhostError, VhostBackend};
+use vhost_user_dax::persist::DaxNode;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{FileOffset, VolatileMemory};
 
@@ -286,7 +287,11 @@ impl Machine {
             );
         }
         // As QEMU asks for it: a FUSE inode may answer otherwise than with its backing file's size.
-        let size = file.seek(SeekFrom::End(0))?;
+        // Of a device-DAX node it asks sysfs.
+        let size = match DaxNode::of(&file)? {
+            Some(node) => node.bytes,
+            None => file.seek(SeekFrom::End(0))?,
+        };
         if size <= fd_offset {
             // QEMU lets it pass, and grows the file if it is empty. No guest must get there.
             self.violation("Q6", &format!("map from {fd_offset} of a file of {size} bytes"));
