@@ -24,6 +24,12 @@ impl Disk {
         Self { folder: TempDir::new().expect("make a folder for the disk"), bytes: mib << 20 }
     }
 
+    /// The same, in a folder of its own below `dir`.
+    pub fn below(dir: &Path, mib: u64) -> Self {
+        let folder = TempDir::new_in(dir).expect("make a folder for the disk");
+        Self { folder, bytes: mib << 20 }
+    }
+
     pub fn path(&self) -> PathBuf {
         self.folder.path().join("pmem")
     }

@@ -26,6 +26,8 @@ pub struct Options<'a> {
     /// Arguments of strace for each daemon of a disk; empty: no strace.
     pub strace: &'a [&'a str],
     pub kernel: Option<PathBuf>,
+    /// Whether the disk of test programs is there also without shares.
+    pub tools: bool,
     /// A file that the guest sees as an ordinary virtio-blk disk.
     pub scratch: Option<PathBuf>,
     /// More arguments for QEMU.
@@ -73,7 +75,7 @@ pub fn qemu_command(
         let slot = FIRST_SHARE + index - parts.disks.len();
         add_vhost(&mut command, &path(&format!("vhost-{index}")), index, &share.device(), slot);
     }
-    if let Some(tools) = images.tools().filter(|_| !parts.shares.is_empty()) {
+    if let Some(tools) = images.tools().filter(|_| options.tools || !parts.shares.is_empty()) {
         add_drive(&mut command, "tools", &tools, true);
     }
     if let Some(scratch) = &options.scratch {

@@ -15,15 +15,20 @@
 
 mod daemon;
 mod disk;
+mod host_disk;
 mod images;
+mod lossy;
 mod machine;
 mod output;
+#[path = "../../guest-tests/mapio/src/plan.rs"]
+mod plan;
 mod qmp;
 mod report;
 mod script;
 mod share;
 mod vm;
 
+mod crash;
 mod crossing;
 mod devices;
 mod filesystems;

@@ -31,6 +31,8 @@ enum Event {
     Agent(UnixStream),
     /// One line from the agent.
     Line(String),
+    /// The agent's port is closed: no more lines.
+    Closed,
     /// A process ended: QEMU, or the daemon of a disk.
     Gone(Process),
 }
@@ -168,6 +170,19 @@ impl<'g> Vm<'g> {
         match line.strip_prefix("| ") {
             Some(text) => text.to_owned(),
             None => self.fail(&format!("expected output of a case, got '{line}'")),
+        }
+    }
+
+    /// What the running case had said when QEMU was killed, as far as the host got it.
+    pub fn last_lines(&mut self) -> Vec<String> {
+        let mut lines = Vec::new();
+        loop {
+            match self.events.recv_timeout(HANG) {
+                Ok(Event::Line(line)) => lines.extend(line.strip_prefix("| ").map(str::to_owned)),
+                Ok(Event::Closed) => return lines,
+                Ok(_) => {}
+                Err(error) => self.fail(&format!("the agent's port stays open: {error}")),
+            }
         }
     }
 
@@ -310,6 +325,8 @@ impl<'g> Vm<'g> {
             match self.events.recv_timeout(end.saturating_duration_since(Instant::now())) {
                 Ok(Event::Line(line)) => return line,
                 Ok(Event::Agent(stream)) => self.agent = Some(stream),
+                // Whose end it is comes, too.
+                Ok(Event::Closed) => {}
                 Ok(Event::Gone(Process::Daemon(index))) if self.killed.contains(&index) => {}
                 // A panic in the guest ends QEMU too.
                 Ok(Event::Gone(process)) => self.fail(&format!("{process:?} ended")),
@@ -386,11 +403,11 @@ fn read_agent(listener: UnixListener, sender: Sender<Event>) {
         if sender.send(Event::Agent(writer)).is_err() {
             return;
         }
-        for line in BufReader::new(stream).lines() {
-            let Ok(line) = line else { return };
+        for line in BufReader::new(stream).lines().map_while(Result::ok) {
             if sender.send(Event::Line(line)).is_err() {
                 return;
             }
         }
+        let _ = sender.send(Event::Closed);
     });
 }

@@ -59,8 +59,17 @@ impl Mapping {
     }
 
     pub fn msync(&self) -> Result<()> {
-        // SAFETY: the whole mapping.
-        match unsafe { libc::msync(self.start.cast(), self.bytes, libc::MS_SYNC) } {
+        self.msync_range(0, self.bytes)
+    }
+
+    /// Of the pages that hold a byte of the range.
+    pub fn msync_range(&self, offset: usize, bytes: usize) -> Result<()> {
+        assert!(bytes > 0 && offset + bytes <= self.bytes, "{offset}+{bytes} of {}", self.bytes);
+        let skip = offset % PAGE;
+        // SAFETY: pages of the mapping.
+        match unsafe {
+            libc::msync(self.start.add(offset - skip).cast(), skip + bytes, libc::MS_SYNC)
+        } {
             0 => Ok(()),
             _ => Err(format!("msync: {}", std::io::Error::last_os_error())),
         }

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the crash workload does, step by step: a function of the stream's and the step's numbers alone. The
+//! guest does it, and the host knows from it what must be there afterwards. (tests/guest includes this
+//! file.)
+
+/// Streams of steps that run beside each other, each with files of its own.
+pub const STREAMS: u64 = 2;
+/// The stream that writes; the other one stores through mappings.
+pub const WRITES: u64 = 0;
+/// On a bare device each stream has so many bytes.
+pub const RAW_BYTES: usize = 16 << 20;
+/// How long a mapped file is.
+pub const MAPPED_BYTES: usize = 3 << 20;
+/// How many files a stream changes in place.
+const FILES: u64 = 3;
+/// Each record at the end of the log.
+const RECORD_BYTES: usize = 3_000;
+
+/// One step: these bytes of this file are new, and durable when it is acknowledged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    /// Empty on a bare device.
+    pub file: String,
+    pub at: usize,
+    pub bytes: usize,
+    /// The name is new: its directory must be synced, too.
+    pub new: bool,
+}
+
+/// A number without a pattern in it (splitmix64).
+fn scatter(n: u64) -> u64 {
+    let n = n.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let n = (n ^ (n >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    n ^ (n >> 31)
+}
+
+/// The byte that step `n` of `stream` puts at `at`. Never 0.
+pub fn byte(stream: u64, n: u64, at: usize) -> u8 {
+    (scatter(stream << 56 | n << 24 | (at as u64 >> 3)) >> (8 * (at & 7))) as u8 | 1
+}
+
+/// Step `n` of `stream`, in a directory or on a bare device.
+pub fn step(stream: u64, n: u64, raw: bool) -> Step {
+    let random = scatter(stream << 32 | n);
+    let (mapped, file) = (stream != WRITES, random % FILES);
+    let bytes = match n % 16 {
+        15 => 2_200_000,
+        4 | 9 => 100,
+        2 | 7 | 12 => 10_000,
+        5 => 70_000,
+        _ => 4096,
+    };
+    let odd = (random >> 8) as usize;
+    if raw {
+        let at = odd % (RAW_BYTES - bytes);
+        return Step {
+            file: String::new(),
+            at: stream as usize * RAW_BYTES + at,
+            bytes,
+            new: false,
+        };
+    }
+    if mapped {
+        let at = odd % (MAPPED_BYTES - bytes);
+        return Step { file: format!("mapped-{file}"), at, bytes, new: false };
+    }
+    match n % 8 {
+        3 => Step { file: format!("new-{n}"), at: 0, bytes, new: true },
+        6 => {
+            let at = n as usize / 8 * RECORD_BYTES;
+            Step { file: "log".into(), at, bytes: RECORD_BYTES, new: n < 8 }
+        }
+        _ => Step { file: format!("written-{file}"), at: odd % 100_000, bytes, new: true },
+    }
+}

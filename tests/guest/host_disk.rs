@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A file system of the host on a [`LossyDisk`], in a mount namespace of the thread's own.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use fuser::BackgroundSession;
+use nix::sched::{CloneFlags, unshare};
+use tempfile::TempDir;
+
+use crate::lossy::{LossyDisk, NAME, Survivors};
+
+/// xfs takes no less.
+const DISK_BYTES: u64 = 320 << 20;
+
+/// Which file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Ext4,
+    Xfs,
+    Btrfs,
+}
+
+impl Kind {
+    pub const ALL: [Self; 3] = [Self::Ext4, Self::Xfs, Self::Btrfs];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
+            Self::Btrfs => "btrfs",
+        }
+    }
+
+    /// Discards would be lost work: the disk knows none.
+    fn mkfs(self) -> (&'static str, &'static [&'static str]) {
+        match self {
+            Self::Ext4 => ("mkfs.ext4", &["-q", "-F", "-E", "nodiscard,lazy_itable_init=0"]),
+            Self::Xfs => ("mkfs.xfs", &["-q", "-f", "-K"]),
+            Self::Btrfs => ("mkfs.btrfs", &["-q", "-f", "-K"]),
+        }
+    }
+}
+
+/// Runs a program, and says what it said if it fails.
+pub fn run(program: &str, args: &[&str]) -> Result<(), String> {
+    let done = Command::new(program).args(args).output().map_err(|e| format!("{program}: {e}"))?;
+    if done.status.success() {
+        return Ok(());
+    }
+    Err(format!("{program} {args:?}: {}", String::from_utf8_lossy(&done.stderr)))
+}
+
+/// A namespace of its own for this thread and what it starts: nothing stays mounted.
+pub fn own_namespace() -> Result<(), String> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|e| format!("unshare: {e}"))?;
+    run("mount", &["--make-rprivate", "/"])
+}
+
+/// Mounted, until dropped.
+pub struct Mounted {
+    folder: TempDir,
+}
+
+impl Mounted {
+    /// An image, or a device, at a place of its own.
+    pub fn new(image: &Path) -> Result<Self, String> {
+        let folder = TempDir::new().map_err(|e| e.to_string())?;
+        let place = folder.path().display().to_string();
+        run("mount", &["-o", "loop", &image.display().to_string(), &place])?;
+        Ok(Self { folder })
+    }
+
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // Lazily: of a disk without power nothing can be written back.
+        let _ = run("umount", &["-l", &self.folder.path().display().to_string()]);
+    }
+}
+
+/// The host's disk, its file system, and a directory in it.
+pub struct HostDisk {
+    // Dropped in this order.
+    mounted: Mounted,
+    _session: BackgroundSession,
+    _folder: TempDir,
+    disk: LossyDisk,
+}
+
+impl HostDisk {
+    pub fn new(kind: Kind) -> Result<Self, String> {
+        let text = |e: std::io::Error| e.to_string();
+        let folder = TempDir::new().map_err(text)?;
+        let disk = LossyDisk::new(DISK_BYTES);
+        let session = disk.mount(folder.path()).map_err(text)?;
+        let image = folder.path().join(NAME);
+        let (mkfs, options) = kind.mkfs();
+        run(mkfs, &[options, &[image.to_str().expect("a path in ASCII")]].concat())?;
+        let mounted = Mounted::new(&image)?;
+        Ok(Self { mounted, _session: session, _folder: folder, disk })
+    }
+
+    pub fn path(&self) -> &Path {
+        self.mounted.path()
+    }
+
+    pub fn disk(&self) -> &LossyDisk {
+        &self.disk
+    }
+
+    /// The machine is off: nothing is mounted any more.
+    pub fn off(self) -> LossyDisk {
+        self.disk.lose_power();
+        self.disk.clone()
+    }
+}
+
+/// What was there when power was back.
+pub struct Recovered {
+    mounted: Mounted,
+    _folder: TempDir,
+}
+
+impl Recovered {
+    /// The file system as it is found on a disk that lost power, its journal played back.
+    pub fn of(disk: &LossyDisk, survivors: Survivors) -> Result<Self, String> {
+        let folder = TempDir::new_in("/dev/shm").map_err(|e| e.to_string())?;
+        let image = folder.path().join("image");
+        File::create(&image)
+            .and_then(|file| disk.recover(&file, survivors))
+            .map_err(|e| e.to_string())?;
+        Ok(Self { mounted: Mounted::new(&image)?, _folder: folder })
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.mounted.path().to_owned()
+    }
+}

@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A disk that loses what was not synced, as a power loss does: a FUSE file system of one file, `disk`, for a
+//! loop device to stand on.
+//!
+//! It keeps two images: what was written, and what is durable, which a sync makes the same. At the end of
+//! all things it takes nothing more, and gives out what a real disk might hold then: the durable image,
+//! and of what was written since the last sync any sectors, in any order that they came.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, UNIX_EPOCH};
+
+use fuser::{
+    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
+    Generation, INodeNo, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry,
+    ReplyOpen, ReplyWrite, Request, Session, WriteFlags,
+};
+
+/// What a disk writes at once or not at all.
+const SECTOR: usize = 512;
+const DISK: INodeNo = INodeNo(2);
+/// The only name there is.
+pub const NAME: &str = "disk";
+
+struct State {
+    written: File,
+    durable: File,
+    /// Since the last sync, in order.
+    unsynced: Vec<(u64, Vec<u8>)>,
+    lost: bool,
+}
+
+/// The disk. All clones are one.
+#[derive(Clone)]
+pub struct LossyDisk {
+    state: Arc<Mutex<State>>,
+    bytes: u64,
+}
+
+/// What survived of the unsynced sectors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Survivors {
+    None,
+    /// Each by the toss of a coin, from this seed.
+    Some(u64),
+    All,
+}
+
+impl LossyDisk {
+    pub fn new(bytes: u64) -> Self {
+        let image = || {
+            let file = tempfile::tempfile_in("/dev/shm").expect("a file in memory");
+            file.set_len(bytes).expect("set its length");
+            file
+        };
+        let unsynced = Vec::new();
+        let state = State { written: image(), durable: image(), unsynced, lost: false };
+        Self { state: Arc::new(Mutex::new(state)), bytes }
+    }
+
+    /// Shows it as `dir/disk`, in this thread's mount namespace.
+    pub fn mount(&self, dir: &Path) -> io::Result<BackgroundSession> {
+        Session::new(self.clone(), dir, &Config::default())?.spawn()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// Power is lost: nothing is written from now on, and nothing is synced.
+    pub fn lose_power(&self) {
+        self.lock().lost = true;
+    }
+
+    /// How many writes no sync came behind.
+    pub fn unsynced(&self) -> usize {
+        self.lock().unsynced.len()
+    }
+
+    /// Makes `to` the disk as it is found when power is back.
+    pub fn recover(&self, to: &File, survivors: Survivors) -> io::Result<()> {
+        let state = self.lock();
+        copy_sparse(&state.durable, to, self.bytes)?;
+        let mut coin = match survivors {
+            Survivors::Some(seed) => seed | 1,
+            _ => 1,
+        };
+        for (at, bytes) in &state.unsynced {
+            for (n, sector) in bytes.chunks(SECTOR).enumerate() {
+                // xorshift64
+                coin ^= coin << 13;
+                coin ^= coin >> 7;
+                coin ^= coin << 17;
+                let survives = match survivors {
+                    Survivors::None => false,
+                    Survivors::Some(_) => coin & 1 == 1,
+                    Survivors::All => true,
+                };
+                if survives {
+                    to.write_all_at(sector, at + (n * SECTOR) as u64)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut state = self.lock();
+        if state.lost {
+            return Err(io::ErrorKind::Other.into());
+        }
+        state.written.write_all_at(bytes, at)?;
+        state.unsynced.push((at, bytes.to_vec()));
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut state = self.lock();
+        if state.lost {
+            return Err(io::ErrorKind::Other.into());
+        }
+        let unsynced = std::mem::take(&mut state.unsynced);
+        unsynced.iter().try_for_each(|(at, bytes)| state.durable.write_all_at(bytes, *at))
+    }
+
+    fn attr(&self, inode: INodeNo) -> Option<FileAttr> {
+        let (kind, size) = match inode {
+            INodeNo::ROOT => (FileType::Directory, 0),
+            DISK => (FileType::RegularFile, self.bytes),
+            _ => return None,
+        };
+        Some(FileAttr {
+            ino: inode,
+            size,
+            blocks: size / 512,
+            atime: UNIX_EPOCH,
+            mtime: UNIX_EPOCH,
+            ctime: UNIX_EPOCH,
+            crtime: UNIX_EPOCH,
+            kind,
+            perm: 0o700,
+            nlink: 1,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            flags: 0,
+            blksize: 4096,
+        })
+    }
+}
+
+fn copy_sparse(from: &File, to: &File, bytes: u64) -> io::Result<()> {
+    use nix::unistd::{Whence, lseek};
+    to.set_len(0)?;
+    to.set_len(bytes)?;
+    let mut at = 0;
+    let mut buffer = vec![0; 1 << 20];
+    while let Ok(data) = lseek(from, at, Whence::SeekData) {
+        let end = lseek(from, data, Whence::SeekHole)?;
+        at = data;
+        while at < end {
+            let now = (end - at).min(buffer.len() as i64) as usize;
+            from.read_exact_at(&mut buffer[..now], at as u64)?;
+            to.write_all_at(&buffer[..now], at as u64)?;
+            at += now as i64;
+        }
+    }
+    Ok(())
+}
+
+const ALWAYS: Duration = Duration::from_secs(1 << 20);
+
+impl Filesystem for LossyDisk {
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.attr(DISK).filter(|_| parent == INodeNo::ROOT && name == NAME) {
+            Some(attr) => reply.entry(&ALWAYS, &attr, Generation(0)),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.attr(inode) {
+            Some(attr) => reply.attr(&ALWAYS, &attr),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        reply.opened(FileHandle(0), FopenFlags::empty());
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        at: u64,
+        bytes: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let mut data = vec![0; (self.bytes.saturating_sub(at)).min(bytes.into()) as usize];
+        match self.lock().written.read_exact_at(&mut data, at) {
+            Ok(()) => reply.data(&data),
+            Err(_) => reply.error(Errno::EIO),
+        }
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        at: u64,
+        data: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        match LossyDisk::write(self, at, data) {
+            Ok(()) => reply.written(data.len() as u32),
+            Err(_) => reply.error(Errno::EIO),
+        }
+    }
+
+    /// Closing is no sync.
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        match self.sync() {
+            Ok(()) => reply.ok(),
+            Err(_) => reply.error(Errno::EIO),
+        }
+    }
+}
