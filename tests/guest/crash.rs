@@ -12,6 +12,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use crate::disk::Disk;
 use crate::host_disk::{HostDisk, Kind, Mounted, Recovered, own_namespace};
@@ -24,6 +25,10 @@ use crate::vm::{Guest, Vm};
 const PMEM_MIB: u64 = 64;
 /// Acknowledged before the end comes.
 const ACKS: std::ops::Range<u64> = 5..120;
+/// How long to listen for an acknowledgement that must not come. A broken daemon is the more surely caught,
+/// the longer this is; a good one is never blamed.
+const LIE: Duration = Duration::from_secs(1);
+const LIES: u64 = 20;
 /// Acknowledgements on their way in the guest's serial port when it dies.
 const UNHEARD: u64 = 200;
 
@@ -51,6 +56,8 @@ struct Round {
     device: Device,
     end: End,
     acks: u64,
+    /// One stream alone: no sync of the other's covers for one that comes too late.
+    only: Option<u64>,
     coin: u64,
 }
 
@@ -65,6 +72,7 @@ impl Round {
             device: [Device::Fs, Device::PmemRaw, Device::PmemExt4][pick(number / 3, 3)],
             end: [End::Power, End::Daemon, End::Qemu, End::Both][pick(number + number / 9, 4)],
             acks: ACKS.start + random % (ACKS.end - ACKS.start),
+            only: number.is_multiple_of(2).then_some(number / 2 % STREAMS),
             coin: scatter(random),
         }
     }
@@ -210,7 +218,9 @@ fn run_plan<'g>(guest: &'g Guest, round: &Round, place: &Place, host: &Path) -> 
             "/mnt".to_owned()
         }
     };
-    vm.start("mapio", &["crash", &target]);
+    let only = round.only.map(|stream| stream.to_string());
+    let args: Vec<_> = ["crash", &target].into_iter().chain(only.as_deref()).collect();
+    vm.start("mapio", &args);
     let mut acked = Acked::default();
     while count(&acked) < round.acks {
         let line = vm.case_line();
@@ -236,6 +246,11 @@ fn run_round(guest: &Guest, round: &Round) -> Result<u64, String> {
     let place = Place::new(round.device, host.path());
     let (mut vm, mut acked) = run_plan(guest, round, &place, host.path());
     if round.end == End::Power {
+        host.disk().hold_syncs();
+        // A broken daemon would lie for ever.
+        for line in (0..LIES).map_while(|_| vm.case_line_within(LIE)) {
+            hear(&mut acked, &line);
+        }
         host.disk().lose_power();
         kill(&mut vm, End::Both);
     } else {

@@ -48,6 +48,12 @@ impl Usage {
     }
 }
 
+/// Our daemon; with `VUD_DAEMON`, another build of it, to see that a test finds what is broken there.
+pub fn binary() -> PathBuf {
+    let other = std::env::var_os("VUD_DAEMON");
+    other.map_or_else(|| env!("CARGO_BIN_EXE_vhost-user-dax").into(), PathBuf::from)
+}
+
 pub struct Daemon {
     child: Child,
     output: Output,
@@ -66,13 +72,13 @@ impl Daemon {
     ) -> Self {
         let trace = (!strace.is_empty()).then(|| socket.with_extension("trace"));
         let mut command = match &trace {
-            None => Command::new(env!("CARGO_BIN_EXE_vhost-user-dax")),
+            None => Command::new(binary()),
             Some(trace) => {
                 let mut command = Command::new("strace");
                 // -D: our child is the daemon itself and the tracer its grandchild,
                 // so that a signal to the child reaches the daemon.
                 command.args(["-D", "-f", "-o"]).arg(trace).args(strace);
-                command.arg("--").arg(env!("CARGO_BIN_EXE_vhost-user-dax"));
+                command.arg("--").arg(binary());
                 command
             }
         };
@@ -108,7 +114,7 @@ impl Daemon {
 
     /// One more daemon on `disk` ends with code 2, and says why.
     pub fn assert_refused(disk: &Disk, why: &str) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-dax"));
+        let mut command = Command::new(binary());
         command.arg("pmem").arg("--socket-path").arg(disk.path().with_extension("second"));
         let output = command.arg("--file").arg(disk.path()).output().expect("start a daemon");
         let said = String::from_utf8_lossy(&output.stderr);

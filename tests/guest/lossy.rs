@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, UNIX_EPOCH};
 
 use fuser::{
@@ -32,6 +32,7 @@ struct State {
     durable: File,
     /// Since the last sync, in order.
     unsynced: Vec<(u64, Vec<u8>)>,
+    held: bool,
     lost: bool,
 }
 
@@ -39,6 +40,7 @@ struct State {
 #[derive(Clone)]
 pub struct LossyDisk {
     state: Arc<Mutex<State>>,
+    changed: Arc<Condvar>,
     bytes: u64,
 }
 
@@ -59,8 +61,9 @@ impl LossyDisk {
             file
         };
         let unsynced = Vec::new();
-        let state = State { written: image(), durable: image(), unsynced, lost: false };
-        Self { state: Arc::new(Mutex::new(state)), bytes }
+        let state =
+            State { written: image(), durable: image(), unsynced, held: false, lost: false };
+        Self { state: Arc::new(Mutex::new(state)), changed: Arc::default(), bytes }
     }
 
     /// Shows it as `dir/disk`, in this thread's mount namespace.
@@ -72,9 +75,15 @@ impl LossyDisk {
         self.state.lock().unwrap()
     }
 
+    /// From now on no sync ends before power is lost: who is told of one was told too early.
+    pub fn hold_syncs(&self) {
+        self.lock().held = true;
+    }
+
     /// Power is lost: nothing is written from now on, and nothing is synced.
     pub fn lose_power(&self) {
         self.lock().lost = true;
+        self.changed.notify_all();
     }
 
     /// How many writes no sync came behind.
@@ -120,7 +129,8 @@ impl LossyDisk {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let mut state = self.lock();
+        let state = self.lock();
+        let mut state = self.changed.wait_while(state, |s| s.held && !s.lost).unwrap();
         if state.lost {
             return Err(io::ErrorKind::Other.into());
         }

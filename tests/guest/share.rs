@@ -9,6 +9,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::daemon::binary;
 use crate::disk::sha256;
 use crate::images::Images;
 use crate::report::CaseReport;
@@ -118,7 +119,7 @@ impl Share {
     pub fn command(&self, images: &Images, socket: &Path) -> Command {
         let mut command = match self.backend {
             Backend::Ours => {
-                let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-dax"));
+                let mut command = Command::new(binary());
                 command.arg("fs").args(["--tag", &self.tag]);
                 if let Some(window) = &self.window {
                     command.args(["--window-size", window]);

@@ -173,6 +173,15 @@ impl<'g> Vm<'g> {
         }
     }
 
+    /// The next line that the running case says, if it says one in time.
+    pub fn case_line_within(&mut self, time: Duration) -> Option<String> {
+        match self.events.recv_timeout(time) {
+            Ok(Event::Line(line)) => line.strip_prefix("| ").map(str::to_owned),
+            Ok(_) => self.fail("something has ended"),
+            Err(_) => None,
+        }
+    }
+
     /// What the running case had said when QEMU was killed, as far as the host got it.
     pub fn last_lines(&mut self) -> Vec<String> {
         let mut lines = Vec::new();

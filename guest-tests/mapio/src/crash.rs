@@ -12,12 +12,13 @@ use crate::Result;
 use crate::map::Mapping;
 use crate::plan::{MAPPED_BYTES, RAW_BYTES, STREAMS, Step, WRITES, byte, step};
 
-/// `place` is a directory, or a bare device.
-pub fn run(place: &Path) -> Result<()> {
+/// `place` is a directory, or a bare device; `only` one of the streams, or all.
+pub fn run(place: &Path, only: Option<u64>) -> Result<()> {
     let raw = !place.is_dir();
     thread::scope(|scope| {
+        let wanted = (0..STREAMS).filter(|stream| only.is_none_or(|only| only == *stream));
         let streams: Vec<_> =
-            (0..STREAMS).map(|stream| scope.spawn(move || one(place, stream, raw))).collect();
+            wanted.map(|stream| scope.spawn(move || one(place, stream, raw))).collect();
         streams.into_iter().try_for_each(|stream| stream.join().map_err(|_| "a panic")?)
     })
 }

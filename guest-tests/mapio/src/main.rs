@@ -16,7 +16,7 @@
 //! | `fill FILE BYTES` | makes a sparse file and stores to each page, until all is done or SIGBUS |
 //! | `write-out FILE BYTES` | writes until all is done or the disk is full |
 //! | `touch BYTES ROUNDS read\|write FILE` | touches each 2 MiB, round after round |
-//! | `crash PLACE` | syncs step after step of a plan in a directory or on a bare device, until the machine ends |
+//! | `crash PLACE [STREAM]` | syncs step after step of a plan in a directory or on a bare device, until the machine ends |
 //! | `zeros FILE` | loads a word of each page of a sparse file |
 
 mod commands;
@@ -72,7 +72,8 @@ fn run(words: &[&str]) -> Result<()> {
         ["touch", bytes, rounds, how, file] => {
             commands::touch(Path::new(file), number(bytes)?, number(rounds)?, *how == "write")
         }
-        ["crash", place] => crash::run(Path::new(place)),
+        ["crash", place] => crash::run(Path::new(place), None),
+        ["crash", place, stream] => crash::run(Path::new(place), Some(number(stream)? as u64)),
         ["zeros", file] => commands::zeros(Path::new(file)),
         _ => Err("no such command".into()),
     }
