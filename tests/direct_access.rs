@@ -21,6 +21,7 @@ use common::fs::{FsHost, FsOptions, RANGE};
 use common::fuse_abi::{MAP_READ, MAP_WRITE};
 use common::memory::guest_ram;
 use common::strict_vmm::{StrictVmm, VmmOptions};
+use nix::fcntl::{FcntlArg, fcntl};
 use tempfile::TempDir;
 use vhost_user_dax::persist::{Backing, DaxNode, Durability, PersistMode};
 
@@ -38,6 +39,7 @@ fn dax_dir() -> TempDir {
 
 /// `vhost-user-dax pmem`, the real binary, and a guest before it.
 struct Pmem {
+    file: PathBuf,
     child: Child,
     said: String,
     driver: Driver,
@@ -62,7 +64,7 @@ impl Pmem {
         let mut driver = Driver::new(ram, DriverOptions::default());
         vmm.start(&mut driver);
         vmm.wait_live(1);
-        Self { child, said, driver, vmm }
+        Self { file: file.to_owned(), child, said, driver, vmm }
     }
 
     fn store(&mut self, at: u64, bytes: &[u8]) {
@@ -74,6 +76,20 @@ impl Pmem {
         self.vmm.check();
         self.vmm.kill();
         assert!(self.child.wait().unwrap().success());
+        let file = self.file.clone();
+        drop(self);
+        // The VM's map carries the lock, too, and its thread has it for a moment more.
+        let file = OpenOptions::new().read(true).write(true).open(file).unwrap();
+        let whole = libc::flock {
+            l_type: libc::F_WRLCK as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        common::eventually("the VM to let go of the file", || {
+            fcntl(&file, FcntlArg::F_OFD_SETLK(&whole)).is_ok()
+        });
     }
 }
 

@@ -70,7 +70,7 @@ impl Round {
             number,
             kind: Kind::ALL[pick(number, 3)],
             device: [Device::Fs, Device::PmemRaw, Device::PmemExt4][pick(number / 3, 3)],
-            end: [End::Power, End::Daemon, End::Qemu, End::Both][pick(number + number / 9, 4)],
+            end: [End::Power, End::Daemon, End::Qemu, End::Both][pick(number % 9 + number / 9, 4)],
             acks: ACKS.start + random % (ACKS.end - ACKS.start),
             only: number.is_multiple_of(2).then_some(number / 2 % STREAMS),
             coin: scatter(random),

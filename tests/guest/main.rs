@@ -41,5 +41,6 @@ mod fs_sides;
 mod fs_suites;
 mod fs_window;
 mod pauses;
+mod real_dax;
 mod survives;
 mod uml;
