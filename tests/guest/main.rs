@@ -41,6 +41,7 @@ mod fs_sides;
 mod fs_suites;
 mod fs_window;
 mod pauses;
+mod pmemkv;
 mod real_dax;
 mod survives;
 mod uml;

@@ -1,0 +1,174 @@
+/* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
+/*
+ * kv load POOL MAP COUNT - makes a pool with a map of libpmemobj in it; puts, overwrites and removes, one
+ * transaction each, and says acked=N when transaction N has returned. COUNT 0: for ever.
+ *
+ * kv verify POOL MAP LAST - opens the pool, which recovers it, and finds all as it was after transaction
+ * LAST, or after one of the next: whole transactions, in order, and none of the acknowledged missing.
+ *
+ * MAP is hashmap or rbtree (btree and ctree crash by themselves, on any file). pmemkv, which is in no
+ * registry, stands on the same library.
+ */
+#include <ex_common.h>
+#include <inttypes.h>
+#include <libpmem.h>
+#include <libpmemobj.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "map.h"
+#include "map_rbtree.h"
+#include "map_hashmap_tx.h"
+
+#define POOL_BYTES (32UL << 20)
+#define KEYS 64
+#define MOST_BYTES 1500
+/* Transactions that were done, and whose acknowledgement was still on its way. */
+#define UNHEARD 1000
+
+POBJ_LAYOUT_BEGIN(kv);
+POBJ_LAYOUT_ROOT(kv, struct root);
+POBJ_LAYOUT_TOID(kv, struct item);
+POBJ_LAYOUT_END(kv);
+
+struct root {
+	TOID(struct map) map;
+};
+
+struct item {
+	uint64_t key, generation, bytes;
+	uint8_t data[MOST_BYTES];
+};
+
+static PMEMobjpool *pool;
+static struct map_ctx *ctx;
+static TOID(struct map) map;
+
+static uint64_t scatter(uint64_t n)
+{
+	n += 0x9e3779b97f4a7c15;
+	n = (n ^ (n >> 30)) * 0xbf58476d1ce4e5b9;
+	n = (n ^ (n >> 27)) * 0x94d049bb133111eb;
+	return n ^ (n >> 31);
+}
+
+static uint64_t key_of(uint64_t n)
+{
+	return scatter(n) % KEYS;
+}
+
+static int removes(uint64_t n)
+{
+	return n % 4 == 3;
+}
+
+static void fail(const char *what)
+{
+	printf("FAIL: %s: %s\n", what, pmemobj_errormsg());
+	exit(1);
+}
+
+static void fill(struct item *item, uint64_t key, uint64_t n)
+{
+	item->key = key;
+	item->generation = n;
+	item->bytes = 16 + scatter(n ^ key) % (MOST_BYTES - 16);
+	for (uint64_t i = 0; i < item->bytes; i++)
+		item->data[i] = (uint8_t)(scatter(n) >> (i % 56)) + (uint8_t)i;
+}
+
+static void transaction(uint64_t n)
+{
+	uint64_t key = key_of(n);
+	TX_BEGIN(pool) {
+		PMEMoid old = map_remove(ctx, map, key);
+		if (!OID_IS_NULL(old))
+			pmemobj_tx_free(old);
+		if (!removes(n)) {
+			TOID(struct item) item = TX_ZNEW(struct item);
+			fill(D_RW(item), key, n);
+			if (map_insert(ctx, map, key, item.oid) != 0)
+				pmemobj_tx_abort(1);
+		}
+	} TX_ONABORT {
+		fail("a transaction");
+	} TX_END
+}
+
+static void open_pool(const char *path, const char *kind)
+{
+	const struct map_ops *ops = strcmp(kind, "rbtree") == 0 ? MAP_RBTREE : MAP_HASHMAP_TX;
+	int new = access(path, F_OK) != 0;
+	pool = new ? pmemobj_create(path, POBJ_LAYOUT_NAME(kv), POOL_BYTES, CREATE_MODE_RW)
+		   : pmemobj_open(path, POBJ_LAYOUT_NAME(kv));
+	if (pool == NULL)
+		fail("the pool");
+	ctx = map_ctx_init(ops, pool);
+	TOID(struct root) root = POBJ_ROOT(pool, struct root);
+	if (TOID_IS_NULL(D_RO(root)->map) && map_create(ctx, &D_RW(root)->map, NULL) != 0)
+		fail("the map");
+	map = D_RO(root)->map;
+	if (map_check(ctx, map) != 0)
+		fail("map_check");
+	printf("is_pmem=%d\n", pmem_is_pmem(pool, 4096));
+}
+
+/* Which generation each key has after n transactions; 0: none (generations count from 1 here). */
+static void expect(uint64_t n, uint64_t *generations)
+{
+	memset(generations, 0, KEYS * sizeof(*generations));
+	for (uint64_t i = 0; i < n; i++)
+		generations[key_of(i)] = removes(i) ? 0 : i + 1;
+}
+
+static int collect(uint64_t key, PMEMoid value, void *found)
+{
+	const struct item *item = pmemobj_direct(value);
+	struct item good = {0};
+	if (item == NULL || key >= KEYS || item->key != key)
+		fail("a value of another key");
+	fill(&good, key, item->generation);
+	if (item->bytes != good.bytes || memcmp(item->data, good.data, good.bytes) != 0)
+		fail("LOST: a value with other bytes");
+	((uint64_t *)found)[key] = item->generation + 1;
+	return 0;
+}
+
+/* How many transactions are in the pool: at least `least`. */
+static uint64_t done(uint64_t least)
+{
+	uint64_t found[KEYS] = {0}, expected[KEYS];
+	map_foreach(ctx, map, collect, found);
+	for (uint64_t n = least; n < least + UNHEARD; n++) {
+		expect(n, expected);
+		if (memcmp(found, expected, sizeof(found)) == 0)
+			return n;
+	}
+	fail("LOST: it is as it was after none of the transactions");
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	if (argc != 5)
+		return 2;
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	uint64_t number = strtoull(argv[4], NULL, 10);
+	open_pool(argv[2], argv[3]);
+	if (strcmp(argv[1], "verify") == 0) {
+		printf("transactions=%" PRIu64 "\n", done(number + 1));
+		map_ctx_free(ctx);
+		pmemobj_close(pool);
+		if (pmemobj_check(argv[2], POBJ_LAYOUT_NAME(kv)) != 1)
+			fail("pmemobj_check");
+		return 0;
+	}
+	for (uint64_t n = 0; number == 0 || n < number; n++) {
+		transaction(n);
+		printf("acked=%" PRIu64 "\n", n);
+	}
+	map_ctx_free(ctx);
+	pmemobj_close(pool);
+	return 0;
+}
