@@ -13,7 +13,7 @@
 //!    [`fs`]: virtio-fs, FUSE and its DAX window.
 //! 4. [`dax`]: the engine: entries, grants, writeback.
 //! 5. [`window`]: the `Mapper` seam: SHMEM_MAP, and the front-end's rules.
-//! 6. [`persist`]: the `Persist` seam: fdatasync, shared by all that wait for it.
+//! 6. [`persist`]: the `Persist` seam: fdatasync, shared by all that wait for it, or cache lines.
 //!
 //! Beside the path: [`config`] (all that is refused before anything is made),
 //! [`socket`] (where the front-end finds us).

@@ -6,12 +6,18 @@
 
 mod common;
 
+use std::io;
+use std::sync::{Arc, Mutex};
 use std::thread;
+
 use vhost_user_dax::device::Device as _;
+use vhost_user_dax::persist::Persist;
+use vhost_user_dax::pmem::Pmem;
 
 use common::driver::{Answer, Driver, Offered};
+use common::gated_sync::Gate;
 use common::gated_sync::SyncEvent::{Began, Ended, Failed};
-use common::{Guest, Host};
+use common::{FILE_BYTES, Guest, Host};
 
 fn flushes(driver: &mut Driver, n: usize) -> Vec<Offered> {
     (0..n).map(|_| driver.flush()).collect()
@@ -52,6 +58,57 @@ fn answer_rests_on_a_sync_that_began_after_the_flush() {
             assert!(host.gate.finished() > begun_before);
         }
     }
+    guest.power_off();
+}
+
+/// Durability by cache lines: each flush is noted, and the fence is a gate.
+struct Lines {
+    fence: Box<dyn Persist>,
+    flushed: Arc<Mutex<Vec<(u64, u64)>>>,
+}
+
+impl Persist for Lines {
+    fn sync(&self) -> io::Result<()> {
+        panic!("no kernel knows what is dirty");
+    }
+
+    fn kernel_tracks(&self) -> bool {
+        false
+    }
+
+    fn flush(&self, from: u64, bytes: u64) -> io::Result<()> {
+        self.flushed.lock().unwrap().push((from, bytes));
+        Ok(())
+    }
+
+    fn fence(&self) {
+        self.fence.sync().unwrap();
+    }
+}
+
+/// Shows, where only cache lines make a store durable: all of the file is written back, each line once, and
+/// the answer waits for the fence behind it.
+#[test]
+fn an_answer_waits_for_the_fence() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(FILE_BYTES).unwrap();
+    let (gate, flushed) = (Gate::new(), Arc::<Mutex<Vec<(u64, u64)>>>::default());
+    let persist = Lines { fence: gate.persist(), flushed: flushed.clone() };
+    let pmem = Pmem::new(Arc::new(file.try_clone().unwrap()), Box::new(persist)).unwrap();
+    let host = Host::with(dir, file, gate, pmem);
+    let (mut guest, flush) = boot_into_held_sync(&host);
+    let mut lines = flushed.lock().unwrap().clone();
+    lines.sort_unstable();
+    let end = lines.iter().fold(0, |end, (from, bytes)| {
+        assert_eq!(*from, end, "a gap, or lines that come twice: {lines:?}");
+        from + bytes
+    });
+    assert_eq!(end, FILE_BYTES, "behind {end}");
+    assert!(!guest.driver.is_answered(flush), "an answer before the fence");
+    host.gate.open();
+    assert_eq!(guest.driver.wait(flush), Answer::OK);
+    assert_eq!(flushed.lock().unwrap().len(), lines.len(), "lines were written back twice");
     guest.power_off();
 }
 

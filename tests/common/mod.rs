@@ -83,7 +83,12 @@ impl Host {
         file.set_len(bytes).unwrap();
         let gate = Gate::new();
         let ours = Arc::new(file.try_clone().unwrap());
-        let pmem = Pmem::new(ours, gate.persist()).unwrap();
+        let persist = gate.persist();
+        Self::with(dir, file, gate, Pmem::new(ours, persist).unwrap())
+    }
+
+    /// One whose device is the caller's; `gate` is of use if it is the device's.
+    pub fn with(dir: TempDir, file: File, gate: Gate, pmem: Arc<Pmem>) -> Self {
         let socket = dir.path().join("daemon.sock");
         let listener = Arc::new(Mutex::new(Listener::new(&socket, true).unwrap()));
         Self { dir, file, pmem, gate, socket, listener }
