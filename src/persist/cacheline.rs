@@ -170,22 +170,25 @@ mod x86_64 {
     /// CPUID leaf 1, EDX.
     const CLFSH_BIT: u32 = 1 << 19;
 
+    /// log2 of a line's bytes: the same on each processor so far. One that says otherwise has no instruction
+    /// for us.
+    const LINE_BYTES_LOG2: u32 = 6;
+
     struct Processor {
         leaf_7_ebx: u32,
         leaf_1_edx: u32,
-        line_bytes_log2: u32,
+        /// What CLFLUSH writes back.
+        line_bytes: u32,
         avx: bool,
     }
 
     static PROCESSOR: LazyLock<Processor> = LazyLock::new(|| {
         let leaf_1 = __cpuid(1);
-        let leaf_7_ebx = if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).ebx };
-        // EBX bits 15 to 8: what CLFLUSH writes back, in units of 8 bytes.
-        let line_bytes = (leaf_1.ebx >> 8 & 0xff) * 8;
         Processor {
-            leaf_7_ebx,
+            leaf_7_ebx: if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).ebx },
             leaf_1_edx: leaf_1.edx,
-            line_bytes_log2: if line_bytes.is_power_of_two() { line_bytes.ilog2() } else { 6 },
+            // EBX bits 15 to 8, in units of 8 bytes.
+            line_bytes: (leaf_1.ebx >> 8 & 0xff) * 8,
             avx: is_x86_feature_detected!("avx"),
         }
     });
@@ -196,11 +199,12 @@ mod x86_64 {
 
         /// Whether this processor has it.
         pub fn is_here(self) -> bool {
-            match self {
-                Self::Clwb => PROCESSOR.leaf_7_ebx & CLWB_BIT != 0,
-                Self::Clflushopt => PROCESSOR.leaf_7_ebx & CLFLUSHOPT_BIT != 0,
-                Self::Clflush => PROCESSOR.leaf_1_edx & CLFSH_BIT != 0,
-            }
+            let bit = match self {
+                Self::Clwb => PROCESSOR.leaf_7_ebx & CLWB_BIT,
+                Self::Clflushopt => PROCESSOR.leaf_7_ebx & CLFLUSHOPT_BIT,
+                Self::Clflush => PROCESSOR.leaf_1_edx & CLFSH_BIT,
+            };
+            bit != 0 && PROCESSOR.line_bytes == 1 << LINE_BYTES_LOG2
         }
 
         pub(super) fn name(self) -> &'static str {
@@ -250,8 +254,8 @@ mod x86_64 {
         unsafe { _mm_sfence() }
     }
 
-    pub(super) fn line_bytes_log2() -> u32 {
-        PROCESSOR.line_bytes_log2
+    pub(super) const fn line_bytes_log2() -> u32 {
+        LINE_BYTES_LOG2
     }
 
     /// # Safety

@@ -9,7 +9,6 @@ use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use nix::errno::Errno;
@@ -17,7 +16,7 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use vm_memory::VolatileSlice;
 
 use super::cacheline::{Instruction, fence};
-use super::sigbus::{guarded, install};
+use super::sigbus::Guarded;
 use super::{Backing, Persist};
 use crate::dax::entry::PMD_BYTES;
 use crate::lock::lock;
@@ -26,8 +25,8 @@ use crate::lock::lock;
 struct Mapping {
     base: NonNull<u8>,
     bytes: usize,
-    /// A page of it was gone when it was touched.
-    gone: AtomicBool,
+    /// None when it is about to go.
+    guarded: Option<Guarded>,
 }
 
 // SAFETY: it is memory that others change at any time, wherever they run; nothing here makes a
@@ -45,8 +44,10 @@ impl Mapping {
             usize::try_from(bytes).ok().and_then(NonZeroUsize::new).ok_or_else(too_long)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new place for the map, which nobody else knows of.
-        let base = unsafe { mmap(None, length, protection, flags, file, 0)? }.cast();
-        Ok(Self { base, bytes: length.get(), gone: AtomicBool::new(false) })
+        let base = unsafe { mmap(None, length, protection, flags, file, 0)? }.cast::<u8>();
+        let mut map = Self { base, bytes: length.get(), guarded: None };
+        map.guarded = Some(Guarded::new(base.as_ptr().addr(), map.bytes)?);
+        Ok(map)
     }
 
     /// Runs `work` with a pointer to byte `from`, behind which `bytes` are mapped.
@@ -56,15 +57,18 @@ impl Mapping {
     fn at<T>(&self, from: u64, bytes: usize, work: impl FnOnce(*mut u8) -> T) -> io::Result<T> {
         let start = usize::try_from(from).map_err(|_| Errno::EINVAL)?;
         let end = start.checked_add(bytes).filter(|end| *end <= self.bytes).ok_or(Errno::EINVAL)?;
-        let base = self.base.as_ptr();
-        guarded(base.addr() + start..base.addr() + end, &self.gone, || {
-            work(base.wrapping_add(start))
-        })
+        debug_assert!(start <= end);
+        let done = work(self.base.as_ptr().wrapping_add(start));
+        match &self.guarded {
+            Some(guarded) if !guarded.is_gone() => Ok(done),
+            _ => Err(Errno::EIO.into()),
+        }
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        self.guarded = None;
         // SAFETY: it is ours, and nobody has a pointer into it any more.
         let _ = unsafe { munmap(self.base.cast(), self.bytes) };
     }
@@ -102,7 +106,6 @@ impl Direct {
         backing: Backing,
         instruction: Instruction,
     ) -> io::Result<Arc<Self>> {
-        install()?;
         let flags = match backing {
             // With MAP_SYNC a first store to a page returns when its block is durably the file's.
             Backing::DaxFile => MapFlags::MAP_SHARED_VALIDATE | MapFlags::MAP_SYNC,

@@ -1,93 +1,104 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! A mapped file that is cut off by somebody else, or whose memory fails, must not kill the daemon: in a
-//! [`guarded`] range SIGBUS is an error of that range, and of nothing else.
+//! [`Guarded`] range SIGBUS is an error of that range, and of nothing else.
 //!
 //! The handler puts a page of zeros where the bad one was, so that the instruction that hit it can end,
-//! and says so. The whole mapping is not to be trusted from then on.
+//! and marks the range: nothing that was done in it counts from then on.
 
 #![allow(unsafe_code)] // A signal handler, and the map that it makes.
 
-use std::cell::Cell;
 use std::io;
-use std::ops::Range;
 use std::ptr;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 
 use nix::errno::Errno;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 use crate::dax::entry::PAGE_BYTES;
 
-/// A range of addresses that one thread is at work in.
-#[derive(Clone, Copy)]
-struct Guard {
-    start: usize,
-    end: usize,
-    /// Set when a page of it is gone. It outlives the guard.
-    gone: *const AtomicBool,
+/// How many ranges there can be: more than a window has slots, and room for files that have just gone.
+const MOST: usize = 4096;
+
+/// A range, if `start` is not 0.
+struct Slot {
+    start: AtomicUsize,
+    /// Not 0 in a slot that is taken.
+    end: AtomicUsize,
+    gone: AtomicBool,
 }
 
-thread_local! {
-    // No destructor and no lazy start, so a handler may read it.
-    static GUARD: Cell<Option<Guard>> = const { Cell::new(None) };
+/// A table that a signal handler can read: no lock, no memory to be had, and no store where a range is used
+/// (one right behind a page of dirty lines costs more than their write-back).
+static SLOTS: [Slot; MOST] = [const {
+    Slot { start: AtomicUsize::new(0), end: AtomicUsize::new(0), gone: AtomicBool::new(false) }
+}; MOST];
+
+/// A range of a mapping, until dropped: before it is unmapped.
+pub(super) struct Guarded(&'static Slot);
+
+impl Guarded {
+    /// # Errors
+    /// ENOMEM when there are too many; the system's.
+    pub(super) fn new(start: usize, bytes: usize) -> io::Result<Self> {
+        install()?;
+        let take =
+            |slot: &&Slot| slot.end.compare_exchange(0, start + bytes, SeqCst, SeqCst).is_ok();
+        let slot = SLOTS.iter().find(take).ok_or(Errno::ENOMEM)?;
+        slot.gone.store(false, SeqCst);
+        slot.start.store(start, SeqCst);
+        Ok(Self(slot))
+    }
+
+    /// Whether a page of it was gone when it was touched, by whatever thread: another one's work may
+    /// have been on zeros.
+    pub(super) fn is_gone(&self) -> bool {
+        self.0.gone.load(SeqCst)
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        self.0.start.store(0, SeqCst);
+        self.0.end.store(0, SeqCst);
+    }
 }
 
 /// Installs the handler, once in the process.
-///
-/// # Errors
-/// The system's.
-pub(super) fn install() -> io::Result<()> {
+fn install() -> io::Result<()> {
     static DONE: OnceLock<Result<(), Errno>> = OnceLock::new();
     let done = DONE.get_or_init(|| {
         let handler = SigHandler::SigAction(on_sigbus);
         let action = SigAction::new(handler, SaFlags::SA_SIGINFO, SigSet::empty());
-        // SAFETY: the handler calls mmap() and sigaction() only, and touches nothing but atomics
-        // and its own thread's guard.
+        // SAFETY: the handler calls mmap() and sigaction() only, and touches nothing but atomics.
         unsafe { sigaction(Signal::SIGBUS, &action) }.map(drop)
     });
     Ok((*done)?)
 }
 
-/// Runs `work`, which touches `range` of a mapping, and says whether all pages of it were there.
-///
-/// # Errors
-/// EIO when a page was gone, now or in the time of an earlier `work`: then nothing that was done in that
-/// mapping counts. `gone` is the mapping's.
-pub(super) fn guarded<T>(
-    range: Range<usize>,
-    gone: &AtomicBool,
-    work: impl FnOnce() -> T,
-) -> io::Result<T> {
-    GUARD.set(Some(Guard { start: range.start, end: range.end, gone }));
-    let done = work();
-    GUARD.set(None);
-    // Also if it was another thread that met the page: ours may have worked on its zeros.
-    if gone.load(Ordering::SeqCst) { Err(Errno::EIO.into()) } else { Ok(done) }
-}
-
 extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: the kernel gives a valid one, and for SIGBUS it has an address.
     let at = unsafe { (*info).si_addr() }.addr();
-    if let Some(guard) = GUARD.get()
-        && (guard.start..guard.end).contains(&at)
-    {
-        // SAFETY: guarded() holds on to it. Before the zeros are there: whoever meets them sees it.
-        unsafe { (*guard.gone).store(true, Ordering::SeqCst) };
+    let mut ours = false;
+    // All that match: one that is being taken or left may seem to, and the one that was touched is there.
+    for slot in &SLOTS {
+        let start = slot.start.load(SeqCst);
+        if start != 0 && (start..slot.end.load(SeqCst)).contains(&at) {
+            // Before the zeros are there: whoever meets them sees it.
+            slot.gone.store(true, SeqCst);
+            ours = true;
+        }
+    }
+    if ours {
         let page = at & !(PAGE_BYTES as usize - 1);
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-        // SAFETY: the page is part of a mapping of ours, which stays mapped as long as the guard.
+        // SAFETY: the page is part of a mapping of ours, which stays mapped while it is worked in.
         let map = unsafe {
-            libc::mmap(
-                ptr::without_provenance_mut(page),
-                PAGE_BYTES as usize,
-                protection,
-                flags,
-                -1,
-                0,
-            )
+            let place = ptr::without_provenance_mut(page);
+            libc::mmap(place, PAGE_BYTES as usize, protection, flags, -1, 0)
         };
         if map != libc::MAP_FAILED {
             return;
