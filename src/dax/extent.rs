@@ -12,6 +12,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
 
 use super::entry::{Block, PAGE_BYTES, PMD_BYTES, PageIndex};
+use super::fiemap::first_piece;
 
 /// What a grant is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,32 +131,69 @@ pub trait ExtentSource: Send + Sync {
     }
 }
 
-/// A regular file, mapped through the page cache. Its blocks are numbered by their place in the file:
-/// what a page-cache page belongs to never moves.
+/// A regular file. Mapped through the page cache its blocks are numbered by their place in the file: what a
+/// page-cache page belongs to never moves. On a DAX file system they are those of the device.
 pub struct FileExtents {
     file: Arc<File>,
     /// What the front-end gets, if that is not the file itself.
     stretched: Option<Arc<File>>,
     /// All of it is one extent, of this many bytes.
     preallocated: Option<u64>,
+    on_device: bool,
 }
 
 impl FileExtents {
     /// Asks the file system for holes, and allocates for write grants.
     pub fn new(file: Arc<File>) -> Self {
-        Self { file, stretched: None, preallocated: None }
+        Self { file, stretched: None, preallocated: None, on_device: false }
     }
 
     /// The same, and the front-end maps `stretched`: the same page cache, as long as one may wish. The
     /// chunk with the file's last byte is then mapped whole, so that a growth needs no message.
     pub fn stretched(file: Arc<File>, stretched: Arc<File>) -> Self {
-        Self { file, stretched: Some(stretched), preallocated: None }
+        Self { file, stretched: Some(stretched), preallocated: None, on_device: false }
     }
 
     /// Takes the whole file as one extent of `bytes`: virtio-pmem's file was allocated when it was made, or
     /// its user said `--sparse` and lives with the holes; and a device-DAX node has no holes.
     pub fn preallocated(file: Arc<File>, bytes: u64) -> Self {
-        Self { file, stretched: None, preallocated: Some(bytes) }
+        Self { file, stretched: None, preallocated: Some(bytes), on_device: false }
+    }
+
+    /// The same file on a DAX file system, if `dax`: where its blocks lie on the device counts (behaviour 15).
+    #[must_use]
+    pub fn on_device(self, dax: bool) -> Self {
+        Self { on_device: dax, ..self }
+    }
+
+    /// The extent as the file system tells it. What can't be told is no candidate for 2 MiB.
+    fn device_extent(&self, page: PageIndex, pages: u64, access: Access) -> io::Result<Extent> {
+        let run = |pages, backed| Extent { start: page, pages, backed };
+        // No multiple of 2 MiB: not the start of a chunk's blocks.
+        let odd = Block::new(page.0 | 1).map(Backed::Mapped).ok_or(Errno::EFBIG)?;
+        let wanted = pages * PAGE_BYTES;
+        let piece = first_piece(&self.file, page.byte(), wanted)?;
+        let hole = piece
+            .map_or(pages, |piece| (piece.logical / PAGE_BYTES).saturating_sub(page.0).min(pages));
+        let Some(piece) = piece.filter(|_| hole == 0) else {
+            // A device that was not allocated beforehand gets its blocks by the guest's stores.
+            let by_store = self.preallocated.is_some() && access == Access::Write;
+            return Ok(if by_store { run(1, odd) } else { run(hole, Backed::Hole) });
+        };
+        let end = piece.logical.saturating_add(piece.bytes);
+        let within = (end / PAGE_BYTES).saturating_sub(page.0).clamp(1, pages);
+        if piece.unwritten && access == Access::Read {
+            return Ok(run(within, Backed::Unwritten));
+        }
+        let at =
+            piece.physical.map(|at| at.saturating_add(page.byte().saturating_sub(piece.logical)));
+        match at
+            .filter(|at| at.is_multiple_of(PAGE_BYTES))
+            .and_then(|at| Block::new(at / PAGE_BYTES))
+        {
+            Some(block) => Ok(run(within, Backed::Mapped(block))),
+            None => Ok(run(1, odd)),
+        }
     }
 
     /// The first byte from `from` on that is data or a hole; the end of the file counts as a hole.
@@ -231,6 +269,9 @@ impl ExtentSource for FileExtents {
     }
 
     fn extent(&self, page: PageIndex, pages: u64, access: Access) -> io::Result<Extent> {
+        if self.on_device {
+            return self.device_extent(page, pages, access);
+        }
         let run = |pages, backed| Extent { start: page, pages, backed };
         let by_place = Block::new(page.0)
             .map(Backed::Mapped)
@@ -286,6 +327,35 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use super::*;
+
+    /// Shows: by the device's blocks: what is written, has blocks, or is a hole; and a write grant's pages have
+    /// the blocks that they had. (Skipped, and said so, where the file system can't say.)
+    #[test]
+    fn a_real_file_tells_its_blocks() {
+        let file = Arc::new(tempfile::tempfile_in(".").unwrap());
+        file.set_len(64 * PAGE_BYTES).unwrap();
+        file.write_all_at(&[1; 8 * PAGE_BYTES as usize], 16 * PAGE_BYTES).unwrap();
+        file.sync_all().unwrap();
+        if let Err(e) = first_piece(&file, 0, PAGE_BYTES) {
+            println!("SKIPPED a_real_file_tells_its_blocks: no FIEMAP here: {e}");
+            return;
+        }
+        let source = FileExtents::new(file.clone()).on_device(true);
+        let at = |page, access| source.extent(PageIndex(page), 64 - page, access).unwrap();
+        assert_eq!((at(0, Access::Read).backed, at(0, Access::Read).pages), (Backed::Hole, 16));
+        let written = at(16, Access::Read);
+        let Backed::Mapped(block) = written.backed else { panic!("{written:?}") };
+        let next = at(17, Access::Read);
+        if written.pages > 1 {
+            assert_eq!(next.backed, Backed::Mapped(Block::new(block.number() + 1).unwrap()));
+        }
+        source.allocate(PageIndex(32), PageIndex(39)).unwrap();
+        assert_eq!(at(32, Access::Read).backed, Backed::Unwritten);
+        let Backed::Mapped(promised) = at(32, Access::Write).backed else { panic!("no block") };
+        file.write_all_at(&[2; PAGE_BYTES as usize], 32 * PAGE_BYTES).unwrap();
+        file.sync_all().unwrap();
+        assert_eq!(at(32, Access::Read).backed, Backed::Mapped(promised));
+    }
 
     /// Shows: a sparse file's data and holes are told apart, and a write grant's pages get blocks.
     #[test]

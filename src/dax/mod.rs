@@ -65,6 +65,7 @@ pub mod engine;
 pub mod entry;
 pub mod extent;
 mod fault;
+mod fiemap;
 pub mod index;
 #[cfg(all(test, loom))]
 mod loom_tests;

@@ -15,7 +15,7 @@ use crate::dax::direct::DirectExtents;
 use crate::dax::engine::{Engine, Space};
 use crate::dax::extent::{ExtentSource, FileExtents};
 use crate::lock::lock;
-use crate::persist::{Direct, Durability, FilePersist, PersistMode};
+use crate::persist::{Backing, Direct, Durability, FilePersist, PersistMode};
 
 use super::stretch::{Stretch, StretchedFile};
 use super::watch::{Watch, Watching};
@@ -111,9 +111,10 @@ impl Nodes {
     fn make(&self, file: File, id: FileId) -> io::Result<Arc<Node>> {
         let stretched = self.stretch.open(&file)?;
         let file = Arc::new(file);
-        let source = FileExtents::stretched(file.clone(), stretched.file().clone());
-        let FilePersist { persist, direct } =
-            Durability::of_file(&file, self.persist).persist(&file, file.metadata()?.len())?;
+        let durability = Durability::of_file(&file, self.persist);
+        let FilePersist { persist, direct } = durability.persist(&file, file.metadata()?.len())?;
+        let source = FileExtents::stretched(file.clone(), stretched.file().clone())
+            .on_device(durability.backing == Backing::DaxFile);
         let source: Box<dyn ExtentSource> = match &direct {
             Some(direct) => Box::new(DirectExtents::new(source, direct.clone())),
             None => Box::new(source),

@@ -21,7 +21,7 @@ use crate::dax::engine::{Engine, Space};
 use crate::dax::entry::PageIndex;
 use crate::dax::extent::{Access, FileExtents};
 use crate::device::{Device, SessionWindow};
-use crate::persist::{GroupSync, Persist, Waiter};
+use crate::persist::{Backing, GroupSync, Persist, Waiter};
 use crate::ratelimit::RateLimit;
 use crate::request::Request;
 use crate::vring::AtStop;
@@ -95,11 +95,14 @@ impl Pmem {
     ) -> io::Result<Arc<Self>> {
         let size = PmemSize::new(file_bytes(&file)?)
             .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e.to_string()))?;
+        let on_dax = Backing::of(&file) == Backing::DaxFile;
         let front_end = Arc::new(FrontEnd::default());
         let window = WindowBytes(size.bytes());
         let engine = Arc::new(Engine::new(window, front_end.clone(), 1));
-        let space =
-            engine.space(Box::new(FileExtents::preallocated(file.clone(), size.bytes())), persist);
+        let space = engine.space(
+            Box::new(FileExtents::preallocated(file.clone(), size.bytes()).on_device(on_dax)),
+            persist,
+        );
         engine
             .span(WindowOffset(0), window)
             .and_then(|whole| engine.grant(&space, FileOffset(0), whole, Access::Write))
