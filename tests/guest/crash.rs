@@ -14,6 +14,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use nix::fcntl::{FallocateFlags, fallocate};
+
 use crate::disk::Disk;
 use crate::host_disk::{HostDisk, Kind, Mounted, Recovered, own_namespace};
 use crate::lossy::Survivors;
@@ -160,6 +162,10 @@ fn check(place: &Path, raw: bool, acked: &Acked) -> Result<(), String> {
     (0..).zip(acked).try_for_each(|(stream, last)| check_stream(place, raw, stream, *last))
 }
 
+fn sync(path: &Path) {
+    std::fs::File::open(path).and_then(|file| file.sync_all()).expect("sync");
+}
+
 /// Where the round's files are, inside the host's file system.
 struct Place {
     pmem: Option<Disk>,
@@ -171,11 +177,19 @@ impl Place {
         match device {
             Device::Fs => {
                 std::fs::create_dir(host.join("share")).unwrap();
+                sync(host);
                 Self { pmem: None, inside: "share".into() }
             }
             Device::PmemRaw | Device::PmemExt4 => {
                 let disk = Disk::below(host, PMEM_MIB);
                 let inside = disk.path().strip_prefix(host).unwrap().to_owned();
+                // It is there before all else, as the daemon makes it: blocks that nobody has written.
+                let file = std::fs::File::create(disk.path()).unwrap();
+                let bytes = (PMEM_MIB << 20) as i64;
+                fallocate(&file, FallocateFlags::empty(), 0, bytes).unwrap();
+                for path in [&disk.path(), disk.path().parent().unwrap(), host] {
+                    sync(path);
+                }
                 Self { pmem: Some(disk), inside }
             }
         }
@@ -189,7 +203,8 @@ impl Place {
             Device::PmemRaw => check(&place, true, acked),
             Device::PmemExt4 => {
                 let mounted = Mounted::new(&place).map_err(|why| format!("LOST: {why}"))?;
-                check(mounted.path(), false, acked)
+                check(mounted.path(), false, acked)?;
+                mounted.fsck(&place, Kind::Ext4.fsck())
             }
         }
     }
@@ -265,15 +280,21 @@ fn run_round(guest: &Guest, round: &Round) -> Result<u64, String> {
     }
     drop(vm);
     let of = |what: String| move |why: String| format!("{round}: {what}: {why}");
-    if round.end != End::Power {
+    let disk = if round.end == End::Power {
+        host.off()
+    } else {
+        // As if power were lost right now: to look at the live file system makes it sync.
+        let disk = host.disk().copy().map_err(|why| format!("{round}: {why}"))?;
         place.check(round.device, host.path(), &acked).map_err(of("after the kill".into()))?;
-    }
-    let disk = host.off();
+        drop(host);
+        disk
+    };
     let coin = round.coin;
     for survivors in [Survivors::None, Survivors::Some(coin), Survivors::Some(scatter(coin))] {
         let recovered = Recovered::of(&disk, survivors).map_err(of("recovery".into()))?;
         let said = format!("power lost, {survivors:?} of {} writes survived", disk.unsynced());
-        place.check(round.device, &recovered.path(), &acked).map_err(of(said))?;
+        place.check(round.device, &recovered.path(), &acked).map_err(of(said.clone()))?;
+        recovered.fsck(round.kind).map_err(of(said))?;
     }
     Ok(count(&acked))
 }
@@ -319,11 +340,14 @@ fn crash_rounds() {
                 );
                 let mut table = table.lock().unwrap();
                 let entry = table.entry((round.kind.name(), round.device, round.end));
-                let (times, acks) = entry.or_insert((0, 0));
-                *times += 1;
+                let row: &mut Row = entry.or_default();
+                row.rounds += 1;
                 match done {
-                    Ok(of_round) => *acks += of_round,
-                    Err(why) => failures.push(why),
+                    Ok(acks) => row.acks += acks,
+                    Err(why) => {
+                        row.lost += 1;
+                        failures.push(why);
+                    }
                 }
             }
         };
@@ -334,14 +358,30 @@ fn crash_rounds() {
     assert!(failures.is_empty(), "acknowledged bytes were lost:\n{}", failures.join("\n"));
 }
 
-fn print_table(table: &BTreeMap<(&str, Device, End), (u64, u64)>) {
-    println!("\n  host    device    end      rounds  acknowledged");
-    for ((kind, device, end), (rounds, acks)) in table {
-        let (device, end) = (format!("{device:?}"), format!("{end:?}"));
-        println!("  {kind:<6}  {device:<8}  {end:<7}  {rounds:>6}  {acks:>12}");
+/// What came of the rounds of one kind.
+#[derive(Default)]
+struct Row {
+    rounds: u64,
+    acks: u64,
+    lost: u64,
+}
+
+fn print_table(table: &BTreeMap<(&str, Device, End), Row>) {
+    println!(
+        "\n  host    device    end      rounds  acknowledged  disks recovered  rounds with a loss"
+    );
+    let line = |what: &str, row: &Row| {
+        let Row { rounds, acks, lost } = row;
+        println!("  {what:<25}  {rounds:>6}  {acks:>12}  {:>15}  {lost:>18}", 3 * rounds);
+    };
+    let mut all = Row::default();
+    for ((kind, device, end), row) in table {
+        line(&format!("{kind:<6}  {:<8}  {:<7}", format!("{device:?}"), format!("{end:?}")), row);
+        all.rounds += row.rounds;
+        all.acks += row.acks;
+        all.lost += row.lost;
     }
-    let (rounds, acks) = table.values().fold((0, 0), |(a, b), (c, d)| (a + c, b + d));
-    println!("  all                        {rounds:>6}  {acks:>12}\n");
+    line("all", &all);
 }
 
 /// Shows that the disk is no kinder than a real one: what was synced is there, what was not is lost.

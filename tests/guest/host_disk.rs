@@ -34,6 +34,15 @@ impl Kind {
         }
     }
 
+    /// Looks, and changes nothing.
+    pub fn fsck(self) -> (&'static str, &'static [&'static str]) {
+        match self {
+            Self::Ext4 => ("e2fsck", &["-fn"]),
+            Self::Xfs => ("xfs_repair", &["-n"]),
+            Self::Btrfs => ("btrfs", &["check", "--readonly"]),
+        }
+    }
+
     /// Discards would be lost work: the disk knows none.
     fn mkfs(self) -> (&'static str, &'static [&'static str]) {
         match self {
@@ -75,6 +84,15 @@ impl Mounted {
 
     pub fn path(&self) -> &Path {
         self.folder.path()
+    }
+}
+
+impl Mounted {
+    /// Unmounts, and asks the file system's own judge about the image, which it does not change.
+    pub fn fsck(self, image: &Path, fsck: (&str, &[&str])) -> Result<(), String> {
+        run("umount", &[&self.folder.path().display().to_string()])?;
+        let image = image.display().to_string();
+        run(fsck.0, &[fsck.1, &[image.as_str()]].concat()).map_err(|why| format!("LOST: {why}"))
     }
 }
 
@@ -125,7 +143,7 @@ impl HostDisk {
 /// What was there when power was back.
 pub struct Recovered {
     mounted: Mounted,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Recovered {
@@ -136,7 +154,12 @@ impl Recovered {
         File::create(&image)
             .and_then(|file| disk.recover(&file, survivors))
             .map_err(|e| e.to_string())?;
-        Ok(Self { mounted: Mounted::new(&image)?, _folder: folder })
+        Ok(Self { mounted: Mounted::new(&image)?, folder })
+    }
+
+    /// What fsck says of it.
+    pub fn fsck(self, kind: Kind) -> Result<(), String> {
+        self.mounted.fsck(&self.folder.path().join("image"), kind.fsck())
     }
 
     pub fn path(&self) -> PathBuf {
