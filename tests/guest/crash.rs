@@ -74,7 +74,7 @@ impl Round {
             device: [Device::Fs, Device::PmemRaw, Device::PmemExt4][pick(number / 3, 3)],
             end: [End::Power, End::Daemon, End::Qemu, End::Both][pick(number % 9 + number / 9, 4)],
             acks: ACKS.start + random % (ACKS.end - ACKS.start),
-            only: number.is_multiple_of(2).then_some(number / 2 % STREAMS),
+            only: [None, Some(0), Some(1)][pick(number % 9 + number / 9, 3)],
             coin: scatter(random),
         }
     }

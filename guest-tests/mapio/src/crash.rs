@@ -46,12 +46,13 @@ fn text(error: std::io::Error) -> String {
 
 fn write(place: &Path, step: &Step, bytes: &[u8], raw: bool) -> Result<()> {
     let path = if raw { place.to_owned() } else { place.join(&step.file) };
+    let new = !path.exists();
     let file = OpenOptions::new().write(true).create(!raw).truncate(false).open(path);
     let file = file.map_err(text)?;
     file.write_all_at(bytes, step.at as u64).map_err(text)?;
     file.sync_all().map_err(text)?;
     // A name is durable once its directory is.
-    if step.new { File::open(place).and_then(|dir| dir.sync_all()).map_err(text) } else { Ok(()) }
+    if new { File::open(place).and_then(|dir| dir.sync_all()).map_err(text) } else { Ok(()) }
 }
 
 fn store(

@@ -24,8 +24,6 @@ pub struct Step {
     pub file: String,
     pub at: usize,
     pub bytes: usize,
-    /// The name is new: its directory must be synced, too.
-    pub new: bool,
 }
 
 /// A number without a pattern in it (splitmix64).
@@ -55,23 +53,18 @@ pub fn step(stream: u64, n: u64, raw: bool) -> Step {
     let odd = (random >> 8) as usize;
     if raw {
         let at = odd % (RAW_BYTES - bytes);
-        return Step {
-            file: String::new(),
-            at: stream as usize * RAW_BYTES + at,
-            bytes,
-            new: false,
-        };
+        return Step { file: String::new(), at: stream as usize * RAW_BYTES + at, bytes };
     }
     if mapped {
         let at = odd % (MAPPED_BYTES - bytes);
-        return Step { file: format!("mapped-{file}"), at, bytes, new: false };
+        return Step { file: format!("mapped-{file}"), at, bytes };
     }
     match n % 8 {
-        3 => Step { file: format!("new-{n}"), at: 0, bytes, new: true },
+        3 => Step { file: format!("new-{n}"), at: 0, bytes },
         6 => {
             let at = n as usize / 8 * RECORD_BYTES;
-            Step { file: "log".into(), at, bytes: RECORD_BYTES, new: n < 8 }
+            Step { file: "log".into(), at, bytes: RECORD_BYTES }
         }
-        _ => Step { file: format!("written-{file}"), at: odd % 100_000, bytes, new: true },
+        _ => Step { file: format!("written-{file}"), at: odd % 100_000, bytes },
     }
 }
