@@ -192,10 +192,8 @@ pub struct FilePersist {
 /// A device-DAX node, as sysfs describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DaxNode {
-    /// Its length.
+    /// Its length: a multiple of its alignment, so that a map of all of it is as aligned as it must be.
     pub bytes: u64,
-    /// What each of its maps must be a multiple of.
-    pub align_bytes: u64,
 }
 
 impl DaxNode {
@@ -214,11 +212,9 @@ impl DaxNode {
         if subsystem.file_name().is_none_or(|name| name != "dax") {
             return Ok(None);
         }
-        let number = |name: &str| {
-            let text = fs::read_to_string(node.join(name))?;
-            text.trim().parse().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
-        };
-        Ok(Some(Self { bytes: number("size")?, align_bytes: number("align")? }))
+        let text = fs::read_to_string(node.join("size"))?;
+        let bytes = text.trim().parse().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+        Ok(Some(Self { bytes }))
     }
 }
 

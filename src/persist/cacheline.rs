@@ -182,10 +182,13 @@ mod x86_64 {
         avx: bool,
     }
 
+    #[allow(unused_unsafe)] // CPUID is there on each x86-64; older compilers want it said.
     static PROCESSOR: LazyLock<Processor> = LazyLock::new(|| {
-        let leaf_1 = __cpuid(1);
+        // SAFETY (all three): see above.
+        let leaf_1 = unsafe { __cpuid(1) };
+        let leaves = unsafe { __cpuid(0) }.eax;
         Processor {
-            leaf_7_ebx: if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).ebx },
+            leaf_7_ebx: if leaves < 7 { 0 } else { unsafe { __cpuid_count(7, 0) }.ebx },
             leaf_1_edx: leaf_1.edx,
             // EBX bits 15 to 8, in units of 8 bytes.
             line_bytes: (leaf_1.ebx >> 8 & 0xff) * 8,
