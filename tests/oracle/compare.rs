@@ -107,7 +107,10 @@ fn step(
             cut.extend(page / 512..=(page + pages - 1) / 512);
             ours.written(page, pages).map(|()| None)
         }
-        Op::Fallocate(..) => Ok(None),
+        Op::Fallocate(page, pages) => {
+            cut.extend(page / 512..=(page + pages - 1) / 512);
+            Ok(None)
+        }
         Op::Punch(page, pages) => {
             cut.extend(page / 512..=(page + pages - 1) / 512);
             ours.punched(page, pages).map(|()| None)
