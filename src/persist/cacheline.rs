@@ -463,8 +463,7 @@ mod tests {
     fn stores_past_the_cache_are_exact() {
         let source: Vec<u8> = (0..16_384).map(|at| (at % 253 + 1) as u8).collect();
         for instruction in all_here() {
-            for (to, from, bytes) in (0..500).map(|n| (n * 13 % 130, n * 7 % 66, n * 37 % 8_000))
-            {
+            for (to, from, bytes) in (0..500).map(|n| (n * 13 % 130, n * 7 % 66, n * 37 % 8_000)) {
                 let mut memory = vec![0xff_u8; 8_192];
                 // SAFETY: both ranges are inside their vectors.
                 unsafe {
