@@ -98,6 +98,9 @@ fn an_answer_waits_for_the_fence() {
     let pmem = Pmem::new(Arc::new(file.try_clone().unwrap()), Box::new(persist)).unwrap();
     let host = Host::with(dir, file, gate, pmem);
     let (mut guest, flush) = boot_into_held_sync(&host);
+    assert!(!guest.driver.is_answered(flush), "an answer before the fence");
+    host.gate.open();
+    assert_eq!(guest.driver.wait(flush), Answer::OK);
     let mut lines = flushed.lock().unwrap().clone();
     lines.sort_unstable();
     let end = lines.iter().fold(0, |end, (from, bytes)| {
@@ -105,10 +108,6 @@ fn an_answer_waits_for_the_fence() {
         from + bytes
     });
     assert_eq!(end, FILE_BYTES, "behind {end}");
-    assert!(!guest.driver.is_answered(flush), "an answer before the fence");
-    host.gate.open();
-    assert_eq!(guest.driver.wait(flush), Answer::OK);
-    assert_eq!(flushed.lock().unwrap().len(), lines.len(), "lines were written back twice");
     guest.power_off();
 }
 
