@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: the extents of a file whose pages are the memory itself (behaviours 12 and 13): what is
-//! read, written and zeroed goes straight to it, past the processor's cache. Knows no entries.
+//! Step 4 of 6: the extents of a file whose pages are the memory itself (behaviour 12): parts of pages are
+//! zeroed past the processor's cache. Knows no entries.
 
 use std::fs::File;
 use std::io;
@@ -100,24 +100,11 @@ impl<S: ExtentSource> ExtentSource for DirectExtents<S> {
         Ok(())
     }
 
-    fn bypasses_cache(&self) -> bool {
-        true
-    }
-
     fn read_at(&self, from: u64, to: &mut [u8]) -> io::Result<usize> {
         self.file_system.read_at(from, to)
     }
 
     fn write_at(&self, from: u64, bytes: &[u8]) -> io::Result<usize> {
-        let done = if self.has_blocks(from, bytes.len() as u64)? {
-            self.direct.store(from, bytes)?;
-            bytes.len()
-        } else {
-            let done = self.file_system.write_at(from, bytes)?;
-            self.direct.write_back(from, done as u64)?;
-            done
-        };
-        self.direct.fence();
-        Ok(done)
+        self.file_system.write_at(from, bytes)
     }
 }

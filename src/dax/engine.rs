@@ -426,6 +426,8 @@ impl Engine {
     /// time and forgotten (behaviour 9).
     pub(super) fn retire(&self, removed: &[Grant]) {
         for grant in removed {
+            // A truncation beside us would take the memory away from under a last flush.
+            let _shared = grant.space.tracks().then(|| grant.space.gate.share());
             lock(&grant.space.coverage).remove(grant.first(), grant.last(), grant.access);
             if let Err(e) = self.settle(&grant.space, grant.first(), grant.last()) {
                 warn!("a last write-back failed: {e}");

@@ -108,12 +108,6 @@ pub trait ExtentSource: Send + Sync {
     /// The system's.
     fn zero(&self, from: u64, bytes: u64, keep: bool) -> io::Result<()>;
 
-    /// Whether what [`write_at`](Self::write_at) stores goes past the processor's cache (behaviour 13), so
-    /// that only a fence is missing.
-    fn bypasses_cache(&self) -> bool {
-        false
-    }
-
     /// Reads, holes as zeros. May read less than asked, and 0 bytes only at the end of the file.
     ///
     /// # Errors

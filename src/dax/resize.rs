@@ -11,6 +11,7 @@ use std::io;
 use super::engine::{Engine, Grant, GrantError, Space, Span, Window, extent_of};
 use super::entry::{PAGE_BYTES, PMD_PAGES, PageIndex};
 use super::extent::Access;
+use super::rw::write_back_pages;
 
 use super::sync::{Arc, Taken, lock};
 use crate::window::FileOffset;
@@ -70,7 +71,8 @@ impl Engine {
         change: impl FnOnce() -> io::Result<T>,
     ) -> Result<T, GrantError> {
         let _alone = space.gate.alone();
-        if at_least < space.source.file_bytes()? {
+        let old = space.source.file_bytes()?;
+        if at_least < old {
             self.clip(space, space.source.mappable_bytes(at_least))?;
         }
         let done = change();
@@ -78,6 +80,12 @@ impl Engine {
         let followed = self.follow(space, bytes.min(at_least), PageIndex(0));
         let done = done?;
         followed?;
+        if space.tracks() && bytes > old {
+            // What it has grown by was written by the change, and no entry need know of it.
+            self.check_failed(space)?;
+            let grown = write_back_pages(space, old / PAGE_BYTES, bytes.div_ceil(PAGE_BYTES));
+            self.note(space, grown)?;
+        }
         Ok(done)
     }
 

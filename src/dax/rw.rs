@@ -98,11 +98,7 @@ impl Engine {
         if space.tracks() {
             // Written back at once: no entry need know of it, and there may be none.
             self.check_failed(space)?;
-            if !space.source.bypasses_cache() {
-                let lines = space.persist.flush(first * PAGE_BYTES, (end - first) * PAGE_BYTES);
-                self.note(space, lines)?;
-            }
-            space.persist.fence();
+            self.note(space, write_back_pages(space, first, end))?;
         }
         self.fill_holes(space, PageIndex(first), PageIndex(end - 1))?;
         Ok(done)
@@ -126,4 +122,11 @@ impl Engine {
             at = PageIndex(start.0 + entry.order().pages());
         }
     }
+}
+
+/// Pages `first..end` of the file are durable then, if their metadata is.
+pub(super) fn write_back_pages(space: &Space, first: u64, end: u64) -> io::Result<()> {
+    space.persist.flush(first * PAGE_BYTES, (end - first) * PAGE_BYTES)?;
+    space.persist.fence();
+    Ok(())
 }

@@ -18,11 +18,11 @@ use crate::dax::entry::{PAGE_BYTES, PMD_BYTES, PageIndex};
 use crate::dax::extent::Access;
 use crate::device::SessionWindow;
 use crate::lock::lock;
-use crate::persist::{Persist, PersistMode};
+use crate::persist::{Direct, PersistMode};
 use crate::window::layout::ShowError;
 use crate::window::{FileOffset, FrontEnd, WindowBytes, WindowOffset};
 
-use super::guest_io::{PastCache, WindowPlace};
+use super::guest_io::WindowPlace;
 use super::message::invalid;
 use super::nodes::{Node, Nodes};
 use super::settings::DaxPolicy;
@@ -258,8 +258,8 @@ impl Dax {
         self.engine.change(&node.space, at_least, change).map_err(|e| guest_error(&e))
     }
 
-    /// Lets `write` write `bytes` at byte `from` of the inode, past the processor's cache where it is told
-    /// how.
+    /// Lets `write` write `bytes` at byte `from` of the inode: past the processor's cache where it is given the
+    /// file's memory, which has blocks for all of them then (behaviour 13).
     ///
     /// # Errors
     /// The write's, or the engine's.
@@ -268,36 +268,15 @@ impl Dax {
         nodeid: u64,
         from: u64,
         bytes: u64,
-        write: impl FnOnce(Option<PastCache<'_>>) -> io::Result<usize>,
+        write: impl FnOnce(Option<&Direct>) -> io::Result<usize>,
     ) -> io::Result<usize> {
         let Some(node) = self.node(nodeid) else { return write(None) };
         let (space, from) = (&node.space, FileOffset(from));
         let done = self.engine.write_by(space, from, bytes, || {
             let Some(direct) = node.direct.as_deref() else { return write(None) };
-            write(Some(PastCache { direct, has_blocks: space.may_be_stored_to(from, bytes)? }))
+            write(space.may_be_stored_to(from, bytes)?.then_some(direct))
         });
         done.map_err(|e| guest_error(&e))
-    }
-
-    /// Lets `write` write at the end of the file, wherever that is by then.
-    ///
-    /// # Errors
-    /// The write's, or the engine's.
-    pub(super) fn append(
-        &self,
-        nodeid: u64,
-        write: impl FnOnce() -> io::Result<usize>,
-    ) -> io::Result<usize> {
-        let Some(node) = self.node(nodeid) else { return write() };
-        self.change(nodeid, 0, || {
-            let end = node.space.source().file_bytes()?;
-            let done = write()?;
-            if let Some(direct) = &node.direct {
-                direct.write_back(end, done as u64)?;
-                direct.fence();
-            }
-            Ok(done)
-        })
     }
 
     /// Makes a hole, or zeros where a write grant needs the blocks. False if nothing is granted.

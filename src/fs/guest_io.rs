@@ -278,27 +278,12 @@ impl ZeroCopyWriter for GuestWriter<'_> {
     }
 }
 
-/// How a WRITE reaches a file whose pages are the memory itself (behaviour 13).
-#[derive(Clone, Copy)]
-pub(super) struct PastCache<'a> {
-    /// The file's memory.
-    pub(super) direct: &'a Direct,
-    /// All of what is to be written lies in the file and has blocks: stores will do.
-    pub(super) has_blocks: bool,
-}
-
-impl PastCache<'_> {
-    /// The same; by the kernel unless `plain`.
-    pub(super) fn if_plain(self, plain: bool) -> Self {
-        Self { has_blocks: self.has_blocks && plain, ..self }
-    }
-}
-
 /// Buffers that a WRITE takes from.
 pub(super) struct GuestReader<'m> {
     pub(super) mem: &'m GuestMemoryMmap,
     pub(super) buffers: Buffers,
-    pub(super) past_cache: Option<PastCache<'m>>,
+    /// The file's memory, if all of it is to be stored there (behaviour 13).
+    pub(super) past_cache: Option<&'m Direct>,
 }
 
 impl GuestReader<'_> {
@@ -310,7 +295,7 @@ impl GuestReader<'_> {
         flags: Option<WritevFlags>,
     ) -> io::Result<usize> {
         let front = self.buffers.front_file();
-        if let (None, Some(PastCache { direct, has_blocks: true })) = (&front, self.past_cache) {
+        if let (None, Some(direct)) = (&front, self.past_cache) {
             return self.store(direct, file, count, off);
         }
         let done = match front {
@@ -337,9 +322,6 @@ impl GuestReader<'_> {
                 unsafe { oslib::writev_at(file.as_fd(), &[iovec], off, flags)? }
             }
         };
-        if let Some(PastCache { direct, .. }) = self.past_cache {
-            direct.write_back(off.cast_unsigned(), done as u64)?;
-        }
         self.buffers.consume(done);
         Ok(done)
     }

@@ -17,7 +17,6 @@ use virtiofsd::fuse::{self, Attr, AttrOut, EntryOut, FsOptions, Opcode};
 use vm_memory_of_virtiofsd::ByteValued;
 
 use super::dax::{Dax, MAP_ALIGNMENT_LOG2};
-use super::guest_io::PastCache;
 use super::message::{Args, MAX_DATA_BYTES, Reply, invalid};
 use super::readdir;
 use super::server::{Message, Server};
@@ -409,13 +408,7 @@ where
             )
         };
         let done = match &self.dax {
-            Some(dax) => dax.write(asked.nodeid_out, asked.off_out, len, |past_cache| {
-                let done = copy()?;
-                if let Some(PastCache { direct, .. }) = past_cache {
-                    direct.write_back(asked.off_out, done as u64)?;
-                }
-                Ok(done)
-            })?,
+            Some(dax) => dax.write(asked.nodeid_out, asked.off_out, len, |_| copy())?,
             None => copy()?,
         };
         Ok(written(done))

@@ -13,10 +13,11 @@ use virtiofsd::fuse;
 use virtiofsd::oslib::ReadvFlags;
 
 use crate::dax::engine::Engine;
+use crate::persist::Direct;
 use crate::request::Request;
 
 use super::dax::MAX_REMOVALS;
-use super::guest_io::{Buffers, GuestReader, GuestWriter, PastCache, WindowPlace};
+use super::guest_io::{Buffers, GuestReader, GuestWriter, WindowPlace};
 use super::message::{Args, IN_HEADER_BYTES, OUT_HEADER_BYTES, Reply, invalid};
 use super::operations::{open_flag, written};
 use super::server::{Message, Server};
@@ -87,12 +88,12 @@ where
         let (fh, size, from, flags) = (asked.fh, asked.size, asked.offset, asked.flags);
         // What the kernel does beside writing is missed past the cache.
         let plain = !kill_priv && !open_flag(flags, libc::O_DSYNC);
-        let write = |past_cache: Option<PastCache<'_>>| {
+        let write = |past_cache: Option<&Direct>| {
             if !request.touch() {
                 return Err(Errno::EIO.into());
             }
             let mem = request.memory();
-            let past_cache = past_cache.map(|how| how.if_plain(plain));
+            let past_cache = past_cache.filter(|_| plain);
             let data = GuestReader { mem: &mem, buffers, past_cache };
             let done =
                 self.fs.write(ctx, nodeid, fh, data, size, from, owner, delayed, kill_priv, flags);
@@ -103,7 +104,7 @@ where
         let done = match &self.dax {
             // Where it will go is not known before.
             Some(dax) if open_flag(flags, libc::O_APPEND) && !delayed => {
-                dax.append(nodeid, || write(None))?
+                dax.change(nodeid, 0, || write(None))?
             }
             Some(dax) => dax.write(nodeid, from, u64::from(size), write)?,
             None => write(None)?,

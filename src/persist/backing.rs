@@ -157,7 +157,7 @@ impl Durability {
     pub fn promise(self) -> String {
         let flush = match self.instruction {
             Some(instruction) => format!("{instruction} over the dirty lines, and a fence"),
-            None => "fdatasync, shared by all that wait".into(),
+            None => "fdatasync".into(),
         };
         let promise = match self.backing {
             Backing::Memory => "survives this daemon and the VM, but no power loss",

@@ -12,7 +12,7 @@ use vhost_user_dax::dax::direct::DirectExtents;
 use vhost_user_dax::dax::engine::{Engine, Space};
 use vhost_user_dax::dax::entry::{PAGE_BYTES, PMD_BYTES, PMD_PAGES, PageIndex};
 use vhost_user_dax::dax::extent::{Access, ExtentSource, FileExtents};
-use vhost_user_dax::persist::{Backing, Durability, Persist, PersistMode};
+use vhost_user_dax::persist::{Backing, Direct, Durability, Persist, PersistMode};
 use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 
 use crate::fakes::{Log, StrictMapper, lock};
@@ -158,19 +158,19 @@ fn row_13_a_write_has_its_fence() {
 }
 
 /// A file in memory as its own direct memory.
-fn direct_file(bytes: u64) -> (Arc<std::fs::File>, DirectExtents<FileExtents>) {
+fn direct_file(bytes: u64) -> (Arc<std::fs::File>, Arc<Direct>, DirectExtents<FileExtents>) {
     let file = Arc::new(tempfile::tempfile_in("/dev/shm").unwrap());
     file.set_len(bytes).unwrap();
     let chosen = Durability::choose(Backing::Memory, PersistMode::Cacheline).unwrap();
     let direct = chosen.persist(&file, bytes).unwrap().direct.unwrap();
-    (file.clone(), DirectExtents::new(FileExtents::new(file), direct))
+    (file.clone(), direct.clone(), DirectExtents::new(FileExtents::new(file), direct))
 }
 
 /// Shows: what is written past the cache is what the file holds, at odd places, over holes, and behind the
 /// end; and read() sees it.
 #[test]
 fn row_13_writes_past_the_cache_land_in_the_file() {
-    let (file, source) = direct_file(PMD_BYTES);
+    let (file, direct, source) = direct_file(PMD_BYTES);
     let mut expected = vec![0; PMD_BYTES as usize];
     let lengths = [1, 15, 63, 64, 65, 255, 256, 257, 1000, 4096, 5000, 70_000];
     for (n, length) in lengths.into_iter().cycle().take(200).enumerate() {
@@ -180,8 +180,11 @@ fn row_13_writes_past_the_cache_land_in_the_file() {
         if n % 2 == 0 {
             let (first, last) = (from as u64 / PAGE_BYTES, (from + length) as u64 / PAGE_BYTES);
             source.allocate(PageIndex(first), PageIndex(last)).unwrap();
+            direct.store(from as u64, &bytes).unwrap();
+            direct.fence();
+        } else {
+            assert_eq!(source.write_at(from as u64, &bytes).unwrap(), length);
         }
-        assert_eq!(source.write_at(from as u64, &bytes).unwrap(), length);
         expected[from..from + length].copy_from_slice(&bytes);
         let mut found = vec![0; length];
         source.read_at(from as u64, &mut found).unwrap();
@@ -199,7 +202,7 @@ fn row_13_writes_past_the_cache_land_in_the_file() {
 fn row_12_parts_of_pages_are_zeroed_past_the_cache() {
     use std::os::unix::fs::MetadataExt;
     for keep in [false, true] {
-        let (file, source) = direct_file(64 * PAGE_BYTES);
+        let (file, _, source) = direct_file(64 * PAGE_BYTES);
         let mut expected = vec![0; 64 * PAGE_BYTES as usize];
         expected[..32 * PAGE_BYTES as usize].fill(7);
         file.write_all_at(&expected[..32 * PAGE_BYTES as usize], 0).unwrap();
