@@ -27,6 +27,7 @@ use vmm_sys_util::event::{
 use crate::device::{Device, SessionWindow};
 use crate::life::Life;
 use crate::lock::lock;
+use crate::relief::{Relief, Watch};
 use crate::vring::{Epoch, GuestMemory, Ring, Started, Vring};
 use crate::window::{MapError, ShmemMapper};
 
@@ -40,6 +41,8 @@ pub(crate) struct Session(Arc<Inner>);
 struct Inner {
     device: Arc<dyn Device>,
     rings: Vec<Arc<Ring>>,
+    /// None where no request is served by the thread that takes it, and after the end.
+    relief: Mutex<Option<Relief>>,
     window: Arc<dyn SessionWindow>,
     /// No ring was stopped since the last start: messages about the window may be sent (Q1).
     life: Arc<Life>,
@@ -53,10 +56,16 @@ struct Inner {
 }
 
 impl Session {
-    pub(crate) fn new(device: Arc<dyn Device>, mem: GuestMemory) -> Self {
-        let ring = |index| Ring::new(device.clone(), index, mem.clone());
-        Self(Arc::new(Inner {
-            rings: (0..device.queues()).map(ring).collect(),
+    /// # Errors
+    /// The system's: no thread can be started.
+    pub(crate) fn new(device: Arc<dyn Device>, mem: GuestMemory) -> io::Result<Self> {
+        let watch = Arc::new(Watch::default());
+        let ring = |index| Ring::new(device.clone(), index, mem.clone(), watch.clone());
+        let rings: Vec<_> = (0..device.queues()).map(ring).collect();
+        let relief = device.serves_at_once().then(|| Relief::start(&watch, rings.clone()));
+        Ok(Self(Arc::new(Inner {
+            rings,
+            relief: Mutex::new(relief.transpose()?),
             window: device.open_window(),
             life: Arc::default(),
             restarted: AtomicBool::new(false),
@@ -64,7 +73,7 @@ impl Session {
             refusal: OnceLock::new(),
             connection: Mutex::new(None),
             exit_events: Mutex::default(),
-        }))
+        })))
     }
 
     /// Gives the session the means to cut its own connection.
@@ -79,6 +88,7 @@ impl Session {
         self.0.life.stop(|| self.0.window.stopped());
         self.0.window.ended();
         self.0.rings.iter().for_each(|ring| ring.end());
+        drop(lock(&self.0.relief).take());
         self.0.device.session_ended();
         self.0.device.report();
         self.0.refusal.get().cloned()
@@ -216,6 +226,11 @@ impl VhostUserBackend for Session {
         offered
     }
 
+    /// A thread for each ring: one that is served holds up no other.
+    fn queues_per_thread(&self) -> Vec<u64> {
+        (0..self.0.rings.len()).map(|ring| 1 << ring).collect()
+    }
+
     /// The event index is kept by the library's queue.
     fn set_event_idx(&self, _enabled: bool) {}
 
@@ -274,10 +289,11 @@ impl VhostUserBackend for Session {
         device_event: u16,
         _evset: EventSet,
         vrings: &[Vring],
-        _thread_id: usize,
+        thread_id: usize,
     ) -> io::Result<()> {
-        let index = usize::from(device_event);
-        let (Some(vring), Some(ring)) = (vrings.get(index), self.0.rings.get(index)) else {
+        // Each thread has one ring.
+        let vring = vrings.get(usize::from(device_event));
+        let (Some(vring), Some(ring)) = (vring, self.0.rings.get(thread_id)) else {
             return Ok(());
         };
         match self.start(ring, vring) {

@@ -33,6 +33,9 @@ pub enum SessionError {
     /// The front-end broke the protocol, or the system ran out of something.
     #[error("the session broke: {0}")]
     Broken(BackendError),
+    /// The system refused a thread.
+    #[error("the session can't start: {0}")]
+    Start(#[from] io::Error),
 }
 
 impl From<BackendError> for SessionError {
@@ -158,7 +161,7 @@ struct Running {
 impl Running {
     fn accept(listener: &mut Listener, device: &Arc<dyn Device>) -> Result<Self, SessionError> {
         let mem = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let session = Session::new(device.clone(), mem.clone());
+        let session = Session::new(device.clone(), mem.clone())?;
         let mut daemon = VhostUserDaemon::new("front-end".into(), session.clone(), mem)?;
         daemon.start(listener)?;
         info!("a front-end has connected");

@@ -10,6 +10,21 @@ use crate::request::Request;
 use crate::vring::AtStop;
 use crate::window::{MapError, ShmemMapper, WindowBytes};
 
+/// What is left to do about a request.
+pub type AtOnce = Box<dyn FnOnce() + Send>;
+
+/// Who drains a ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Drained {
+    /// A thread that may serve what it takes; `more` waits in the ring behind this request.
+    ByServer {
+        /// There is more.
+        more: bool,
+    },
+    /// One that must go on draining: nothing may be left for it to do.
+    ByRelief,
+}
+
 /// What a virtio device offers to its session.
 ///
 /// A device gets a request and answers it with a status; it never touches a ring.
@@ -38,10 +53,11 @@ pub trait Device: Send + Sync + 'static {
     /// The window as a new front-end will show it.
     fn open_window(&self) -> Arc<dyn SessionWindow>;
 
-    /// Takes one request. Must not block: it runs under the ring's lock.
+    /// Takes one request. Must not block: it runs under the ring's lock. What it returns is done at once
+    /// by the thread that drains the ring, without that lock.
     ///
     /// With [`AtStop::HandBack`] requests of one ring must be completed in the order in which they came.
-    fn handle(&self, request: Request);
+    fn handle(&self, request: Request, drained: Drained) -> Option<AtOnce>;
 
     /// A driver has begun anew: what the last one left is void.
     fn restarted(&self) {}
@@ -54,6 +70,11 @@ pub trait Device: Send + Sync + 'static {
 
     /// The process is about to end: what runs may finish, and nobody is answered after that.
     fn shutdown(&self);
+
+    /// Whether [`handle`](Self::handle) ever returns something: then a thread of its own watches over the rings.
+    fn serves_at_once(&self) -> bool {
+        false
+    }
 
     /// Whether [`shutdown`](Self::shutdown) has begun: who waits for a stopped ring waits in vain.
     fn is_closing(&self) -> bool {

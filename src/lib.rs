@@ -8,7 +8,7 @@
 //!    `backend`: what the front-end asks: features, config space, window size.
 //!    `life`: whether the device is started.
 //! 2. [`vring`]: drains one ring into requests. [`request`]: one chain, checked.
-//!    `kick`: the library's ring, made patient.
+//!    `kick`: the library's ring, made patient. `relief`: drains it while its thread is held up.
 //! 3. [`device`]: the seam a device stands behind. [`pmem`]: virtio-pmem, the flush.
 //!    [`fs`]: virtio-fs, FUSE and its DAX window.
 //! 4. [`dax`]: the engine: entries, grants, writeback.
@@ -32,6 +32,7 @@ mod lock;
 pub mod persist;
 pub mod pmem;
 mod ratelimit;
+mod relief;
 pub mod request;
 pub mod socket;
 pub mod vring;

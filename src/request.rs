@@ -229,6 +229,15 @@ impl Request {
         self.touching.is_some()
     }
 
+    /// The same, for who must not wait: false also while the ring is stopped.
+    #[must_use = "without it guest memory must be left alone"]
+    pub fn touch_now(&mut self) -> bool {
+        if self.touching.is_none() {
+            self.touching = Ring::touch_now(&self.ring, self.epoch);
+        }
+        self.touching.is_some()
+    }
+
     /// Ends what [`touch`](Self::touch) began.
     pub fn let_go(&mut self) {
         self.touching = None;
@@ -242,18 +251,18 @@ impl Request {
         let room = self.parsed.chain.reply(&self.memory());
         let whole = room.is_ok_and(|room| room.len() == WORD_BYTES)
             && !matches!(self.word(), Err(Malformed::Address(_)));
-        let status = status.to_le_bytes();
-        self.complete_with(if whole { &status } else { &[] }, 0);
+        let reply = if whole { status.to_le_bytes().to_vec() } else { Vec::new() };
+        self.complete_with(reply, 0);
     }
 
     /// Stores `reply`, behind which `behind` bytes have been stored already, and returns the chain to
     /// the driver. If the ring is stopped meanwhile, that is done when it goes on.
-    pub fn complete_with(self, reply: &[u8], behind: u32) {
+    pub fn complete_with(self, reply: Vec<u8>, behind: u32) {
         let returnable = !matches!(self.parsed.fault, Some(Malformed::Head(_)));
         let answer = Answer {
             head: returnable.then_some(self.head),
             chain: self.parsed.chain,
-            reply: reply.to_vec(),
+            reply,
             behind,
         };
         self.ring.complete(self.epoch, answer);

@@ -8,6 +8,7 @@
 //! a stop that hands back, open a new [`Epoch`]; what belongs to an older one is void. That is how
 //! a flush that is still syncing never touches a ring that is not ours any more.
 
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -16,15 +17,21 @@ use vhost_user_backend::VringT;
 use virtio_queue::{Error as QueueError, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::device::Device;
+use crate::device::{AtOnce, Device, Drained};
 use crate::lock::lock;
 use crate::ratelimit::RateLimit;
+use crate::relief::Watch;
 use crate::request::{Answer, Request, parse};
 
 /// The guest's memory, as the front-end last described it.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 pub use crate::kick::Vring;
+
+/// While more requests wait to be served by the same thread, the driver is told of so many answers at once: to
+/// wake it costs more than most requests do. (It sees an answer at once if it looks; and if the next
+/// request is held up, the relief tells.)
+const TELL_AT: u16 = 8;
 
 /// How often one who waits for a stopped ring looks whether the process is about to end.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -82,6 +89,19 @@ struct State {
     window_lost: bool,
     /// Chains were left in the ring because `open` had reached the queue's size.
     left_behind: bool,
+    /// So many wait for [`Ring::changed`].
+    waiting: u16,
+    /// The thread that serves one request has the next one before it.
+    more: bool,
+    /// Returned chains that the driver was not told of.
+    untold: u16,
+}
+
+impl State {
+    /// What was open is void, and the ring stopped.
+    fn renew(&mut self, epoch: Epoch) {
+        *self = Self { epoch, waiting: self.waiting, ..Self::default() };
+    }
 }
 
 /// One ring of a device.
@@ -93,18 +113,31 @@ pub struct Ring {
     state: Mutex<State>,
     /// The ring was stopped, has started, or is touched by one less.
     changed: Condvar,
+    watch: Arc<Watch>,
+    /// Requests that are served by the thread that took them.
+    serving: AtomicU32,
+    /// Those that were.
+    served: AtomicU64,
     log_limit: RateLimit,
 }
 
 impl Ring {
     /// The device's ring number `index`, stopped, in the guest memory `mem`.
-    pub fn new(device: Arc<dyn Device>, index: usize, mem: GuestMemory) -> Arc<Self> {
+    pub(crate) fn new(
+        device: Arc<dyn Device>,
+        index: usize,
+        mem: GuestMemory,
+        watch: Arc<Watch>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             device,
             index,
             mem,
             state: Mutex::default(),
             changed: Condvar::new(),
+            watch,
+            serving: AtomicU32::new(0),
+            served: AtomicU64::new(0),
             log_limit: RateLimit::default(),
         })
     }
@@ -140,7 +173,8 @@ impl Ring {
         }
         let goes_on = from == state.stopped_at && used == from.wrapping_sub(state.open);
         if !goes_on {
-            *state = State { epoch: Epoch(state.epoch.0 + 1), ..State::default() };
+            let epoch = Epoch(state.epoch.0 + 1);
+            state.renew(epoch);
             self.changed.notify_all();
         }
         state.vring = Some(vring.clone());
@@ -168,7 +202,7 @@ impl Ring {
             for answer in std::mem::take(&mut state.kept) {
                 self.give_back(&mut state, answer);
             }
-            self.drain_locked(&mut state);
+            self.drain_locked(state);
         }
     }
 
@@ -177,18 +211,22 @@ impl Ring {
     /// for a request, unless that touches the guest's memory.
     pub fn stop(&self) {
         let mut state = self.lock();
+        state.more = false;
+        self.tell(&mut state);
         // Whoever touches guest memory may still return its chain; nothing new is taken.
         let hand_back = self.device.at_stop() == AtStop::HandBack;
         if state.phase == Phase::Running && !hand_back {
             state.phase = Phase::Stopping;
         }
         while state.touching > 0 {
+            state.waiting += 1;
             state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+            state.waiting -= 1;
         }
         let epoch = Epoch(state.epoch.0 + 1);
         let Some(vring) = state.vring.take() else {
             if hand_back {
-                *state = State { epoch, ..State::default() };
+                state.renew(epoch);
             }
             state.phase = Phase::Stopped;
             return;
@@ -198,7 +236,8 @@ impl Ring {
         if hand_back {
             let base = queue.next_avail().wrapping_sub(state.open);
             queue.set_next_avail(base);
-            *state = State { epoch, stopped_at: base, ..State::default() };
+            state.renew(epoch);
+            state.stopped_at = base;
         } else {
             state.stopped_at = queue.next_avail();
             state.phase = Phase::Stopped;
@@ -209,7 +248,8 @@ impl Ring {
     pub fn end(&self) {
         self.stop();
         let mut state = self.lock();
-        *state = State { epoch: Epoch(state.epoch.0 + 1), ..State::default() };
+        let epoch = Epoch(state.epoch.0 + 1);
+        state.renew(epoch);
         self.changed.notify_all();
     }
 
@@ -218,35 +258,91 @@ impl Ring {
         let mut state = ring.lock();
         while state.epoch == epoch && state.phase != Phase::Running && !ring.device.is_closing() {
             // The device has no way to wake us.
+            state.waiting += 1;
             let waited = ring.changed.wait_timeout(state, LOOK_AGAIN);
             state = waited.unwrap_or_else(|e| e.into_inner()).0;
+            state.waiting -= 1;
         }
+        Self::touch_locked(ring, state, epoch)
+    }
+
+    /// See [`Request::touch_now`].
+    pub(crate) fn touch_now(ring: &Arc<Self>, epoch: Epoch) -> Option<Touching> {
+        Self::touch_locked(ring, ring.lock(), epoch)
+    }
+
+    fn touch_locked(
+        ring: &Arc<Self>,
+        mut state: MutexGuard<'_, State>,
+        epoch: Epoch,
+    ) -> Option<Touching> {
         let may = state.epoch == epoch && state.phase == Phase::Running;
         state.touching += u16::from(may);
         may.then(|| Touching(ring.clone()))
     }
 
-    /// Hands all waiting chains to the device.
+    /// Hands all waiting chains to the device, and does what it leaves to be done.
     pub fn drain(self: &Arc<Self>) {
-        self.drain_locked(&mut self.lock());
+        self.drain_locked(self.lock());
     }
 
-    fn drain_locked(self: &Arc<Self>, state: &mut State) {
+    fn drain_locked<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) {
+        while let Some(now) = self.take(&mut state, true) {
+            self.serving.fetch_add(1, Ordering::SeqCst);
+            self.watch.look();
+            drop(state);
+            now();
+            self.served.fetch_add(1, Ordering::SeqCst);
+            self.serving.fetch_sub(1, Ordering::SeqCst);
+            state = self.lock();
+        }
+        state.more = false;
+        self.tell(&mut state);
+    }
+
+    /// Whether a request is being served by the thread that took it.
+    pub(crate) fn is_serving(&self) -> bool {
+        drop(self.lock()); // Whoever has taken one has counted it.
+        self.serving.load(Ordering::SeqCst) > 0
+    }
+
+    /// Drains the ring in the place of a thread that has ended nothing since `served` requests were. False
+    /// if nothing was served since, nor is.
+    pub(crate) fn relieve(self: &Arc<Self>, served: &mut u64) -> bool {
+        let mut state = self.lock();
+        let before = std::mem::replace(served, self.served.load(Ordering::SeqCst));
+        let serving = self.serving.load(Ordering::SeqCst) > 0;
+        if serving && before == *served {
+            self.tell(&mut state);
+            let left = self.take(&mut state, false);
+            debug_assert!(left.is_none(), "a device leaves work to the relief");
+        }
+        serving || before != *served
+    }
+
+    /// Hands waiting chains to the device, up to one that leaves something to be done.
+    fn take(self: &Arc<Self>, state: &mut State, serves: bool) -> Option<AtOnce> {
         if state.phase != Phase::Running {
-            return;
+            return None;
         }
-        let Some(vring) = state.vring.clone() else { return };
-        if let Err(e) = self.try_drain(&vring, state)
-            && let Some(held_back) = self.log_limit.allow(Instant::now())
-        {
-            warn!("the ring can't be read: {e} ({held_back} more such lines held back)");
-        }
+        let vring = state.vring.clone()?;
+        self.try_take(&vring, state, serves).unwrap_or_else(|e| {
+            if let Some(held_back) = self.log_limit.allow(Instant::now()) {
+                warn!("the ring can't be read: {e} ({held_back} more such lines held back)");
+            }
+            None
+        })
     }
 
-    fn try_drain(self: &Arc<Self>, vring: &Vring, state: &mut State) -> Result<(), QueueError> {
+    fn try_take(
+        self: &Arc<Self>,
+        vring: &Vring,
+        state: &mut State,
+        serves: bool,
+    ) -> Result<Option<AtOnce>, QueueError> {
         let mut guard = vring.get_mut();
         if !guard.is_enabled() {
-            return Ok(());
+            return Ok(None);
         }
         let mem = self.mem.memory();
         let queue = guard.get_queue_mut();
@@ -260,18 +356,28 @@ impl Ring {
                 let head = chain.head_index();
                 let parsed = parse(chain, size);
                 state.open += 1;
-                self.device.handle(Request {
+                let request = Request {
                     ring: self.clone(),
                     epoch: state.epoch,
                     window_lost: state.window_lost,
                     head,
                     parsed,
                     touching: None,
-                });
+                };
+                let drained = if serves {
+                    let avail = queue.avail_idx(&*mem, Ordering::Acquire)?;
+                    state.more = avail.0 != queue.next_avail();
+                    Drained::ByServer { more: state.more }
+                } else {
+                    Drained::ByRelief
+                };
+                if let Some(now) = self.device.handle(request, drained) {
+                    return Ok(Some(now));
+                }
             }
             state.left_behind = state.open >= size;
             if state.left_behind || !queue.enable_notification(&*mem)? {
-                return Ok(());
+                return Ok(None);
             }
         }
     }
@@ -286,7 +392,9 @@ impl Ring {
                 Phase::Held | Phase::Stopped => state.kept.push(answer),
             }
             if state.left_behind {
-                self.drain_locked(&mut state);
+                // Served by others: this may be the end of one that was taken here.
+                let left = self.take(&mut state, false);
+                debug_assert!(left.is_none(), "a device leaves work to the relief");
             }
         }
     }
@@ -294,7 +402,24 @@ impl Ring {
     fn give_back(&self, state: &mut State, answer: Answer) {
         let Some(vring) = state.vring.clone() else { return };
         state.open -= 1;
-        if let Err(e) = return_chain(&self.mem.memory(), &vring, &answer)
+        self.check_returned(return_chain(&self.mem.memory(), &vring, &answer));
+        state.untold += 1;
+        if !state.more || state.untold >= TELL_AT {
+            self.tell(state);
+        }
+    }
+
+    /// Tells the driver of the chains that went back, if it wants to be told.
+    fn tell(&self, state: &mut State) {
+        if std::mem::take(&mut state.untold) > 0
+            && let Some(vring) = &state.vring
+        {
+            self.check_returned(signal(vring));
+        }
+    }
+
+    fn check_returned(&self, result: Result<(), QueueError>) {
+        if let Err(e) = result
             && let Some(held_back) = self.log_limit.allow(Instant::now())
         {
             warn!("a chain can't be returned: {e} ({held_back} more such lines held back)");
@@ -307,8 +432,11 @@ pub(crate) struct Touching(Arc<Ring>);
 
 impl Drop for Touching {
     fn drop(&mut self) {
-        self.0.lock().touching -= 1;
-        self.0.changed.notify_all();
+        let mut state = self.0.lock();
+        state.touching -= 1;
+        if state.waiting > 0 {
+            self.0.changed.notify_all();
+        }
     }
 }
 
@@ -317,7 +445,11 @@ fn return_chain(mem: &GuestMemoryMmap, vring: &Vring, answer: &Answer) -> Result
     let mut guard = vring.get_mut();
     // The reply before the used index: the driver reads it as soon as the index moves.
     let stored = answer.chain.store(mem, &answer.reply);
-    guard.add_used(head, stored + answer.behind)?;
+    guard.add_used(head, stored + answer.behind)
+}
+
+fn signal(vring: &Vring) -> Result<(), QueueError> {
+    let mut guard = vring.get_mut();
     if guard.needs_notification()? {
         // A front-end that closed its end of the call is about to stop the ring: not our fault.
         let _ = guard.signal_used_queue();

@@ -148,13 +148,13 @@ fn twenty_front_ends_that_vanish() {
         guest.kill();
         if i == 1 {
             // The session's memory goes a moment after its connection, and then all that waits for
-            // the next one is made.
+            // the next one is made: a thread with an epoll for each of its two queues.
             eventually("the next session to be prepared", || {
                 let open = host.descriptors();
                 let count = |kind| open.iter().filter(|name| name.starts_with(kind)).count();
                 host.maps_of("guest-ram") == 0
                     && host.file_maps().is_empty()
-                    && (count("socket:"), count("anon_inode:[eventpoll]")) == (1, 1)
+                    && (count("socket:"), count("anon_inode:[eventpoll]")) == (1, 2)
             });
             before = Some(held(&host));
         } else if let Some(before) = &before {

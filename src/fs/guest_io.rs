@@ -8,6 +8,7 @@
 
 #![allow(unsafe_code)] // readv and writev take raw pointers; see the two places below.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
@@ -222,6 +223,8 @@ fn step_by_step(
 pub(super) struct GuestWriter<'m> {
     pub(super) mem: &'m GuestMemoryMmap,
     pub(super) buffers: Buffers,
+    /// It must not wait for a disk: set where it would have to.
+    pub(super) no_wait: Option<&'m Cell<bool>>,
 }
 
 impl GuestWriter<'_> {
@@ -247,7 +250,11 @@ impl GuestWriter<'_> {
                 // SAFETY: each iovec is a slice of guest memory, checked by get_slices(); the guards and
                 // `mem` outlive the call. The guest may change these bytes at any time, and only
                 // the kernel writes to them: no reference to them is ever made.
-                unsafe { oslib::readv_at(file.as_fd(), &iovecs, off, flags)? }
+                let read = |flags| unsafe { oslib::readv_at(file.as_fd(), &iovecs, off, flags) };
+                match self.no_wait {
+                    Some(would_wait) => read_now(would_wait, flags, read)?,
+                    None => read(flags)?,
+                }
             }
             Some((space, from, bytes)) => {
                 let bytes = within_file(&space, from, bytes.min(count))?;
@@ -262,6 +269,22 @@ impl GuestWriter<'_> {
         };
         self.buffers.consume(done);
         Ok(done)
+    }
+}
+
+/// Reads what needs no waiting for, where the file system can tell.
+fn read_now(
+    would_wait: &Cell<bool>,
+    flags: Option<ReadvFlags>,
+    read: impl Fn(Option<ReadvFlags>) -> io::Result<usize>,
+) -> io::Result<usize> {
+    match read(Some(flags.unwrap_or(ReadvFlags::empty()) | ReadvFlags::RWF_NOWAIT)) {
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => read(flags),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+            would_wait.set(true);
+            Err(e)
+        }
+        other => other,
     }
 }
 

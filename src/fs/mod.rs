@@ -37,7 +37,7 @@ use virtiofsd::passthrough::read_only::PassthroughFsRo;
 use virtiofsd::passthrough::{self, CachePolicy, NegotiationMode, PassthroughFs};
 use vm_memory::GuestMemoryMmap;
 
-use crate::device::{Device, SessionWindow};
+use crate::device::{AtOnce, Device, Drained, SessionWindow};
 use crate::persist::{Backing, Durability, PersistError};
 use crate::ratelimit::RateLimit;
 use crate::request::Request;
@@ -47,7 +47,7 @@ use crate::window::{MapError, ShmemMapper, WindowBytes};
 use self::dax::Dax;
 use self::opened::Opened;
 use self::pool::Pool;
-use self::server::{Message, Serve, Server, Tally, pace};
+use self::server::{Message, Patience, Serve, Server, Tally, is_quick, pace};
 use self::stretch::{Stretch, Unavailable};
 
 pub use self::settings::{DaxPolicy, FsConfig, Tag, WindowSize};
@@ -87,7 +87,7 @@ pub struct Fs {
     window_bytes: WindowBytes,
     dax: Option<Arc<Dax>>,
     server: Arc<dyn Serve>,
-    pool: Pool,
+    pool: Arc<Pool>,
     log_limit: RateLimit,
     closing: AtomicBool,
 }
@@ -118,11 +118,33 @@ impl Fs {
             window_bytes: if dax.is_some() { config.window.bytes() } else { WindowBytes(0) },
             dax,
             server,
-            pool: Pool::new(config.threads).map_err(FsError::Start)?,
+            pool: Arc::new(Pool::new(config.threads).map_err(FsError::Start)?),
             log_limit: RateLimit::default(),
             closing: AtomicBool::new(false),
         }))
     }
+}
+
+impl Fs {
+    /// Serves the request in the thread that took it, unless it would have to wait: then in another one.
+    fn at_once(&self, request: Request, message: Message) -> AtOnce {
+        let (pool, server, here) = (self.pool.clone(), self.server.clone(), self.pool.here());
+        Box::new(move || {
+            pool::own_directory();
+            if let Some((request, message)) = server.serve(request, message, Patience::None) {
+                submit(&pool, &server, request, message);
+            }
+            drop(here);
+        })
+    }
+}
+
+fn submit(pool: &Pool, server: &Arc<dyn Serve>, request: Request, message: Message) {
+    let (pace, server) = (pace(message.opcode()), server.clone());
+    pool.submit(pace, move || {
+        let left = server.serve(request, message, Patience::Any);
+        debug_assert!(left.is_none(), "a request that may wait is served");
+    });
 }
 
 fn serve<F>(fs: F, dax: Option<Arc<Dax>>) -> Arc<dyn Serve>
@@ -248,15 +270,24 @@ impl Device for Fs {
         }
     }
 
-    fn handle(&self, request: Request) {
+    fn serves_at_once(&self) -> bool {
+        true
+    }
+
+    fn handle(&self, request: Request, drained: Drained) -> Option<AtOnce> {
         if self.is_closing() {
-            return; // It stays open, and is never answered.
+            return None; // It stays open, and is never answered.
         }
         match Message::read(&request, self.dax.as_deref()) {
             Ok(message) => {
-                let server = self.server.clone();
-                let pace = pace(message.opcode());
-                self.pool.submit(pace, move || server.serve(request, message));
+                let here = match drained {
+                    Drained::ByServer { more } => is_quick(&message, &request, more),
+                    Drained::ByRelief => false,
+                };
+                if here {
+                    return Some(self.at_once(request, message));
+                }
+                submit(&self.pool, &self.server, request, message);
             }
             Err(_) => {
                 self.server.tally().malformed.add(1);
@@ -266,9 +297,10 @@ impl Device for Fs {
                          ({held_back} more such lines held back)"
                     );
                 }
-                self.pool.submit(pool::Pace::Quick, move || request.complete_with(&[], 0));
+                self.pool.submit(pool::Pace::Quick, move || request.complete_with(Vec::new(), 0));
             }
         }
+        None
     }
 
     fn restarted(&self) {

@@ -3,6 +3,7 @@
 //! The threads that requests run in: as many as are needed at once, and no queue waits for a disk.
 
 use crate::lock::lock;
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -38,6 +39,8 @@ struct State {
     idle: usize,
     running: usize,
     slow_running: usize,
+    /// Who waits until nothing runs.
+    finishing: usize,
     stopping: bool,
 }
 
@@ -117,12 +120,20 @@ impl Pool {
         self.0.changed.notify_one();
     }
 
-    /// Waits until all that was submitted has ended.
+    /// What the caller's thread is about to do counts as running, until the result is dropped.
+    pub(super) fn here(&self) -> Here {
+        self.0.lock().running += 1;
+        Here(self.0.clone())
+    }
+
+    /// Waits until all that was submitted, or is done [here](Self::here), has ended.
     pub(super) fn finish(&self) {
         let mut state = self.0.lock();
+        state.finishing += 1;
         while !state.is_still() {
             state = self.0.still.wait(state).unwrap_or_else(|e| e.into_inner());
         }
+        state.finishing -= 1;
     }
 
     fn start_one(&self, state: &mut State) -> io::Result<()> {
@@ -133,6 +144,19 @@ impl Pool {
     }
 }
 
+/// Something that runs in no thread of the pool.
+pub(super) struct Here(Arc<Shared>);
+
+impl Drop for Here {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.running -= 1;
+        if state.finishing > 0 && state.is_still() {
+            self.0.still.notify_all();
+        }
+    }
+}
+
 impl Drop for Pool {
     fn drop(&mut self) {
         self.0.lock().stopping = true;
@@ -140,11 +164,20 @@ impl Drop for Pool {
     }
 }
 
-fn run(shared: &Shared) {
-    // virtiofsd's code changes the working directory and the umask of its thread.
-    if let Err(e) = unshare(CloneFlags::CLONE_FS) {
+/// Gives the calling thread a working directory and an umask of its own: virtiofsd's code changes both.
+pub(super) fn own_directory() {
+    thread_local! {
+        static OWN: Cell<bool> = const { Cell::new(false) };
+    }
+    if !OWN.replace(true)
+        && let Err(e) = unshare(CloneFlags::CLONE_FS)
+    {
         error!("a thread can't have a working directory of its own: {e}");
     }
+}
+
+fn run(shared: &Shared) {
+    own_directory();
     let mut state = shared.lock();
     loop {
         if let Some((pace, job)) = shared.next(&mut state) {
@@ -157,7 +190,7 @@ fn run(shared: &Shared) {
             state = shared.lock();
             state.running -= 1;
             state.slow_running -= usize::from(pace == Pace::Slow);
-            if state.is_still() {
+            if state.finishing > 0 && state.is_still() {
                 shared.still.notify_all();
             }
             continue;

@@ -23,6 +23,9 @@ use super::message::{object, out_header, request_bytes};
 use super::opened::Opened;
 use super::pool::Pace;
 
+/// So much of a request is copied before its length is known.
+const SHORT_BYTES: usize = 256;
+
 /// What has been asked and answered.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
@@ -56,9 +59,12 @@ impl Message {
             }
             room += segment.bytes as usize;
         }
-        let header = copy_in(&mem, &chain.readable, IN_HEADER_BYTES, place);
-        let header: InHeader = header.ok().and_then(|bytes| object(&bytes)).ok_or(Unanswerable)?;
         let readable = chain.readable.iter().map(|segment| segment.bytes as usize).sum();
+        // Most requests are short, and copied at once; what is none of it may lie in the window.
+        let begin = copy_in(&mem, &chain.readable, SHORT_BYTES.min(readable), place)
+            .or_else(|_| copy_in(&mem, &chain.readable, IN_HEADER_BYTES, place));
+        let begin = begin.map_err(|_| Unanswerable)?;
+        let header: InHeader = object(&begin).ok_or(Unanswerable)?;
         let bytes = request_bytes(&header, readable);
         let head = match bytes {
             Ok(bytes) if header.opcode == Opcode::Write as u32 => {
@@ -67,9 +73,12 @@ impl Message {
             Ok(bytes) => bytes,
             Err(_) => IN_HEADER_BYTES,
         };
-        let copied = copy_in(&mem, &chain.readable, head, place);
-        let whole = copied.ok().filter(|copied| copied.len() == head && bytes.is_ok());
-        let args = whole.and_then(|copied| copied.get(IN_HEADER_BYTES..).map(<[u8]>::to_vec));
+        let copied = match begin.get(..head) {
+            Some(_) => Ok(begin),
+            None => copy_in(&mem, &chain.readable, head, place),
+        };
+        let whole = copied.ok().filter(|copied| copied.len() >= head && bytes.is_ok());
+        let args = whole.and_then(|copied| copied.get(IN_HEADER_BYTES..head).map(<[u8]>::to_vec));
         let bytes = bytes.unwrap_or(0);
         if room < OUT_HEADER_BYTES && !takes_no_reply(header.opcode) {
             return Err(Unanswerable);
@@ -103,6 +112,14 @@ impl Message {
 /// A chain that holds no message: it goes back as it came.
 pub(super) struct Unanswerable;
 
+fn moves_data(opcode: Option<Opcode>) -> bool {
+    matches!(opcode, Some(Opcode::Read | Opcode::Write))
+}
+
+fn would_wait(done: &io::Result<Reply>) -> bool {
+    done.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock)
+}
+
 fn takes_no_reply(opcode: u32) -> bool {
     [Opcode::Forget, Opcode::BatchForget, Opcode::Interrupt].iter().any(|o| *o as u32 == opcode)
 }
@@ -120,6 +137,30 @@ pub(super) fn pace(opcode: Option<Opcode>) -> Pace {
     }
 }
 
+/// Whether a request may wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Patience {
+    /// As long as it likes.
+    Any,
+    /// READ and WRITE must not wait for what can be known to keep them waiting.
+    None,
+}
+
+/// More data than this is better moved beside other requests than before them.
+const MUCH_DATA: usize = 64 << 10;
+
+/// Whether a request is served sooner by the thread that took it than by another one, which must be woken
+/// first. `more` requests wait behind it.
+pub(super) fn is_quick(message: &Message, request: &Request, more: bool) -> bool {
+    use Opcode::*;
+    match message.opcode() {
+        Some(Fsync | Fsyncdir | Syncfs | Fallocate | CopyFileRange | Destroy) => false,
+        Some(SetupMapping | RemoveMapping | Setattr | Readdirplus) => !more,
+        Some(Read) => !more || room(request) <= MUCH_DATA,
+        _ => true,
+    }
+}
+
 /// One device's file system, its open files, and its window.
 pub(super) struct Server<F> {
     pub(super) fs: F,
@@ -133,8 +174,13 @@ pub(super) struct Server<F> {
 
 /// A [`Server`], whatever its file system.
 pub(super) trait Serve: Send + Sync {
-    /// Does what the message asks for, and answers it.
-    fn serve(&self, request: Request, message: Message);
+    /// Does what the message asks for, and answers it; or gives it back, if it has no patience to wait.
+    fn serve(
+        &self,
+        request: Request,
+        message: Message,
+        patience: Patience,
+    ) -> Option<(Request, Message)>;
 
     /// A driver has begun anew.
     fn restarted(&self);
@@ -149,20 +195,31 @@ impl<F> Serve for Server<F>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
 {
-    fn serve(&self, mut request: Request, message: Message) {
-        self.tally.requests.add(1);
+    fn serve(
+        &self,
+        mut request: Request,
+        message: Message,
+        patience: Patience,
+    ) -> Option<(Request, Message)> {
         let header = message.header;
         debug!("{:?} nodeid={} unique={}", message.opcode(), header.nodeid, header.unique);
-        let done = catch_unwind(AssertUnwindSafe(|| self.dispatch(&mut request, &message)));
+        let dispatch = || self.dispatch(&mut request, &message, patience);
+        let done = catch_unwind(AssertUnwindSafe(dispatch));
         let done = done.unwrap_or_else(|_| {
             error!("{:?} made its thread panic: this is a bug", message.opcode());
             Err(Errno::EIO.into())
         });
+        if patience == Patience::None && moves_data(message.opcode()) && would_wait(&done) {
+            request.let_go();
+            return Some((request, message));
+        }
+        self.tally.requests.add(1);
         if let Err(e) = &done {
             self.tally.errors.add(1);
             debug!("{:?} unique={}: {e}", message.opcode(), header.unique);
         }
         self.answer(request, header.unique, done);
+        None
     }
 
     fn restarted(&self) {
@@ -190,7 +247,12 @@ impl<F> Server<F>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
 {
-    fn dispatch(&self, request: &mut Request, message: &Message) -> io::Result<Reply> {
+    fn dispatch(
+        &self,
+        request: &mut Request,
+        message: &Message,
+        patience: Patience,
+    ) -> io::Result<Reply> {
         let opcode = message.opcode().ok_or(Errno::ENOSYS)?;
         if !message.is_whole() {
             return Err(Errno::EINVAL.into());
@@ -205,23 +267,23 @@ where
         }
         let mut args = Args::new(&message.args);
         match opcode {
-            Opcode::Read => self.read(request, message, &mut args),
-            Opcode::Write => self.write(request, message, &mut args),
+            Opcode::Read => self.read(request, message, &mut args, patience),
+            Opcode::Write => self.write(request, message, &mut args, patience),
             _ => self.operate(opcode, message, &mut args, room(request)),
         }
     }
 
     fn answer(&self, request: Request, unique: u64, done: io::Result<Reply>) {
         match done {
-            Ok(Reply::None) => request.complete_with(&[], 0),
+            Ok(Reply::None) => request.complete_with(Vec::new(), 0),
             Ok(Reply::Bytes(bytes)) => self.answer_bytes(request, unique, &bytes),
             Ok(Reply::Data(bytes)) => {
                 let header = out_header(unique, 0, bytes as usize);
-                request.complete_with(header.as_slice(), bytes);
+                request.complete_with(header.as_slice().to_vec(), bytes);
             }
             Err(e) => {
                 let errno = e.raw_os_error().filter(|errno| *errno > 0).unwrap_or(libc::EIO);
-                request.complete_with(out_header(unique, -errno, 0).as_slice(), 0);
+                request.complete_with(out_header(unique, -errno, 0).as_slice().to_vec(), 0);
             }
         }
     }
@@ -236,10 +298,10 @@ where
         if !fits || !in_memory {
             // Less room than the message asks for, or room that no driver gives to it.
             let errno = if fits { libc::EFAULT } else { libc::EINVAL };
-            return request.complete_with(out_header(unique, -errno, 0).as_slice(), 0);
+            return request.complete_with(out_header(unique, -errno, 0).as_slice().to_vec(), 0);
         }
         let header = out_header(unique, 0, bytes.len());
-        request.complete_with(&[header.as_slice(), bytes].concat(), 0);
+        request.complete_with([header.as_slice(), bytes].concat(), 0);
     }
 }
 

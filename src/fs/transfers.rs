@@ -3,7 +3,7 @@
 //! READ and WRITE, which move bytes between a file and the guest's memory, and SETUPMAPPING and
 //! REMOVEMAPPING, which save them the way.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::fs::File;
 use std::io;
 
@@ -20,7 +20,7 @@ use super::dax::MAX_REMOVALS;
 use super::guest_io::{Buffers, GuestReader, GuestWriter, WindowPlace};
 use super::message::{Args, IN_HEADER_BYTES, OUT_HEADER_BYTES, Reply, invalid};
 use super::operations::{open_flag, written};
-use super::server::{Message, Server};
+use super::server::{Message, Patience, Server};
 
 /// Takes the file that a READ would read.
 struct Capture<'a>(&'a OnceCell<io::Result<File>>);
@@ -38,6 +38,16 @@ impl ZeroCopyWriter for Capture<'_> {
     }
 }
 
+/// Takes guest memory in hand.
+fn touch(request: &mut Request, patience: Patience) -> io::Result<()> {
+    match patience {
+        Patience::None if request.touch_now() => Ok(()),
+        Patience::None => Err(Errno::EAGAIN.into()),
+        Patience::Any if request.touch() => Ok(()),
+        Patience::Any => Err(Errno::EIO.into()),
+    }
+}
+
 impl<F> Server<F>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
@@ -48,6 +58,7 @@ where
         request: &mut Request,
         message: &Message,
         args: &mut Args<'_>,
+        patience: Patience,
     ) -> io::Result<Reply> {
         let asked: fuse::ReadIn = args.take()?;
         let owner = (asked.read_flags & fuse::READ_LOCKOWNER != 0).then_some(asked.lock_owner);
@@ -56,14 +67,18 @@ where
         if buffers.bytes() < asked.size as usize {
             return Err(invalid());
         }
-        if !request.touch() {
-            return Err(Errno::EIO.into());
-        }
+        touch(request, patience)?;
         let mem = request.memory();
-        let to = GuestWriter { mem: &mem, buffers };
+        let would_wait = Cell::new(false);
+        let no_wait = (patience == Patience::None).then_some(&would_wait);
+        let to = GuestWriter { mem: &mem, buffers, no_wait };
         let (ctx, nodeid) = (message.context(), message.nodeid());
         let (fh, size, from) = (asked.fh, asked.size, asked.offset);
         let done = self.fs.read(ctx, nodeid, fh, to, size, from, owner, asked.flags)?;
+        if would_wait.get() {
+            // What was read before is read once more.
+            return Err(Errno::EAGAIN.into());
+        }
         Ok(Reply::Data(done as u32))
     }
 
@@ -73,6 +88,7 @@ where
         request: &mut Request,
         message: &Message,
         args: &mut Args<'_>,
+        patience: Patience,
     ) -> io::Result<Reply> {
         let asked: fuse::WriteIn = args.take()?;
         let owner = (asked.write_flags & fuse::WRITE_LOCKOWNER != 0).then_some(asked.lock_owner);
@@ -85,13 +101,16 @@ where
             return Err(invalid());
         }
         let (ctx, nodeid) = (message.context(), message.nodeid());
+        // Where something is granted, there are locks to wait for.
+        let granted = self.dax.as_deref().is_some_and(|dax| dax.node(nodeid).is_some());
+        if granted && patience == Patience::None {
+            return Err(Errno::EAGAIN.into());
+        }
         let (fh, size, from, flags) = (asked.fh, asked.size, asked.offset, asked.flags);
         // What the kernel does beside writing is missed past the cache.
         let plain = !kill_priv && !open_flag(flags, libc::O_DSYNC);
         let write = |past_cache: Option<&Direct>| {
-            if !request.touch() {
-                return Err(Errno::EIO.into());
-            }
+            touch(request, patience)?;
             let mem = request.memory();
             let past_cache = past_cache.filter(|_| plain);
             let data = GuestReader { mem: &mem, buffers, past_cache };

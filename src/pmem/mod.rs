@@ -20,7 +20,7 @@ use crate::dax::counters::Counter;
 use crate::dax::engine::{Engine, Space};
 use crate::dax::entry::PageIndex;
 use crate::dax::extent::{Access, FileExtents};
-use crate::device::{Device, SessionWindow};
+use crate::device::{AtOnce, Device, Drained, SessionWindow};
 use crate::persist::{Backing, GroupSync, Persist, Waiter};
 use crate::ratelimit::RateLimit;
 use crate::request::Request;
@@ -206,7 +206,7 @@ impl Device for Pmem {
         })
     }
 
-    fn handle(&self, request: Request) {
+    fn handle(&self, request: Request, _: Drained) -> Option<AtOnce> {
         let is_flush = match request.word() {
             Ok(VIRTIO_PMEM_REQ_TYPE_FLUSH) => true,
             Ok(unknown) => {
@@ -224,6 +224,7 @@ impl Device for Pmem {
         // Bad requests queue up too: answers must keep the order of the ring.
         let needs_sync = is_flush && !request.window_lost();
         self.sync.submit(Pending { request, is_flush, needs_sync, tally: self.tally.clone() });
+        None
     }
 
     fn report(&self) {
