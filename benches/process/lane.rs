@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A virtqueue's driver that costs little: fixed slots, each with its own buffers laid out as Linux
+//! lays out a FUSE request (headers and arguments, then data page by page), an indirect table each,
+//! EVENT_IDX, and a wait that blocks. It keeps the rules, and checks no more than the reply's error.
+
+use std::sync::atomic::{Ordering, fence};
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::common::driver::{DriverOptions, INDIRECT, NEXT, WRITE};
+use crate::common::fuse_abi::{IN_HEADER, OUT_HEADER, in_header};
+use crate::common::memory::GuestMem;
+use crate::common::strict_vmm::Ring;
+
+/// Chains of 1 MiB of pages are longer than QEMU's usual 128: the longest chain is the queue's size.
+const SIZE: u16 = 1024;
+const PAGE: u64 = 4096;
+const AVAIL_RING: u64 = 0x4000;
+const USED_RING: u64 = 0x6000;
+const RINGS_END: u64 = 0x9000;
+const SLOTS: u64 = 0x1_0000;
+/// In a slot: the table, the request's head, the reply's header, its body, and the data.
+const HEAD_AT: u64 = 2 * PAGE;
+const REPLY_AT: u64 = 3 * PAGE;
+const BODY_AT: u64 = 4 * PAGE;
+const DATA_AT: u64 = 5 * PAGE;
+const MOST_DATA: u64 = 1 << 20;
+const SLOT_BYTES: u64 = DATA_AT + MOST_DATA;
+
+/// How many requests a lane can have in flight.
+pub const DEPTH: usize = 32;
+/// Guest memory of a lane.
+pub const LANE_BYTES: u64 = SLOTS + DEPTH as u64 * SLOT_BYTES;
+
+/// A request: what it says, and how many bytes of data go in and come out.
+pub struct Request {
+    pub opcode: u32,
+    pub nodeid: u64,
+    pub args: Vec<u8>,
+    /// Bytes of the slot's data that are part of the request.
+    pub data_in: u32,
+    /// Room for the reply's body; none for a FORGET's, which has no reply.
+    pub body: Option<u32>,
+    /// Room for data behind the header, in the slot's data pages.
+    pub data_out: u32,
+}
+
+impl Request {
+    /// One with arguments, and a reply of at most `body` bytes.
+    pub fn new(opcode: u32, nodeid: u64, args: Vec<u8>, body: usize) -> Self {
+        Self { opcode, nodeid, args, data_in: 0, body: Some(body as u32), data_out: 0 }
+    }
+}
+
+/// The driver of one queue.
+pub struct Lane {
+    mem: GuestMem,
+    at: u64,
+    next_avail: u16,
+    kicked: u16,
+    last_used: u16,
+    kick: EventFd,
+    call: EventFd,
+}
+
+impl Lane {
+    /// A queue whose memory begins at `at`.
+    pub fn new(mem: GuestMem, at: u64) -> Self {
+        mem.write_slice(&[0u8; RINGS_END as usize], GuestAddress(at)).unwrap();
+        let call = EventFd::new(0).unwrap();
+        let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        Self { mem, at, next_avail: 0, kicked: 0, last_used: 0, kick, call }
+    }
+
+    fn slot(&self, slot: usize) -> u64 {
+        self.at + SLOTS + slot as u64 * SLOT_BYTES
+    }
+
+    /// Puts a request into the ring; [`kick`](Self::kick) tells of it.
+    pub fn post(&mut self, slot: usize, request: &Request) {
+        let at = self.slot(slot);
+        let args = request.args.len() as u32;
+        let bytes = IN_HEADER as u32 + args + request.data_in;
+        let unique = u64::from(self.next_avail) << 8 | slot as u64;
+        let head = in_header(bytes, request.opcode, unique, request.nodeid);
+        self.mem.write_slice(&head, GuestAddress(at + HEAD_AT)).unwrap();
+        let args_at = at + HEAD_AT + IN_HEADER as u64;
+        self.mem.write_slice(&request.args, GuestAddress(args_at)).unwrap();
+        let mut descs = vec![(at + HEAD_AT, IN_HEADER as u32, 0)];
+        descs.extend((args > 0).then_some((args_at, args, 0)));
+        pages(&mut descs, at + DATA_AT, request.data_in, 0);
+        if let Some(body) = request.body {
+            descs.push((at + REPLY_AT, OUT_HEADER as u32, WRITE));
+            descs.extend((body > 0).then_some((at + BODY_AT, body, WRITE)));
+            pages(&mut descs, at + DATA_AT, request.data_out, WRITE);
+        }
+        self.write_table(slot, &descs);
+        let index = u64::from(self.next_avail % SIZE);
+        let entry = GuestAddress(self.at + AVAIL_RING + 4 + index * 2);
+        self.mem.write_obj(slot as u16, entry).unwrap();
+        self.next_avail = self.next_avail.wrapping_add(1);
+    }
+
+    fn write_table(&self, slot: usize, descs: &[(u64, u32, u16)]) {
+        let at = self.slot(slot);
+        let mut table = Vec::with_capacity(descs.len() * 16);
+        for (i, &(addr, len, flags)) in descs.iter().enumerate() {
+            let more = if i + 1 < descs.len() { NEXT } else { 0 };
+            table.extend_from_slice(&addr.to_le_bytes());
+            table.extend_from_slice(&len.to_le_bytes());
+            table.extend_from_slice(&(flags | more).to_le_bytes());
+            table.extend_from_slice(&(i as u16 + 1).to_le_bytes());
+        }
+        self.mem.write_slice(&table, GuestAddress(at)).unwrap();
+        let desc = GuestAddress(self.at + slot as u64 * 16);
+        self.mem.write_obj(at, desc).unwrap();
+        self.mem.write_obj(table.len() as u32, GuestAddress(desc.0 + 8)).unwrap();
+        self.mem.write_obj(u32::from(INDIRECT), GuestAddress(desc.0 + 12)).unwrap();
+    }
+
+    /// Makes what was posted visible, and kicks if the device wants that.
+    pub fn kick(&mut self) {
+        let index = GuestAddress(self.at + AVAIL_RING + 2);
+        self.mem.store(self.next_avail, index, Ordering::Release).unwrap();
+        fence(Ordering::SeqCst);
+        let event = GuestAddress(self.at + USED_RING + 4 + u64::from(SIZE) * 8);
+        let event: u16 = self.mem.load(event, Ordering::Acquire).unwrap();
+        let (new, old) = (self.next_avail, self.kicked);
+        self.kicked = new;
+        if new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old) {
+            self.kick.write(1).unwrap();
+        }
+    }
+
+    /// Waits until something comes back; the slots that did.
+    pub fn reap(&mut self, slots: &mut Vec<usize>) {
+        slots.clear();
+        loop {
+            let index = GuestAddress(self.at + USED_RING + 2);
+            let used: u16 = self.mem.load(index, Ordering::Acquire).unwrap();
+            while self.last_used != used {
+                let index = u64::from(self.last_used % SIZE);
+                let element = GuestAddress(self.at + USED_RING + 4 + index * 8);
+                slots.push(self.mem.read_obj::<u32>(element).unwrap() as usize);
+                self.last_used = self.last_used.wrapping_add(1);
+            }
+            let event = GuestAddress(self.at + AVAIL_RING + 4 + u64::from(SIZE) * 2);
+            self.mem.store(self.last_used, event, Ordering::Release).unwrap();
+            if !slots.is_empty() {
+                return;
+            }
+            fence(Ordering::SeqCst);
+            let used: u16 = self.mem.load(index, Ordering::Acquire).unwrap();
+            if used == self.last_used {
+                self.call.read().unwrap();
+            }
+        }
+    }
+
+    /// The body of a reply, `bytes` of it, which must be none of an error.
+    pub fn body(&self, slot: usize, bytes: usize) -> Vec<u8> {
+        self.check(slot);
+        let mut body = vec![0u8; bytes];
+        self.mem.read_slice(&mut body, GuestAddress(self.slot(slot) + BODY_AT)).unwrap();
+        body
+    }
+
+    /// That a reply is none of an error.
+    pub fn check(&self, slot: usize) {
+        let error = GuestAddress(self.slot(slot) + REPLY_AT + 4);
+        let error: i32 = self.mem.read_obj(error).unwrap();
+        assert_eq!(error, 0, "a request of the bench failed");
+    }
+
+    /// Sends one request and waits for its reply's body.
+    pub fn ask(&mut self, request: &Request) -> Vec<u8> {
+        self.post(0, request);
+        self.kick();
+        let mut slots = Vec::new();
+        self.reap(&mut slots);
+        assert_eq!(slots, [0]);
+        self.body(0, request.body.unwrap_or(0) as usize)
+    }
+}
+
+/// Data as Linux describes it: a descriptor for each page.
+fn pages(descs: &mut Vec<(u64, u32, u16)>, at: u64, bytes: u32, flags: u16) {
+    for from in (0..bytes).step_by(PAGE as usize) {
+        descs.push((at + u64::from(from), (bytes - from).min(PAGE as u32), flags));
+    }
+}
+
+impl Ring for Lane {
+    fn options(&self) -> DriverOptions {
+        DriverOptions { size: SIZE, ..DriverOptions::default() }
+    }
+
+    fn host_addresses(&self) -> [u64; 3] {
+        let host = |offset| {
+            self.mem.get_host_address(GuestAddress(self.at + offset)).unwrap().addr() as u64
+        };
+        [host(0), host(AVAIL_RING), host(USED_RING)]
+    }
+
+    fn fresh_kick(&mut self) -> EventFd {
+        self.kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        self.kick.try_clone().unwrap()
+    }
+
+    fn call(&self) -> EventFd {
+        self.call.try_clone().unwrap()
+    }
+}
