@@ -33,6 +33,9 @@ pub use crate::kick::Vring;
 /// request is held up, the relief tells.)
 const TELL_AT: u16 = 8;
 
+/// What is said where a ring can't be written.
+const UNRETURNED: &str = "a chain can't be returned";
+
 /// How often one who waits for a stopped ring looks whether the process is about to end.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -326,12 +329,7 @@ impl Ring {
             return None;
         }
         let vring = state.vring.clone()?;
-        self.try_take(&vring, state, serves).unwrap_or_else(|e| {
-            if let Some(held_back) = self.log_limit.allow(Instant::now()) {
-                warn!("the ring can't be read: {e} ({held_back} more such lines held back)");
-            }
-            None
-        })
+        self.warn_of("the ring can't be read", self.try_take(&vring, state, serves)).flatten()
     }
 
     fn try_take(
@@ -402,7 +400,7 @@ impl Ring {
     fn give_back(&self, state: &mut State, answer: Answer) {
         let Some(vring) = state.vring.clone() else { return };
         state.open -= 1;
-        self.check_returned(return_chain(&self.mem.memory(), &vring, &answer));
+        self.warn_of(UNRETURNED, return_chain(&self.mem.memory(), &vring, &answer));
         state.untold += 1;
         if !state.more || state.untold >= TELL_AT {
             self.tell(state);
@@ -414,16 +412,17 @@ impl Ring {
         if std::mem::take(&mut state.untold) > 0
             && let Some(vring) = &state.vring
         {
-            self.check_returned(signal(vring));
+            self.warn_of(UNRETURNED, signal(vring));
         }
     }
 
-    fn check_returned(&self, result: Result<(), QueueError>) {
-        if let Err(e) = result
+    fn warn_of<T>(&self, what: &str, result: Result<T, QueueError>) -> Option<T> {
+        if let Err(e) = &result
             && let Some(held_back) = self.log_limit.allow(Instant::now())
         {
-            warn!("a chain can't be returned: {e} ({held_back} more such lines held back)");
+            warn!("{what}: {e} ({held_back} more such lines held back)");
         }
+        result.ok()
     }
 }
 

@@ -131,9 +131,11 @@ impl Fs {
         let (pool, server, here) = (self.pool.clone(), self.server.clone(), self.pool.here());
         Box::new(move || {
             pool::own_directory();
-            if let Some((request, message)) = server.serve(request, message, Patience::None) {
-                submit(&pool, &server, request, message);
-            }
+            pool::guarded(|| {
+                if let Some((request, message)) = server.serve(request, message, Patience::None) {
+                    submit(&pool, &server, request, message);
+                }
+            });
             drop(here);
         })
     }

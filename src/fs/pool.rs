@@ -176,6 +176,13 @@ pub(super) fn own_directory() {
     }
 }
 
+/// Does `job`. What the guest sent must never end a thread; its request stays open.
+pub(super) fn guarded(job: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(job)).is_err() {
+        error!("a request made its thread panic: this is a bug");
+    }
+}
+
 fn run(shared: &Shared) {
     own_directory();
     let mut state = shared.lock();
@@ -183,10 +190,7 @@ fn run(shared: &Shared) {
         if let Some((pace, job)) = shared.next(&mut state) {
             state.running += 1;
             drop(state);
-            // What the guest sent must never end a thread; its request stays open.
-            if catch_unwind(AssertUnwindSafe(job)).is_err() {
-                error!("a request made its thread panic: this is a bug");
-            }
+            guarded(job);
             state = shared.lock();
             state.running -= 1;
             state.slow_running -= usize::from(pace == Pace::Slow);
