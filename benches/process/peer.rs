@@ -37,7 +37,8 @@ impl Kind {
     pub fn name(self) -> String {
         match self {
             Self::Ours { window_mib: 0, .. } => "ours, no window".into(),
-            Self::Ours { .. } => "ours".into(),
+            Self::Ours { queues: 1, .. } => "ours".into(),
+            Self::Ours { queues, .. } => format!("ours, {queues} queues"),
             Self::Virtiofsd { threads: 0 } => "virtiofsd".into(),
             Self::Virtiofsd { threads } => format!("virtiofsd, {threads} threads"),
         }
@@ -114,7 +115,7 @@ pub struct Peer {
     _vmm: StrictVmm,
     /// hiprio, then the request queues.
     pub lanes: Vec<Lane>,
-    _daemon: Daemon,
+    daemon: Daemon,
     _ram: GuestMem,
 }
 
@@ -138,7 +139,12 @@ impl Peer {
         let mut rings: Vec<_> = lanes.iter_mut().map(|lane| lane as &mut dyn Ring).collect();
         vmm.start_all(&mut rings);
         lanes[1].ask(&Request::new(op::INIT, 0, abi::init().0, abi::INIT_OUT));
-        Self { kind, _vmm: vmm, lanes, _daemon: daemon, _ram: ram }
+        Self { kind, _vmm: vmm, lanes, daemon, _ram: ram }
+    }
+
+    /// The daemon's process.
+    pub fn pid(&self) -> u32 {
+        self.daemon.child.id()
     }
 
     /// One request on the first queue that has one.

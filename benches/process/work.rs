@@ -10,6 +10,7 @@ use crate::common::fuse_abi::{self as abi, Arg, op};
 
 use super::lane::{DEPTH, Lane, Request};
 use super::peer::{DATA, DATA_BYTES, FILES, Peer, file};
+use super::place::{Place, stay_on};
 
 /// A kind of work.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -185,12 +186,20 @@ impl Done {
     }
 }
 
-/// Runs `op` on all request queues for `time`, each with `depth` requests in flight.
-pub fn run(peer: &mut Peer, names: &Names, op: Op, depth: usize, time: Duration) -> Done {
+/// How much is in flight on each queue, and where driver and daemon run.
+#[derive(Clone, Copy)]
+pub struct Load {
+    pub depth: usize,
+    pub place: Place,
+}
+
+/// Runs `op` on all request queues for `time`.
+pub fn run(peer: &mut Peer, names: &Names, op: Op, load: Load, time: Duration) -> Done {
+    load.place.put(peer.pid());
     thread::scope(|scope| {
         let lanes = peer.lanes[1..].iter_mut().enumerate();
         let threads: Vec<_> = lanes
-            .map(|(i, lane)| scope.spawn(move || run_lane(lane, names, op, i * DEPTH, depth, time)))
+            .map(|(i, lane)| scope.spawn(move || run_lane(lane, names, op, i * DEPTH, load, time)))
             .collect();
         let mut all = Done::default();
         for thread in threads {
@@ -207,9 +216,10 @@ fn run_lane(
     names: &Names,
     op: Op,
     first: usize,
-    depth: usize,
+    Load { depth, place }: Load,
     time: Duration,
 ) -> Done {
+    stay_on(place.driver());
     let began = Instant::now();
     let mut streams = [At::default(); DEPTH];
     let mut posted = [began; DEPTH];

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Figures taken in rounds: each round takes every peer's once, one right after another, and a ratio is
+//! one round's figure over another peer's of the same round. Shown as a table, a chart (SVG) and a file
+//! that a machine can read (JSON).
+
+#![allow(dead_code)] // Each bench uses its own part.
+
+mod chart;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+/// How figures were taken: the command, the machine.
+pub struct How(Value);
+
+impl How {
+    /// By `command`, on this machine.
+    pub fn new(command: &str, rounds: usize) -> Self {
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let cpu = read("/proc/cpuinfo");
+        let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self(json!({"command": command, "rounds": rounds, "cores": cores,
+            "cpu": cpu.trim_start_matches([' ', '\t', ':']),
+            "kernel": read("/proc/sys/kernel/osrelease").trim()}))
+    }
+}
+
+/// Whether more is better.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Better {
+    More,
+    Less,
+}
+
+/// Minimum, median, maximum.
+#[derive(Clone, Copy)]
+pub struct Spread {
+    pub min: f64,
+    pub median: f64,
+    pub max: f64,
+}
+
+impl Spread {
+    /// Of some samples; NaN of none.
+    pub fn of(samples: &[f64]) -> Self {
+        let mut sorted = samples.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let at = |i: usize| sorted.get(i).copied().unwrap_or(f64::NAN);
+        Self { min: at(0), median: at(sorted.len() / 2), max: at(sorted.len().wrapping_sub(1)) }
+    }
+
+    fn json(self) -> Value {
+        json!({"min": self.min, "median": self.median, "max": self.max})
+    }
+}
+
+/// One thing that is measured, of each peer.
+struct Row {
+    what: String,
+    unit: &'static str,
+    better: Better,
+    /// By peer, by round; none where a peer has no such figure.
+    samples: Vec<Vec<f64>>,
+}
+
+/// A table of figures: peers beside each other, one thing per row.
+pub struct Figures {
+    name: &'static str,
+    title: &'static str,
+    peers: Vec<String>,
+    rows: Vec<Row>,
+}
+
+impl Figures {
+    /// A table without rows; `name` is that of its files.
+    pub fn new(name: &'static str, title: &'static str, peers: Vec<String>) -> Self {
+        Self { name, title, peers, rows: Vec::new() }
+    }
+
+    /// Takes one round's figure of a peer.
+    pub fn add(&mut self, what: &str, unit: &'static str, better: Better, peer: usize, value: f64) {
+        let row = match self.rows.iter().position(|row| row.what == what) {
+            Some(row) => row,
+            None => {
+                let samples = vec![Vec::new(); self.peers.len()];
+                self.rows.push(Row { what: what.into(), unit, better, samples });
+                self.rows.len() - 1
+            }
+        };
+        self.rows[row].samples[peer].push(value);
+    }
+
+    fn row(&self, what: &str) -> &Row {
+        self.rows.iter().find(|row| row.what == what).unwrap_or_else(|| panic!("no row {what}"))
+    }
+
+    /// What a peer reached.
+    pub fn value(&self, what: &str, peer: usize) -> Spread {
+        Spread::of(&self.row(what).samples[peer])
+    }
+
+    /// How much better `peer` is than the best of `others`, round by round.
+    pub fn ratio(&self, what: &str, peer: usize, others: &[usize]) -> Spread {
+        self.row(what).ratio(peer, others)
+    }
+
+    /// Names of rows.
+    pub fn rows(&self) -> Vec<String> {
+        self.rows.iter().map(|row| row.what.clone()).collect()
+    }
+
+    /// Prints the medians, and the ratios of `peer` to the best of `others`; writes all files.
+    pub fn show(&self, peer: usize, others: &[usize], how: &How) {
+        println!("\n{}\n", self.title);
+        print!("{}", self.table(peer, others));
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench");
+        fs::create_dir_all(&folder).unwrap();
+        let file = |end: &str| -> PathBuf { folder.join(format!("{}.{end}", self.name)) };
+        let text = serde_json::to_string_pretty(&self.json(peer, others, how)).unwrap();
+        fs::write(file("json"), text + "\n").unwrap();
+        let bars: Vec<_> =
+            self.rows.iter().map(|row| (row.what.clone(), row.ratio(peer, others))).collect();
+        let title = format!("{}: {} over {}", self.title, self.peers[peer], self.names(others));
+        chart::draw(&file("svg"), &title, &bars);
+        fs::write(file("md"), self.markdown(peer, others)).unwrap();
+        println!("\n  in target/bench: {0}.json, {0}.svg, {0}.md", self.name);
+    }
+
+    fn names(&self, others: &[usize]) -> String {
+        let names: Vec<_> = others.iter().map(|&other| self.peers[other].as_str()).collect();
+        if names.len() == 1 { names[0].into() } else { format!("the best of {}", names.join(", ")) }
+    }
+
+    fn cells(&self, peer: usize, others: &[usize]) -> Vec<Vec<String>> {
+        let mut head = vec![String::new(), "unit".into()];
+        head.extend(self.peers.iter().cloned());
+        head.push("ratio (min to max)".into());
+        let mut cells = vec![head];
+        for row in &self.rows {
+            let mut line = vec![row.what.clone(), row.unit.into()];
+            line.extend(row.samples.iter().map(|samples| short(Spread::of(samples).median)));
+            let ratio = row.ratio(peer, others);
+            line.push(format!(
+                "{} ({} to {})",
+                short(ratio.median),
+                short(ratio.min),
+                short(ratio.max)
+            ));
+            cells.push(line);
+        }
+        cells
+    }
+
+    fn table(&self, peer: usize, others: &[usize]) -> String {
+        let cells = self.cells(peer, others);
+        let width = |column: usize| {
+            cells.iter().map(|line| line[column].chars().count()).max().unwrap_or(0)
+        };
+        let widths: Vec<_> = (0..cells[0].len()).map(width).collect();
+        let mut text = String::new();
+        for line in &cells {
+            text += &format!("  {:<width$}", line[0], width = widths[0]);
+            for (cell, width) in line.iter().zip(&widths).skip(1) {
+                text += &format!("  {cell:>width$}");
+            }
+            text.push('\n');
+        }
+        text
+    }
+
+    fn markdown(&self, peer: usize, others: &[usize]) -> String {
+        let cells = self.cells(peer, others);
+        let mut lines: Vec<_> =
+            cells.iter().map(|line| format!("| {} |", line.join(" | "))).collect();
+        lines.insert(1, format!("|---|---{}|", "|---:".repeat(cells[0].len() - 2)));
+        lines.join("\n") + "\n"
+    }
+
+    fn json(&self, peer: usize, others: &[usize], how: &How) -> Value {
+        let rows = self.rows.iter().map(|row| {
+            let peers = self.peers.iter().zip(&row.samples).filter(|(_, s)| !s.is_empty());
+            let figures: Vec<_> = peers
+                .map(|(name, s)| json!({"peer": name, "figure": Spread::of(s).json(), "rounds": s}))
+                .collect();
+            json!({"what": row.what, "unit": row.unit, "figures": figures,
+                "more_is_better": row.better == Better::More,
+                "ratio": row.ratio(peer, others).json()})
+        });
+        json!({"title": self.title, "how": how.0, "ratio_of": self.peers[peer],
+            "ratio_to": self.names(others), "rows": rows.collect::<Vec<_>>()})
+    }
+}
+
+impl Row {
+    fn ratio(&self, peer: usize, others: &[usize]) -> Spread {
+        let ours = &self.samples[peer];
+        let ratios: Vec<f64> = (0..ours.len())
+            .filter_map(|round| {
+                let others = others.iter().filter_map(|&other| self.samples[other].get(round));
+                let best = match self.better {
+                    Better::More => others.copied().reduce(f64::max)?,
+                    Better::Less => others.copied().reduce(f64::min)?,
+                };
+                Some(match self.better {
+                    Better::More => ours[round] / best,
+                    Better::Less => best / ours[round],
+                })
+            })
+            .collect();
+        Spread::of(&ratios)
+    }
+}
+
+/// What was asked for, and what came of it.
+pub fn verdict(text: &str, is: f64, at_least: f64) {
+    let held = if is >= at_least { "held  " } else { "MISSED" };
+    println!("  {held} {text}: {} (at least {at_least})", short(is));
+}
+
+/// The same, where less is better.
+pub fn verdict_most(text: &str, is: f64, at_most: f64) {
+    let held = if is <= at_most { "held  " } else { "MISSED" };
+    println!("  {held} {text}: {} (at most {at_most})", short(is));
+}
+
+/// Three digits that count, or whole numbers.
+pub fn short(value: f64) -> String {
+    match value.abs() {
+        v if v.is_nan() => "-".into(),
+        v if v >= 99.95 => format!("{value:.0}"),
+        v if v >= 9.995 => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    }
+}

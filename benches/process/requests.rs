@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! FUSE requests per second and their latency, one and four queues, one request and 32 in flight.
+
+use std::time::Duration;
+
+use crate::figures::{Better, Figures, How, verdict};
+use crate::peer::{Kind, Peer};
+use crate::place::Place;
+use crate::work::{self, Load, Names, OPS};
+
+const KINDS: [Kind; 5] = [
+    Kind::Ours { window_mib: 256, queues: 1 },
+    Kind::Ours { window_mib: 0, queues: 1 },
+    Kind::Ours { window_mib: 256, queues: 4 },
+    Kind::Virtiofsd { threads: 0 },
+    Kind::Virtiofsd { threads: 64 },
+];
+/// Whose figures the ratios are of, and to: each as it is by default.
+const OURS: usize = 0;
+const PEER: usize = 3;
+
+const LOADS: [(&str, Load); 3] = [
+    ("32 in flight", Load { depth: 32, place: Place::Anywhere }),
+    ("1, one core", Load { depth: 1, place: Place::OneCore }),
+    ("1, two cores", Load { depth: 1, place: Place::Apart }),
+];
+
+/// Measures, and shows.
+pub fn run(quick: bool) {
+    let (rounds, time) = if quick { (1, 10) } else { (7, 100) };
+    let mut peers: Vec<_> = KINDS
+        .into_iter()
+        .map(|kind| {
+            let mut peer = Peer::new(kind);
+            let names = Names::of(&mut peer);
+            (peer, names)
+        })
+        .collect();
+    let names: Vec<_> = KINDS.iter().map(|kind| kind.name()).collect();
+    let how = How::new("ci/bench process", rounds);
+    let mut rates = Figures::new("requests", "FUSE requests per second, in process", names.clone());
+    let mut waits = Figures::new("latency", "Latency of FUSE requests, in process", names);
+    for (load_name, load) in LOADS {
+        println!("  {rounds} rounds with {load_name}");
+        for op in OPS {
+            let what = format!("{}, {load_name}", op.name());
+            for _ in 0..rounds {
+                for (i, (peer, names)) in peers.iter_mut().enumerate() {
+                    let mut done = work::run(peer, names, op, load, Duration::from_millis(time));
+                    rates.add(&what, "/s", Better::More, i, done.per_second);
+                    for percent in [50, 99] {
+                        let what = format!("{what}, p{percent}");
+                        waits.add(&what, "us", Better::Less, i, done.percentile(percent));
+                    }
+                }
+            }
+        }
+    }
+    rates.show(OURS, &[PEER], &how);
+    waits.show(OURS, &[PEER], &how);
+    println!("\n  median ratios, ours over {}:", KINDS[PEER].name());
+    for ((load_name, _), least) in LOADS.iter().zip([1.3, 0.95, 0.95]) {
+        for op in OPS {
+            let what = format!("{}, {load_name}", op.name());
+            let ratio = rates.ratio(&what, OURS, &[PEER]).median;
+            verdict(&what, ratio, least);
+        }
+    }
+}
