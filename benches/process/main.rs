@@ -10,13 +10,31 @@
 mod common;
 #[path = "../figures/mod.rs"]
 mod figures;
+mod flushes;
 mod lane;
 mod peer;
 mod place;
 mod requests;
+mod rest;
+mod window;
 mod work;
+
+/// A part; whether it is only to be tried.
+type Part = fn(bool);
+const PARTS: [(&str, Part); 4] = [
+    ("requests", requests::run),
+    ("window", window::run),
+    ("flushes", flushes::run),
+    ("rest", rest::run),
+];
 
 fn main() {
     let quick = std::env::var_os("VUD_BENCH_QUICK").is_some_and(|value| value == "1");
-    requests::run(quick);
+    let names: Vec<_> = std::env::args().skip(1).filter(|name| !name.starts_with('-')).collect();
+    for (name, run) in PARTS {
+        if names.is_empty() || names.iter().any(|wanted| wanted == name) {
+            println!("\n{name}");
+            run(quick);
+        }
+    }
 }

@@ -79,7 +79,7 @@ impl Kind {
 pub struct Daemon {
     child: Child,
     /// The share and the socket lie in it.
-    _dir: TempDir,
+    pub dir: TempDir,
     pub socket: PathBuf,
 }
 
@@ -97,7 +97,19 @@ impl Daemon {
             assert_ne!(stderr.read_line(&mut line).unwrap(), 0, "the daemon ended: {line}");
         }
         thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
-        Self { child, _dir: dir, socket }
+        Self { child, dir, socket }
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Resident memory of the kind `key` of /proc/PID/status, in KiB.
+    pub fn resident_kib(&self, key: &str) -> f64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+        line.trim_start_matches(':').trim().trim_end_matches(" kB").parse().unwrap()
     }
 }
 
@@ -112,10 +124,10 @@ impl Drop for Daemon {
 pub struct Peer {
     pub kind: Kind,
     /// Dropped first: that ends the session.
-    _vmm: StrictVmm,
+    pub vmm: StrictVmm,
     /// hiprio, then the request queues.
     pub lanes: Vec<Lane>,
-    daemon: Daemon,
+    pub daemon: Daemon,
     _ram: GuestMem,
 }
 
@@ -139,12 +151,17 @@ impl Peer {
         let mut rings: Vec<_> = lanes.iter_mut().map(|lane| lane as &mut dyn Ring).collect();
         vmm.start_all(&mut rings);
         lanes[1].ask(&Request::new(op::INIT, 0, abi::init().0, abi::INIT_OUT));
-        Self { kind, _vmm: vmm, lanes, daemon, _ram: ram }
+        Self { kind, vmm, lanes, daemon, _ram: ram }
     }
 
     /// The daemon's process.
     pub fn pid(&self) -> u32 {
-        self.daemon.child.id()
+        self.daemon.pid()
+    }
+
+    /// Where its share lies.
+    pub fn share(&self) -> PathBuf {
+        self.daemon.dir.path().join("share")
     }
 
     /// One request on the first queue that has one.

@@ -10,7 +10,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::VhostUserMMap;
 use vm_memory::ByteValued;
@@ -91,7 +91,8 @@ impl Channel {
     /// which only a part is there is waited for, with the big lock held, as in QEMU.
     pub fn serve_pending(&mut self) {
         while self.has_request() {
-            let served = self.read().and_then(|message| self.answer(message));
+            let began = Instant::now();
+            let served = self.read().and_then(|message| self.answer(message, began));
             self.broken = served.is_err();
         }
     }
@@ -127,7 +128,7 @@ impl Channel {
         self.machine.served.notify_all();
     }
 
-    fn answer(&mut self, message: Message) -> io::Result<()> {
+    fn answer(&mut self, message: Message, began: Instant) -> io::Result<()> {
         let mut machine = self.machine.machine.lock().unwrap();
         if message.request == SHMEM_MAP && machine.bends.hang_in_map {
             machine.map_requests += 1;
@@ -153,6 +154,7 @@ impl Channel {
                 Err(io::ErrorKind::Unsupported.into())
             }
         };
+        machine.spent += began.elapsed();
         drop(machine);
         self.machine.served.notify_all();
         if !self.reply_ack || message.flags & NEED_REPLY == 0 {

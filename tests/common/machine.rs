@@ -19,7 +19,7 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{Error as VhostError, VhostBackend};
 use vhost_user_dax::persist::DaxNode;
 use vm_memory::mmap::MmapRegion;
-use vm_memory::{FileOffset, VolatileMemory};
+use vm_memory::{FileOffset, VolatileMemory, VolatileSlice};
 
 use super::watchdog::Watchdog;
 
@@ -113,6 +113,8 @@ pub(super) struct Machine {
     pub unmap_requests: usize,
     /// Requests that this front-end does not know, and skipped.
     pub unknown_requests: usize,
+    /// In requests of the back-end, up to their replies.
+    pub spent: Duration,
     /// The largest number of live maps and other regions together.
     pub most_regions: usize,
     pub table_updates: usize,
@@ -138,6 +140,7 @@ impl Machine {
             map_requests: 0,
             unmap_requests: 0,
             unknown_requests: 0,
+            spent: Duration::ZERO,
             most_regions: 0,
             table_updates: 0,
             refused: Vec::new(),
@@ -367,6 +370,12 @@ impl Machine {
             done += part;
         }
         Some(buffer)
+    }
+
+    /// What the window shows at `at`, which must be one map's, as the guest's own memory.
+    pub fn view(&self, at: u64, bytes: usize) -> VolatileSlice<'_> {
+        let (live, offset, _) = self.mapped(at).expect("the window shows nothing there");
+        live.map.get_slice(offset, bytes).unwrap()
     }
 
     /// Whether the window shows something at `at`. Does not touch it.

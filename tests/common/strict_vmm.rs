@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use vhost::VhostBackend;
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -411,6 +411,16 @@ impl StrictVmm {
     /// Reads as the guest does; `None` where the window shows nothing.
     pub fn fetch(&self, at: u64, bytes: usize) -> Option<Vec<u8>> {
         self.shared.machine().fetch(at, bytes)
+    }
+
+    /// Works on what the window shows at `at`, which must be one map's, with no copy.
+    pub fn view<T>(&self, at: u64, bytes: usize, work: impl FnOnce(VolatileSlice<'_>) -> T) -> T {
+        work(self.shared.machine().view(at, bytes))
+    }
+
+    /// The time that this front-end took for requests of the back-end so far, up to their replies.
+    pub fn spent(&self) -> Duration {
+        self.shared.machine().spent
     }
 
     /// Panics if a rule was broken so far.
