@@ -12,7 +12,7 @@ use vm_memory::{FileOffset, VolatileMemory, VolatileSlice};
 use crate::common::fuse_abi::{self as abi, op};
 use crate::figures::{Better, Figures, How, verdict, verdict_most};
 use crate::lane::Request;
-use crate::peer::{DATA, DATA_BYTES, Kind, Peer};
+use crate::peer::{DATA, DATA_BYTES, FILES, Kind, Peer, file};
 use crate::place::Place;
 
 /// What Linux maps at a time.
@@ -20,6 +20,10 @@ const RANGE: u64 = 2 << 20;
 const RANGES: u64 = DATA_BYTES / RANGE;
 /// FUSE_SETUPMAPPING_FLAG_WRITE and _READ.
 const READ_WRITE: u64 = 3;
+
+/// The window's last slot.
+const LAST: u64 = WINDOW_MIB / 2 - 1;
+const WINDOW_MIB: u64 = 256;
 
 const OURS: usize = 0;
 const PLAIN: usize = 1;
@@ -33,20 +37,20 @@ struct Timed {
 
 /// Measures, and shows.
 pub fn run(quick: bool) {
-    let (rounds, requests, passes) = if quick { (1, 64, 2) } else { (7, 1000, 20) };
-    let mut peer = Peer::new(Kind::Ours { window_mib: 256, queues: 1 });
+    let (rounds, passes) = if quick { (1, 2) } else { (7, 20) };
+    let mut peer = Peer::new(Kind::Ours { window_mib: WINDOW_MIB, queues: 1 });
     let node = peer.node(DATA);
     let mut figures = Figures::new(
         "window",
         "The DAX window, in process",
         vec!["ours".into(), "plain mmap".into()],
     );
-    println!("  {rounds} rounds of {requests} mappings");
+    println!("  {rounds} rounds of {FILES} files and {RANGES} ranges");
     for _ in 0..rounds {
-        map_and_unmap(&mut peer, node, requests, &mut figures);
+        map_and_unmap(&mut peer, node, &mut figures);
     }
     for range in 0..RANGES {
-        setup(&mut peer, node, range);
+        time(&mut peer, &setting(node, range, range));
     }
     let file = OpenOptions::new().read(true).write(true).open(peer.share().join(DATA)).unwrap();
     let plain = MmapRegion::<()>::from_file(FileOffset::new(file, 0), DATA_BYTES as usize).unwrap();
@@ -69,52 +73,53 @@ pub fn run(quick: bool) {
     }
     figures.show(OURS, &[PLAIN], &How::new("ci/bench process", rounds));
     println!();
-    for what in ["SETUPMAPPING, the daemon's own", "SETUPMAPPING, the daemon's CPU"] {
-        verdict_most(what, figures.value(what, OURS).median, 20.0);
+    for what in ["a file", "a further range"].map(|which| format!("SETUPMAPPING, {which}, own")) {
+        verdict_most(&what, figures.value(&what, OURS).median, 20.0);
     }
     for what in ["read what is mapped", "write what is mapped"] {
         verdict(what, figures.ratio(what, OURS, &[PLAIN]).median, 0.97);
     }
 }
 
-/// All on one core, where a wake-up is cheapest: what is left is work.
-fn map_and_unmap(peer: &mut Peer, node: u64, requests: usize, figures: &mut Figures) {
+/// Files that nothing is mapped of are mapped, one after another, and then ranges of a file of which the
+/// first one is; all on one core, where a wake-up is cheapest: what is left is work.
+fn map_and_unmap(peer: &mut Peer, data: u64, figures: &mut Figures) {
+    let files: Vec<_> = (0..FILES).map(|i| (peer.node(&file(i)), 0)).collect();
+    let ranges: Vec<_> = (1..RANGES).map(|range| (data, range)).collect();
     Place::OneCore.put(peer.pid());
     Place::OneCore.put(std::process::id());
-    let mut timed = [Vec::new(), Vec::new()];
-    let mut ran = [0, 0];
-    for i in 0..requests as u64 {
-        let range = i * 7 % RANGES;
-        for (part, remove) in [(0, false), (1, true)] {
-            let before = ran_nanos(peer.pid());
-            let request = if remove { removal(range) } else { setting(node, range) };
-            timed[part].push(time(peer, &request));
-            ran[part] += ran_nanos(peer.pid()) - before;
+    for (which, asked) in [("a file", &files), ("a further range", &ranges)] {
+        time(peer, &setting(data, 0, LAST));
+        let setups = asked.iter().zip(0..).map(|((node, range), at)| setting(*node, *range, at));
+        let removals = (0..asked.len() as u64).map(removal);
+        for (name, requests) in
+            [("SETUPMAPPING", setups.collect::<Vec<_>>()), ("REMOVEMAPPING", removals.collect())]
+        {
+            let ran = ran_nanos(peer.pid());
+            let timed: Vec<_> = requests.iter().map(|request| time(peer, request)).collect();
+            let ran = (ran_nanos(peer.pid()) - ran) as f64 / 1e3 / timed.len() as f64;
+            let mut add = |what: &str, value| {
+                let what = format!("{name}, {which}, {what}");
+                figures.add(&what, "us", Better::Less, OURS, value);
+            };
+            add("whole", median(timed.iter().map(|timed| timed.whole)));
+            add("own", median(timed.iter().map(|timed| timed.own)));
+            add("CPU", ran);
         }
+        time(peer, &removal(LAST));
     }
     Place::Anywhere.put(std::process::id());
     Place::Anywhere.put(peer.pid());
-    for (part, name) in ["SETUPMAPPING", "REMOVEMAPPING"].into_iter().enumerate() {
-        let mut add = |what: &str, value| {
-            figures.add(&format!("{name}, {what}"), "us", Better::Less, OURS, value);
-        };
-        add("whole", median(timed[part].iter().map(|timed| timed.whole)));
-        add("the daemon's own", median(timed[part].iter().map(|timed| timed.own)));
-        add("the daemon's CPU", ran[part] as f64 / 1e3 / requests as f64);
-    }
 }
 
-fn setting(node: u64, range: u64) -> Request {
-    let args = abi::setupmapping(range * RANGE, RANGE, READ_WRITE, range * RANGE).0;
+/// Range `range` of a file, in slot `at` of the window.
+fn setting(node: u64, range: u64, at: u64) -> Request {
+    let args = abi::setupmapping(range * RANGE, RANGE, READ_WRITE, at * RANGE).0;
     Request::new(op::SETUPMAPPING, node, args, 0)
 }
 
-fn removal(range: u64) -> Request {
-    Request::new(op::REMOVEMAPPING, 0, abi::removemapping(&[(range * RANGE, RANGE)]).0, 0)
-}
-
-fn setup(peer: &mut Peer, node: u64, range: u64) {
-    time(peer, &setting(node, range));
+fn removal(at: u64) -> Request {
+    Request::new(op::REMOVEMAPPING, 0, abi::removemapping(&[(at * RANGE, RANGE)]).0, 0)
 }
 
 /// Microseconds of one request.
