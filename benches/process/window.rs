@@ -73,7 +73,9 @@ pub fn run(quick: bool) {
     }
     figures.show(OURS, &[PLAIN], &How::new("ci/bench process", rounds));
     println!();
-    for what in ["a file", "a further range"].map(|which| format!("SETUPMAPPING, {which}, own")) {
+    for what in ["a file", "a further range"]
+        .map(|which| format!("SETUPMAPPING, {which}, CPU of the ring's thread"))
+    {
         verdict_most(&what, figures.value(&what, OURS).median, 20.0);
     }
     for what in ["read what is mapped", "write what is mapped"] {
@@ -95,16 +97,18 @@ fn map_and_unmap(peer: &mut Peer, data: u64, figures: &mut Figures) {
         for (name, requests) in
             [("SETUPMAPPING", setups.collect::<Vec<_>>()), ("REMOVEMAPPING", removals.collect())]
         {
-            let ran = ran_nanos(peer.pid());
+            let before = ran_nanos(peer.pid());
             let timed: Vec<_> = requests.iter().map(|request| time(peer, request)).collect();
-            let ran = (ran_nanos(peer.pid()) - ran) as f64 / 1e3 / timed.len() as f64;
+            let after = ran_nanos(peer.pid());
+            let each = |part: usize| (after[part] - before[part]) as f64 / 1e3 / timed.len() as f64;
             let mut add = |what: &str, value| {
                 let what = format!("{name}, {which}, {what}");
                 figures.add(&what, "us", Better::Less, OURS, value);
             };
             add("whole", median(timed.iter().map(|timed| timed.whole)));
-            add("own", median(timed.iter().map(|timed| timed.own)));
-            add("CPU", ran);
+            add("less the front-end", median(timed.iter().map(|timed| timed.own)));
+            add("CPU of the ring's thread", each(RING));
+            add("CPU of the daemon's others", each(OTHERS));
         }
         time(peer, &removal(LAST));
     }
@@ -131,15 +135,19 @@ fn time(peer: &mut Peer, request: &Request) -> Timed {
     Timed { whole: whole.as_secs_f64() * 1e6, own: (whole - theirs).as_secs_f64() * 1e6 }
 }
 
-/// How long threads of a process have run, in nanoseconds.
-fn ran_nanos(pid: u32) -> u64 {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    tasks
-        .map(|task| {
-            let stat = fs::read_to_string(task.unwrap().path().join("schedstat"));
-            stat.map_or(0, |stat| stat.split(' ').next().unwrap().parse::<u64>().unwrap())
-        })
-        .sum()
+/// The parts of [`ran_nanos`].
+const RING: usize = 0;
+const OTHERS: usize = 1;
+
+/// How long the threads of a daemon have run, in nanoseconds: those that serve rings, and the others.
+fn ran_nanos(pid: u32) -> [u64; 2] {
+    let mut ran = [0; 2];
+    for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+        let read = |name| fs::read_to_string(task.as_ref().unwrap().path().join(name)).unwrap();
+        let part = if read("comm").starts_with("vring_worker") { RING } else { OTHERS };
+        ran[part] += read("schedstat").split(' ').next().unwrap().parse::<u64>().unwrap();
+    }
+    ran
 }
 
 /// GiB/s of copies between a buffer and each range in turn.

@@ -439,14 +439,14 @@ impl Engine {
 /// The last page of the grant inside the file, and how many bytes of it are to be mapped.
 pub(super) fn extent_of(grant: &Grant) -> Result<(PageIndex, u64), GrantError> {
     let source = &grant.space.source;
-    let pages = grant.space.pages()?;
+    let file_bytes = grant.space.look()?;
+    let pages = file_bytes.div_ceil(PAGE_BYTES);
     if grant.first().0 >= pages {
         return Err(GrantError::PastEof);
     }
     let last = grant.last().min(PageIndex(pages - 1));
     let wanted = last.next().byte() - grant.from.0;
-    let mapped =
-        source.mappable_bytes(source.file_bytes()?).saturating_sub(grant.from.0).min(grant.bytes);
+    let mapped = source.mappable_bytes(file_bytes).saturating_sub(grant.from.0).min(grant.bytes);
     if mapped < wanted {
         return Err(GrantError::Tail);
     }

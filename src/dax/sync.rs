@@ -22,23 +22,32 @@ pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexG
 /// Something that one thread at a time may take away and work on, for as long as it likes: a front-end
 /// round trip is made with it in hand, and no mutex is held meanwhile.
 pub(crate) struct Turn<T> {
-    place: Mutex<Option<T>>,
+    place: Mutex<Place<T>>,
     returned: Condvar,
+}
+
+struct Place<T> {
+    value: Option<T>,
+    /// So many wait for it: to wake nobody costs a system call, too.
+    waiting: u32,
 }
 
 impl<T> Turn<T> {
     pub(crate) fn new(value: T) -> Self {
-        Self { place: Mutex::new(Some(value)), returned: Condvar::new() }
+        let place = Mutex::new(Place { value: Some(value), waiting: 0 });
+        Self { place, returned: Condvar::new() }
     }
 
     /// Waits until it is there, and takes it.
     pub(crate) fn take(&self) -> Taken<'_, T> {
         let mut place = lock(&self.place);
         loop {
-            if let Some(value) = place.take() {
+            if let Some(value) = place.value.take() {
                 return Taken { turn: self, value: Some(value) };
             }
+            place.waiting += 1;
             place = wait(&self.returned, place);
+            place.waiting -= 1;
         }
     }
 }
@@ -71,8 +80,11 @@ impl<T> std::ops::DerefMut for Taken<'_, T> {
 
 impl<T> Drop for Taken<'_, T> {
     fn drop(&mut self) {
-        *lock(&self.turn.place) = self.value.take();
-        self.turn.returned.notify_one();
+        let mut place = lock(&self.turn.place);
+        place.value = self.value.take();
+        if place.waiting > 0 {
+            self.turn.returned.notify_one();
+        }
     }
 }
 
@@ -88,13 +100,15 @@ struct GateState {
     shared: u32,
     alone: bool,
     waiting_alone: u32,
+    /// Of both kinds.
+    waiting: u32,
 }
 
 impl Gate {
     pub(crate) fn share(&self) -> Passed<'_> {
         let mut state = lock(&self.state);
         while state.alone || state.waiting_alone > 0 {
-            state = wait(&self.changed, state);
+            state = self.wait(state);
         }
         state.shared += 1;
         Passed { gate: self, alone: false }
@@ -104,11 +118,18 @@ impl Gate {
         let mut state = lock(&self.state);
         state.waiting_alone += 1;
         while state.alone || state.shared > 0 {
-            state = wait(&self.changed, state);
+            state = self.wait(state);
         }
         state.waiting_alone -= 1;
         state.alone = true;
         Passed { gate: self, alone: true }
+    }
+
+    fn wait<'a>(&self, mut state: MutexGuard<'a, GateState>) -> MutexGuard<'a, GateState> {
+        state.waiting += 1;
+        state = wait(&self.changed, state);
+        state.waiting -= 1;
+        state
     }
 }
 
@@ -126,7 +147,8 @@ impl Drop for Passed<'_> {
         } else {
             state.shared -= 1;
         }
-        drop(state);
-        self.gate.changed.notify_all();
+        if state.waiting > 0 {
+            self.gate.changed.notify_all();
+        }
     }
 }

@@ -2,15 +2,17 @@
 
 //! The window as one front-end shows it: many maps, which come and go with the guest's wishes.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 
 use log::{debug, warn};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use rustix::fs::{AtFlags, StatxFlags, statx};
+use vm_memory::GuestRegionMmap;
+use vm_memory::{FileOffset as Backing, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::dax::engine::Engine;
 use crate::device::SessionWindow;
@@ -30,12 +32,20 @@ enum Phase {
     Ended,
 }
 
+/// A piece of a file.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Shown {
+    inode: Inode,
+    from: u64,
+    bytes: u64,
+}
+
 struct State {
     phase: Phase,
     /// Counts the resets: what was to be mapped before one is not wanted any more.
     generation: u64,
-    /// What the front-end was asked to show, by window offset: inode, offset and length.
-    shown: BTreeMap<u64, (u64, u64, u64)>,
+    /// What the front-end was asked to show, by window offset.
+    shown: BTreeMap<u64, Shown>,
     /// The window's guest physical address, once a memory table has given it away.
     base: Option<u64>,
 }
@@ -134,17 +144,8 @@ impl FsWindow {
         let mut others = 0;
         for region in mem.iter() {
             let Some(backing) = region.file_offset() else { continue };
-            let Ok(inode) = inode_of(backing.file()) else { continue };
-            let ours = state.shown.iter().find(|(_, (shown, from, bytes))| {
-                *shown == inode && *from == backing.start() && *bytes == region.len()
-            });
-            match ours {
-                Some((at, _)) => {
-                    let base = region.start_addr().0.checked_sub(*at);
-                    if base.is_some() && state.base != base {
-                        state.base = base;
-                    }
-                }
+            match state.window_by(region, backing) {
+                Some(base) => state.base = Some(base),
                 None => others += 1,
             }
         }
@@ -162,10 +163,32 @@ impl FsWindow {
     }
 }
 
-/// Device and inode number in one: both are small, and a file of another device is never ours anyway.
-fn inode_of(file: &File) -> io::Result<u64> {
-    let found = file.metadata()?;
-    Ok(found.dev().rotate_left(32) ^ found.ino())
+impl State {
+    /// Where the window is, if a region of a memory table shows a piece of it.
+    fn window_by(&self, region: &GuestRegionMmap, backing: &Backing) -> Option<u64> {
+        let start = region.start_addr().0;
+        let is = |shown: &Shown| shown.from == backing.start() && shown.bytes == region.len();
+        let at = self.base.and_then(|base| start.checked_sub(base));
+        if at.and_then(|at| self.shown.get(&at)).is_some_and(is) {
+            return self.base;
+        }
+        // Asked only of what may be ours: a table has hundreds of regions.
+        let inode = OnceCell::new();
+        let same = |shown: &Shown| {
+            *inode.get_or_init(|| inode_of(backing.file()).ok()) == Some(shown.inode)
+        };
+        let (at, _) = self.shown.iter().find(|(_, shown)| is(shown) && same(shown))?;
+        start.checked_sub(*at)
+    }
+}
+
+/// Device (major and minor) and number.
+type Inode = (u32, u32, u64);
+
+/// Nothing else is asked for: more would be a request to the server of a stretched file.
+fn inode_of(file: &File) -> io::Result<Inode> {
+    let found = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::INO)?;
+    Ok((found.stx_dev_major, found.stx_dev_minor, found.stx_ino))
 }
 
 impl Mapper for FsWindow {
@@ -178,7 +201,7 @@ impl Mapper for FsWindow {
     ) -> Result<(), MapError> {
         let inode = inode_of(file).map_err(MapError::Broken)?;
         // Before it is sent: the memory table that shows it comes before the ack (Q3).
-        self.lock().shown.insert(at.0, (inode, from.0, bytes.0));
+        self.lock().shown.insert(at.0, Shown { inode, from: from.0, bytes: bytes.0 });
         let done = self.while_started(|channel| channel.map(at, file, from, bytes));
         if matches!(done, Ok(true)) {
             return Ok(());

@@ -180,13 +180,13 @@ impl CommittedChannel {
             if all_read {
                 return Ok(true);
             }
-            self.assert_connected()?;
             let waited = began.elapsed();
             if waited < AWAKE {
                 thread::yield_now();
-            } else {
-                thread::sleep((waited / 4).min(LONGEST_PAUSE));
+                continue;
             }
+            self.assert_connected()?;
+            thread::sleep((waited / 4).min(LONGEST_PAUSE));
         }
     }
 

@@ -90,10 +90,15 @@ impl Channel {
     /// Serves what is already in the channel, as QEMU's main loop does in one turn. A request of
     /// which only a part is there is waited for, with the big lock held, as in QEMU.
     pub fn serve_pending(&mut self) {
+        self.serve_since(Instant::now());
+    }
+
+    /// The same, by one who woke at `began` to do it.
+    pub fn serve_since(&mut self, mut began: Instant) {
         while self.has_request() {
-            let began = Instant::now();
             let served = self.read().and_then(|message| self.answer(message, began));
             self.broken = served.is_err();
+            began = Instant::now();
         }
     }
 

@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vhost::VhostBackend;
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
@@ -472,12 +472,13 @@ fn spawn_main_loop(shared: &Arc<Shared>, quit: &EventFd) -> JoinHandle<()> {
         let mut events = [EpollEvent::default(); 2];
         loop {
             let Ok(n) = epoll.wait(-1, &mut events) else { continue };
+            let woke = Instant::now();
             let mut bql = shared.bql.lock().unwrap();
             let deaf = shared.machine().bends.deaf;
             if deaf {
                 thread::yield_now();
             } else {
-                bql.serve_pending();
+                bql.serve_since(woke);
             }
             if bql.broken || events.iter().take(n).any(|e| e.data() == 1) {
                 return;
