@@ -270,6 +270,14 @@ impl<'g> Vm<'g> {
         }
     }
 
+    /// QEMU's memory, what it shares with others by its share, in KiB.
+    pub fn pss_kib(&self) -> f64 {
+        let path = format!("/proc/{}/smaps_rollup", self.qemu.id());
+        let text = std::fs::read_to_string(path).expect("QEMU's smaps_rollup");
+        let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).expect("Pss");
+        line.trim().trim_end_matches(" kB").parse().expect("a number")
+    }
+
     pub fn kill_qemu(&mut self) {
         self.qemu.kill().expect("kill QEMU");
         self.qemu.wait().expect("wait for the killed QEMU");

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! fio in a guest, on all that can show a guest a host's file: `ci/bench guests` runs it. Each peer has a VM of
+//! its own, all alike, one boot for each round; the rounds go through the peers in turn.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(dead_code)] // The harness has more than this needs.
+
+mod bench_memory;
+mod bench_peers;
+mod daemon;
+mod disk;
+#[path = "../../benches/figures/mod.rs"]
+mod figures;
+mod images;
+mod machine;
+mod output;
+mod qmp;
+mod report;
+mod share;
+mod vm;
+
+use std::time::Instant;
+
+use bench_peers::Peer;
+use figures::{Better, Figures, How, verdict};
+use vm::Guest;
+
+/// A line of fio's: engine, pattern, threads, an fsync after so many writes, and what was done before.
+struct Job {
+    engine: &'static str,
+    rw: &'static str,
+    threads: usize,
+    fsync: bool,
+    /// Nothing is cached in the guest.
+    cold: bool,
+}
+
+impl Job {
+    fn name(&self) -> String {
+        let Self { engine, rw, threads, .. } = self;
+        let warmth = if self.cold { ", cold" } else { "" };
+        let fsync = if self.fsync { ", fsync" } else { "" };
+        format!("{engine} {rw} x{threads}{fsync}{warmth}")
+    }
+
+    /// As the case `bench-fio` wants it.
+    fn words(&self, index: usize) -> String {
+        let Self { engine, rw, threads, .. } = self;
+        let warmth = if self.cold { "cold" } else { "warm" };
+        format!("{index},{engine},{rw},{threads},{},{warmth}", u8::from(self.fsync))
+    }
+}
+
+/// All jobs, in the order in which they run.
+fn jobs() -> Vec<Job> {
+    let cold = |engine, rw| Job { engine, rw, threads: 1, fsync: false, cold: true };
+    let mut jobs = Vec::new();
+    for engine in ["psync", "mmap"] {
+        jobs.extend(["read", "randread"].map(|rw| cold(engine, rw)));
+    }
+    for engine in ["psync", "mmap"] {
+        for rw in ["read", "randread", "write", "randwrite"] {
+            let job = |threads| Job { engine, rw, threads, fsync: false, cold: false };
+            jobs.extend([1, 4].map(job));
+        }
+    }
+    jobs.extend(fsyncs());
+    jobs
+}
+
+fn fsyncs() -> impl Iterator<Item = Job> {
+    let job = |threads| Job { engine: "psync", rw: "randwrite", threads, fsync: true, cold: false };
+    [1, 8, 32].into_iter().map(job)
+}
+
+fn main() {
+    let quick = std::env::var_os("VUD_BENCH_QUICK").is_some_and(|value| value == "1");
+    let Some(guest) = Guest::enter("bench") else { return };
+    let rounds = if quick { 1 } else { 3 };
+    let how = How::new("ci/bench guests", rounds);
+    let began = Instant::now();
+    let step = |text: &str| println!("  [{:4.0} s] {text}", began.elapsed().as_secs_f64());
+    shares(&guest, quick, rounds, &how, &step);
+    pmem(&guest, quick, rounds, &how, &step);
+    bench_memory::run(&guest, quick, rounds, &how, &step);
+}
+
+/// Runs all jobs on all peers, so many times.
+fn measure(
+    guest: &Guest,
+    peers: &[Peer],
+    rounds: usize,
+    quick: bool,
+    figures: &mut Figures,
+    step: &dyn Fn(&str),
+) {
+    let runtime = if quick { "20ms" } else { "500ms" };
+    for round in 0..rounds {
+        for (index, peer) in peers.iter().enumerate() {
+            step(&format!("round {} of {rounds}: {}", round + 1, peer.name()));
+            let jobs: Vec<_> = jobs().into_iter().filter(|job| peer.runs(job)).collect();
+            let words: Vec<_> = jobs.iter().enumerate().map(|(i, job)| job.words(i)).collect();
+            for (job, iops) in jobs.iter().zip(peer.run(guest, runtime, &words)) {
+                figures.add(&job.name(), "/s", Better::More, index, iops);
+            }
+        }
+    }
+}
+
+/// Shares: ours with windows of three sizes and without one, Debian's virtiofsd in its three modes, and the
+/// guest's own memory.
+fn shares(guest: &Guest, quick: bool, rounds: usize, how: &How, step: &dyn Fn(&str)) {
+    const ALL: [Peer; 8] = [
+        Peer::Share { window: Some("64M") },
+        Peer::Share { window: Some("16M") },
+        Peer::Share { window: Some("256M") },
+        Peer::Share { window: None },
+        Peer::Virtiofsd { cache: "never" },
+        Peer::Virtiofsd { cache: "auto" },
+        Peer::Virtiofsd { cache: "always" },
+        Peer::Tmpfs,
+    ];
+    const QUICK: [Peer; 3] = [ALL[0], ALL[5], Peer::Tmpfs];
+    let peers = if quick { &QUICK[..] } else { &ALL[..] };
+    let others: &[usize] = if quick { &[1] } else { &[4, 5, 6] };
+    let names = peers.iter().map(Peer::name).collect();
+    let mut figures =
+        Figures::new("shares", "fio in a guest, 4 KiB, requests per second: shares", names);
+    measure(guest, peers, rounds, quick, &mut figures, step);
+    figures.show(0, others, how);
+    println!();
+    for (row, least) in
+        [("psync randread x1", 8.0), ("psync randwrite x1", 8.0), ("mmap randread x1", 20.0)]
+    {
+        for other in others {
+            let what = format!("{row}, {} over {}", peers[0].name(), peers[*other].name());
+            verdict(&what, figures.ratio(row, 0, &[*other]).median, least);
+        }
+        let what = format!("{row}, {} over the guest's own memory", peers[0].name());
+        verdict(&what, figures.ratio(row, 0, &[peers.len() - 1]).median, 0.9);
+    }
+}
+
+/// Persistent memory and disks, each with ext4 in the guest.
+fn pmem(guest: &Guest, quick: bool, rounds: usize, how: &How, step: &dyn Fn(&str)) {
+    const OURS: usize = 0;
+    const BUILT_IN: usize = 1;
+    let mut peers = vec![
+        Peer::Pmem { parallel: false },
+        Peer::BuiltIn { parallel: false },
+        Peer::Blk,
+        Peer::Tmpfs,
+    ];
+    if guest.images().kernel_parallel().is_some() {
+        peers.extend([Peer::Pmem { parallel: true }, Peer::BuiltIn { parallel: true }]);
+    }
+    if quick {
+        peers.truncate(2);
+    }
+    let names = peers.iter().map(Peer::name).collect();
+    let mut figures =
+        Figures::new("pmem", "fio in a guest, 4 KiB, requests per second: devices", names);
+    measure(guest, &peers, rounds, quick, &mut figures, step);
+    figures.show(OURS, &[BUILT_IN], how);
+    println!();
+    for job in jobs() {
+        let least = match job.threads {
+            8 => 2.0,
+            32 => 4.0,
+            _ => 1.0,
+        };
+        let row = job.name();
+        let what = format!("{row}, {} over {}", peers[OURS].name(), peers[BUILT_IN].name());
+        verdict(&what, figures.ratio(&row, OURS, &[BUILT_IN]).median, least);
+    }
+    for (job, least) in fsyncs().zip([1.0, 2.0, 4.0]).filter(|_| peers.len() > 4) {
+        let what = format!("{}, {} over {}", job.name(), peers[4].name(), peers[5].name());
+        verdict(&what, figures.ratio(&job.name(), 4, &[5]).median, least);
+    }
+}
