@@ -62,10 +62,10 @@ impl Session {
         let watch = Arc::new(Watch::default());
         let ring = |index| Ring::new(device.clone(), index, mem.clone(), watch.clone());
         let rings: Vec<_> = (0..device.queues()).map(ring).collect();
-        let relief = device.serves_at_once().then(|| Relief::start(&watch, rings.clone()));
-        Ok(Self(Arc::new(Inner {
+        let serves_at_once = device.serves_at_once();
+        let session = Self(Arc::new(Inner {
             rings,
-            relief: Mutex::new(relief.transpose()?),
+            relief: Mutex::new(None),
             window: device.open_window(),
             life: Arc::default(),
             restarted: AtomicBool::new(false),
@@ -73,7 +73,18 @@ impl Session {
             refusal: OnceLock::new(),
             connection: Mutex::new(None),
             exit_events: Mutex::default(),
-        })))
+        }));
+        if serves_at_once {
+            let theirs = Arc::downgrade(&session.0);
+            let begin = move |ring: &Arc<Ring>| {
+                if let (Some(inner), Some(vring)) = (theirs.upgrade(), ring.vring()) {
+                    Self(inner).begin(ring, vring, false);
+                }
+            };
+            let relief = Relief::start(&watch, session.0.rings.clone(), begin)?;
+            *lock(&session.0.relief) = Some(relief);
+        }
+        Ok(session)
     }
 
     /// Gives the session the means to cut its own connection.
@@ -133,8 +144,10 @@ impl Session {
         })
     }
 
-    /// A ring was started: bring the window up, then let the requests out of the ring.
-    fn started(&self, ring: &Arc<Ring>, started: Started, anew: bool) {
+    /// Starts the ring, if it can be and is not: brings the window up, then lets the requests out of the
+    /// ring, which `serves` says whether this thread may serve. False if there was nothing to start.
+    fn begin(&self, ring: &Arc<Ring>, vring: &Vring, serves: bool) -> bool {
+        let Some((started, anew)) = self.start(ring, vring) else { return false };
         if anew {
             self.0.device.restarted();
         }
@@ -142,7 +155,8 @@ impl Session {
         // a ring that goes on although another one was stopped.
         if self.0.life.if_started(|| self.0.window.started()) == Some(true) {
             debug!("ring {} started", ring.index());
-            return ring.release(started.epoch);
+            ring.release(started.epoch, serves);
+            return true;
         }
         let (session, its) = (self.clone(), ring.clone());
         // A thread of its own: the ack comes only after this session's other threads have
@@ -152,13 +166,14 @@ impl Session {
             error!("can't start the window thread: {e}");
             ring.release_without_window(started.epoch);
         }
+        true
     }
 
     fn bring_up(&self, ring: &Arc<Ring>, epoch: Epoch) {
         match self.0.window.bring_up() {
             Ok(()) => {
                 info!("started; the window is mapped");
-                ring.release(epoch);
+                ring.release(epoch, true);
             }
             Err(MapError::Stopped) => debug!("stopped before the window was mapped"),
             Err(MapError::Unsupported(what)) => self.refuse(what),
@@ -296,9 +311,8 @@ impl VhostUserBackend for Session {
         let (Some(vring), Some(ring)) = (vring, self.0.rings.get(thread_id)) else {
             return Ok(());
         };
-        match self.start(ring, vring) {
-            Some((started, anew)) => self.started(ring, started, anew),
-            None => ring.drain(),
+        if !self.begin(ring, vring, true) {
+            ring.drain();
         }
         Ok(())
     }

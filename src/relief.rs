@@ -9,11 +9,11 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread::{Builder, JoinHandle};
+use std::thread::{Builder, JoinHandle, current};
 use std::time::Duration;
 
 use crate::lock::lock;
-use crate::vring::Ring;
+use crate::vring::{Progress, Ring};
 
 /// A request that takes longer has others served beside it: much longer than nearly all of them take, much
 /// shorter than what a guest waits for a disk.
@@ -40,7 +40,7 @@ impl Watch {
         }
     }
 
-    fn run(&self, rings: &[Arc<Ring>]) {
+    fn run(&self, rings: &[Arc<Ring>], begin: &dyn Fn(&Arc<Ring>)) {
         let mut seen = vec![0; rings.len()];
         let mut quiet = 0;
         let mut over = lock(&self.over);
@@ -56,7 +56,11 @@ impl Watch {
             drop(over);
             quiet += 1;
             for (ring, seen) in rings.iter().zip(&mut seen) {
-                if ring.relieve(seen) {
+                let progress = ring.relieve(seen);
+                if progress == Progress::HeldUp {
+                    begin(ring);
+                }
+                if progress != Progress::Idle {
                     quiet = 0;
                 }
             }
@@ -84,13 +88,19 @@ pub(crate) struct Relief {
 }
 
 impl Relief {
-    /// Watches over `rings`, which were made with `watch`.
+    /// Watches over `rings`, which were made with `watch`. `begin` starts a ring, if it can be and is not: one
+    /// that was stopped meanwhile, and would not be seen to go on by the thread that is held up.
     ///
     /// # Errors
     /// The system's.
-    pub(crate) fn start(watch: &Arc<Watch>, rings: Vec<Arc<Ring>>) -> io::Result<Self> {
+    pub(crate) fn start(
+        watch: &Arc<Watch>,
+        rings: Vec<Arc<Ring>>,
+        begin: impl Fn(&Arc<Ring>) + Send + 'static,
+    ) -> io::Result<Self> {
         let theirs = watch.clone();
-        let thread = Builder::new().name("relief".into()).spawn(move || theirs.run(&rings))?;
+        let run = move || theirs.run(&rings, &begin);
+        let thread = Builder::new().name("relief".into()).spawn(run)?;
         Ok(Self { watch: watch.clone(), thread: Some(thread) })
     }
 }
@@ -99,7 +109,8 @@ impl Drop for Relief {
     fn drop(&mut self) {
         *lock(&self.watch.over) = true;
         self.watch.changed.notify_one();
-        if let Some(thread) = self.thread.take() {
+        // `begin` may have the last hold on the session, and so on this.
+        if let Some(thread) = self.thread.take().filter(|it| it.thread().id() != current().id()) {
             let _ = thread.join();
         }
     }

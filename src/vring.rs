@@ -9,7 +9,7 @@
 //! a flush that is still syncing never touches a ring that is not ours any more.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use log::warn;
@@ -58,6 +58,17 @@ pub struct Started {
     pub epoch: Epoch,
     /// It does not go on where it was stopped: the driver has reset the device.
     pub afresh: bool,
+}
+
+/// What became of requests that are served by the thread that took them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// There was none, nor is.
+    Idle,
+    /// Some have ended.
+    Made,
+    /// One lasts.
+    HeldUp,
 }
 
 /// One stretch in the life of a ring.
@@ -121,6 +132,8 @@ pub struct Ring {
     serving: AtomicU32,
     /// Those that were.
     served: AtomicU64,
+    /// The library's, from the first start on.
+    vring: OnceLock<Vring>,
     log_limit: RateLimit,
 }
 
@@ -141,6 +154,7 @@ impl Ring {
             watch,
             serving: AtomicU32::new(0),
             served: AtomicU64::new(0),
+            vring: OnceLock::new(),
             log_limit: RateLimit::default(),
         })
     }
@@ -148,6 +162,11 @@ impl Ring {
     /// Its number.
     pub fn index(&self) -> usize {
         self.index
+    }
+
+    /// The library's ring, if it has started once.
+    pub(crate) fn vring(&self) -> Option<&Vring> {
+        self.vring.get()
     }
 
     /// The guest's memory.
@@ -181,22 +200,23 @@ impl Ring {
             self.changed.notify_all();
         }
         state.vring = Some(vring.clone());
+        let _ = self.vring.set(vring.clone());
         state.phase = Phase::Held;
         state.window_lost = false;
         Some(Started { epoch: state.epoch, afresh: !goes_on })
     }
 
-    /// The window of this epoch is up: requests may leave the ring.
-    pub fn release(self: &Arc<Self>, epoch: Epoch) {
-        self.run(epoch, false);
+    /// The window of this epoch is up: requests may leave the ring. `serves`: this thread may serve them.
+    pub fn release(self: &Arc<Self>, epoch: Epoch, serves: bool) {
+        self.run(epoch, false, serves);
     }
 
     /// The window of this epoch can't be had: requests leave the ring, and none may succeed.
     pub fn release_without_window(self: &Arc<Self>, epoch: Epoch) {
-        self.run(epoch, true);
+        self.run(epoch, true, true);
     }
 
-    fn run(self: &Arc<Self>, epoch: Epoch, window_lost: bool) {
+    fn run(self: &Arc<Self>, epoch: Epoch, window_lost: bool, serves: bool) {
         let mut state = self.lock();
         if state.phase == Phase::Held && state.epoch == epoch {
             state.phase = Phase::Running;
@@ -205,7 +225,11 @@ impl Ring {
             for answer in std::mem::take(&mut state.kept) {
                 self.give_back(&mut state, answer);
             }
-            self.drain_locked(state);
+            if serves {
+                self.drain_locked(state);
+            } else {
+                self.hand_out(&mut state);
+            }
         }
     }
 
@@ -309,18 +333,26 @@ impl Ring {
         self.serving.load(Ordering::SeqCst) > 0
     }
 
-    /// Drains the ring in the place of a thread that has ended nothing since `served` requests were. False
-    /// if nothing was served since, nor is.
-    pub(crate) fn relieve(self: &Arc<Self>, served: &mut u64) -> bool {
+    /// Drains the ring in the place of a thread that has ended nothing since `served` requests were.
+    pub(crate) fn relieve(self: &Arc<Self>, served: &mut u64) -> Progress {
         let mut state = self.lock();
         let before = std::mem::replace(served, self.served.load(Ordering::SeqCst));
         let serving = self.serving.load(Ordering::SeqCst) > 0;
-        if serving && before == *served {
-            self.tell(&mut state);
-            let left = self.take(&mut state, false);
-            debug_assert!(left.is_none(), "a device leaves work to the relief");
+        match (serving, before == *served) {
+            (true, true) => {
+                self.tell(&mut state);
+                self.hand_out(&mut state);
+                Progress::HeldUp
+            }
+            (false, true) => Progress::Idle,
+            _ => Progress::Made,
         }
-        serving || before != *served
+    }
+
+    /// Hands all waiting chains to others.
+    fn hand_out(self: &Arc<Self>, state: &mut State) {
+        let left = self.take(state, false);
+        debug_assert!(left.is_none(), "a device leaves work to the relief");
     }
 
     /// Hands waiting chains to the device, up to one that leaves something to be done.
@@ -391,8 +423,7 @@ impl Ring {
             }
             if state.left_behind {
                 // Served by others: this may be the end of one that was taken here.
-                let left = self.take(&mut state, false);
-                debug_assert!(left.is_none(), "a device leaves work to the relief");
+                self.hand_out(&mut state);
             }
         }
     }

@@ -94,6 +94,26 @@ fn while_open_is_slow() {
     });
 }
 
+/// Shows: a guest that reboots meanwhile is served at once, also by the queue that the request came from.
+#[test]
+fn a_reboot_while_statfs_is_slow() {
+    if !Strace::is_here() {
+        return skip("a_reboot_while_statfs_is_slow", "no strace");
+    }
+    let host = FsHost::new();
+    let mut guest = host.boot();
+    let mut strace = Strace::attach(host.pid(), "statfs,fstatfs", DELAY);
+    let _slow = guest.send(op::STATFS, abi::ROOT, &abi::Arg::new(), 80);
+    strace.wait_begun(1);
+    guest.reset();
+    guest.init();
+    guest.getattr(abi::ROOT).unwrap();
+    assert_eq!(strace.ended(), 0, "the guest was served only after the slow request");
+    drop(strace);
+    guest.power_off();
+    assert!(host.ended().success());
+}
+
 /// Shows it with more slow requests at once than any pool of threads is likely to have.
 #[test]
 fn while_many_are_slow() {

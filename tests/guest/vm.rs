@@ -270,6 +270,7 @@ impl<'g> Vm<'g> {
         }
     }
 
+    #[allow(dead_code)] // For the bench.
     /// QEMU's memory, what it shares with others by its share, in KiB.
     pub fn pss_kib(&self) -> f64 {
         let path = format!("/proc/{}/smaps_rollup", self.qemu.id());
