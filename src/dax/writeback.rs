@@ -61,12 +61,30 @@ impl Engine {
         self.check_failed(space)
     }
 
+    /// Makes durable what the guest has stored in the file, where `sync` does so through another open file than
+    /// the space's own for all that the kernel knows to be dirty.
+    ///
+    /// # Errors
+    /// See [`writeback`](Self::writeback).
+    pub fn writeback_by(
+        &self,
+        space: &Space,
+        sync: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
+        if space.persist.kernel_tracks() {
+            // The kernel tells of lost pages once through each open file, and either may be the older one.
+            return self.sync_by(space, || sync().and_then(|()| space.persist.check()));
+        }
+        self.writeback(space, PageIndex(0), PageIndex::LAST)?;
+        self.sync_by(space, sync)
+    }
+
     /// Lets `sync` make durable what the kernel knows to be dirty, and remembers a failure like one of
     /// our own.
     ///
     /// # Errors
     /// See [`writeback`](Self::writeback).
-    pub fn sync_by(&self, space: &Space, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    fn sync_by(&self, space: &Space, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         self.check_failed(space)?;
         self.counters.syncs.add(1);
         self.note(space, sync())

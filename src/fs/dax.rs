@@ -300,10 +300,7 @@ impl Dax {
         sync: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
         let Some(node) = self.node(nodeid) else { return sync() };
-        self.engine.writeback(&node.space, PageIndex(0), PageIndex::LAST)?;
-        // Also for fdatasync: the kernel tells of lost pages once through each open file, and the
-        // handle may be older than the node's.
-        self.engine.sync_by(&node.space, sync)
+        self.engine.writeback_by(&node.space, sync)
     }
 
     /// The same for all inodes that have anything granted.

@@ -5,15 +5,15 @@
 mod backing;
 pub mod cacheline;
 mod direct;
+mod fdatasync;
 mod group;
 mod sigbus;
 
-use std::fs::File;
 use std::io;
-use std::sync::Arc;
 
 pub use backing::{Backing, DaxNode, Durability, FilePersist, PersistError, PersistMode};
 pub use direct::Direct;
+pub use fdatasync::Fdatasync;
 pub use group::{GroupSync, Waiter};
 
 /// Makes durable what has been stored so far.
@@ -25,7 +25,15 @@ pub trait Persist: Send + Sync + 'static {
     /// later success would say nothing about them. The caller must not sync again.
     fn sync(&self) -> io::Result<()>;
 
-    /// Whether the kernel knows what is dirty. If so, only [`sync`](Self::sync) is called.
+    /// Whether anything was lost of what others have made durable through another open file of the same inode.
+    ///
+    /// # Errors
+    /// Final, as those of [`sync`](Self::sync).
+    fn check(&self) -> io::Result<()> {
+        self.sync()
+    }
+
+    /// Whether the kernel knows what is dirty. If so, only [`sync`](Self::sync) and [`check`](Self::check) are called.
     fn kernel_tracks(&self) -> bool {
         true
     }
@@ -41,13 +49,4 @@ pub trait Persist: Send + Sync + 'static {
 
     /// Returns once all that this thread has flushed is durable: one for each batch of flushes.
     fn fence(&self) {}
-}
-
-/// A file in the page cache or on a DAX file system: the kernel knows what is dirty.
-pub struct Fdatasync(pub Arc<File>);
-
-impl Persist for Fdatasync {
-    fn sync(&self) -> io::Result<()> {
-        self.0.sync_data()
-    }
 }
