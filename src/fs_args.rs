@@ -166,7 +166,7 @@ pub struct FsArgs {
     no_announce_submounts: bool,
 
     /// How inodes are held: by descriptors (never), or by file handles where possible (prefer) or always (mandatory)
-    #[arg(long, value_name = "MODE", require_equals = true, default_value = "prefer")]
+    #[arg(long, value_name = "MODE", require_equals = true, default_value = "never")]
     inode_file_handles: FileHandles,
 
     /// Keep O_NOATIME where the guest asks for it

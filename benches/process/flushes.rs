@@ -3,7 +3,7 @@
 //! Flushes of a virtio-pmem device per second, with as many waiting at all times, each after a store of a
 //! page of its own; against a thread for each that calls fdatasync, as QEMU's built-in device has it done.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::thread;
@@ -24,15 +24,16 @@ const EACH: usize = 1;
 pub fn run(quick: bool) {
     let (rounds, time) = if quick { (1, 50) } else { (7, 500) };
     let time = Duration::from_millis(time);
-    let daemon = Daemon::start(|dir, socket| {
-        let file = File::create(dir.join("pmem")).unwrap();
-        (0..FILE_BYTES >> 20).for_each(|i| file.write_all_at(&[1; 1 << 20], i << 20).unwrap());
-        file.sync_all().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pmem");
+    let file = File::create(&path).unwrap();
+    (0..FILE_BYTES >> 20).for_each(|i| file.write_all_at(&[1; 1 << 20], i << 20).unwrap());
+    file.sync_all().unwrap();
+    let daemon = Daemon::start(dir.path(), |socket| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-dax"));
-        command.arg("pmem").arg("--socket-path").arg(socket).arg("--file").arg(dir.join("pmem"));
+        command.arg("pmem").arg("--socket-path").arg(socket).arg("--file").arg(&path);
         command
     });
-    let file = OpenOptions::new().write(true).open(daemon.dir.path().join("pmem")).unwrap();
     let ram = guest_ram(1);
     let mut vmm = StrictVmm::connect(&daemon.socket, &ram, VmmOptions::default()).unwrap();
     let mut driver = Driver::new(ram, DriverOptions::default());

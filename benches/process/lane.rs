@@ -19,8 +19,6 @@ const SIZE: u16 = 1024;
 const PAGE: u64 = 4096;
 const AVAIL_RING: u64 = 0x4000;
 const USED_RING: u64 = 0x6000;
-const RINGS_END: u64 = 0x9000;
-const SLOTS: u64 = 0x1_0000;
 /// In a slot: the table, the request's head, the reply's header, its body, and the data.
 const HEAD_AT: u64 = 2 * PAGE;
 const REPLY_AT: u64 = 3 * PAGE;
@@ -29,10 +27,13 @@ const DATA_AT: u64 = 5 * PAGE;
 const MOST_DATA: u64 = 1 << 20;
 const SLOT_BYTES: u64 = DATA_AT + MOST_DATA;
 
+/// Guest memory of a lane's rings.
+pub const RINGS_BYTES: u64 = 0x9000;
+
 /// How many requests a lane can have in flight.
 pub const DEPTH: usize = 32;
-/// Guest memory of a lane.
-pub const LANE_BYTES: u64 = SLOTS + DEPTH as u64 * SLOT_BYTES;
+/// Guest memory of a lane's slots.
+pub const SLOTS_BYTES: u64 = DEPTH as u64 * SLOT_BYTES;
 
 /// A request: what it says, and how many bytes of data go in and come out.
 pub struct Request {
@@ -58,6 +59,7 @@ impl Request {
 pub struct Lane {
     mem: GuestMem,
     at: u64,
+    slots_at: u64,
     next_avail: u16,
     kicked: u16,
     last_used: u16,
@@ -66,16 +68,17 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// A queue whose memory begins at `at`.
-    pub fn new(mem: GuestMem, at: u64) -> Self {
-        mem.write_slice(&[0u8; RINGS_END as usize], GuestAddress(at)).unwrap();
+    /// A queue whose rings lie at `at`, and its slots at `slots_at`: lanes of which one works at a time may share
+    /// these.
+    pub fn new(mem: GuestMem, at: u64, slots_at: u64) -> Self {
+        mem.write_slice(&[0u8; RINGS_BYTES as usize], GuestAddress(at)).unwrap();
         let call = EventFd::new(0).unwrap();
         let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        Self { mem, at, next_avail: 0, kicked: 0, last_used: 0, kick, call }
+        Self { mem, at, slots_at, next_avail: 0, kicked: 0, last_used: 0, kick, call }
     }
 
     fn slot(&self, slot: usize) -> u64 {
-        self.at + SLOTS + slot as u64 * SLOT_BYTES
+        self.slots_at + slot as u64 * SLOT_BYTES
     }
 
     /// Puts a request into the ring; [`kick`](Self::kick) tells of it.

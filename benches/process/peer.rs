@@ -2,10 +2,13 @@
 
 //! A daemon, its share, and the front-end that drives it, INIT done.
 
+use std::cell::Cell;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use tempfile::TempDir;
@@ -14,7 +17,7 @@ use crate::common::fuse_abi::{self as abi, op};
 use crate::common::memory::{GuestMem, guest_ram_with};
 use crate::common::strict_vmm::{Ring, StrictVmm, VmmOptions};
 
-use super::lane::{LANE_BYTES, Lane, Request};
+use super::lane::{Lane, RINGS_BYTES, Request, SLOTS_BYTES};
 
 /// Debian's, as `images/build` unpacks it.
 pub const VIRTIOFSD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/guest/virtiofsd");
@@ -78,17 +81,15 @@ impl Kind {
 /// A process that ends with its owner.
 pub struct Daemon {
     child: Child,
-    /// The share and the socket lie in it.
-    pub dir: TempDir,
     pub socket: PathBuf,
 }
 
 impl Daemon {
-    /// Starts `command`, which the folder and the socket's path are given to.
-    pub fn start(command: impl FnOnce(&Path, &Path) -> Command) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("sock");
-        let mut command = command(dir.path(), &socket);
+    /// Starts `command`, which the socket's path is given to; that lies in `dir`.
+    pub fn start(dir: &Path, command: impl FnOnce(&Path) -> Command) -> Self {
+        static STARTED: AtomicU64 = AtomicU64::new(0);
+        let socket = dir.join(format!("sock-{}", STARTED.fetch_add(1, Ordering::Relaxed)));
+        let mut command = command(&socket);
         command.env_remove("RUST_LOG").stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
@@ -97,7 +98,7 @@ impl Daemon {
             assert_ne!(stderr.read_line(&mut line).unwrap(), 0, "the daemon ended: {line}");
         }
         thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
-        Self { child, dir, socket }
+        Self { child, socket }
     }
 
     /// Its process.
@@ -120,6 +121,43 @@ impl Drop for Daemon {
     }
 }
 
+/// What peers have in common: the share, which lies in memory, and the guest's. Where it lies makes more of a
+/// difference than who serves it; and one peer works at a time.
+pub struct Ground {
+    dir: TempDir,
+    ram: GuestMem,
+    /// Rings that have their place.
+    rings: Cell<u64>,
+}
+
+impl Ground {
+    /// Where the slots begin, behind the rings.
+    const SLOTS_AT: u64 = 4 << 20;
+    const MOST_QUEUES: u64 = 5;
+
+    /// A fresh one.
+    pub fn new() -> Rc<Self> {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let share = dir.path().join("share");
+        fs::create_dir(&share).unwrap();
+        (0..FILES).for_each(|i| fs::write(share.join(file(i)), b"small").unwrap());
+        fs::write(share.join(DATA), vec![7u8; DATA_BYTES as usize]).unwrap();
+        let ram = guest_ram_with(Self::SLOTS_AT + Self::MOST_QUEUES * SLOTS_BYTES, 1);
+        Rc::new(Self { dir, ram, rings: Cell::new(0) })
+    }
+
+    /// The share.
+    pub fn share(&self) -> PathBuf {
+        self.dir.path().join("share")
+    }
+
+    fn lane(&self, queue: u64) -> Lane {
+        let place = self.rings.replace(self.rings.get() + 1) * RINGS_BYTES;
+        assert!(place + RINGS_BYTES <= Self::SLOTS_AT && queue < Self::MOST_QUEUES);
+        Lane::new(self.ram.clone(), place, Self::SLOTS_AT + queue * SLOTS_BYTES)
+    }
+}
+
 /// A daemon that serves a share to a driver.
 pub struct Peer {
     pub kind: Kind,
@@ -128,40 +166,29 @@ pub struct Peer {
     /// hiprio, then the request queues.
     pub lanes: Vec<Lane>,
     pub daemon: Daemon,
-    _ram: GuestMem,
+    pub ground: Rc<Ground>,
 }
 
 impl Peer {
     /// A fresh one.
-    pub fn new(kind: Kind) -> Self {
-        let daemon = Daemon::start(|dir, socket| {
-            let share = dir.join("share");
-            fs::create_dir(&share).unwrap();
-            (0..FILES).for_each(|i| fs::write(share.join(file(i)), b"small").unwrap());
-            fs::write(share.join(DATA), vec![7u8; DATA_BYTES as usize]).unwrap();
-            kind.command(socket, &share)
-        });
+    pub fn new(kind: Kind, ground: &Rc<Ground>) -> Self {
+        let ground = ground.clone();
+        let command = |socket: &Path| kind.command(socket, &ground.share());
+        let daemon = Daemon::start(ground.dir.path(), command);
         let queues = kind.queues() + 1;
-        let ram = guest_ram_with(LANE_BYTES * queues as u64, 1);
         let options =
             VmmOptions { queues, config_bytes: 44, device_features: 0, ..VmmOptions::default() };
-        let mut vmm = StrictVmm::connect(&daemon.socket, &ram, options).unwrap();
-        let mut lanes: Vec<_> =
-            (0..queues as u64).map(|i| Lane::new(ram.clone(), i * LANE_BYTES)).collect();
+        let mut vmm = StrictVmm::connect(&daemon.socket, &ground.ram, options).unwrap();
+        let mut lanes: Vec<_> = (0..queues as u64).map(|queue| ground.lane(queue)).collect();
         let mut rings: Vec<_> = lanes.iter_mut().map(|lane| lane as &mut dyn Ring).collect();
         vmm.start_all(&mut rings);
         lanes[1].ask(&Request::new(op::INIT, 0, abi::init().0, abi::INIT_OUT));
-        Self { kind, vmm, lanes, daemon, _ram: ram }
+        Self { kind, vmm, lanes, daemon, ground }
     }
 
     /// The daemon's process.
     pub fn pid(&self) -> u32 {
         self.daemon.pid()
-    }
-
-    /// Where its share lies.
-    pub fn share(&self) -> PathBuf {
-        self.daemon.dir.path().join("share")
     }
 
     /// One request on the first queue that has one.

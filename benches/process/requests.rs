@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use crate::figures::{Better, Figures, How, verdict};
-use crate::peer::{Kind, Peer};
+use crate::peer::{Ground, Kind, Peer};
 use crate::place::Place;
 use crate::work::{self, Load, Names, OPS};
 
@@ -29,10 +29,11 @@ const LOADS: [(&str, Load); 3] = [
 /// Measures, and shows.
 pub fn run(quick: bool) {
     let (rounds, time) = if quick { (1, 10) } else { (7, 100) };
+    let ground = Ground::new();
     let mut peers: Vec<_> = KINDS
         .into_iter()
         .map(|kind| {
-            let mut peer = Peer::new(kind);
+            let mut peer = Peer::new(kind, &ground);
             let names = Names::of(&mut peer);
             (peer, names)
         })

@@ -3,7 +3,7 @@
 //! A daemon that does nothing yet: how long from its start until one can connect, how much memory it has
 //! then and in an idle session, and what a thousand inodes and a thousand grants add.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -12,7 +12,7 @@ use std::time::Instant;
 use crate::common::fuse_abi::{self as abi, Arg, op};
 use crate::figures::{Better, Figures, How, verdict_most};
 use crate::lane::Request;
-use crate::peer::{Daemon, Kind, Peer};
+use crate::peer::{Daemon, Ground, Kind, Peer};
 
 const FS: Kind = Kind::Ours { window_mib: 512, queues: 1 };
 const VIRTIOFSD: Kind = Kind::Virtiofsd { threads: 0 };
@@ -47,12 +47,13 @@ pub fn run(quick: bool) {
     }
     for _ in 0..rounds {
         for peer in 0..NAMES.len() {
-            let daemon = Daemon::start(|dir, socket| command(peer, dir, socket));
+            let dir = tempfile::tempdir().unwrap();
+            let daemon = Daemon::start(dir.path(), |socket| command(peer, dir.path(), socket));
             let resident = daemon.resident_kib("VmRSS") / 1024.0;
             figures.add("resident, listening", "MiB", Better::Less, peer, resident);
         }
         for (peer, kind) in [(0, FS), (2, VIRTIOFSD)] {
-            let mut running = Peer::new(kind);
+            let mut running = Peer::new(kind, &Ground::new());
             // The guest's own memory is not counted.
             let all =
                 running.daemon.resident_kib("VmRSS") - running.daemon.resident_kib("RssShmem");
@@ -95,7 +96,7 @@ fn start(peer: usize) -> f64 {
 /// KiB of the daemon's own memory for each thousand, all looked up and none forgotten.
 fn memory_of_inodes(peer: &mut Peer, inodes: usize) -> f64 {
     let name = |i: usize| format!("inode-{i:06}");
-    (0..inodes).for_each(|i| drop(File::create(peer.share().join(name(i))).unwrap()));
+    (0..inodes).for_each(|i| drop(File::create(peer.ground.share().join(name(i))).unwrap()));
     let before = peer.daemon.resident_kib("RssAnon");
     for i in 0..inodes {
         peer.call(op::LOOKUP, abi::ROOT, Arg::new().name(&name(i)).0, abi::ENTRY_OUT);
@@ -105,8 +106,8 @@ fn memory_of_inodes(peer: &mut Peer, inodes: usize) -> f64 {
 
 /// The same of grants: ranges of one file that the window shows.
 fn memory_of_grants() -> f64 {
-    let mut peer = Peer::new(FS);
-    let big = fs::File::create(peer.share().join("big")).unwrap();
+    let mut peer = Peer::new(FS, &Ground::new());
+    let big = File::create(peer.ground.share().join("big")).unwrap();
     big.set_len(GRANTS * RANGE).unwrap();
     let node = peer.node("big");
     let before = peer.daemon.resident_kib("RssAnon");

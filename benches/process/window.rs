@@ -12,7 +12,7 @@ use vm_memory::{FileOffset, VolatileMemory, VolatileSlice};
 use crate::common::fuse_abi::{self as abi, op};
 use crate::figures::{Better, Figures, How, verdict, verdict_most};
 use crate::lane::Request;
-use crate::peer::{DATA, DATA_BYTES, FILES, Kind, Peer, file};
+use crate::peer::{DATA, DATA_BYTES, FILES, Ground, Kind, Peer, file};
 use crate::place::Place;
 
 /// What Linux maps at a time.
@@ -38,7 +38,7 @@ struct Timed {
 /// Measures, and shows.
 pub fn run(quick: bool) {
     let (rounds, passes) = if quick { (1, 2) } else { (7, 20) };
-    let mut peer = Peer::new(Kind::Ours { window_mib: WINDOW_MIB, queues: 1 });
+    let mut peer = Peer::new(Kind::Ours { window_mib: WINDOW_MIB, queues: 1 }, &Ground::new());
     let node = peer.node(DATA);
     let mut figures = Figures::new(
         "window",
@@ -52,7 +52,8 @@ pub fn run(quick: bool) {
     for range in 0..RANGES {
         time(&mut peer, &setting(node, range, range));
     }
-    let file = OpenOptions::new().read(true).write(true).open(peer.share().join(DATA)).unwrap();
+    let file =
+        OpenOptions::new().read(true).write(true).open(peer.ground.share().join(DATA)).unwrap();
     let plain = MmapRegion::<()>::from_file(FileOffset::new(file, 0), DATA_BYTES as usize).unwrap();
     println!("  {rounds} rounds of {passes} times {} MiB", DATA_BYTES >> 20);
     for (what, write) in [("read", false), ("write", true)] {
