@@ -31,7 +31,10 @@ pub use crate::kick::Vring;
 /// While more requests wait to be served by the same thread, the driver is told of so many answers at once: to
 /// wake it costs more than most requests do. (It sees an answer at once if it looks; and if the next
 /// request is held up, the relief tells.)
-const TELL_AT: u16 = 8;
+const TELL_AT: u16 = 16;
+
+/// No answer waits longer for others to be told of with it, but for the request that is being served.
+const TELL_WITHIN: Duration = Duration::from_micros(100);
 
 /// What is said where a ring can't be written.
 const UNRETURNED: &str = "a chain can't be returned";
@@ -107,8 +110,9 @@ struct State {
     waiting: u16,
     /// The thread that serves one request has the next one before it.
     more: bool,
-    /// Returned chains that the driver was not told of.
+    /// Returned chains that the driver was not told of, and when the first one was returned.
     untold: u16,
+    untold_since: Option<Instant>,
 }
 
 impl State {
@@ -434,12 +438,17 @@ impl Ring {
         self.warn_of(UNRETURNED, return_chain(&self.mem.memory(), &vring, &answer));
         state.untold += 1;
         if !state.more || state.untold >= TELL_AT {
+            return self.tell(state);
+        }
+        let now = Instant::now();
+        if now.duration_since(*state.untold_since.get_or_insert(now)) >= TELL_WITHIN {
             self.tell(state);
         }
     }
 
     /// Tells the driver of the chains that went back, if it wants to be told.
     fn tell(&self, state: &mut State) {
+        state.untold_since = None;
         if std::mem::take(&mut state.untold) > 0
             && let Some(vring) = &state.vring
         {

@@ -121,7 +121,7 @@ impl Drop for Daemon {
     }
 }
 
-/// What peers have in common: the share, which lies in memory, and the guest's. Where it lies makes more of a
+/// What peers have in common: the share, and the guest's memory. Where these lie makes more of a
 /// difference than who serves it; and one peer works at a time.
 pub struct Ground {
     dir: TempDir,
@@ -137,7 +137,7 @@ impl Ground {
 
     /// A fresh one.
     pub fn new() -> Rc<Self> {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = tempfile::tempdir().unwrap();
         let share = dir.path().join("share");
         fs::create_dir(&share).unwrap();
         (0..FILES).for_each(|i| fs::write(share.join(file(i)), b"small").unwrap());

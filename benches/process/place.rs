@@ -21,6 +21,8 @@ static ALLOWED: LazyLock<Vec<usize>> = LazyLock::new(|| {
 pub enum Place {
     /// Where the scheduler puts them.
     Anywhere,
+    /// The driver on the first core, the daemon where the scheduler puts it.
+    DriverFixed,
     /// Both on the first core.
     OneCore,
     /// The driver on the first core, the daemon on the last.
@@ -30,7 +32,10 @@ pub enum Place {
 impl Place {
     /// The driver's cores.
     pub fn driver(self) -> CpuSet {
-        self.cores(0)
+        match self {
+            Self::DriverFixed => Self::OneCore.cores(0),
+            place => place.cores(0),
+        }
     }
 
     /// Puts all threads of a daemon in their place.
@@ -49,7 +54,7 @@ impl Place {
     fn cores(self, apart: usize) -> CpuSet {
         let mut set = CpuSet::new();
         match self {
-            Self::Anywhere => ALLOWED.iter().for_each(|&cpu| set.set(cpu)),
+            Self::Anywhere | Self::DriverFixed => ALLOWED.iter().for_each(|&cpu| set.set(cpu)),
             Self::OneCore => set.set(ALLOWED[0]),
             Self::Apart => set.set(ALLOWED[apart]),
         }
