@@ -8,7 +8,7 @@
 //! a stop that hands back, open a new [`Epoch`]; what belongs to an older one is void. That is how
 //! a flush that is still syncing never touches a ring that is not ours any more.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -113,12 +113,17 @@ struct State {
     /// Returned chains that the driver was not told of, and when the first one was returned.
     untold: u16,
     untold_since: Option<Instant>,
+    /// Requests that are served by the thread that took them.
+    serving: u32,
+    /// Those that were.
+    served: u64,
 }
 
 impl State {
     /// What was open is void, and the ring stopped.
     fn renew(&mut self, epoch: Epoch) {
-        *self = Self { epoch, waiting: self.waiting, ..Self::default() };
+        let Self { waiting, serving, served, .. } = *self;
+        *self = Self { epoch, waiting, serving, served, ..Self::default() };
     }
 }
 
@@ -132,10 +137,6 @@ pub struct Ring {
     /// The ring was stopped, has started, or is touched by one less.
     changed: Condvar,
     watch: Arc<Watch>,
-    /// Requests that are served by the thread that took them.
-    serving: AtomicU32,
-    /// Those that were.
-    served: AtomicU64,
     /// The library's, from the first start on.
     vring: OnceLock<Vring>,
     log_limit: RateLimit,
@@ -156,8 +157,6 @@ impl Ring {
             state: Mutex::default(),
             changed: Condvar::new(),
             watch,
-            serving: AtomicU32::new(0),
-            served: AtomicU64::new(0),
             vring: OnceLock::new(),
             log_limit: RateLimit::default(),
         })
@@ -319,13 +318,13 @@ impl Ring {
 
     fn drain_locked<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) {
         while let Some(now) = self.take(&mut state, true) {
-            self.serving.fetch_add(1, Ordering::SeqCst);
+            state.serving += 1;
             self.watch.look();
             drop(state);
             now();
-            self.served.fetch_add(1, Ordering::SeqCst);
-            self.serving.fetch_sub(1, Ordering::SeqCst);
             state = self.lock();
+            state.serving -= 1;
+            state.served += 1;
         }
         state.more = false;
         self.tell(&mut state);
@@ -333,16 +332,14 @@ impl Ring {
 
     /// Whether a request is being served by the thread that took it.
     pub(crate) fn is_serving(&self) -> bool {
-        drop(self.lock()); // Whoever has taken one has counted it.
-        self.serving.load(Ordering::SeqCst) > 0
+        self.lock().serving > 0
     }
 
     /// Drains the ring in the place of a thread that has ended nothing since `served` requests were.
     pub(crate) fn relieve(self: &Arc<Self>, served: &mut u64) -> Progress {
         let mut state = self.lock();
-        let before = std::mem::replace(served, self.served.load(Ordering::SeqCst));
-        let serving = self.serving.load(Ordering::SeqCst) > 0;
-        match (serving, before == *served) {
+        let before = std::mem::replace(served, state.served);
+        match (state.serving > 0, before == *served) {
             (true, true) => {
                 self.tell(&mut state);
                 self.hand_out(&mut state);

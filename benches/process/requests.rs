@@ -20,7 +20,11 @@ const KINDS: [Kind; 5] = [
 const OURS: usize = 0;
 const PEER: usize = 3;
 
-const LOADS: [(&str, Load); 1] = [("32 in flight", Load { depth: 32, place: Place::DriverFixed })];
+const LOADS: [(&str, Load); 3] = [
+    ("32 in flight", Load { depth: 32, place: Place::DriverFixed }),
+    ("1, one core", Load { depth: 1, place: Place::OneCore }),
+    ("1, two cores", Load { depth: 1, place: Place::Apart }),
+];
 
 /// Measures, and shows.
 pub fn run(quick: bool) {
@@ -57,7 +61,7 @@ pub fn run(quick: bool) {
     rates.show(OURS, &[PEER], &how);
     waits.show(OURS, &[PEER], &how);
     println!("\n  median ratios, ours over {}:", KINDS[PEER].name());
-    for ((load_name, _), least) in LOADS.iter().zip([1.3]) {
+    for ((load_name, _), least) in LOADS.iter().zip([1.3, 0.95, 0.95]) {
         for op in OPS {
             let what = format!("{}, {load_name}", op.name());
             let ratio = rates.ratio(&what, OURS, &[PEER]).median;
