@@ -122,11 +122,14 @@ impl Figures {
         let file = |end: &str| -> PathBuf { folder.join(format!("{}.{end}", self.name)) };
         let text = serde_json::to_string_pretty(&self.json(peer, others, how)).unwrap();
         fs::write(file("json"), text + "\n").unwrap();
+        fs::write(file("md"), self.markdown(peer, others)).unwrap();
+        if others.is_empty() {
+            return println!("\n  in target/bench: {0}.json, {0}.md", self.name);
+        }
         let bars: Vec<_> =
             self.rows.iter().map(|row| (row.what.clone(), row.ratio(peer, others))).collect();
         let title = format!("{}: {} over {}", self.title, self.peers[peer], self.names(others));
         chart::draw(&file("svg"), &title, &bars);
-        fs::write(file("md"), self.markdown(peer, others)).unwrap();
         println!("\n  in target/bench: {0}.json, {0}.svg, {0}.md", self.name);
     }
 
@@ -138,18 +141,15 @@ impl Figures {
     fn cells(&self, peer: usize, others: &[usize]) -> Vec<Vec<String>> {
         let mut head = vec![String::new(), "unit".into()];
         head.extend(self.peers.iter().cloned());
-        head.push("ratio (min to max)".into());
+        let with_ratio = !others.is_empty();
+        head.extend(with_ratio.then(|| "ratio (min to max)".into()));
         let mut cells = vec![head];
         for row in &self.rows {
             let mut line = vec![row.what.clone(), row.unit.into()];
             line.extend(row.samples.iter().map(|samples| short(Spread::of(samples).median)));
-            let ratio = row.ratio(peer, others);
-            line.push(format!(
-                "{} ({} to {})",
-                short(ratio.median),
-                short(ratio.min),
-                short(ratio.max)
-            ));
+            let Spread { min, median, max } = row.ratio(peer, others);
+            let ratio = format!("{} ({} to {})", short(median), short(min), short(max));
+            line.extend(with_ratio.then(|| if median.is_nan() { "".into() } else { ratio }));
             cells.push(line);
         }
         cells
@@ -215,16 +215,32 @@ impl Row {
     }
 }
 
-/// What was asked for, and what came of it.
+/// Whether things are only to be tried: `ci/bench --quick`.
+pub fn is_quick() -> bool {
+    std::env::var_os("VUD_BENCH_QUICK").is_some_and(|value| value == "1")
+}
+
+/// What was asked for, and what came of it; nothing of what was only tried, or not at all.
 pub fn verdict(text: &str, is: f64, at_least: f64) {
+    if is_quick() || is.is_nan() {
+        return;
+    }
     let held = if is >= at_least { "held  " } else { "MISSED" };
     println!("  {held} {text}: {} (at least {at_least})", short(is));
 }
 
 /// The same, where less is better.
 pub fn verdict_most(text: &str, is: f64, at_most: f64) {
+    if is_quick() {
+        return;
+    }
     let held = if is <= at_most { "held  " } else { "MISSED" };
     println!("  {held} {text}: {} (at most {at_most})", short(is));
+}
+
+/// All of `peers`, beginning with another one in each round: the first one's place is not always the same.
+pub fn in_turn(peers: usize, round: usize) -> impl Iterator<Item = usize> {
+    (0..peers).map(move |i| (i + round) % peers)
 }
 
 /// Three digits that count, or whole numbers.

@@ -29,7 +29,7 @@ const PARTS: [(&str, Part); 4] = [
 ];
 
 fn main() {
-    let quick = std::env::var_os("VUD_BENCH_QUICK").is_some_and(|value| value == "1");
+    let quick = figures::is_quick();
     let names: Vec<_> = std::env::args().skip(1).filter(|name| !name.starts_with('-')).collect();
     for (name, run) in PARTS {
         if names.is_empty() || names.iter().any(|wanted| wanted == name) {

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use crate::figures::{Better, Figures, How, verdict};
+use crate::figures::{Better, Figures, How, in_turn, verdict};
 use crate::peer::{Ground, Kind, Peer};
 use crate::place::Place;
 use crate::work::{self, Load, Names, OPS};
@@ -46,8 +46,9 @@ pub fn run(quick: bool) {
         println!("  {rounds} rounds with {load_name}");
         for op in OPS {
             let what = format!("{}, {load_name}", op.name());
-            for _ in 0..rounds {
-                for (i, (peer, names)) in peers.iter_mut().enumerate() {
+            for round in 0..rounds {
+                for i in in_turn(KINDS.len(), round) {
+                    let (peer, names) = &mut peers[i];
                     let mut done = work::run(peer, names, op, load, Duration::from_millis(time));
                     rates.add(&what, "/s", Better::More, i, done.per_second);
                     for percent in [50, 99] {
@@ -60,7 +61,7 @@ pub fn run(quick: bool) {
     }
     rates.show(OURS, &[PEER], &how);
     waits.show(OURS, &[PEER], &how);
-    println!("\n  median ratios, ours over {}:", KINDS[PEER].name());
+    println!();
     for ((load_name, _), least) in LOADS.iter().zip([1.3, 0.95, 0.95]) {
         for op in OPS {
             let what = format!("{}, {load_name}", op.name());

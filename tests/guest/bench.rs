@@ -23,7 +23,7 @@ mod vm;
 use std::time::Instant;
 
 use bench_peers::Peer;
-use figures::{Better, Figures, How, verdict};
+use figures::{Better, Figures, How, in_turn, verdict};
 use vm::Guest;
 
 /// A line of fio's: engine, pattern, threads, an fsync after so many writes, and what was done before.
@@ -75,16 +75,24 @@ fn fsyncs() -> impl Iterator<Item = Job> {
 }
 
 fn main() {
-    let quick = std::env::var_os("VUD_BENCH_QUICK").is_some_and(|value| value == "1");
+    let quick = figures::is_quick();
     let Some(guest) = Guest::enter("bench") else { return };
     let rounds = if quick { 1 } else { 3 };
     let how = How::new("ci/bench guests", rounds);
     let began = Instant::now();
     let step = |text: &str| println!("  [{:4.0} s] {text}", began.elapsed().as_secs_f64());
-    shares(&guest, quick, rounds, &how, &step);
-    pmem(&guest, quick, rounds, &how, &step);
-    bench_memory::run(&guest, quick, rounds, &how, &step);
+    let parts: [(&str, Part); 3] =
+        [("shares", shares), ("pmem", pmem), ("memory", bench_memory::run)];
+    let names: Vec<_> = std::env::args().skip(1).filter(|name| !name.starts_with('-')).collect();
+    for (name, run) in parts {
+        if names.is_empty() || names.iter().any(|wanted| wanted == name) {
+            run(&guest, quick, rounds, &how, &step);
+        }
+    }
 }
+
+/// A part: the guest, whether it is only to be tried, how many rounds, how, and where to say how far it is.
+type Part = fn(&Guest, bool, usize, &How, &dyn Fn(&str));
 
 /// Runs all jobs on all peers, so many times.
 fn measure(
@@ -97,7 +105,8 @@ fn measure(
 ) {
     let runtime = if quick { "20ms" } else { "500ms" };
     for round in 0..rounds {
-        for (index, peer) in peers.iter().enumerate() {
+        for index in in_turn(peers.len(), round) {
+            let peer = &peers[index];
             step(&format!("round {} of {rounds}: {}", round + 1, peer.name()));
             let jobs: Vec<_> = jobs().into_iter().filter(|job| peer.runs(job)).collect();
             let words: Vec<_> = jobs.iter().enumerate().map(|(i, job)| job.words(i)).collect();

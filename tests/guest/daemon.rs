@@ -131,9 +131,14 @@ impl Daemon {
         self.output.lines().join("\n")
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// What it holds of the host just now.
     pub fn usage(&self) -> Usage {
-        let process = PathBuf::from(format!("/proc/{}", self.child.id()));
+        let process = PathBuf::from(format!("/proc/{}", self.pid()));
         let read = |name: &str| std::fs::read_to_string(process.join(name)).expect("read /proc");
         let status = read("status");
         let maps = read("maps");

@@ -271,12 +271,16 @@ impl<'g> Vm<'g> {
     }
 
     #[allow(dead_code)] // For the bench.
-    /// QEMU's memory, what it shares with others by its share, in KiB.
+    /// The memory of QEMU and of the daemons, what is shared with others by its share (PSS), in KiB.
     pub fn pss_kib(&self) -> f64 {
-        let path = format!("/proc/{}/smaps_rollup", self.qemu.id());
-        let text = std::fs::read_to_string(path).expect("QEMU's smaps_rollup");
-        let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).expect("Pss");
-        line.trim().trim_end_matches(" kB").parse().expect("a number")
+        let daemons = self.daemons.iter().map(Daemon::pid);
+        let pss = daemons.chain([self.qemu.id()]).map(|pid| {
+            let path = format!("/proc/{pid}/smaps_rollup");
+            let text = std::fs::read_to_string(path).expect("smaps_rollup");
+            let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).expect("Pss");
+            line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number")
+        });
+        pss.sum()
     }
 
     pub fn kill_qemu(&mut self) {
