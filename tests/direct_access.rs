@@ -21,9 +21,9 @@ use common::fs::{FsHost, FsOptions, RANGE};
 use common::fuse_abi::{MAP_READ, MAP_WRITE};
 use common::memory::guest_ram;
 use common::strict_vmm::{StrictVmm, VmmOptions};
-use nix::fcntl::{FcntlArg, fcntl};
 use tempfile::TempDir;
 use vhost_user_dax::persist::{Backing, DaxNode, Durability, PersistMode};
+use vhost_user_dax::pmem::{PmemFile, PmemFileSpec};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-dax");
 const FILE_BYTES: u64 = 16 << 20;
@@ -79,17 +79,8 @@ impl Pmem {
         let file = self.file.clone();
         drop(self);
         // The VM's map carries the lock, too, and its thread has it for a moment more.
-        let file = OpenOptions::new().read(true).write(true).open(file).unwrap();
-        let whole = libc::flock {
-            l_type: libc::F_WRLCK as libc::c_short,
-            l_whence: libc::SEEK_SET as libc::c_short,
-            l_start: 0,
-            l_len: 0,
-            l_pid: 0,
-        };
-        common::eventually("the VM to let go of the file", || {
-            fcntl(&file, FcntlArg::F_OFD_SETLK(&whole)).is_ok()
-        });
+        let spec = PmemFileSpec { path: file, size: None, sparse: true };
+        common::eventually("the VM to let go of the file", || PmemFile::open(&spec).is_ok());
     }
 }
 

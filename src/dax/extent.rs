@@ -336,6 +336,7 @@ impl ExtentSource for FileExtents {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::os::unix::fs::MetadataExt;
 
     use super::*;
@@ -349,7 +350,9 @@ mod tests {
         file.write_all_at(&[1; 8 * PAGE_BYTES as usize], 16 * PAGE_BYTES).unwrap();
         file.sync_all().unwrap();
         if let Err(e) = first_piece(&file, 0, PAGE_BYTES) {
-            println!("SKIPPED a_real_file_tells_its_blocks: no FIEMAP here: {e}");
+            let text = format!("SKIPPED a_real_file_tells_its_blocks: no FIEMAP here: {e}");
+            // Not println!: the test runner would swallow it.
+            let _ = writeln!(io::stderr(), "{text}");
             return;
         }
         let source = FileExtents::new(file.clone()).on_device(true);

@@ -18,6 +18,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::disk::Disk;
 use crate::host_disk::{HostDisk, Kind, Mounted, Recovered, own_namespace};
+use crate::images::Images;
 use crate::lossy::Survivors;
 use crate::machine::Options;
 use crate::plan::{MAPPED_BYTES, RAW_BYTES, STREAMS, WRITES, byte, step};
@@ -303,14 +304,19 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().expect("a number"))
 }
 
+/// Whether this host can be given disks, in a namespace of this thread's own; the log of cases says so if not.
+fn has_host_disks(test: &str) -> bool {
+    let has = own_namespace().is_ok() && Path::new("/dev/fuse").exists();
+    if !has && let Some(images) = Images::find(test) {
+        images.log_case("skip", test, "needs-root-namespaces-loop-fuse", 0);
+    }
+    has
+}
+
 /// Shows: no acknowledged byte is lost, on any of the file systems and devices, at any of the ends.
 #[test]
 fn crash_rounds() {
-    if Guest::enter("crash_rounds").is_none() {
-        return;
-    }
-    if own_namespace().is_err() || !Path::new("/dev/fuse").exists() {
-        println!("SKIPPED crash_rounds: needs root, mount namespaces, loop devices and FUSE");
+    if Guest::enter("crash_rounds").is_none() || !has_host_disks("crash_rounds") {
         return;
     }
     let rounds = number("VUD_CRASH_ROUNDS").unwrap_or(10);
@@ -387,8 +393,7 @@ fn print_table(table: &BTreeMap<(&str, Device, End), Row>) {
 /// Shows that the disk is no kinder than a real one: what was synced is there, what was not is lost.
 #[test]
 fn the_lossy_disk_loses_what_was_not_synced() {
-    if own_namespace().is_err() || !Path::new("/dev/fuse").exists() {
-        println!("SKIPPED the_lossy_disk: needs root, mount namespaces, loop devices and FUSE");
+    if !has_host_disks("the_lossy_disk") {
         return;
     }
     for kind in Kind::ALL {

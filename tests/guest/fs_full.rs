@@ -5,9 +5,9 @@
 use std::path::Path;
 use std::process::Command;
 
-use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
 
+use crate::host_disk::own_namespace;
 use crate::machine::Options;
 use crate::share::Share;
 use crate::vm::{Guest, Vm};
@@ -24,8 +24,7 @@ fn mount_small_disk(dir: &Path, block_bytes: &str) -> bool {
         done.is_ok_and(|output| output.status.success())
     };
     std::fs::create_dir(dir.join("disk")).unwrap();
-    unshare(CloneFlags::CLONE_NEWNS).is_ok()
-        && run("mount", &["--make-rprivate", "/"])
+    own_namespace().is_ok()
         && run("truncate", &["-s", &format!("{DISK_MIB}M"), "image"])
         && run("mkfs.ext4", &["-q", "-F", "-b", block_bytes, "-O", "^has_journal", "image"])
         && run("mount", &["-o", "loop", "image", "disk"])
