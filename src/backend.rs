@@ -62,7 +62,6 @@ impl Session {
         let watch = Arc::new(Watch::default());
         let ring = |index| Ring::new(device.clone(), index, mem.clone(), watch.clone());
         let rings: Vec<_> = (0..device.queues()).map(ring).collect();
-        let serves_at_once = device.serves_at_once();
         let session = Self(Arc::new(Inner {
             rings,
             relief: Mutex::new(None),
@@ -74,7 +73,7 @@ impl Session {
             connection: Mutex::new(None),
             exit_events: Mutex::default(),
         }));
-        if serves_at_once {
+        if session.0.device.serves_at_once() {
             let theirs = Arc::downgrade(&session.0);
             let begin = move |ring: &Arc<Ring>| {
                 if let (Some(inner), Some(vring)) = (theirs.upgrade(), ring.vring()) {

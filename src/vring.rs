@@ -89,7 +89,6 @@ enum Phase {
 
 #[derive(Default)]
 struct State {
-    vring: Option<Vring>,
     phase: Phase,
     epoch: Epoch,
     /// Chains taken and not completed. With [`AtStop::HandBack`] the device completes in order, so
@@ -137,7 +136,7 @@ pub struct Ring {
     /// The ring was stopped, has started, or is touched by one less.
     changed: Condvar,
     watch: Arc<Watch>,
-    /// The library's, from the first start on.
+    /// The library's, from the first start on: a session has the same one at each start.
     vring: OnceLock<Vring>,
     log_limit: RateLimit,
 }
@@ -202,8 +201,7 @@ impl Ring {
             state.renew(epoch);
             self.changed.notify_all();
         }
-        state.vring = Some(vring.clone());
-        let _ = self.vring.set(vring.clone());
+        self.vring.get_or_init(|| vring.clone());
         state.phase = Phase::Held;
         state.window_lost = false;
         Some(Started { epoch: state.epoch, afresh: !goes_on })
@@ -254,11 +252,11 @@ impl Ring {
             state.waiting -= 1;
         }
         let epoch = Epoch(state.epoch.0 + 1);
-        let Some(vring) = state.vring.take() else {
+        let started = self.vring.get().filter(|_| state.phase != Phase::Stopped);
+        let Some(vring) = started else {
             if hand_back {
                 state.renew(epoch);
             }
-            state.phase = Phase::Stopped;
             return;
         };
         let mut vring = vring.get_mut();
@@ -361,8 +359,8 @@ impl Ring {
         if state.phase != Phase::Running {
             return None;
         }
-        let vring = state.vring.clone()?;
-        self.warn_of("the ring can't be read", self.try_take(&vring, state, serves)).flatten()
+        let vring = self.vring.get()?;
+        self.warn_of("the ring can't be read", self.try_take(vring, state, serves)).flatten()
     }
 
     fn try_take(
@@ -430,9 +428,9 @@ impl Ring {
     }
 
     fn give_back(&self, state: &mut State, answer: Answer) {
-        let Some(vring) = state.vring.clone() else { return };
+        let Some(vring) = self.vring.get() else { return };
         state.open -= 1;
-        self.warn_of(UNRETURNED, return_chain(&self.mem.memory(), &vring, &answer));
+        self.warn_of(UNRETURNED, return_chain(&self.mem.memory(), vring, &answer));
         state.untold += 1;
         if !state.more || state.untold >= TELL_AT {
             return self.tell(state);
@@ -447,7 +445,7 @@ impl Ring {
     fn tell(&self, state: &mut State) {
         state.untold_since = None;
         if std::mem::take(&mut state.untold) > 0
-            && let Some(vring) = &state.vring
+            && let Some(vring) = self.vring.get()
         {
             self.warn_of(UNRETURNED, signal(vring));
         }

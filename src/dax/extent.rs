@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -135,15 +135,14 @@ pub struct FileExtents {
     /// All of it is one extent, of this many bytes.
     preallocated: Option<u64>,
     on_device: bool,
-    /// What is no hole has blocks, and shares them with no other file.
-    holes_tell_all: bool,
+    /// What is no hole has blocks, and shares them with no other file. Asked for with the first write grant.
+    holes_tell_all: OnceLock<bool>,
 }
 
 impl FileExtents {
     /// Asks the file system for holes, and allocates for write grants.
     pub fn new(file: Arc<File>) -> Self {
-        let holes_tell_all = fstatfs(&file)
-            .is_ok_and(|found| matches!(found.filesystem_type(), EXT4_SUPER_MAGIC | TMPFS_MAGIC));
+        let holes_tell_all = OnceLock::new();
         Self { file, stretched: None, preallocated: None, on_device: false, holes_tell_all }
     }
 
@@ -207,7 +206,11 @@ impl FileExtents {
     /// Whether the whole range, as far as it lies in the file, has blocks already. To ask costs a tenth of an
     /// fallocate, which changes the inode even where it allocates nothing.
     fn has_blocks(&self, from: u64, end: u64) -> io::Result<bool> {
-        if self.on_device || !self.holes_tell_all {
+        let tell_all = || {
+            let found = fstatfs(&self.file).map(|found| found.filesystem_type());
+            matches!(found, Ok(EXT4_SUPER_MAGIC | TMPFS_MAGIC))
+        };
+        if self.on_device || !self.holes_tell_all.get_or_init(tell_all) {
             return Ok(false);
         }
         match self.seek(from, Whence::SeekHole)? {

@@ -79,6 +79,14 @@ impl Shared {
         }
         None
     }
+
+    /// Something that was running has ended.
+    fn ended(&self, state: &mut State) {
+        state.running -= 1;
+        if state.finishing > 0 && state.is_still() {
+            self.still.notify_all();
+        }
+    }
 }
 
 /// A pool that grows when all its threads are busy.
@@ -149,11 +157,7 @@ pub(super) struct Here(Arc<Shared>);
 
 impl Drop for Here {
     fn drop(&mut self) {
-        let mut state = self.0.lock();
-        state.running -= 1;
-        if state.finishing > 0 && state.is_still() {
-            self.0.still.notify_all();
-        }
+        self.0.ended(&mut self.0.lock());
     }
 }
 
@@ -192,11 +196,8 @@ fn run(shared: &Shared) {
             drop(state);
             guarded(job);
             state = shared.lock();
-            state.running -= 1;
             state.slow_running -= usize::from(pace == Pace::Slow);
-            if state.finishing > 0 && state.is_still() {
-                shared.still.notify_all();
-            }
+            shared.ended(&mut state);
             continue;
         }
         if state.stopping {

@@ -11,8 +11,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 
 use log::{debug, warn};
 use rustix::fs::{AtFlags, StatxFlags, statx};
-use vm_memory::GuestRegionMmap;
-use vm_memory::{FileOffset as Backing, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{
+    FileOffset as Backing, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
 use crate::dax::engine::Engine;
 use crate::device::SessionWindow;

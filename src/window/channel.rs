@@ -183,10 +183,10 @@ impl CommittedChannel {
             let waited = began.elapsed();
             if waited < AWAKE {
                 thread::yield_now();
-                continue;
+            } else {
+                self.assert_connected()?;
+                thread::sleep((waited / 4).min(LONGEST_PAUSE));
             }
-            self.assert_connected()?;
-            thread::sleep((waited / 4).min(LONGEST_PAUSE));
         }
     }
 
