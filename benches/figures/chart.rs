@@ -6,7 +6,8 @@ use std::path::Path;
 
 use plotters::prelude::*;
 
-use super::{Spread, short};
+use super::Spread;
+use super::text::short;
 
 const WIDTH: u32 = 900;
 const ROW: u32 = 22;
@@ -20,7 +21,6 @@ pub fn draw(file: &Path, title: &str, bars: &[(String, Spread)]) {
     let most = bars.iter().map(|(_, s)| s.max).fold(2.0, f64::max) * 1.6;
     let root = SVGBackend::new(file, (WIDTH, height)).into_drawing_area();
     root.fill(&WHITE).unwrap();
-    let title = title.split(": ").last().unwrap_or(title);
     let style = ("sans-serif", 13).into_font().color(&BLACK);
     root.draw(&Text::new(format!("Ratio (more is better): {title}"), (10, 8), style.clone()))
         .unwrap();

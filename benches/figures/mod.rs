@@ -7,11 +7,14 @@
 #![allow(dead_code)] // Each bench uses its own part.
 
 mod chart;
+mod text;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+
+use text::{Table, short};
 
 /// How figures were taken: the command, the machine.
 pub struct How(Value);
@@ -108,15 +111,10 @@ impl Figures {
         self.row(what).ratio(peer, others)
     }
 
-    /// Names of rows.
-    pub fn rows(&self) -> Vec<String> {
-        self.rows.iter().map(|row| row.what.clone()).collect()
-    }
-
     /// Prints the medians, and the ratios of `peer` to the best of `others`; writes all files.
     pub fn show(&self, peer: usize, others: &[usize], how: &How) {
         println!("\n{}\n", self.title);
-        print!("{}", self.table(peer, others));
+        Table(self.cells(peer, others)).print();
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench");
         fs::create_dir_all(&folder).unwrap();
         let file = |end: &str| -> PathBuf { folder.join(format!("{}.{end}", self.name)) };
@@ -124,13 +122,13 @@ impl Figures {
         fs::write(file("json"), text + "\n").unwrap();
         fs::write(file("md"), self.markdown(peer, others)).unwrap();
         if others.is_empty() {
-            return println!("\n  in target/bench: {0}.json, {0}.md", self.name);
+            return println!("  in target/bench: {0}.json, {0}.md", self.name);
         }
         let bars: Vec<_> =
             self.rows.iter().map(|row| (row.what.clone(), row.ratio(peer, others))).collect();
-        let title = format!("{}: {} over {}", self.title, self.peers[peer], self.names(others));
+        let title = format!("{} over {}", self.peers[peer], self.names(others));
         chart::draw(&file("svg"), &title, &bars);
-        println!("\n  in target/bench: {0}.json, {0}.svg, {0}.md", self.name);
+        println!("  in target/bench: {0}.json, {0}.svg, {0}.md", self.name);
     }
 
     fn names(&self, others: &[usize]) -> String {
@@ -153,23 +151,6 @@ impl Figures {
             cells.push(line);
         }
         cells
-    }
-
-    fn table(&self, peer: usize, others: &[usize]) -> String {
-        let cells = self.cells(peer, others);
-        let width = |column: usize| {
-            cells.iter().map(|line| line[column].chars().count()).max().unwrap_or(0)
-        };
-        let widths: Vec<_> = (0..cells[0].len()).map(width).collect();
-        let mut text = String::new();
-        for line in &cells {
-            text += &format!("  {:<width$}", line[0], width = widths[0]);
-            for (cell, width) in line.iter().zip(&widths).skip(1) {
-                text += &format!("  {cell:>width$}");
-            }
-            text.push('\n');
-        }
-        text
     }
 
     fn markdown(&self, peer: usize, others: &[usize]) -> String {
@@ -222,33 +203,27 @@ pub fn is_quick() -> bool {
 
 /// What was asked for, and what came of it; nothing of what was only tried, or not at all.
 pub fn verdict(text: &str, is: f64, at_least: f64) {
-    if is_quick() || is.is_nan() {
-        return;
-    }
-    let held = if is >= at_least { "held  " } else { "MISSED" };
-    println!("  {held} {text}: {} (at least {at_least})", short(is));
+    say(text, is, is >= at_least, format!("at least {at_least}"));
 }
 
 /// The same, where less is better.
 pub fn verdict_most(text: &str, is: f64, at_most: f64) {
-    if is_quick() {
-        return;
+    say(text, is, is <= at_most, format!("at most {at_most}"));
+}
+
+fn say(text: &str, is: f64, held: bool, asked: String) {
+    if !is_quick() && !is.is_nan() {
+        println!("  {} {text}: {} ({asked})", if held { "held  " } else { "MISSED" }, short(is));
     }
-    let held = if is <= at_most { "held  " } else { "MISSED" };
-    println!("  {held} {text}: {} (at most {at_most})", short(is));
+}
+
+/// Whether a part of a bench is to be run: it was named on the command line, or none was.
+pub fn is_wanted(part: &str) -> bool {
+    let mut names = std::env::args().skip(1).filter(|name| !name.starts_with('-')).peekable();
+    names.peek().is_none() || names.any(|name| name == part)
 }
 
 /// All of `peers`, beginning with another one in each round: the first one's place is not always the same.
 pub fn in_turn(peers: usize, round: usize) -> impl Iterator<Item = usize> {
     (0..peers).map(move |i| (i + round) % peers)
-}
-
-/// Three digits that count, or whole numbers.
-pub fn short(value: f64) -> String {
-    match value.abs() {
-        v if v.is_nan() => "-".into(),
-        v if v >= 99.95 => format!("{value:.0}"),
-        v if v >= 9.995 => format!("{value:.1}"),
-        _ => format!("{value:.2}"),
-    }
 }

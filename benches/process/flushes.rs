@@ -5,7 +5,6 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,7 +12,7 @@ use crate::common::driver::{Answer, Driver, DriverOptions};
 use crate::common::memory::guest_ram;
 use crate::common::strict_vmm::{StrictVmm, VmmOptions};
 use crate::figures::{Better, Figures, How};
-use crate::peer::Daemon;
+use crate::peer::{Daemon, pmem_command};
 
 const FILE_BYTES: u64 = 64 << 20;
 const PAGE: u64 = 4096;
@@ -29,11 +28,7 @@ pub fn run(quick: bool) {
     let file = File::create(&path).unwrap();
     (0..FILE_BYTES >> 20).for_each(|i| file.write_all_at(&[1; 1 << 20], i << 20).unwrap());
     file.sync_all().unwrap();
-    let daemon = Daemon::start(dir.path(), |socket| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-dax"));
-        command.arg("pmem").arg("--socket-path").arg(socket).arg("--file").arg(&path);
-        command
-    });
+    let daemon = Daemon::start(dir.path(), |socket| pmem_command(socket, &path));
     let ram = guest_ram(1);
     let mut vmm = StrictVmm::connect(&daemon.socket, &ram, VmmOptions::default()).unwrap();
     let mut driver = Driver::new(ram, DriverOptions::default());

@@ -30,9 +30,8 @@ const PARTS: [(&str, Part); 4] = [
 
 fn main() {
     let quick = figures::is_quick();
-    let names: Vec<_> = std::env::args().skip(1).filter(|name| !name.starts_with('-')).collect();
     for (name, run) in PARTS {
-        if names.is_empty() || names.iter().any(|wanted| wanted == name) {
+        if figures::is_wanted(name) {
             println!("\n{name}");
             run(quick);
         }

@@ -78,6 +78,13 @@ impl Kind {
     }
 }
 
+/// Our pmem device's command line.
+pub fn pmem_command(socket: &Path, file: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-dax"));
+    command.arg("pmem").arg("--socket-path").arg(socket).arg("--file").arg(file);
+    command
+}
+
 /// A process that ends with its owner.
 pub struct Daemon {
     child: Child,

@@ -11,13 +11,12 @@ use std::time::Instant;
 
 use crate::common::fuse_abi::{self as abi, Arg, op};
 use crate::figures::{Better, Figures, How, verdict_most};
-use crate::lane::Request;
-use crate::peer::{Daemon, Ground, Kind, Peer};
+use crate::peer::{Daemon, Ground, Kind, Peer, pmem_command};
+use crate::window::{RANGE, setting};
 
 const FS: Kind = Kind::Ours { window_mib: 512, queues: 1 };
 const VIRTIOFSD: Kind = Kind::Virtiofsd { threads: 0 };
 const NAMES: [&str; 3] = ["ours, fs", "ours, pmem", "virtiofsd"];
-const RANGE: u64 = 2 << 20;
 /// So many ranges of 2 MiB that the window shows at once.
 const GRANTS: u64 = 250;
 
@@ -25,9 +24,8 @@ fn command(peer: usize, dir: &Path, socket: &Path) -> Command {
     match peer {
         0 => FS.command(socket, dir),
         1 => {
-            let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-dax"));
-            command.arg("pmem").arg("--socket-path").arg(socket).arg("--file");
-            command.arg(dir.join("pmem")).args(["--size", "64M"]);
+            let mut command = pmem_command(socket, &dir.join("pmem"));
+            command.args(["--size", "64M"]);
             command
         }
         _ => VIRTIOFSD.command(socket, dir),
@@ -112,8 +110,7 @@ fn memory_of_grants() -> f64 {
     let node = peer.node("big");
     let before = peer.daemon.resident_kib("RssAnon");
     for range in 0..GRANTS {
-        let args = abi::setupmapping(range * RANGE, RANGE, 3, range * RANGE).0;
-        peer.lanes[1].ask(&Request::new(op::SETUPMAPPING, node, args, 0));
+        peer.lanes[1].ask(&setting(node, range, range));
     }
     (peer.daemon.resident_kib("RssAnon") - before) * 1000.0 / GRANTS as f64
 }

@@ -16,7 +16,7 @@ use crate::peer::{DATA, DATA_BYTES, FILES, Ground, Kind, Peer, file};
 use crate::place::Place;
 
 /// What Linux maps at a time.
-const RANGE: u64 = 2 << 20;
+pub const RANGE: u64 = 2 << 20;
 const RANGES: u64 = DATA_BYTES / RANGE;
 /// FUSE_SETUPMAPPING_FLAG_WRITE and _READ.
 const READ_WRITE: u64 = 3;
@@ -117,8 +117,8 @@ fn map_and_unmap(peer: &mut Peer, data: u64, figures: &mut Figures) {
     Place::Anywhere.put(peer.pid());
 }
 
-/// Range `range` of a file, in slot `at` of the window.
-fn setting(node: u64, range: u64, at: u64) -> Request {
+/// SETUPMAPPING of range `range` of a file, in slot `at` of the window.
+pub fn setting(node: u64, range: u64, at: u64) -> Request {
     let args = abi::setupmapping(range * RANGE, RANGE, READ_WRITE, at * RANGE).0;
     Request::new(op::SETUPMAPPING, node, args, 0)
 }

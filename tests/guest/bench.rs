@@ -83,9 +83,8 @@ fn main() {
     let step = |text: &str| println!("  [{:4.0} s] {text}", began.elapsed().as_secs_f64());
     let parts: [(&str, Part); 3] =
         [("shares", shares), ("pmem", pmem), ("memory", bench_memory::run)];
-    let names: Vec<_> = std::env::args().skip(1).filter(|name| !name.starts_with('-')).collect();
     for (name, run) in parts {
-        if names.is_empty() || names.iter().any(|wanted| wanted == name) {
+        if figures::is_wanted(name) {
             run(&guest, quick, rounds, &how, &step);
         }
     }

@@ -3,21 +3,21 @@
 //! What shows a guest a host's file, and how fio is run on it.
 
 use std::fs::{self, File};
+use std::path::{Path, PathBuf};
 
+use nix::fcntl::{FallocateFlags, fallocate};
 use tempfile::TempDir;
 
 use crate::Job;
 use crate::disk::Disk;
 use crate::machine::Options;
 use crate::share::Share;
-use crate::vm::{Guest, Vm};
+use crate::vm::{Guest, Vm, slot_of};
 
 /// What fio works on: it fits into all windows but the smallest.
 const DATA: usize = 32 << 20;
 /// A file system with that file, and its journal.
 const DISK_MIB: u64 = 128;
-/// The slot of QEMU's own device.
-const BUILT_IN_SLOT: &str = "10";
 
 /// One of them.
 #[derive(Clone, Copy)]
@@ -84,13 +84,12 @@ impl Peer {
                 on_pmem(&mut vm, runtime, jobs)
             }
             Self::BuiltIn { parallel } => {
-                let file = dir.path().join("pmem");
-                File::create(&file).unwrap().set_len(DISK_MIB << 20).unwrap();
+                let file = allocated(dir.path());
                 let backend = format!(
                     "memory-backend-file,id=pm,share=on,mem-path={},size={DISK_MIB}M",
                     file.display()
                 );
-                let device = format!("virtio-pmem-pci,memdev=pm,addr=0x{BUILT_IN_SLOT}");
+                let device = format!("virtio-pmem-pci,memdev=pm,addr=0x{}", slot_of(0));
                 let memory = "512M,slots=1,maxmem=4G".to_owned();
                 let words = ["-m".into(), memory, "-object".into(), backend];
                 let qemu = words.into_iter().chain(["-device".into(), device]).collect();
@@ -98,9 +97,8 @@ impl Peer {
                 on_pmem(&mut vm, runtime, jobs)
             }
             Self::Blk => {
-                let file = dir.path().join("disk");
-                File::create(&file).unwrap().set_len(DISK_MIB << 20).unwrap();
-                let options = Options { scratch: Some(file), ..Options::default() };
+                let scratch = Some(allocated(dir.path()));
+                let options = Options { scratch, ..Options::default() };
                 let mut vm = guest.boot_with(&[], &options);
                 let dev = vm.run("disk", &["scratch"]).get("dev").to_owned();
                 vm.run("mkfs", &["ext4", &dev]);
@@ -110,6 +108,14 @@ impl Peer {
             Self::Tmpfs => fio(&mut guest.boot(&[]), "/tmp", runtime, jobs),
         }
     }
+}
+
+/// A file that has its blocks, as our daemon makes one.
+fn allocated(dir: &Path) -> PathBuf {
+    let path = dir.join("disk");
+    let file = File::create(&path).unwrap();
+    fallocate(&file, FallocateFlags::empty(), 0, (DISK_MIB << 20).cast_signed()).unwrap();
+    path
 }
 
 fn options(guest: &Guest, parallel: bool) -> Options<'static> {
@@ -126,7 +132,7 @@ fn on_share(guest: &Guest, share: Share, runtime: &str, jobs: &[String]) -> Vec<
 }
 
 fn on_pmem(vm: &mut Vm<'_>, runtime: &str, jobs: &[String]) -> Vec<f64> {
-    let dev = vm.run("ready", &[BUILT_IN_SLOT]).get("dev").to_owned();
+    let (dev, _) = vm.ready(0);
     vm.run("mkfs", &["ext4", &dev]);
     vm.run("mount", &["ext4", &dev, "/mnt"]);
     fio(vm, "/mnt", runtime, jobs)
