@@ -55,6 +55,7 @@ impl Instruction {
     ///
     /// # Safety
     /// The processor has the instruction, and all of the range is mapped readable.
+    #[inline(always)]
     pub unsafe fn write_back(self, from: *const u8, bytes: usize) -> usize {
         if bytes == 0 {
             return 0;
@@ -220,6 +221,7 @@ mod x86_64 {
 
         /// # Safety
         /// The processor has it, and each line is mapped.
+        #[inline(always)]
         pub(super) unsafe fn write_back_lines(self, first: *const u8, lines: usize, line: usize) {
             // SAFETY (all): the caller's. No instruction changes a byte or a register, and the compiler may
             // not move stores behind them: no `nomem`.

@@ -55,12 +55,22 @@ impl Mapping {
     /// # Errors
     /// EINVAL for what is not in it; EIO where the file has no page any more.
     fn at<T>(&self, from: u64, bytes: usize, work: impl FnOnce(*mut u8) -> T) -> io::Result<T> {
-        let start = usize::try_from(from).map_err(|_| Errno::EINVAL)?;
-        let end = start.checked_add(bytes).filter(|end| *end <= self.bytes).ok_or(Errno::EINVAL)?;
-        debug_assert!(start <= end);
-        let done = work(self.base.as_ptr().wrapping_add(start));
+        let done = work(self.start_of(from, bytes).ok_or(Errno::EINVAL)?);
+        self.is_whole().map(|()| done)
+    }
+
+    /// Where byte `from` is, if `bytes` are mapped from there on.
+    fn start_of(&self, from: u64, bytes: usize) -> Option<*mut u8> {
+        let start = usize::try_from(from).ok()?;
+        let end = start.checked_add(bytes)?;
+        (end <= self.bytes).then(|| self.base.as_ptr().wrapping_add(start))
+    }
+
+    /// # Errors
+    /// EIO where the file lacked a page that was touched.
+    fn is_whole(&self) -> io::Result<()> {
         match &self.guarded {
-            Some(guarded) if !guarded.is_gone() => Ok(done),
+            Some(guarded) if !guarded.is_gone() => Ok(()),
             _ => Err(Errno::EIO.into()),
         }
     }
@@ -135,8 +145,14 @@ impl Direct {
     /// EIO where the file has no page there.
     pub fn write_back(&self, from: u64, bytes: u64) -> io::Result<()> {
         let bytes = usize::try_from(bytes).map_err(|_| Errno::EINVAL)?;
-        // SAFETY: the instruction was chosen because it is here, and the range is mapped.
-        self.work(from, bytes, |at| unsafe { self.instruction.write_back(at, bytes) }).map(drop)
+        // SAFETY: the instruction was chosen because it is here, and the range is mapped where it is called.
+        let work = |at: *mut u8| unsafe { self.instruction.write_back(at, bytes) };
+        // Not by work(): as part of this function it saves no register, 1 % of a page's time.
+        let Some(at) = self.first.start_of(from, bytes) else {
+            return self.work_in_grown(from, bytes, work).map(drop);
+        };
+        work(at);
+        self.first.is_whole()
     }
 
     /// Copies `bytes` to byte `from` on, past the cache. They are durable after the next
@@ -187,6 +203,20 @@ impl Direct {
 
     /// Runs `work` where byte `from` is mapped, and `bytes` behind it.
     fn work<T>(&self, from: u64, bytes: usize, work: impl FnOnce(*mut u8) -> T) -> io::Result<T> {
+        match self.first.start_of(from, bytes) {
+            Some(_) => self.first.at(from, bytes, work),
+            None => self.work_in_grown(from, bytes, work),
+        }
+    }
+
+    /// The same, of what the file has gained.
+    #[cold]
+    fn work_in_grown<T>(
+        &self,
+        from: u64,
+        bytes: usize,
+        work: impl FnOnce(*mut u8) -> T,
+    ) -> io::Result<T> {
         let end = from.checked_add(bytes as u64).ok_or(Errno::EINVAL)?;
         self.covering(end)?.at(from, bytes, work)
     }
