@@ -7,19 +7,41 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use log::{debug, warn};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{
+    FileOffset as Backing, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
 
 use super::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset};
 use crate::lock::lock;
 
-/// What the last memory table said, if one has come since the last stop.
+/// What memory tables have said.
 ///
-/// QEMU lists its live maps in the table which it sends at each start (row Q3 of our notes), so a
-/// fresh table that shows the file proves that a map outlived a pause (Q10).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Table {
-    Stale,
-    Fresh { shows_file: bool },
+/// QEMU lists its live maps in the table which it sends at each start (row Q3 of our notes), so a fresh table
+/// that shows our map proves that it outlived a pause (Q10). But the file may be there for another device
+/// as well, as memory of QEMU's own or as a piece of a shared directory: ours is the one that came with our map.
+#[derive(Default)]
+struct Tables {
+    /// Where the guest sees the file, by the last table; none if no table has come since the last stop.
+    places: Option<Vec<GuestAddress>>,
+    /// Where our map is, once that is known.
+    ours: Option<GuestAddress>,
+}
+
+impl Tables {
+    fn show_ours(&self) -> bool {
+        self.ours.is_some_and(|ours| self.places.iter().flatten().any(|place| *place == ours))
+    }
+
+    /// A map was acked; the table with it came before (Q3), after one that showed the file at `before`.
+    fn acked(&mut self, before: &[GuestAddress]) {
+        let new = self.places.iter().flatten().find(|place| !before.contains(place));
+        self.ours = new.copied().or(self.ours);
+    }
+
+    /// A map was refused, so something is there. If an earlier session made it, it is what shows the file.
+    fn refused(&mut self) {
+        self.ours = self.ours.or_else(|| self.places.iter().flatten().next().copied());
+    }
 }
 
 /// A mapper that can find out what its acks are worth.
@@ -46,12 +68,12 @@ pub(crate) struct WholeFile {
     file: Arc<File>,
     bytes: WindowBytes,
     channel: OnceLock<Arc<dyn Channel>>,
-    table: Mutex<Table>,
+    tables: Mutex<Tables>,
 }
 
 impl WholeFile {
     pub(crate) fn new(file: Arc<File>, bytes: WindowBytes) -> Self {
-        Self { file, bytes, channel: OnceLock::new(), table: Mutex::new(Table::Stale) }
+        Self { file, bytes, channel: OnceLock::new(), tables: Mutex::default() }
     }
 
     /// The channel to the front-end, which a session gets once.
@@ -70,24 +92,24 @@ impl WholeFile {
 
     /// Reads a new memory table.
     pub(crate) fn table_came(&self, mem: &GuestMemoryMmap) {
-        let shows_file = mem.iter().any(|region| {
-            region.len() == self.bytes.0
-                && region.file_offset().is_some_and(|backing| {
-                    backing.start() == 0 && same_file(backing.file(), &self.file)
-                })
+        let is_whole =
+            |backing: &Backing| backing.start() == 0 && same_file(backing.file(), &self.file);
+        let regions = mem.iter().filter(|region| {
+            region.len() == self.bytes.0 && region.file_offset().is_some_and(is_whole)
         });
-        debug!("memory table of {} regions, file shown: {shows_file}", mem.num_regions());
-        *lock(&self.table) = Table::Fresh { shows_file };
+        let places: Vec<_> = regions.map(GuestMemoryRegion::start_addr).collect();
+        debug!("memory table of {} regions, the file is at {places:x?}", mem.num_regions());
+        lock(&self.tables).places = Some(places);
     }
 
     /// The device was stopped: a reset may follow, and would drop the map without a word (Q10).
     pub(crate) fn stopped(&self) {
-        *lock(&self.table) = Table::Stale;
+        lock(&self.tables).places = None;
     }
 
-    /// Whether a table that came since the last stop shows the file.
+    /// Whether our map is known to be there: a table that came since the last stop shows it.
     pub(crate) fn is_shown(&self) -> bool {
-        *lock(&self.table) == Table::Fresh { shows_file: true }
+        lock(&self.tables).show_ours()
     }
 }
 
@@ -106,13 +128,21 @@ impl Mapper for WholeFile {
         if acks == Acks::Missing {
             return lacks("protocol feature REPLY_ACK");
         }
-        match channel.map(at, file, from, bytes) {
+        let before = lock(&self.tables).places.clone().unwrap_or_default();
+        let done = channel.map(at, file, from, bytes);
+        let mut tables = lock(&self.tables);
+        match done {
+            Ok(()) => tables.acked(&before),
+            Err(MapError::Refused) => tables.refused(),
+            Err(_) => {}
+        }
+        match done {
             // A front-end that can't be asked whether it acks: its table is the proof.
-            Ok(()) if acks == Acks::Unknown && !self.is_shown() => {
+            Ok(()) if acks == Acks::Unknown && !tables.show_ours() => {
                 lacks("protocol feature REPLY_ACK")
             }
             // Q4: refused because it is still there.
-            Err(MapError::Refused) if self.is_shown() => Ok(()),
+            Err(MapError::Refused) if tables.show_ours() => Ok(()),
             other => other,
         }
     }
@@ -132,14 +162,20 @@ fn same_file(a: &File, b: &File) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{FileOffset as Backing, GuestAddress, GuestRegionMmap, MmapRegion};
+    use std::sync::Weak;
+
+    use vm_memory::{GuestRegionMmap, MmapRegion};
 
     use super::*;
 
     const BYTES: u64 = 2 << 20;
 
-    /// A front-end that answers as scripted.
+    const OURS: u64 = 1 << 32;
+
+    /// A front-end that answers as scripted, after it has sent a table.
     struct Scripted {
+        window: Weak<WholeFile>,
+        table: Option<GuestMemoryMmap>,
         map: fn() -> Result<(), MapError>,
         acks: Acks,
     }
@@ -153,6 +189,9 @@ mod tests {
             bytes: WindowBytes,
         ) -> Result<(), MapError> {
             assert_eq!((at.0, from.0, bytes.0), (0, 0, BYTES), "the whole file, in one map");
+            if let Some(table) = &self.table {
+                self.window.upgrade().unwrap().table_came(table);
+            }
             (self.map)()
         }
 
@@ -175,11 +214,14 @@ mod tests {
         Arc::new(file)
     }
 
-    fn table(file: &File, start: u64, bytes: u64) -> GuestMemoryMmap {
-        let backing = Backing::new(file.try_clone().unwrap(), start);
-        let region = MmapRegion::from_file(backing, bytes as usize).unwrap();
-        let region = GuestRegionMmap::new(region, GuestAddress(1 << 32)).unwrap();
-        GuestMemoryMmap::from_regions(vec![region]).unwrap()
+    /// With a region each: where the guest sees it, the file, from where on, how long.
+    fn table(regions: &[(u64, &File, u64, u64)]) -> GuestMemoryMmap {
+        let region = |&(at, file, start, bytes): &(u64, &File, u64, u64)| {
+            let backing = Backing::new(file.try_clone().unwrap(), start);
+            let region = MmapRegion::from_file(backing, bytes as usize).unwrap();
+            GuestRegionMmap::new(region, GuestAddress(at)).unwrap()
+        };
+        GuestMemoryMmap::from_regions(regions.iter().map(region).collect()).unwrap()
     }
 
     fn map(window: &WholeFile) -> Result<(), String> {
@@ -188,39 +230,77 @@ mod tests {
         done.map_err(|e| e.to_string())
     }
 
+    /// A window, of a file, whose front-end sends this table when it is asked for a map.
+    fn window(
+        file: &Arc<File>,
+        answer: fn() -> Result<(), MapError>,
+        acks: Acks,
+        table: Option<GuestMemoryMmap>,
+    ) -> Arc<WholeFile> {
+        let window = Arc::new(WholeFile::new(file.clone(), WindowBytes(BYTES)));
+        let back = Arc::downgrade(&window);
+        window.set_channel(Scripted { window: back, table, map: answer, acks });
+        window
+    }
+
     fn bring_up(
         answer: fn() -> Result<(), MapError>,
         acks: Acks,
         shown: bool,
     ) -> Result<(), String> {
         let file = file();
-        let window = WholeFile::new(file.clone(), WindowBytes(BYTES));
-        window.set_channel(Scripted { map: answer, acks });
-        if shown {
-            window.table_came(&table(&file, 0, BYTES));
-        }
-        map(&window)
+        let table = shown.then(|| table(&[(OURS, &file, 0, BYTES)]));
+        map(&window(&file, answer, acks, table))
     }
 
-    /// Shows: only a table that came since the stop, with the whole of this very file, is proof.
+    /// Shows: only a table that came since the stop, with the whole of this very file where our map was made,
+    /// is proof that it is still there.
     #[test]
     fn what_counts_as_proof_that_the_window_is_mapped() {
         let file = file();
-        let window = WholeFile::new(file.clone(), WindowBytes(BYTES));
-        assert!(!window.is_shown());
-        for other in [
-            table(&file, 4096, BYTES),
-            table(&file, 0, BYTES / 2),
-            table(&self::file(), 0, BYTES),
-            GuestMemoryMmap::new(),
-        ] {
-            window.table_came(&other);
-            assert!(!window.is_shown());
-        }
-        window.table_came(&table(&file, 0, BYTES));
+        let ours = (OURS, &*file, 0, BYTES);
+        let window = window(&file, || Ok(()), Acks::Real, Some(table(&[ours])));
+        window.table_came(&table(&[ours]));
+        assert!(!window.is_shown(), "no map was made");
+        window.table_came(&GuestMemoryMmap::new());
+        map(&window).unwrap();
         assert!(window.is_shown());
         window.stopped();
         assert!(!window.is_shown(), "a reset may have dropped the map since");
+        for other in [
+            (OURS, &*file, 4096, BYTES),
+            (OURS, &*file, 0, BYTES / 2),
+            (OURS, &*self::file(), 0, BYTES),
+            (2 * OURS, &*file, 0, BYTES),
+        ] {
+            window.table_came(&table(&[other]));
+            assert!(!window.is_shown());
+        }
+        window.table_came(&table(&[(OURS / 2, &file, 0, BYTES), ours]));
+        assert!(window.is_shown());
+    }
+
+    /// Shows: where another device of the VM shows the same file, before our map and after it, that is not taken
+    /// for our map: what a guest stores would be lost.
+    #[test]
+    fn another_devices_map_of_the_file_is_not_ours() {
+        let file = file();
+        for theirs in [OURS / 2, OURS * 2] {
+            let (ours, theirs) = ((OURS, &*file, 0, BYTES), (theirs, &*file, 0, BYTES));
+            let mut both = [ours, theirs];
+            both.sort_by_key(|region| region.0);
+            let window = window(&file, || Ok(()), Acks::Real, Some(table(&both)));
+            window.table_came(&table(&[theirs]));
+            assert!(!window.is_shown());
+            map(&window).unwrap();
+            assert!(window.is_shown());
+            window.stopped();
+            window.table_came(&table(&both));
+            assert!(window.is_shown(), "a pause");
+            window.stopped();
+            window.table_came(&table(&[theirs]));
+            assert!(!window.is_shown(), "a reset");
+        }
     }
 
     /// Shows: an ack is believed if it is one, or if the memory table agrees.
@@ -237,12 +317,19 @@ mod tests {
         }
     }
 
-    /// Shows: a refused map is fine only where the window shows the file all the same (Q4, Q10).
+    /// Shows: a refused map is fine only where the window shows the file all the same (Q4, Q10): where ours
+    /// was, or, for a session that has made none, where an earlier one's is.
     #[test]
     fn a_refusal_is_checked() {
         let refused = || Err(MapError::Refused);
         assert_eq!(bring_up(refused, Acks::Real, true), Ok(()));
         assert_eq!(bring_up(refused, Acks::Real, false), Err(MapError::Refused.to_string()));
+        let file = file();
+        let window = window(&file, refused, Acks::Real, None);
+        window.table_came(&table(&[(OURS, &file, 0, BYTES)]));
+        map(&window).unwrap();
+        window.table_came(&table(&[(OURS * 2, &file, 0, BYTES)]));
+        assert_eq!(map(&window), Err(MapError::Refused.to_string()), "another device's");
     }
 
     /// Shows: a session without a back-end channel is told apart.
