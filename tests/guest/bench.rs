@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! fio in a guest, on all that can show a guest a host's file: `ci/bench guests` runs it. Each peer has a VM of
-//! its own, all alike, one boot for each round; the rounds go through the peers in turn.
+//! fio in a guest, on all that can show a guest a host's file: `ci/bench guests` runs it. Each share has a VM of
+//! its own, all alike, one boot for each round; devices have one together. The rounds go through the peers in turn.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // The harness has more than this needs.
 
+mod bench_devices;
 mod bench_memory;
 mod bench_peers;
 mod daemon;
@@ -22,8 +23,9 @@ mod vm;
 
 use std::time::Instant;
 
-use bench_peers::Peer;
+use bench_peers::{Peer, make_data};
 use figures::{Better, Figures, How, in_turn, verdict};
+use tempfile::TempDir;
 use vm::Guest;
 
 /// A line of fio's: engine, pattern, threads, an fsync after so many writes, and what was done before.
@@ -82,7 +84,7 @@ fn main() {
     let began = Instant::now();
     let step = |text: &str| println!("  [{:4.0} s] {text}", began.elapsed().as_secs_f64());
     let parts: [(&str, Part); 3] =
-        [("shares", shares), ("pmem", pmem), ("memory", bench_memory::run)];
+        [("shares", shares), ("pmem", bench_devices::run), ("memory", bench_memory::run)];
     for (name, run) in parts {
         if figures::is_wanted(name) {
             run(&guest, quick, rounds, &how, &step);
@@ -103,13 +105,15 @@ fn measure(
     step: &dyn Fn(&str),
 ) {
     let runtime = if quick { "20ms" } else { "500ms" };
+    let dir = TempDir::new().unwrap();
+    make_data(dir.path());
     for round in 0..rounds {
         for index in in_turn(peers.len(), round) {
             let peer = &peers[index];
             step(&format!("round {} of {rounds}: {}", round + 1, peer.name()));
             let jobs: Vec<_> = jobs().into_iter().filter(|job| peer.runs(job)).collect();
             let words: Vec<_> = jobs.iter().enumerate().map(|(i, job)| job.words(i)).collect();
-            for (job, iops) in jobs.iter().zip(peer.run(guest, runtime, &words)) {
+            for (job, iops) in jobs.iter().zip(peer.run(guest, dir.path(), runtime, &words)) {
                 figures.add(&job.name(), "/s", Better::More, index, iops);
             }
         }
@@ -147,43 +151,5 @@ fn shares(guest: &Guest, quick: bool, rounds: usize, how: &How, step: &dyn Fn(&s
         }
         let what = format!("{row}, {} over the guest's own memory", peers[0].name());
         verdict(&what, figures.ratio(row, 0, &[peers.len() - 1]).median, 0.9);
-    }
-}
-
-/// Persistent memory and disks, each with ext4 in the guest.
-fn pmem(guest: &Guest, quick: bool, rounds: usize, how: &How, step: &dyn Fn(&str)) {
-    const OURS: usize = 0;
-    const BUILT_IN: usize = 1;
-    let mut peers = vec![
-        Peer::Pmem { parallel: false },
-        Peer::BuiltIn { parallel: false },
-        Peer::Blk,
-        Peer::Tmpfs,
-    ];
-    if guest.images().kernel_parallel().is_some() {
-        peers.extend([Peer::Pmem { parallel: true }, Peer::BuiltIn { parallel: true }]);
-    }
-    if quick {
-        peers.truncate(2);
-    }
-    let names = peers.iter().map(Peer::name).collect();
-    let mut figures =
-        Figures::new("pmem", "fio in a guest, 4 KiB, requests per second: devices", names);
-    measure(guest, &peers, rounds, quick, &mut figures, step);
-    figures.show(OURS, &[BUILT_IN], how);
-    println!();
-    for job in jobs() {
-        let least = match job.threads {
-            8 => 2.0,
-            32 => 4.0,
-            _ => 1.0,
-        };
-        let row = job.name();
-        let what = format!("{row}, {} over {}", peers[OURS].name(), peers[BUILT_IN].name());
-        verdict(&what, figures.ratio(&row, OURS, &[BUILT_IN]).median, least);
-    }
-    for (job, least) in fsyncs().zip([1.0, 2.0, 4.0]).filter(|_| peers.len() > 4) {
-        let what = format!("{}, {} over {}", job.name(), peers[4].name(), peers[5].name());
-        verdict(&what, figures.ratio(&job.name(), 4, &[5]).median, least);
     }
 }

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Persistent memory and disks, each with ext4 in the guest. All are devices of one VM, and both virtio-pmem
+//! devices show the same file, mounted from one and then from the other: which pages of the host a file
+//! has makes more of a difference than who maps them.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FallocateFlags, fallocate};
+use tempfile::TempDir;
+
+use crate::bench_peers::fio;
+use crate::disk::Disk;
+use crate::figures::{Better, Figures, How, in_turn, verdict};
+use crate::machine::Options;
+use crate::vm::{Guest, Vm, slot_of};
+use crate::{Job, fsyncs, jobs};
+
+/// A file system with the file that fio works on, and its journal.
+const DISK_MIB: u64 = 128;
+
+/// Our virtio-pmem, and QEMU's own.
+const OURS: usize = 0;
+const BUILT_IN: usize = 1;
+/// QEMU's virtio-blk, and the guest's own memory.
+const BLK: usize = 2;
+const TMPFS: usize = 3;
+const NAMES: [&str; 4] = ["our pmem", "QEMU's pmem", "virtio-blk", "tmpfs"];
+/// Both virtio-pmem with a kernel that keeps several flushes in flight.
+const PARALLEL: usize = NAMES.len();
+
+/// A VM with all of them.
+struct Rig<'g> {
+    vm: Vm<'g>,
+    /// By peer; none is the guest's own memory.
+    devices: [Option<String>; NAMES.len()],
+    _disk: Disk,
+    _folder: TempDir,
+}
+
+impl<'g> Rig<'g> {
+    fn boot(guest: &'g Guest, kernel: Option<PathBuf>) -> Self {
+        let disk = Disk::new(DISK_MIB);
+        let folder = TempDir::new().unwrap();
+        let backend = format!(
+            "memory-backend-file,id=pm,share=on,mem-path={},size={DISK_MIB}M",
+            disk.path().display()
+        );
+        let device = format!("virtio-pmem-pci,memdev=pm,addr=0x{}", slot_of(BUILT_IN));
+        let memory = "512M,slots=1,maxmem=4G";
+        let qemu = ["-m", memory, "-object", &backend, "-device", &device].map(str::to_owned);
+        let scratch = Some(allocated(folder.path()));
+        let options = Options { kernel, scratch, qemu: qemu.into(), ..Options::default() };
+        let mut vm = guest.boot_with(&[&disk], &options);
+        let [ours, built_in] = [OURS, BUILT_IN].map(|index| vm.ready(index).0);
+        vm.run("mkfs", &["ext4", &ours]);
+        let blk = options.kernel.is_none().then(|| vm.run("disk", &["scratch"]));
+        let blk = blk.map(|report| report.get("dev").to_owned());
+        if let Some(dev) = &blk {
+            vm.run("mkfs", &["ext4", dev]);
+        }
+        Self { vm, devices: [Some(ours), Some(built_in), blk, None], _disk: disk, _folder: folder }
+    }
+
+    /// Runs one job on a peer. I/Os per second.
+    fn run(&mut self, peer: usize, runtime: &str, job: &Job) -> f64 {
+        let jobs = [job.words(0)];
+        let Some(dev) = &self.devices[peer] else {
+            return fio(&mut self.vm, "/tmp", runtime, &jobs)[0];
+        };
+        if peer == BLK {
+            self.vm.run("sh", &["mount", "-t", "ext4", dev, "/mnt"]);
+        } else {
+            self.vm.run("mount", &["ext4", dev, "/mnt"]);
+        }
+        let iops = fio(&mut self.vm, "/mnt", runtime, &jobs)[0];
+        self.vm.run("umount", &["/mnt"]);
+        iops
+    }
+
+    /// Runs one job on the device itself, whose file system is gone then. I/Os per second.
+    fn run_bare(&mut self, peer: usize, runtime: &str, job: &Job) -> f64 {
+        let dev = self.devices[peer].as_deref().expect("a device");
+        let dir = format!("/tmp/bare{peer}");
+        self.vm.run("sh", &["mkdir", "-p", &dir, "&&", "ln", "-sfn", dev, &format!("{dir}/data")]);
+        fio(&mut self.vm, &dir, runtime, &[job.words(0)])[0]
+    }
+}
+
+/// A file that has its blocks, as our daemon makes one.
+fn allocated(dir: &Path) -> PathBuf {
+    let path = dir.join("disk");
+    let file = File::create(&path).unwrap();
+    fallocate(&file, FallocateFlags::empty(), 0, (DISK_MIB << 20).cast_signed()).unwrap();
+    path
+}
+
+/// The row of a job on the device itself.
+fn bare(job: &Job) -> String {
+    format!("the bare device, {}", job.name())
+}
+
+/// Measures, and shows.
+pub fn run(guest: &Guest, quick: bool, rounds: usize, how: &How, step: &dyn Fn(&str)) {
+    let runtime = if quick { "20ms" } else { "500ms" };
+    let parallel = guest.images().kernel_parallel().filter(|_| !quick);
+    let mut names = NAMES.map(str::to_owned).to_vec();
+    if parallel.is_some() {
+        names.extend([OURS, BUILT_IN].map(|peer| format!("{}, parallel flushes", NAMES[peer])));
+    }
+    let mut figures =
+        Figures::new("pmem", "fio in a guest, 4 KiB, requests per second: devices", names);
+    for round in 0..rounds {
+        step(&format!("round {} of {rounds}: {}", round + 1, NAMES.join(", ")));
+        let peers = if quick { BLK } else { NAMES.len() };
+        let mut rig = Rig::boot(guest, None);
+        let mut add = |job: String, peer, iops| figures.add(&job, "/s", Better::More, peer, iops);
+        for (turn, job) in (round..).zip(jobs()) {
+            for peer in in_turn(peers, turn) {
+                add(job.name(), peer, rig.run(peer, runtime, &job));
+            }
+        }
+        for (turn, job) in (round..).zip(fsyncs()) {
+            for peer in in_turn(peers.min(TMPFS), turn) {
+                add(bare(&job), peer, rig.run_bare(peer, runtime, &job));
+            }
+        }
+        rig.vm.poweroff();
+        let Some(kernel) = &parallel else { continue };
+        step(&format!("round {} of {rounds}: a kernel with parallel flushes", round + 1));
+        let mut rig = Rig::boot(guest, Some(kernel.clone()));
+        for (turn, job) in (round..).zip(fsyncs()) {
+            for peer in in_turn(BLK, turn) {
+                add(job.name(), PARALLEL + peer, rig.run(peer, runtime, &job));
+            }
+        }
+        for (turn, job) in (round..).zip(fsyncs()) {
+            for peer in in_turn(BLK, turn) {
+                add(bare(&job), PARALLEL + peer, rig.run_bare(peer, runtime, &job));
+            }
+        }
+        rig.vm.poweroff();
+    }
+    figures.show(OURS, &[BUILT_IN], how);
+    println!();
+    let least = |job: &Job| match job.threads {
+        8 => 2.0,
+        32 => 4.0,
+        _ => 1.0,
+    };
+    let rows = jobs().into_iter().map(|job| (job.name(), least(&job)));
+    for (row, least) in rows.chain(fsyncs().map(|job| (bare(&job), least(&job)))) {
+        let over = |ours| figures.ratio(&row, ours, &[ours + BUILT_IN]).median;
+        verdict(&format!("{row}, our pmem over QEMU's"), over(OURS), least);
+        if parallel.is_some() {
+            verdict(
+                &format!("{row}, parallel flushes, our pmem over QEMU's"),
+                over(PARALLEL),
+                least,
+            );
+        }
+    }
+}
