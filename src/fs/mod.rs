@@ -9,6 +9,7 @@
 //! engine, `nodes` knows which inode has an address space there, `window` is what a front-end
 //! shows, and [`stretch`] lets it show the end of a file.
 
+mod base;
 mod dax;
 mod guest_io;
 mod message;

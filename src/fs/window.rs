@@ -2,24 +2,19 @@
 
 //! The window as one front-end shows it: many maps, which come and go with the guest's wishes.
 
-use std::cell::OnceCell;
-use std::collections::BTreeMap;
 use std::fs::File;
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 
 use log::{debug, warn};
-use rustix::fs::{AtFlags, StatxFlags, statx};
-use vm_memory::{
-    FileOffset as Backing, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::dax::engine::Engine;
 use crate::device::SessionWindow;
 use crate::lock::lock;
 use crate::window::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset};
 
+use super::base::Base;
 use super::guest_io::WindowPlace;
 
 /// Maps and memory regions of one VM, of all its devices together, of which QEMU 11.1 does not die (Q2:
@@ -33,22 +28,11 @@ enum Phase {
     Ended,
 }
 
-/// A piece of a file.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Shown {
-    inode: Inode,
-    from: u64,
-    bytes: u64,
-}
-
 struct State {
     phase: Phase,
     /// Counts the resets: what was to be mapped before one is not wanted any more.
     generation: u64,
-    /// What the front-end was asked to show, by window offset.
-    shown: BTreeMap<u64, Shown>,
-    /// The window's guest physical address, once a memory table has given it away.
-    base: Option<u64>,
+    base: Base,
 }
 
 /// The window of one session.
@@ -68,8 +52,7 @@ pub(super) struct FsWindow {
 
 impl FsWindow {
     pub(super) fn new(engine: Arc<Engine>, bytes: WindowBytes, most_maps: usize) -> Self {
-        let state =
-            State { phase: Phase::Stopped, generation: 0, shown: BTreeMap::new(), base: None };
+        let state = State { phase: Phase::Stopped, generation: 0, base: Base::new(bytes) };
         Self {
             engine,
             bytes,
@@ -98,15 +81,14 @@ impl FsWindow {
 
     /// Where the window is in the guest's memory, if that is known.
     pub(super) fn place(&self) -> Option<WindowPlace> {
-        self.lock().base.map(|base| WindowPlace { base, bytes: self.bytes })
+        self.lock().base.found.map(|base| WindowPlace { base, bytes: self.bytes })
     }
 
     /// The driver has reset the device, and the front-end has dropped all maps (Q10).
     pub(super) fn reset(&self) {
         let mut state = self.lock();
         state.generation += 1;
-        state.shown.clear();
-        state.base = None;
+        state.base.forget();
         self.changed.notify_all();
     }
 
@@ -141,16 +123,7 @@ impl FsWindow {
 
     /// Looks for our maps in a memory table: how many regions are not ours, and where the window is.
     fn read_table(&self, mem: &GuestMemoryMmap) {
-        let mut state = self.lock();
-        let mut others = 0;
-        for region in mem.iter() {
-            let Some(backing) = region.file_offset() else { continue };
-            match state.window_by(region, backing) {
-                Some(base) => state.base = Some(base),
-                None => others += 1,
-            }
-        }
-        drop(state);
+        let others = self.lock().base.table_came(mem);
         let most = MOST_REGIONS.saturating_sub(others).min(self.most_maps);
         if most < self.most_maps && !self.said_full.swap(true, Ordering::Relaxed) {
             warn!(
@@ -164,34 +137,6 @@ impl FsWindow {
     }
 }
 
-impl State {
-    /// Where the window is, if a region of a memory table shows a piece of it.
-    fn window_by(&self, region: &GuestRegionMmap, backing: &Backing) -> Option<u64> {
-        let start = region.start_addr().0;
-        let is = |shown: &Shown| shown.from == backing.start() && shown.bytes == region.len();
-        let at = self.base.and_then(|base| start.checked_sub(base));
-        if at.and_then(|at| self.shown.get(&at)).is_some_and(is) {
-            return self.base;
-        }
-        // Asked only of what may be ours: a table has hundreds of regions.
-        let inode = OnceCell::new();
-        let same = |shown: &Shown| {
-            *inode.get_or_init(|| inode_of(backing.file()).ok()) == Some(shown.inode)
-        };
-        let (at, _) = self.shown.iter().find(|(_, shown)| is(shown) && same(shown))?;
-        start.checked_sub(*at)
-    }
-}
-
-/// Device (major and minor) and number.
-type Inode = (u32, u32, u64);
-
-/// Nothing else is asked for: more would be a request to the server of a stretched file.
-fn inode_of(file: &File) -> io::Result<Inode> {
-    let found = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::INO)?;
-    Ok((found.stx_dev_major, found.stx_dev_minor, found.stx_ino))
-}
-
 impl Mapper for FsWindow {
     fn map(
         &self,
@@ -200,24 +145,20 @@ impl Mapper for FsWindow {
         from: FileOffset,
         bytes: WindowBytes,
     ) -> Result<(), MapError> {
-        let inode = inode_of(file).map_err(MapError::Broken)?;
         // Before it is sent: the memory table that shows it comes before the ack (Q3).
-        self.lock().shown.insert(at.0, Shown { inode, from: from.0, bytes: bytes.0 });
+        self.lock().base.asked_for(at, file, from, bytes);
         let done = self.while_started(|channel| channel.map(at, file, from, bytes));
-        if matches!(done, Ok(true)) {
+        self.lock().base.answered(at, matches!(done, Ok(true)));
+        if done? {
             return Ok(());
         }
-        self.lock().shown.remove(&at.0);
-        done?;
         // Nobody wants it any more, and whoever comes next must not find it in his way (Q4).
         self.while_started(|channel| channel.unmap(at, bytes))?;
         Err(MapError::Stopped)
     }
 
     fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
-        self.while_started(|channel| channel.unmap(at, bytes))?;
-        self.lock().shown.remove(&at.0);
-        Ok(())
+        self.while_started(|channel| channel.unmap(at, bytes)).map(drop)
     }
 }
 
