@@ -3,7 +3,8 @@
 //! Where the window is in the guest's memory. No message says it: it is read off the memory table, in which
 //! QEMU lists each of our maps (row Q3 of our notes). But other devices' maps stand there, too, and a share
 //! of the same directory may have mapped the same piece of the same file. Ours is what was not there before
-//! the map was asked for, and is there when it has been made.
+//! the map was asked for, and is there when it has been made: with CONFIGURE_MEM_SLOTS the table comes before
+//! the ack, without it a little later.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,8 +16,9 @@ use vm_memory::{
 
 use crate::window::{FileOffset, WindowBytes, WindowOffset};
 
-/// A map that the front-end was asked for while the base was not known.
+/// A map that the front-end was asked for, or has made, while the base was not known.
 struct Asked {
+    made: bool,
     inode: Inode,
     from: FileOffset,
     bytes: WindowBytes,
@@ -58,17 +60,36 @@ impl Base {
         if self.found.is_none()
             && let Some(inode) = inode_of(file)
         {
-            self.asked.insert(at.0, Asked { inode, from, bytes, bases: Vec::new() });
+            self.asked.insert(at.0, Asked { made: false, inode, from, bytes, bases: Vec::new() });
         }
     }
 
-    /// The front-end has answered: whether the map was made. Of several candidates (another device has mapped
-    /// the same piece meanwhile) none is believed; the next map will tell.
+    /// The front-end has answered: whether the map was made.
     pub(super) fn answered(&mut self, at: WindowOffset, made: bool) {
-        let asked = self.asked.remove(&at.0);
-        if let (true, Some(&[base])) = (made, asked.as_ref().map(|asked| &*asked.bases)) {
-            self.found.get_or_insert(base);
+        if let Some(asked) = self.asked.get_mut(&at.0).filter(|_| made) {
+            asked.made = true;
+            self.decide();
+        } else {
+            self.asked.remove(&at.0);
         }
+    }
+
+    /// A map was removed.
+    pub(super) fn removed(&mut self, at: WindowOffset) {
+        self.asked.remove(&at.0);
+    }
+
+    /// Takes the base from a map that was made. Of several candidates (another device has mapped the same piece
+    /// meanwhile) none is believed: the next map will tell.
+    fn decide(&mut self) {
+        self.found = self.asked.values().find_map(|asked| match asked.bases[..] {
+            [base] if asked.made => Some(base),
+            _ => None,
+        });
+        if self.found.is_some() {
+            self.asked.clear();
+        }
+        self.asked.retain(|_, asked| asked.bases.len() < 2);
     }
 
     /// Reads a new memory table. How many of its regions are not ours, as far as that is known.
@@ -85,6 +106,7 @@ impl Base {
                     asked.bases.extend(base.filter(|_| asked.may_be(region, backing)));
                 }
             }
+            self.decide();
         }
         self.starts = starts;
         let is_ours = |start: &&u64| {
@@ -184,6 +206,13 @@ mod tests {
             map(&mut meanwhile, 0, &file, &[&table(&file, &[theirs, OURS, OURS + BYTES])]);
             assert_eq!(meanwhile.found, Some(OURS), "the next map tells");
 
+            let mut without_slots = base();
+            without_slots.table_came(&alone);
+            map(&mut without_slots, BYTES, &file, &[]);
+            assert_eq!(without_slots.found, None);
+            without_slots.table_came(&both);
+            assert_eq!(without_slots.found, Some(OURS), "a table that comes after the ack");
+
             let mut later = base();
             map(&mut later, BYTES, &file, &[&table(&file, &[OURS + BYTES])]);
             map(&mut later, 0, &file, &[&both]);
@@ -191,7 +220,7 @@ mod tests {
         }
     }
 
-    /// Shows: a map that was refused, and regions that are another piece or another file, say nothing.
+    /// Shows: a map that was refused or removed, and regions that are another piece or another file, say nothing.
     #[test]
     fn what_is_no_map_of_ours_says_nothing() {
         let (file, mut base) = (file(), base());
@@ -202,6 +231,9 @@ mod tests {
         base.asked_for(WindowOffset(0), &file, FileOffset(0), WindowBytes(BYTES));
         base.table_came(&table(&file, &[OURS * 4]));
         base.answered(WindowOffset(0), false);
+        map(&mut base, 0, &file, &[]);
+        base.removed(WindowOffset(0));
+        base.table_came(&table(&file, &[OURS]));
         assert_eq!(base.found, None);
     }
 }

@@ -158,7 +158,9 @@ impl Mapper for FsWindow {
     }
 
     fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
-        self.while_started(|channel| channel.unmap(at, bytes)).map(drop)
+        self.while_started(|channel| channel.unmap(at, bytes))?;
+        self.lock().base.removed(at);
+        Ok(())
     }
 }
 

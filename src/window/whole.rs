@@ -23,6 +23,8 @@ use crate::lock::lock;
 struct Tables {
     /// Where the guest sees the file, by the last table; none if no table has come since the last stop.
     places: Option<Vec<GuestAddress>>,
+    /// Where the file was when a map was made that no table has shown yet.
+    before: Option<Vec<GuestAddress>>,
     /// Where our map is, once that is known.
     ours: Option<GuestAddress>,
 }
@@ -32,10 +34,21 @@ impl Tables {
         self.ours.is_some_and(|ours| self.places.iter().flatten().any(|place| *place == ours))
     }
 
-    /// A map was acked; the table with it came before (Q3), after one that showed the file at `before`.
-    fn acked(&mut self, before: &[GuestAddress]) {
+    /// A map was acked that was asked for when the file was at `before`. Without CONFIGURE_MEM_SLOTS the
+    /// table that shows it may come later.
+    fn acked(&mut self, before: Vec<GuestAddress>) {
+        self.before = Some(before);
+        self.look();
+    }
+
+    /// Looks whether the table shows what was made.
+    fn look(&mut self) {
+        let Some(before) = &self.before else { return };
         let new = self.places.iter().flatten().find(|place| !before.contains(place));
-        self.ours = new.copied().or(self.ours);
+        if new.is_some() {
+            self.ours = new.copied();
+            self.before = None;
+        }
     }
 
     /// A map was refused, so something is there. If an earlier session made it, it is what shows the file.
@@ -99,7 +112,9 @@ impl WholeFile {
         });
         let places: Vec<_> = regions.map(GuestMemoryRegion::start_addr).collect();
         debug!("memory table of {} regions, the file is at {places:x?}", mem.num_regions());
-        lock(&self.tables).places = Some(places);
+        let mut tables = lock(&self.tables);
+        tables.places = Some(places);
+        tables.look();
     }
 
     /// The device was stopped: a reset may follow, and would drop the map without a word (Q10).
@@ -132,7 +147,7 @@ impl Mapper for WholeFile {
         let done = channel.map(at, file, from, bytes);
         let mut tables = lock(&self.tables);
         match done {
-            Ok(()) => tables.acked(&before),
+            Ok(()) => tables.acked(before),
             Err(MapError::Refused) => tables.refused(),
             Err(_) => {}
         }
@@ -278,6 +293,22 @@ mod tests {
         }
         window.table_came(&table(&[(OURS / 2, &file, 0, BYTES), ours]));
         assert!(window.is_shown());
+    }
+
+    /// Shows: without CONFIGURE_MEM_SLOTS, the table that comes after the ack tells where our map is.
+    #[test]
+    fn a_table_may_come_after_the_ack() {
+        let file = file();
+        let both = [(OURS / 2, &*file, 0, BYTES), (OURS, &*file, 0, BYTES)];
+        let window = window(&file, || Ok(()), Acks::Real, None);
+        window.table_came(&table(&both[..1]));
+        map(&window).unwrap();
+        assert!(!window.is_shown());
+        window.table_came(&table(&both));
+        assert!(window.is_shown());
+        window.stopped();
+        window.table_came(&table(&both[..1]));
+        assert!(!window.is_shown());
     }
 
     /// Shows: where another device of the VM shows the same file, before our map and after it, that is not taken
