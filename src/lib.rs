@@ -31,6 +31,7 @@ mod life;
 mod lock;
 pub mod persist;
 pub mod pmem;
+mod poll;
 mod ratelimit;
 mod relief;
 pub mod request;

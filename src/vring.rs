@@ -8,25 +8,28 @@
 //! a stop that hands back, open a new [`Epoch`]; what belongs to an older one is void. That is how
 //! a flush that is still syncing never touches a ring that is not ours any more.
 
-use std::sync::atomic::Ordering;
+mod drain;
+
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use log::warn;
 use vhost_user_backend::VringT;
-use virtio_queue::{Error as QueueError, QueueOwnedT, QueueT};
+use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::device::{AtOnce, Device, Drained};
+use crate::device::Device;
 use crate::lock::lock;
+use crate::poll::Poll;
 use crate::ratelimit::RateLimit;
 use crate::relief::Watch;
-use crate::request::{Answer, Request, parse};
+use crate::request::Answer;
 
 /// The guest's memory, as the front-end last described it.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 pub use crate::kick::Vring;
+pub(crate) use drain::Progress;
 
 /// While more requests wait to be served by the same thread, the driver is told of so many answers at once: to
 /// wake it costs more than most requests do. (It sees an answer at once if it looks; and if the next
@@ -61,17 +64,6 @@ pub struct Started {
     pub epoch: Epoch,
     /// It does not go on where it was stopped: the driver has reset the device.
     pub afresh: bool,
-}
-
-/// What became of requests that are served by the thread that took them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Progress {
-    /// There was none, nor is.
-    Idle,
-    /// Some have ended.
-    Made,
-    /// One lasts.
-    HeldUp,
 }
 
 /// One stretch in the life of a ring.
@@ -116,13 +108,14 @@ struct State {
     serving: u32,
     /// Those that were.
     served: u64,
+    poll: Poll,
 }
 
 impl State {
     /// What was open is void, and the ring stopped.
     fn renew(&mut self, epoch: Epoch) {
-        let Self { waiting, serving, served, .. } = *self;
-        *self = Self { epoch, waiting, serving, served, ..Self::default() };
+        let Self { waiting, serving, served, poll, .. } = *self;
+        *self = Self { epoch, waiting, serving, served, poll, ..Self::default() };
     }
 }
 
@@ -307,108 +300,6 @@ impl Ring {
         let may = state.epoch == epoch && state.phase == Phase::Running;
         state.touching += u16::from(may);
         may.then(|| Touching(ring.clone()))
-    }
-
-    /// Hands all waiting chains to the device, and does what it leaves to be done.
-    pub fn drain(self: &Arc<Self>) {
-        self.drain_locked(self.lock());
-    }
-
-    fn drain_locked<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) {
-        while let Some(now) = self.take(&mut state, true) {
-            state.serving += 1;
-            self.watch.look();
-            drop(state);
-            now();
-            state = self.lock();
-            state.serving -= 1;
-            state.served += 1;
-        }
-        state.more = false;
-        self.tell(&mut state);
-    }
-
-    /// Whether a request is being served by the thread that took it.
-    pub(crate) fn is_serving(&self) -> bool {
-        self.lock().serving > 0
-    }
-
-    /// Drains the ring in the place of a thread that has ended nothing since `served` requests were.
-    pub(crate) fn relieve(self: &Arc<Self>, served: &mut u64) -> Progress {
-        let mut state = self.lock();
-        let before = std::mem::replace(served, state.served);
-        match (state.serving > 0, before == *served) {
-            (true, true) => {
-                self.tell(&mut state);
-                self.hand_out(&mut state);
-                Progress::HeldUp
-            }
-            (false, true) => Progress::Idle,
-            _ => Progress::Made,
-        }
-    }
-
-    /// Hands all waiting chains to others.
-    fn hand_out(self: &Arc<Self>, state: &mut State) {
-        let left = self.take(state, false);
-        debug_assert!(left.is_none(), "a device leaves work to the relief");
-    }
-
-    /// Hands waiting chains to the device, up to one that leaves something to be done.
-    fn take(self: &Arc<Self>, state: &mut State, serves: bool) -> Option<AtOnce> {
-        if state.phase != Phase::Running {
-            return None;
-        }
-        let vring = self.vring.get()?;
-        self.warn_of("the ring can't be read", self.try_take(vring, state, serves)).flatten()
-    }
-
-    fn try_take(
-        self: &Arc<Self>,
-        vring: &Vring,
-        state: &mut State,
-        serves: bool,
-    ) -> Result<Option<AtOnce>, QueueError> {
-        let mut guard = vring.get_mut();
-        if !guard.is_enabled() {
-            return Ok(None);
-        }
-        let mem = self.mem.memory();
-        let queue = guard.get_queue_mut();
-        let size = queue.size();
-        loop {
-            queue.disable_notification(&*mem)?;
-            // An index that runs ahead of the ring is an error here, and ends the drain:
-            // enable_notification() would call it new work for ever.
-            while state.open < size {
-                let Some(chain) = queue.iter(mem.clone())?.next() else { break };
-                let head = chain.head_index();
-                let parsed = parse(chain, size);
-                state.open += 1;
-                let request = Request {
-                    ring: self.clone(),
-                    epoch: state.epoch,
-                    window_lost: state.window_lost,
-                    head,
-                    parsed,
-                    touching: None,
-                };
-                let drained = if serves {
-                    let avail = queue.avail_idx(&*mem, Ordering::Acquire)?;
-                    state.more = avail.0 != queue.next_avail();
-                    Drained::ByServer { more: state.more }
-                } else {
-                    Drained::ByRelief
-                };
-                if let Some(now) = self.device.handle(request, drained) {
-                    return Ok(Some(now));
-                }
-            }
-            state.left_behind = state.open >= size;
-            if state.left_behind || !queue.enable_notification(&*mem)? {
-                return Ok(None);
-            }
-        }
     }
 
     /// Stores the reply, puts the head into the used ring (unless it has no place there), and
