@@ -16,6 +16,9 @@ use vm_memory::{GuestMemoryLoadGuard, GuestMemoryMmap};
 
 use crate::vring::{Epoch, Ring, Touching};
 
+/// What a reply of virtio-fs begins with.
+pub type Header = [u8; 16];
+
 /// Bytes in a request of virtio-pmem, and in its reply.
 pub const WORD_BYTES: usize = 4;
 
@@ -57,10 +60,9 @@ pub struct Segment {
 /// The buffers of a chain, in the driver's order.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Chain {
-    /// The request.
-    pub readable: Vec<Segment>,
-    /// The room for the reply.
-    pub writable: Vec<Segment>,
+    segments: Vec<Segment>,
+    /// So many of them come first, and are to be read.
+    readable: usize,
 }
 
 /// The first `most` bytes of `segments`, as one address for each byte: the driver may split at will.
@@ -77,22 +79,31 @@ fn addresses(segments: &[Segment], most: usize) -> Result<Vec<GuestAddress>, Mal
 }
 
 impl Chain {
+    /// The request.
+    pub fn readable(&self) -> &[Segment] {
+        self.segments.get(..self.readable).unwrap_or_default()
+    }
+
+    /// The room for the reply.
+    pub fn writable(&self) -> &[Segment] {
+        self.segments.get(self.readable..).unwrap_or_default()
+    }
+
     fn take(&mut self, desc: &Descriptor) -> Result<(), Malformed> {
-        let segment = Segment { at: desc.addr(), bytes: desc.len() };
-        if desc.is_write_only() {
-            self.writable.push(segment);
-        } else if self.writable.is_empty() {
-            self.readable.push(segment);
-        } else {
-            return Err(Malformed::Order);
+        if !desc.is_write_only() {
+            if self.readable < self.segments.len() {
+                return Err(Malformed::Order);
+            }
+            self.readable += 1;
         }
+        self.segments.push(Segment { at: desc.addr(), bytes: desc.len() });
         Ok(())
     }
 
     /// The request's le32, if the chain also has room for a reply of that length.
     fn word(&self, mem: &GuestMemoryMmap) -> Result<u32, Malformed> {
         let mut word = [0; WORD_BYTES];
-        let request = addresses(&self.readable, WORD_BYTES)?;
+        let request = addresses(self.readable(), WORD_BYTES)?;
         for (byte, at) in word.iter_mut().zip(&request) {
             *byte = mem.read_obj(*at).map_err(|_| Malformed::Address(at.raw_value()))?;
         }
@@ -107,26 +118,39 @@ impl Chain {
     }
 
     fn reply(&self, mem: &GuestMemoryMmap) -> Result<Vec<GuestAddress>, Malformed> {
-        let reply = addresses(&self.writable, WORD_BYTES)?;
+        let reply = addresses(self.writable(), WORD_BYTES)?;
         match reply.iter().find(|at| !mem.address_in_range(**at)) {
             Some(bad) => Err(Malformed::Address(bad.raw_value())),
             None => Ok(reply),
         }
     }
 
-    /// Stores `bytes` from the start of the reply on, as far as there is room and guest memory.
-    /// Returns how many were stored.
-    pub(crate) fn store(&self, mem: &GuestMemoryMmap, bytes: &[u8]) -> u32 {
-        let mut rest = bytes;
-        for segment in &self.writable {
-            let (now, later) = rest.split_at(rest.len().min(segment.bytes as usize));
-            // The table may have changed since the request was taken: then they have no place to go.
-            if mem.write_slice(now, segment.at).is_err() {
-                break;
+    /// Stores `pieces`, one behind the other, from the start of the reply on, as far as there is room and guest
+    /// memory. Returns how many bytes were stored.
+    pub(crate) fn store(&self, mem: &GuestMemoryMmap, pieces: [&[u8]; 2]) -> u32 {
+        let mut stored = 0;
+        let mut segments = self.writable().iter();
+        let mut room = Segment { at: GuestAddress(0), bytes: 0 };
+        for mut rest in pieces {
+            while !rest.is_empty() {
+                if room.bytes == 0 {
+                    let Some(next) = segments.next() else { return stored };
+                    room = *next;
+                    continue;
+                }
+                let (now, later) = rest.split_at(rest.len().min(room.bytes as usize));
+                // The table may have changed since the request was taken: then they have no place to go.
+                if mem.write_slice(now, room.at).is_err() {
+                    return stored;
+                }
+                let bytes = now.len() as u32;
+                room =
+                    Segment { at: room.at.unchecked_add(bytes.into()), bytes: room.bytes - bytes };
+                stored += bytes;
+                rest = later;
             }
-            rest = later;
         }
-        (bytes.len() - rest.len()) as u32
+        stored
     }
 }
 
@@ -252,17 +276,18 @@ impl Request {
         let whole = room.is_ok_and(|room| room.len() == WORD_BYTES)
             && !matches!(self.word(), Err(Malformed::Address(_)));
         let reply = if whole { status.to_le_bytes().to_vec() } else { Vec::new() };
-        self.complete_with(reply, 0);
+        self.complete_with(None, reply, 0);
     }
 
-    /// Stores `reply`, behind which `behind` bytes have been stored already, and returns the chain to
-    /// the driver. If the ring is stopped meanwhile, that is done when it goes on.
-    pub fn complete_with(self, reply: Vec<u8>, behind: u32) {
+    /// Stores the `header` of a reply and its `body`, behind which `behind` bytes have been stored already,
+    /// and returns the chain to the driver. If the ring is stopped meanwhile, that is done when it goes on.
+    pub fn complete_with(self, header: Option<Header>, body: Vec<u8>, behind: u32) {
         let returnable = !matches!(self.parsed.fault, Some(Malformed::Head(_)));
         let answer = Answer {
             head: returnable.then_some(self.head),
             chain: self.parsed.chain,
-            reply,
+            header,
+            body,
             behind,
         };
         self.ring.complete(self.epoch, answer);
@@ -274,7 +299,16 @@ impl Request {
 pub(crate) struct Answer {
     /// None: it has no place in the used ring.
     pub(crate) head: Option<u16>,
-    pub(crate) chain: Chain,
-    pub(crate) reply: Vec<u8>,
-    pub(crate) behind: u32,
+    chain: Chain,
+    header: Option<Header>,
+    body: Vec<u8>,
+    behind: u32,
+}
+
+impl Answer {
+    /// Stores the reply. Returns what the used ring says of its length.
+    pub(crate) fn store(&self, mem: &GuestMemoryMmap) -> u32 {
+        let header = self.header.as_ref().map_or(&[][..], |header| header);
+        self.chain.store(mem, [header, &self.body]) + self.behind
+    }
 }

@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, StatxFlags, statx};
 use vm_memory::{
@@ -120,6 +121,27 @@ impl Base {
     pub(super) fn forget(&mut self) {
         self.found = None;
         self.asked.clear();
+    }
+}
+
+/// The base, for all who ask for it with each request.
+pub(super) struct Place(AtomicU64);
+
+impl Place {
+    const UNKNOWN: u64 = u64::MAX;
+
+    pub(super) fn publish(&self, base: Option<u64>) {
+        self.0.store(base.unwrap_or(Self::UNKNOWN), Ordering::Release);
+    }
+
+    pub(super) fn base(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Acquire)).filter(|base| *base != Self::UNKNOWN)
+    }
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self(AtomicU64::new(Self::UNKNOWN))
     }
 }
 

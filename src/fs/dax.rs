@@ -22,6 +22,7 @@ use crate::persist::{Direct, PersistMode};
 use crate::window::layout::ShowError;
 use crate::window::{FileOffset, FrontEnd, WindowBytes, WindowOffset};
 
+use super::base::Place;
 use super::guest_io::WindowPlace;
 use super::message::invalid;
 use super::nodes::{Node, Nodes};
@@ -48,6 +49,7 @@ pub(super) struct Dax {
     nodes: Nodes,
     front_end: Arc<FrontEnd>,
     current: Mutex<Option<Arc<FsWindow>>>,
+    place: Arc<Place>,
     bytes: WindowBytes,
     policy: DaxPolicy,
     /// The guest may map files.
@@ -85,6 +87,7 @@ impl Dax {
             engine,
             front_end,
             current: Mutex::default(),
+            place: Arc::default(),
             bytes,
             policy,
             mapping: AtomicBool::new(false),
@@ -107,8 +110,8 @@ impl Dax {
 
     /// A new front-end's window.
     pub(super) fn open_window(&self) -> Arc<FsWindow> {
-        let window = FsWindow::new(self.engine.clone(), self.bytes, most_maps(self.bytes));
-        let window = Arc::new(window);
+        let (engine, most_maps) = (self.engine.clone(), most_maps(self.bytes));
+        let window = Arc::new(FsWindow::new(engine, self.bytes, most_maps, self.place.clone()));
         self.front_end.set(Some(window.clone()));
         self.set_current(Some(window.clone()));
         window
@@ -121,7 +124,8 @@ impl Dax {
 
     /// Where the window is in the guest's memory, if that is known.
     pub(super) fn place(&self) -> Option<WindowPlace> {
-        self.current()?.place()
+        let base = self.place.base()?;
+        Some(WindowPlace { base, bytes: self.bytes })
     }
 
     /// INIT agreed on whether the guest may map files, and whether it wants a flag on each.

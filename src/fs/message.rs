@@ -11,6 +11,8 @@ use virtiofsd::filesystem::{Extensions, SecContext};
 use virtiofsd::fuse::{ExtHeader, InHeader, OutHeader, Secctx, SuppGroups};
 use vm_memory_of_virtiofsd::ByteValued;
 
+use crate::request::Header;
+
 /// `max_write`, and the most that one READ brings: what virtiofsd takes, too.
 pub(super) const MAX_DATA_BYTES: u32 = 1 << 20;
 
@@ -170,8 +172,11 @@ impl Reply {
 }
 
 /// The header of a reply that has `bytes` behind it.
-pub(super) fn out_header(unique: u64, error: i32, bytes: usize) -> OutHeader {
-    OutHeader { len: (OUT_HEADER_BYTES + bytes) as u32, error, unique }
+pub(super) fn out_header(unique: u64, error: i32, bytes: usize) -> Header {
+    let len = (OUT_HEADER_BYTES + bytes) as u32;
+    let mut header = Header::default();
+    header.copy_from_slice(OutHeader { len, error, unique }.as_slice());
+    header
 }
 
 #[cfg(test)]

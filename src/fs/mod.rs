@@ -300,7 +300,8 @@ impl Device for Fs {
                          ({held_back} more such lines held back)"
                     );
                 }
-                self.pool.submit(pool::Pace::Quick, move || request.complete_with(Vec::new(), 0));
+                self.pool
+                    .submit(pool::Pace::Quick, move || request.complete_with(None, Vec::new(), 0));
             }
         }
         None

@@ -11,10 +11,9 @@ use log::{debug, error};
 use nix::errno::Errno;
 use virtiofsd::filesystem::{Context, FileSystem};
 use virtiofsd::fuse::{InHeader, Opcode, WriteIn};
-use vm_memory_of_virtiofsd::ByteValued;
 
 use crate::dax::counters::Counter;
-use crate::request::Request;
+use crate::request::{Chain, Request, Segment};
 
 use super::dax::Dax;
 use super::guest_io::copy_in;
@@ -37,8 +36,8 @@ pub(super) struct Tally {
 /// The head of a message, copied out of the guest's memory: what it says can't change any more.
 pub(super) struct Message {
     pub(super) header: InHeader,
-    /// What follows the header; of a WRITE without its data.
-    pub(super) args: Vec<u8>,
+    /// The header and what follows it, of a WRITE without its data. Empty if that was not all there.
+    copied: Vec<u8>,
     /// How many bytes the whole request has.
     pub(super) bytes: usize,
 }
@@ -53,16 +52,16 @@ impl Message {
         let in_window = |segment| place.is_some_and(|place| place.touches(segment));
         // The head of a reply goes to the first buffers, which must be memory.
         let mut room = 0;
-        for segment in &chain.writable {
+        for segment in chain.writable() {
             if room < OUT_HEADER_BYTES && in_window(*segment) {
                 return Err(Unanswerable);
             }
             room += segment.bytes as usize;
         }
-        let readable = chain.readable.iter().map(|segment| segment.bytes as usize).sum();
+        let readable = chain.readable().iter().map(|segment| segment.bytes as usize).sum();
         // Most requests are short, and copied at once; what is none of it may lie in the window.
-        let begin = copy_in(&mem, &chain.readable, SHORT_BYTES.min(readable), place)
-            .or_else(|_| copy_in(&mem, &chain.readable, IN_HEADER_BYTES, place));
+        let begin = copy_in(&mem, chain.readable(), SHORT_BYTES.min(readable), place)
+            .or_else(|_| copy_in(&mem, chain.readable(), IN_HEADER_BYTES, place));
         let begin = begin.map_err(|_| Unanswerable)?;
         let header: InHeader = object(&begin).ok_or(Unanswerable)?;
         let bytes = request_bytes(&header, readable);
@@ -75,20 +74,21 @@ impl Message {
         };
         let copied = match begin.get(..head) {
             Some(_) => Ok(begin),
-            None => copy_in(&mem, &chain.readable, head, place),
+            None => copy_in(&mem, chain.readable(), head, place),
         };
-        let whole = copied.ok().filter(|copied| copied.len() >= head && bytes.is_ok());
-        let args = whole.and_then(|copied| copied.get(IN_HEADER_BYTES..head).map(<[u8]>::to_vec));
-        let bytes = bytes.unwrap_or(0);
         if room < OUT_HEADER_BYTES && !takes_no_reply(header.opcode) {
             return Err(Unanswerable);
         }
         // A message that lies about its length is answered with EINVAL: see `is_whole`.
-        Ok(Self {
-            header,
-            bytes: if args.is_some() { bytes } else { 0 },
-            args: args.unwrap_or_default(),
-        })
+        let whole = copied.ok().filter(|copied| copied.len() >= head).zip(bytes.ok());
+        let (mut copied, bytes) = whole.unwrap_or_default();
+        copied.truncate(head);
+        Ok(Self { header, copied, bytes })
+    }
+
+    /// What follows the header; of a WRITE without its data.
+    fn args(&self) -> &[u8] {
+        self.copied.get(IN_HEADER_BYTES..).unwrap_or_default()
     }
 
     /// Whether all that the header promises was there.
@@ -265,7 +265,7 @@ where
                 Err(Errno::EIO.into())
             };
         }
-        let mut args = Args::new(&message.args);
+        let mut args = Args::new(message.args());
         match opcode {
             Opcode::Read => self.read(request, message, &mut args, patience),
             Opcode::Write => self.write(request, message, &mut args, patience),
@@ -275,39 +275,45 @@ where
 
     fn answer(&self, request: Request, unique: u64, done: io::Result<Reply>) {
         match done {
-            Ok(Reply::None) => request.complete_with(Vec::new(), 0),
-            Ok(Reply::Bytes(bytes)) => self.answer_bytes(request, unique, &bytes),
+            Ok(Reply::None) => request.complete_with(None, Vec::new(), 0),
+            Ok(Reply::Bytes(bytes)) => self.answer_bytes(request, unique, bytes),
             Ok(Reply::Data(bytes)) => {
-                let header = out_header(unique, 0, bytes as usize);
-                request.complete_with(header.as_slice().to_vec(), bytes);
+                request.complete_with(
+                    Some(out_header(unique, 0, bytes as usize)),
+                    Vec::new(),
+                    bytes,
+                );
             }
             Err(e) => {
                 let errno = e.raw_os_error().filter(|errno| *errno > 0).unwrap_or(libc::EIO);
-                request.complete_with(out_header(unique, -errno, 0).as_slice().to_vec(), 0);
+                answer_error(request, unique, errno);
             }
         }
     }
 
-    fn answer_bytes(&self, request: Request, unique: u64, bytes: &[u8]) {
+    fn answer_bytes(&self, request: Request, unique: u64, bytes: Vec<u8>) {
         let place = self.dax.as_deref().and_then(Dax::place);
         let fits = bytes.len() <= room(&request);
-        let in_memory = place.is_none_or(|place| {
-            let writable = request.chain().map(|chain| &chain.writable[..]).unwrap_or_default();
-            !writable.iter().any(|segment| place.touches(*segment))
-        });
+        let in_memory = place
+            .is_none_or(|place| !writable(&request).iter().any(|segment| place.touches(*segment)));
         if !fits || !in_memory {
             // Less room than the message asks for, or room that no driver gives to it.
-            let errno = if fits { libc::EFAULT } else { libc::EINVAL };
-            return request.complete_with(out_header(unique, -errno, 0).as_slice().to_vec(), 0);
+            return answer_error(request, unique, if fits { libc::EFAULT } else { libc::EINVAL });
         }
-        let header = out_header(unique, 0, bytes.len());
-        request.complete_with([header.as_slice(), bytes].concat(), 0);
+        request.complete_with(Some(out_header(unique, 0, bytes.len())), bytes, 0);
     }
+}
+
+fn answer_error(request: Request, unique: u64, errno: i32) {
+    request.complete_with(Some(out_header(unique, -errno, 0)), Vec::new(), 0);
+}
+
+fn writable(request: &Request) -> &[Segment] {
+    request.chain().map(Chain::writable).unwrap_or_default()
 }
 
 /// The room behind the header of the reply.
 pub(super) fn room(request: &Request) -> usize {
-    let writable = request.chain().map(|chain| &chain.writable[..]).unwrap_or_default();
-    let bytes: usize = writable.iter().map(|segment| segment.bytes as usize).sum();
+    let bytes: usize = writable(request).iter().map(|segment| segment.bytes as usize).sum();
     bytes.saturating_sub(OUT_HEADER_BYTES)
 }

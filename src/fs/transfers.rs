@@ -63,7 +63,7 @@ where
         let asked: fuse::ReadIn = args.take()?;
         let owner = (asked.read_flags & fuse::READ_LOCKOWNER != 0).then_some(asked.lock_owner);
         let chain = request.chain().map_err(|_| invalid())?;
-        let buffers = Buffers::find(&chain.writable, OUT_HEADER_BYTES, self.window())?;
+        let buffers = Buffers::find(chain.writable(), OUT_HEADER_BYTES, self.window())?;
         if buffers.bytes() < asked.size as usize {
             return Err(invalid());
         }
@@ -96,7 +96,7 @@ where
         let kill_priv = asked.write_flags & fuse::WRITE_KILL_PRIV != 0;
         let head = IN_HEADER_BYTES + size_of::<fuse::WriteIn>();
         let chain = request.chain().map_err(|_| invalid())?;
-        let buffers = Buffers::find(&chain.readable, head, self.window())?;
+        let buffers = Buffers::find(chain.readable(), head, self.window())?;
         if message.bytes.saturating_sub(head) < asked.size as usize {
             return Err(invalid());
         }

@@ -14,8 +14,7 @@ use crate::device::SessionWindow;
 use crate::lock::lock;
 use crate::window::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset};
 
-use super::base::Base;
-use super::guest_io::WindowPlace;
+use super::base::{Base, Place};
 
 /// Maps and memory regions of one VM, of all its devices together, of which QEMU 11.1 does not die (Q2:
 /// 512; the library itself stops at 509), less what other devices may map while we are not looking.
@@ -38,7 +37,6 @@ struct State {
 /// The window of one session.
 pub(super) struct FsWindow {
     engine: Arc<Engine>,
-    bytes: WindowBytes,
     /// The most maps that this window ever needs.
     most_maps: usize,
     /// The front-end knows of the region: a vhost-user-fs device of QEMU has a back-end channel, too.
@@ -46,21 +44,29 @@ pub(super) struct FsWindow {
     channel: OnceLock<ShmemMapper>,
     state: Mutex<State>,
     changed: Condvar,
+    /// Where all requests look up the base.
+    place: Arc<Place>,
     /// That there is too little room for all maps has been said.
     said_full: AtomicBool,
 }
 
 impl FsWindow {
-    pub(super) fn new(engine: Arc<Engine>, bytes: WindowBytes, most_maps: usize) -> Self {
+    pub(super) fn new(
+        engine: Arc<Engine>,
+        bytes: WindowBytes,
+        most_maps: usize,
+        place: Arc<Place>,
+    ) -> Self {
+        place.publish(None);
         let state = State { phase: Phase::Stopped, generation: 0, base: Base::new(bytes) };
         Self {
             engine,
-            bytes,
             most_maps,
             has_region: AtomicBool::new(false),
             channel: OnceLock::new(),
             state: Mutex::new(state),
             changed: Condvar::new(),
+            place,
             said_full: AtomicBool::new(false),
         }
     }
@@ -79,16 +85,21 @@ impl FsWindow {
         channel.probe_acks() != Acks::Missing
     }
 
-    /// Where the window is in the guest's memory, if that is known.
-    pub(super) fn place(&self) -> Option<WindowPlace> {
-        self.lock().base.found.map(|base| WindowPlace { base, bytes: self.bytes })
+    /// Does something that may find the window's base, or lose it.
+    fn with_base<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.lock();
+        let done = work(&mut state);
+        // Under the lock: what was found last is what is said last.
+        self.place.publish(state.base.found);
+        done
     }
 
     /// The driver has reset the device, and the front-end has dropped all maps (Q10).
     pub(super) fn reset(&self) {
-        let mut state = self.lock();
-        state.generation += 1;
-        state.base.forget();
+        self.with_base(|state| {
+            state.generation += 1;
+            state.base.forget();
+        });
         self.changed.notify_all();
     }
 
@@ -123,7 +134,7 @@ impl FsWindow {
 
     /// Looks for our maps in a memory table: how many regions are not ours, and where the window is.
     fn read_table(&self, mem: &GuestMemoryMmap) {
-        let others = self.lock().base.table_came(mem);
+        let others = self.with_base(|state| state.base.table_came(mem));
         let most = MOST_REGIONS.saturating_sub(others).min(self.most_maps);
         if most < self.most_maps && !self.said_full.swap(true, Ordering::Relaxed) {
             warn!(
@@ -148,7 +159,7 @@ impl Mapper for FsWindow {
         // Before it is sent: the memory table that shows it comes before the ack (Q3).
         self.lock().base.asked_for(at, file, from, bytes);
         let done = self.while_started(|channel| channel.map(at, file, from, bytes));
-        self.lock().base.answered(at, matches!(done, Ok(true)));
+        self.with_base(|state| state.base.answered(at, matches!(done, Ok(true))));
         if done? {
             return Ok(());
         }
