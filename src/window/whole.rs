@@ -23,7 +23,7 @@ use crate::lock::lock;
 struct Tables {
     /// Where the guest sees the file, by the last table; none if no table has come since the last stop.
     places: Option<Vec<GuestAddress>>,
-    /// Where the file was when a map was made that no table has shown yet.
+    /// Where the file was when a map was asked for that no table has shown yet.
     before: Option<Vec<GuestAddress>>,
     /// Where our map is, once that is known.
     ours: Option<GuestAddress>,
@@ -34,26 +34,30 @@ impl Tables {
         self.ours.is_some_and(|ours| self.places.iter().flatten().any(|place| *place == ours))
     }
 
-    /// A map was acked that was asked for when the file was at `before`. Without CONFIGURE_MEM_SLOTS the
-    /// table that shows it may come later.
-    fn acked(&mut self, before: Vec<GuestAddress>) {
-        self.before = Some(before);
-        self.look();
+    /// A map is about to be asked for: a table may show it before the ack comes, or, without
+    /// CONFIGURE_MEM_SLOTS, later. Returns what was known of an earlier one.
+    fn asked(&mut self) -> Option<GuestAddress> {
+        self.before = Some(self.places.clone().unwrap_or_default());
+        self.ours
     }
 
-    /// Looks whether the table shows what was made.
-    fn look(&mut self) {
-        let Some(before) = &self.before else { return };
-        let new = self.places.iter().flatten().find(|place| !before.contains(place));
-        if new.is_some() {
-            self.ours = new.copied();
+    fn came(&mut self, places: Vec<GuestAddress>) {
+        let is_new = |place: &&GuestAddress| {
+            self.before.as_ref().is_some_and(|before| !before.contains(place))
+        };
+        if let Some(new) = places.iter().find(is_new).copied() {
+            self.ours = Some(new);
             self.before = None;
         }
+        self.places = Some(places);
     }
 
-    /// A map was refused, so something is there. If an earlier session made it, it is what shows the file.
-    fn refused(&mut self) {
-        self.ours = self.ours.or_else(|| self.places.iter().flatten().next().copied());
+    /// The map was not made. If it was refused, something is there: if an earlier session made it, it is what
+    /// shows the file.
+    fn failed(&mut self, known: Option<GuestAddress>, refused: bool) {
+        self.before = None;
+        let any = self.places.iter().flatten().next().copied();
+        self.ours = known.or(any.filter(|_| refused));
     }
 }
 
@@ -112,9 +116,7 @@ impl WholeFile {
         });
         let places: Vec<_> = regions.map(GuestMemoryRegion::start_addr).collect();
         debug!("memory table of {} regions, the file is at {places:x?}", mem.num_regions());
-        let mut tables = lock(&self.tables);
-        tables.places = Some(places);
-        tables.look();
+        lock(&self.tables).came(places);
     }
 
     /// The device was stopped: a reset may follow, and would drop the map without a word (Q10).
@@ -143,13 +145,11 @@ impl Mapper for WholeFile {
         if acks == Acks::Missing {
             return lacks("protocol feature REPLY_ACK");
         }
-        let before = lock(&self.tables).places.clone().unwrap_or_default();
+        let known = lock(&self.tables).asked();
         let done = channel.map(at, file, from, bytes);
         let mut tables = lock(&self.tables);
-        match done {
-            Ok(()) => tables.acked(before),
-            Err(MapError::Refused) => tables.refused(),
-            Err(_) => {}
+        if let Err(e) = &done {
+            tables.failed(known, matches!(e, MapError::Refused));
         }
         match done {
             // A front-end that can't be asked whether it acks: its table is the proof.
@@ -205,7 +205,9 @@ mod tests {
         ) -> Result<(), MapError> {
             assert_eq!((at.0, from.0, bytes.0), (0, 0, BYTES), "the whole file, in one map");
             if let Some(table) = &self.table {
-                self.window.upgrade().unwrap().table_came(table);
+                let window = self.window.upgrade().unwrap();
+                window.table_came(table);
+                assert!(window.is_shown(), "a start before the ack would ask for it again");
             }
             (self.map)()
         }
