@@ -261,7 +261,8 @@ fn run_round(guest: &Guest, round: &Round) -> Result<u64, String> {
     let host = HostDisk::new(round.kind)?;
     let place = Place::new(round.device, host.path());
     let (mut vm, mut acked) = run_plan(guest, round, &place, host.path());
-    if round.end == End::Power {
+    let of = |what: String| move |why: String| format!("{round}: {what}: {why}");
+    let disk = if round.end == End::Power {
         host.disk().hold_syncs();
         // A broken daemon would lie for ever.
         for line in (0..LIES).map_while(|_| vm.case_line_within(LIE)) {
@@ -269,26 +270,28 @@ fn run_round(guest: &Guest, round: &Round) -> Result<u64, String> {
         }
         host.disk().lose_power();
         kill(&mut vm, End::Both);
+        None
     } else {
         kill(&mut vm, round.end);
+        // As if power were lost right now: what follows looks at the live file system, which makes it sync.
+        let disk = host.disk().copy().map_err(|why| format!("{round}: {why}"))?;
         if round.end == End::Daemon {
             // Nothing is acknowledged any more: it hangs, or has errors.
             vm.kill_qemu();
         }
-    }
+        Some(disk)
+    };
     for line in vm.last_lines() {
         hear(&mut acked, &line);
     }
     drop(vm);
-    let of = |what: String| move |why: String| format!("{round}: {what}: {why}");
-    let disk = if round.end == End::Power {
-        host.off()
-    } else {
-        // As if power were lost right now: to look at the live file system makes it sync.
-        let disk = host.disk().copy().map_err(|why| format!("{round}: {why}"))?;
-        place.check(round.device, host.path(), &acked).map_err(of("after the kill".into()))?;
-        drop(host);
-        disk
+    let disk = match disk {
+        None => host.off(),
+        Some(disk) => {
+            place.check(round.device, host.path(), &acked).map_err(of("after the kill".into()))?;
+            drop(host); // btrfs mounts no second disk of the same name.
+            disk
+        }
     };
     let coin = round.coin;
     for survivors in [Survivors::None, Survivors::Some(coin), Survivors::Some(scatter(coin))] {

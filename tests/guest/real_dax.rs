@@ -62,6 +62,20 @@ impl<'g> TestGuest<'g> {
         let libraries = libraries(programs.values().chain([&daemon]));
         Self { vm, programs, libraries }
     }
+
+    /// One with NVDIMMs, and the device of the first.
+    fn with_nvdimms(guest: &'g Guest) -> (Self, String) {
+        let mut inside = Self::boot(guest, &Options { qemu: nvdimms(), ..Options::default() });
+        let device = inside.vm.run("dax-ready", &[]).get("dev").to_owned();
+        (inside, device)
+    }
+
+    /// Makes a file system, and mounts it as `/mnt`.
+    fn mount_new(&mut self, kind: &str, device: &str) {
+        self.vm.run("mkfs", &[kind, device]);
+        self.vm.run("mount", &[kind, device, "/mnt"]);
+    }
+
     /// Runs a test program of this crate in `/mnt`.
     pub fn run(&mut self, program: &str, args: &[&str]) {
         let path = self.programs.get(program).unwrap_or_else(|| panic!("no test '{program}'"));
@@ -144,11 +158,9 @@ fn a_disk_that_fails_once() {
 #[test]
 fn the_kernel_judges() {
     let Some(guest) = Guest::enter("the_kernel_judges") else { return };
-    let mut inside = TestGuest::boot(&guest, &Options { qemu: nvdimms(), ..Options::default() });
-    let device = inside.vm.run("dax-ready", &[]).get("dev").to_owned();
+    let (mut inside, device) = TestGuest::with_nvdimms(&guest);
     for kind in ["ext4", "xfs"] {
-        inside.vm.run("mkfs", &[kind, &device]);
-        inside.vm.run("mount", &[kind, &device, "/mnt"]);
+        inside.mount_new(kind, &device);
         inside.run("oracle", &["--include-ignored", "--nocapture", "--test-threads=1"]);
         inside.vm.run("umount", &["/mnt"]);
     }
@@ -157,10 +169,8 @@ fn the_kernel_judges() {
 
 fn tests_on(test: &'static str, kind: &str) {
     let Some(guest) = Guest::enter(test) else { return };
-    let mut inside = TestGuest::boot(&guest, &Options { qemu: nvdimms(), ..Options::default() });
-    let device = inside.vm.run("dax-ready", &[]).get("dev").to_owned();
-    inside.vm.run("mkfs", &[kind, &device]);
-    inside.vm.run("mount", &[kind, &device, "/mnt"]);
+    let (mut inside, device) = TestGuest::with_nvdimms(&guest);
+    inside.mount_new(kind, &device);
     for (program, args) in TESTS {
         inside.run(program, args);
     }

@@ -11,6 +11,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod compare;
+#[allow(dead_code)] // Has more than this needs.
+#[path = "../engine/fakes.rs"]
+mod fakes;
 mod kernel;
 mod ops;
 mod replay;

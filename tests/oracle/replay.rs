@@ -7,15 +7,18 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use vhost_user_dax::dax::engine::{Engine, Space};
 use vhost_user_dax::dax::entry::{Entry, PAGE_BYTES, PMD_PAGES, PageIndex};
 use vhost_user_dax::dax::extent::{Access, Extent, ExtentSource, FileExtents};
-use vhost_user_dax::persist::Persist;
-use vhost_user_dax::window::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
+use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 
+use crate::fakes::{Event, FakePersist, Log, StrictMapper};
 use crate::ops::MOST_PAGES;
+
+/// Fewer than QEMU dies of (Q2).
+const MOST_MAPS: usize = 500;
 
 /// Where the window shows what may be written: the same file once more, behind what may be read.
 const WRITABLE: u64 = MOST_PAGES;
@@ -53,58 +56,22 @@ impl ExtentSource for Replay {
     }
 }
 
-struct AnyMapper;
-
-impl Mapper for AnyMapper {
-    fn map(
-        &self,
-        _: WindowOffset,
-        _: &File,
-        _: FileOffset,
-        _: WindowBytes,
-    ) -> Result<(), MapError> {
-        Ok(())
-    }
-
-    fn unmap(&self, _: WindowOffset, _: WindowBytes) -> Result<(), MapError> {
-        Ok(())
-    }
-
-    fn unmap_hole(&self, _: &File, _: FileOffset, _: WindowBytes) {}
-}
-
-#[derive(Clone, Default)]
-struct Flushes(Arc<Mutex<BTreeSet<(u64, u64)>>>);
-
-impl Persist for Flushes {
-    fn sync(&self) -> io::Result<()> {
-        panic!("only entries know what is dirty");
-    }
-
-    fn kernel_tracks(&self) -> bool {
-        false
-    }
-
-    fn flush(&self, from: u64, bytes: u64) -> io::Result<()> {
-        self.0.lock().unwrap().insert((from / PAGE_BYTES, bytes / PAGE_BYTES));
-        Ok(())
-    }
-}
-
 pub struct Ours {
     engine: Engine,
     space: Arc<Space>,
-    flushes: Flushes,
+    /// What the engine asked of the front-end and of the disk.
+    log: Log,
 }
 
 impl Ours {
     pub fn new(file: Arc<File>) -> Self {
-        let window = WindowBytes(2 * MOST_PAGES * PAGE_BYTES);
-        let engine = Engine::new(window, Arc::new(AnyMapper), 1 << 20);
-        let flushes = Flushes::default();
+        let (log, bytes) = (Log::default(), 2 * MOST_PAGES * PAGE_BYTES);
+        let mapper = StrictMapper::new(bytes, log.clone());
+        let engine = Engine::new(WindowBytes(bytes), mapper, MOST_MAPS);
         let source = Replay(FileExtents::new(file).on_device(true));
-        let space = engine.space(Box::new(source), Box::new(flushes.clone()));
-        Self { engine, space, flushes }
+        let persist = FakePersist::new(false, log.clone());
+        let space = engine.space(Box::new(source), Box::new(persist));
+        Self { engine, space, log }
     }
 
     fn grant(&self, page: u64, pages: u64, access: Access) -> Result<(), String> {
@@ -152,10 +119,15 @@ impl Ours {
     }
 
     pub fn fsync(&self) -> Result<BTreeSet<(u64, u64)>, String> {
-        self.flushes.0.lock().unwrap().clear();
+        self.log.take();
         let done = self.engine.writeback(&self.space, PageIndex(0), PageIndex::LAST);
         done.map_err(|e| e.to_string())?;
-        Ok(std::mem::take(&mut *self.flushes.0.lock().unwrap()))
+        let flushed = |event| match event {
+            Event::Flush { from, bytes } => Some((from / PAGE_BYTES, bytes / PAGE_BYTES)),
+            Event::Sync => panic!("only entries know what is dirty"),
+            _ => None,
+        };
+        Ok(self.log.take().into_iter().filter_map(flushed).collect())
     }
 
     /// write(2) has been done by the kernel.
