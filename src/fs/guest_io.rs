@@ -28,6 +28,8 @@ use crate::persist::Direct;
 use crate::request::Segment;
 use crate::window::{FileOffset, WindowBytes, WindowOffset};
 
+use super::server::Patience;
+
 /// IOV_MAX.
 const MAX_IOVECS: usize = 1024;
 
@@ -223,8 +225,9 @@ fn step_by_step(
 pub(super) struct GuestWriter<'m> {
     pub(super) mem: &'m GuestMemoryMmap,
     pub(super) buffers: Buffers,
-    /// It must not wait for a disk: set where it would have to.
-    pub(super) no_wait: Option<&'m Cell<bool>>,
+    pub(super) patience: Patience,
+    /// Set where it would have to wait for a disk, and has not the patience.
+    pub(super) would_wait: &'m Cell<bool>,
 }
 
 impl GuestWriter<'_> {
@@ -251,9 +254,9 @@ impl GuestWriter<'_> {
                 // `mem` outlive the call. The guest may change these bytes at any time, and only
                 // the kernel writes to them: no reference to them is ever made.
                 let read = |flags| unsafe { oslib::readv_at(file.as_fd(), &iovecs, off, flags) };
-                match self.no_wait {
-                    Some(would_wait) => read_now(would_wait, flags, read)?,
-                    None => read(flags)?,
+                match self.patience {
+                    Patience::Any => read(flags)?,
+                    _ => self.read_now(flags, read)?,
                 }
             }
             Some((space, from, bytes)) => {
@@ -270,21 +273,24 @@ impl GuestWriter<'_> {
         self.buffers.consume(done);
         Ok(done)
     }
-}
 
-/// Reads what needs no waiting for, where the file system can tell.
-fn read_now(
-    would_wait: &Cell<bool>,
-    flags: Option<ReadvFlags>,
-    read: impl Fn(Option<ReadvFlags>) -> io::Result<usize>,
-) -> io::Result<usize> {
-    match read(Some(flags.unwrap_or(ReadvFlags::empty()) | ReadvFlags::RWF_NOWAIT)) {
-        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => read(flags),
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-            would_wait.set(true);
-            Err(e)
+    /// Reads what needs no waiting for; where the file system can't tell what does, all or nothing.
+    fn read_now(
+        &self,
+        flags: Option<ReadvFlags>,
+        read: impl Fn(Option<ReadvFlags>) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        match read(Some(flags.unwrap_or(ReadvFlags::empty()) | ReadvFlags::RWF_NOWAIT)) {
+            Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                if self.patience == Patience::None {
+                    return read(flags);
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            other => return other,
         }
-        other => other,
+        self.would_wait.set(true);
+        Err(Errno::EAGAIN.into())
     }
 }
 

@@ -47,8 +47,8 @@ use crate::window::{MapError, ShmemMapper, WindowBytes};
 
 use self::dax::Dax;
 use self::opened::Opened;
-use self::pool::Pool;
-use self::server::{Message, Patience, Serve, Server, Tally, is_quick, pace};
+use self::pool::{Pace, Pool};
+use self::server::{Message, Patience, Serve, Server, Tally, is_copy, is_quick, pace};
 use self::stretch::{Stretch, Unavailable};
 
 pub use self::settings::{DaxPolicy, FsConfig, Tag, WindowSize};
@@ -134,7 +134,7 @@ impl Fs {
             pool::own_directory();
             pool::guarded(|| {
                 if let Some((request, message)) = server.serve(request, message, Patience::None) {
-                    submit(&pool, &server, request, message);
+                    submit_patient(&pool, &server, request, message);
                 }
             });
             drop(here);
@@ -142,7 +142,20 @@ impl Fs {
     }
 }
 
-fn submit(pool: &Pool, server: &Arc<dyn Serve>, request: Request, message: Message) {
+/// Has a request served by another thread: first, if it is a copy, as one that waits for nothing.
+fn submit(pool: &Arc<Pool>, server: &Arc<dyn Serve>, request: Request, message: Message) {
+    if !is_copy(&message, &request) {
+        return submit_patient(pool, server, request, message);
+    }
+    let (again, server) = (pool.clone(), server.clone());
+    pool.submit(Pace::Busy, move || {
+        if let Some((request, message)) = server.serve(request, message, Patience::Least) {
+            submit_patient(&again, &server, request, message);
+        }
+    });
+}
+
+fn submit_patient(pool: &Pool, server: &Arc<dyn Serve>, request: Request, message: Message) {
     let (pace, server) = (pace(message.opcode()), server.clone());
     pool.submit(pace, move || {
         let left = server.serve(request, message, Patience::Any);
@@ -300,8 +313,7 @@ impl Device for Fs {
                          ({held_back} more such lines held back)"
                     );
                 }
-                self.pool
-                    .submit(pool::Pace::Quick, move || request.complete_with(None, Vec::new(), 0));
+                self.pool.submit(Pace::Quick, move || request.complete_with(None, Vec::new(), 0));
             }
         }
         None

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread::Builder;
+use std::thread::{Builder, available_parallelism};
 use std::time::Duration;
 
 use log::error;
@@ -29,16 +29,21 @@ pub(super) enum Pace {
     Quick,
     /// It may wait for a disk or a network as long as that likes.
     Slow,
+    /// It keeps a processor busy, and waits for nothing: no more of these run at once than there are
+    /// processors, so that they end in the order in which they came.
+    Busy,
 }
 
 #[derive(Default)]
 struct State {
     quick: VecDeque<Job>,
     slow: VecDeque<Job>,
+    busy: VecDeque<Job>,
     threads: usize,
     idle: usize,
     running: usize,
     slow_running: usize,
+    busy_running: usize,
     /// Who waits until nothing runs.
     finishing: usize,
     stopping: bool,
@@ -46,7 +51,19 @@ struct State {
 
 impl State {
     fn is_still(&self) -> bool {
-        self.running == 0 && self.quick.is_empty() && self.slow.is_empty()
+        self.running == 0 && self.is_empty()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.quick.is_empty() && self.slow.is_empty() && self.busy.is_empty()
+    }
+
+    fn counted(&mut self, pace: Pace) -> Option<&mut usize> {
+        match pace {
+            Pace::Quick => None,
+            Pace::Slow => Some(&mut self.slow_running),
+            Pace::Busy => Some(&mut self.busy_running),
+        }
     }
 }
 
@@ -56,6 +73,7 @@ struct Shared {
     /// Nothing runs and nothing waits.
     still: Condvar,
     most: usize,
+    most_busy: usize,
 }
 
 impl Shared {
@@ -68,16 +86,27 @@ impl Shared {
     }
 
     fn next(&self, state: &mut State) -> Option<(Pace, Job)> {
-        if let Some(job) = state.quick.pop_front() {
-            return Some((Pace::Quick, job));
-        }
-        if state.slow_running < self.most_slow()
-            && let Some(job) = state.slow.pop_front()
+        let (pace, job) = if let Some(job) = state.quick.pop_front() {
+            (Pace::Quick, job)
+        } else if state.busy_running < self.most_busy
+            && let Some(job) = state.busy.pop_front()
         {
-            state.slow_running += 1;
-            return Some((Pace::Slow, job));
+            (Pace::Busy, job)
+        } else if state.slow_running < self.most_slow() {
+            (Pace::Slow, state.slow.pop_front()?)
+        } else {
+            return None;
+        };
+        if let Some(running) = state.counted(pace) {
+            *running += 1;
         }
-        None
+        Some((pace, job))
+    }
+
+    /// How many jobs wait for a thread, and for nothing else.
+    fn waiting(&self, state: &State) -> usize {
+        let busy = state.busy.len().min(self.most_busy - state.busy_running);
+        state.quick.len() + state.slow.len() + busy
     }
 
     /// Something that was running has ended.
@@ -103,6 +132,7 @@ impl Pool {
             changed: Condvar::new(),
             still: Condvar::new(),
             most: most.max(2),
+            most_busy: available_parallelism().map_or(1, usize::from),
         };
         let pool = Self(Arc::new(shared));
         pool.start_one(&mut pool.0.lock())?;
@@ -115,9 +145,9 @@ impl Pool {
         match pace {
             Pace::Quick => state.quick.push_back(Box::new(job)),
             Pace::Slow => state.slow.push_back(Box::new(job)),
+            Pace::Busy => state.busy.push_back(Box::new(job)),
         }
-        let waiting = state.quick.len() + state.slow.len();
-        if waiting > state.idle
+        if self.0.waiting(&state) > state.idle
             && state.threads < self.0.most
             && let Err(e) = self.start_one(&mut state)
         {
@@ -196,7 +226,9 @@ fn run(shared: &Shared) {
             drop(state);
             guarded(job);
             state = shared.lock();
-            state.slow_running -= usize::from(pace == Pace::Slow);
+            if let Some(running) = state.counted(pace) {
+                *running -= 1;
+            }
             shared.ended(&mut state);
             continue;
         }
@@ -209,7 +241,7 @@ fn run(shared: &Shared) {
         state = after;
         state.idle -= 1;
         let spare = waited.timed_out() && state.threads > 1;
-        if spare && state.quick.is_empty() && state.slow.is_empty() {
+        if spare && state.is_empty() {
             break;
         }
     }
@@ -218,6 +250,7 @@ fn run(shared: &Shared) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::sync::mpsc::channel;
 
     use super::*;
@@ -238,6 +271,36 @@ mod tests {
         pool.submit(Pace::Quick, move || done.send(()).unwrap());
         seen.recv().unwrap();
         drop(release);
+    }
+
+    /// Shows: no more busy requests run at once than there are processors, whatever the threads, and they begin
+    /// in order; others run beside them.
+    #[test]
+    fn busy_requests_are_few_at_once() {
+        let processors = available_parallelism().unwrap().get();
+        let pool = Pool::new(2 * processors + 2).unwrap();
+        let (began, seen) = channel();
+        let (release, held) = channel::<()>();
+        let held = Arc::new(Mutex::new(held));
+        for i in 0..4 * processors {
+            let (began, held) = (began.clone(), held.clone());
+            pool.submit(Pace::Busy, move || {
+                began.send(Some(i)).unwrap();
+                let _ = held.lock().unwrap().recv();
+            });
+        }
+        let first: BTreeSet<_> = seen.iter().take(processors).flatten().collect();
+        assert_eq!(first, (0..processors).collect());
+        for pace in [Pace::Quick, Pace::Slow] {
+            let began = began.clone();
+            pool.submit(pace, move || began.send(None).unwrap());
+            assert_eq!(seen.recv().unwrap(), None, "it runs before the next busy one");
+        }
+        release.send(()).unwrap();
+        assert_eq!(seen.recv().unwrap(), Some(processors));
+        drop(release);
+        pool.finish();
+        assert_eq!(seen.try_iter().count(), 3 * processors - 1);
     }
 
     /// Shows: finish() returns when everything has ended, and not before.

@@ -144,6 +144,8 @@ pub(super) enum Patience {
     Any,
     /// READ and WRITE must not wait for what can be known to keep them waiting.
     None,
+    /// Nor for what nothing can be known of.
+    Least,
 }
 
 /// More data than this is better moved beside other requests than before them.
@@ -159,6 +161,11 @@ pub(super) fn is_quick(message: &Message, request: &Request, more: bool) -> bool
         Some(Read) => !more || room(request) <= MUCH_DATA,
         _ => true,
     }
+}
+
+/// Whether a request is one of those that do little else than copy, if what they copy is in memory.
+pub(super) fn is_copy(message: &Message, request: &Request) -> bool {
+    matches!(message.opcode(), Some(Opcode::Read)) && room(request) > MUCH_DATA
 }
 
 /// One device's file system, its open files, and its window.
@@ -209,7 +216,7 @@ where
             error!("{:?} made its thread panic: this is a bug", message.opcode());
             Err(Errno::EIO.into())
         });
-        if patience == Patience::None && moves_data(message.opcode()) && would_wait(&done) {
+        if patience != Patience::Any && moves_data(message.opcode()) && would_wait(&done) {
             request.let_go();
             return Some((request, message));
         }

@@ -41,10 +41,10 @@ impl ZeroCopyWriter for Capture<'_> {
 /// Takes guest memory in hand.
 fn touch(request: &mut Request, patience: Patience) -> io::Result<()> {
     match patience {
-        Patience::None if request.touch_now() => Ok(()),
-        Patience::None => Err(Errno::EAGAIN.into()),
         Patience::Any if request.touch() => Ok(()),
         Patience::Any => Err(Errno::EIO.into()),
+        Patience::None | Patience::Least if request.touch_now() => Ok(()),
+        Patience::None | Patience::Least => Err(Errno::EAGAIN.into()),
     }
 }
 
@@ -70,8 +70,7 @@ where
         touch(request, patience)?;
         let mem = request.memory();
         let would_wait = Cell::new(false);
-        let no_wait = (patience == Patience::None).then_some(&would_wait);
-        let to = GuestWriter { mem: &mem, buffers, no_wait };
+        let to = GuestWriter { mem: &mem, buffers, patience, would_wait: &would_wait };
         let (ctx, nodeid) = (message.context(), message.nodeid());
         let (fh, size, from) = (asked.fh, asked.size, asked.offset);
         let done = self.fs.read(ctx, nodeid, fh, to, size, from, owner, asked.flags)?;
@@ -103,7 +102,7 @@ where
         let (ctx, nodeid) = (message.context(), message.nodeid());
         // Where something is granted, there are locks to wait for.
         let granted = self.dax.as_deref().is_some_and(|dax| dax.node(nodeid).is_some());
-        if granted && patience == Patience::None {
+        if granted && patience != Patience::Any {
             return Err(Errno::EAGAIN.into());
         }
         let (fh, size, from, flags) = (asked.fh, asked.size, asked.offset, asked.flags);
