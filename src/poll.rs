@@ -4,7 +4,13 @@
 //!
 //! To be woken costs 5 to 40 microseconds, and the driver has to kick; a driver that has just been answered
 //! often asks again sooner. So the ring's thread looks whether it does, as QEMU's own do: for as long as
-//! it was worth it the last times. On a processor that the driver needs for itself it never is.
+//! it was worth it the last times. On a processor that the driver needs for itself it never is. And only few
+//! threads do so at once: one that never sleeps would hold up the others of its processor.
+
+use std::hint::spin_loop;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{available_parallelism, yield_now};
 
 use std::time::{Duration, Instant};
 
@@ -14,6 +20,10 @@ const POLL: Duration = Duration::from_micros(32);
 /// How often one may sleep at most before it is tried again.
 const MOST_SLEEPS: u32 = 1024;
 
+/// After so many hits, others that wait for this processor come first: for the scheduler a thread that never
+/// sleeps has a right to milliseconds.
+const YIELD_EVERY: u32 = 8;
+
 /// Whether to poll.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Poll {
@@ -21,6 +31,8 @@ pub(crate) struct Poll {
     after_miss: u32,
     /// So many of them are left.
     sleeps_left: u32,
+    /// So many, one after another.
+    hits: u32,
 }
 
 impl Poll {
@@ -37,22 +49,61 @@ impl Poll {
     /// It was tried: whether a request came.
     pub(crate) fn tried(&mut self, hit: bool) {
         if hit {
+            self.hits = self.hits.wrapping_add(1);
             self.after_miss /= 2;
         } else {
+            self.hits = 0;
             self.after_miss = (self.after_miss * 2).clamp(1, MOST_SLEEPS);
             self.sleeps_left = self.after_miss + 1; // The sleep that follows is the first.
         }
     }
 }
 
-/// Looks until `look` says true or none, or it has taken long enough. Whether it said true.
-pub(crate) fn until(mut look: impl FnMut() -> Option<bool>) -> bool {
-    let began = Instant::now();
-    loop {
-        match look() {
-            Some(false) if began.elapsed() < POLL => std::hint::spin_loop(),
-            found => return found == Some(true),
+/// How many threads may poll at once, and how many do.
+pub(crate) struct Turns {
+    most: usize,
+    taken: AtomicUsize,
+}
+
+/// Those of the process: on half of the processors.
+pub(crate) static TURNS: LazyLock<Turns> =
+    LazyLock::new(|| Turns::new(available_parallelism().map_or(1, usize::from) / 2));
+
+struct Turn<'t>(&'t Turns);
+
+impl Turns {
+    fn new(most: usize) -> Self {
+        Self { most: most.max(1), taken: AtomicUsize::new(0) }
+    }
+
+    fn take(&self) -> Option<Turn<'_>> {
+        let turn = Turn(self);
+        (self.taken.fetch_add(1, Ordering::Relaxed) < self.most).then_some(turn)
+    }
+
+    /// Looks until `look` says true or none, or it has taken long enough. Whether it said true; none if too many
+    /// look already.
+    pub(crate) fn until(&self, poll: Poll, mut look: impl FnMut() -> Option<bool>) -> Option<bool> {
+        let _turn = self.take()?;
+        let began = Instant::now();
+        if poll.hits % YIELD_EVERY == YIELD_EVERY - 1 {
+            yield_now();
+            if began.elapsed() >= POLL {
+                return Some(false); // Who sleeps here is woken sooner.
+            }
         }
+        loop {
+            match look() {
+                Some(false) if began.elapsed() < POLL => spin_loop(),
+                found => return Some(found == Some(true)),
+            }
+        }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.taken.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -99,12 +150,24 @@ mod tests {
     /// Shows: it ends when something is there, when nothing can come, and when it has lasted too long.
     #[test]
     fn it_ends() {
+        let turns = Turns::new(0);
         let mut looks = 0;
-        assert!(until(|| {
+        let found = turns.until(Poll::default(), || {
             looks += 1;
             Some(looks == 2)
-        }));
-        assert!(!until(|| None));
-        assert!(!until(|| Some(false)));
+        });
+        assert_eq!(found, Some(true));
+        assert_eq!(turns.until(Poll::default(), || None), Some(false));
+        assert_eq!(turns.until(Poll::default(), || Some(false)), Some(false));
+    }
+
+    /// Shows: no more than so many do it at once.
+    #[test]
+    fn few_at_once() {
+        let turns = Turns::new(2);
+        let third = || turns.until(Poll::default(), || Some(true));
+        let second = || turns.until(Poll::default(), || third().is_none().then_some(true));
+        assert_eq!(turns.until(Poll::default(), second), Some(true));
+        assert_eq!(third(), Some(true), "the turns were given back");
     }
 }

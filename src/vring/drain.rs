@@ -12,7 +12,7 @@ use vm_memory::GuestAddressSpace;
 
 use super::{Phase, Ring, State, Vring};
 use crate::device::{AtOnce, Drained};
-use crate::poll;
+use crate::poll::TURNS;
 use crate::request::{Request, parse};
 
 /// What became of requests that are served by the thread that took them.
@@ -61,10 +61,13 @@ impl Ring {
                 Taken::All if polls => {
                     state.more = false;
                     self.tell(&mut state);
+                    let poll = state.poll;
                     drop(state);
-                    let hit = poll::until(|| self.look());
+                    let hit = TURNS.until(poll, || self.look());
                     state = self.lock();
-                    state.poll.tried(hit);
+                    if let Some(hit) = hit {
+                        state.poll.tried(hit);
+                    }
                     may_poll = false;
                 }
                 Taken::All | Taken::NoMore => break,
