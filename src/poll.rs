@@ -11,7 +11,6 @@ use std::hint::spin_loop;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{available_parallelism, yield_now};
-
 use std::time::{Duration, Instant};
 
 /// As long as QEMU's IOThreads poll at most.
