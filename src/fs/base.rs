@@ -3,8 +3,8 @@
 //! Where the window is in the guest's memory. No message says it: it is read off the memory table, in which
 //! QEMU lists each of our maps (row Q3 of our notes). But other devices' maps stand there, too, and a share
 //! of the same directory may have mapped the same piece of the same file. Ours is what was not there before
-//! the map was asked for, and is there when it has been made: with CONFIGURE_MEM_SLOTS the table comes before
-//! the ack, without it a little later.
+//! the map was asked for, and is there when it has been made: in the last table before the ack, or, as with
+//! QEMU, in the first one after it.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -40,6 +40,8 @@ pub(super) struct Base {
     window: WindowBytes,
     /// It, once it is known.
     pub(super) found: Option<u64>,
+    /// No table can change that any more.
+    settled: bool,
     /// Where the regions of the last table begin, in order.
     starts: Vec<u64>,
     asked: BTreeMap<u64, Asked>,
@@ -47,7 +49,8 @@ pub(super) struct Base {
 
 impl Base {
     pub(super) fn new(window: WindowBytes) -> Self {
-        Self { window, found: None, starts: Vec::new(), asked: BTreeMap::new() }
+        let (starts, asked) = (Vec::new(), BTreeMap::new());
+        Self { window, found: None, settled: false, starts, asked }
     }
 
     /// A map is about to be asked for.
@@ -58,7 +61,7 @@ impl Base {
         from: FileOffset,
         bytes: WindowBytes,
     ) {
-        if self.found.is_none()
+        if !self.settled
             && let Some(inode) = inode_of(file)
         {
             self.asked.insert(at.0, Asked { made: false, inode, from, bytes, bases: Vec::new() });
@@ -67,11 +70,12 @@ impl Base {
 
     /// The front-end has answered: whether the map was made.
     pub(super) fn answered(&mut self, at: WindowOffset, made: bool) {
-        if let Some(asked) = self.asked.get_mut(&at.0).filter(|_| made) {
-            asked.made = true;
-            self.decide();
-        } else {
-            self.asked.remove(&at.0);
+        match self.asked.get_mut(&at.0) {
+            Some(asked) if made => {
+                asked.made = true;
+                self.found = self.found.or(self.only_candidate());
+            }
+            _ => self.removed(at),
         }
     }
 
@@ -80,36 +84,24 @@ impl Base {
         self.asked.remove(&at.0);
     }
 
-    /// Takes the base from a map that was made. Of several candidates (another device has mapped the same piece
-    /// meanwhile) none is believed: the next map will tell.
-    fn decide(&mut self) {
-        self.found = self.asked.values().find_map(|asked| match asked.bases[..] {
+    /// What a map that was made says. Where there are several candidates for it (another device has mapped the
+    /// same piece meanwhile) none is believed: the next map will tell.
+    fn only_candidate(&self) -> Option<u64> {
+        self.asked.values().find_map(|asked| match asked.bases[..] {
             [base] if asked.made => Some(base),
             _ => None,
-        });
-        if self.found.is_some() {
-            self.asked.clear();
-        }
-        self.asked.retain(|_, asked| asked.bases.len() < 2);
+        })
     }
 
     /// Reads a new memory table. How many of its regions are not ours, as far as that is known.
     pub(super) fn table_came(&mut self, mem: &GuestMemoryMmap) -> usize {
-        let starts: Vec<_> = mem.iter().map(|region| region.start_addr().0).collect();
-        if self.found.is_none() && !self.asked.is_empty() {
-            let is_new = |region: &&GuestRegionMmap| {
-                self.starts.binary_search(&region.start_addr().0).is_err()
-            };
-            for region in mem.iter().filter(is_new) {
-                let Some(backing) = region.file_offset() else { continue };
-                for (at, asked) in &mut self.asked {
-                    let base = region.start_addr().0.checked_sub(*at);
-                    asked.bases.extend(base.filter(|_| asked.may_be(region, backing)));
-                }
-            }
-            self.decide();
+        if !self.asked.is_empty() {
+            self.look_for_maps(mem);
+            self.found = self.only_candidate();
+            self.settled = self.found.is_some();
+            self.asked.retain(|_, asked| !self.settled && asked.bases.len() < 2);
         }
-        self.starts = starts;
+        self.starts = mem.iter().map(|region| region.start_addr().0).collect();
         let is_ours = |start: &&u64| {
             let at = self.found.and_then(|base| start.checked_sub(base));
             at.is_some_and(|at| at < self.window.0)
@@ -117,9 +109,22 @@ impl Base {
         self.starts.len() - self.starts.iter().filter(is_ours).count()
     }
 
+    fn look_for_maps(&mut self, mem: &GuestMemoryMmap) {
+        let is_new =
+            |region: &&GuestRegionMmap| self.starts.binary_search(&region.start_addr().0).is_err();
+        for region in mem.iter().filter(is_new) {
+            let Some(backing) = region.file_offset() else { continue };
+            for (at, asked) in &mut self.asked {
+                let base = region.start_addr().0.checked_sub(*at);
+                asked.bases.extend(base.filter(|_| asked.may_be(region, backing)));
+            }
+        }
+    }
+
     /// The front-end has dropped all maps, and the guest may move the window (Q10).
     pub(super) fn forget(&mut self) {
         self.found = None;
+        self.settled = false;
         self.asked.clear();
     }
 }
@@ -167,47 +172,59 @@ mod tests {
 
     fn file() -> File {
         let file = tempfile::tempfile().unwrap();
-        file.set_len(4 * BYTES).unwrap();
+        file.set_len(8 * BYTES).unwrap();
         file
     }
 
-    /// A table with the first 2 MiB of `file` at each of these places.
-    fn table(file: &File, places: &[u64]) -> GuestMemoryMmap {
-        let mut places = places.to_vec();
-        places.sort_unstable();
-        let region = |&at: &u64| {
-            let backing = Backing::new(file.try_clone().unwrap(), 0);
+    /// A table with regions of 2 MiB of `file`: where each lies, and which it shows.
+    fn table(file: &File, regions: &[(u64, u64)]) -> GuestMemoryMmap {
+        let mut regions = regions.to_vec();
+        regions.sort_unstable();
+        let region = |&(at, range): &(u64, u64)| {
+            let backing = Backing::new(file.try_clone().unwrap(), range * BYTES);
             let region = MmapRegion::from_file(backing, BYTES as usize).unwrap();
             GuestRegionMmap::new(region, GuestAddress(at)).unwrap()
         };
-        GuestMemoryMmap::from_regions(places.iter().map(region).collect()).unwrap()
+        GuestMemoryMmap::from_regions(regions.iter().map(region).collect()).unwrap()
     }
 
     fn base() -> Base {
         Base::new(WindowBytes(8 * BYTES))
     }
 
-    /// Maps the first 2 MiB of `file` at `at`, while these tables come.
-    fn map(base: &mut Base, at: u64, file: &File, tables: &[&GuestMemoryMmap]) {
-        base.asked_for(WindowOffset(at), file, FileOffset(0), WindowBytes(BYTES));
+    /// Maps a range of `file` at its own place in the window, while these tables come.
+    fn map(base: &mut Base, range: u64, file: &File, tables: &[&GuestMemoryMmap]) {
+        let at = WindowOffset(range * BYTES);
+        base.asked_for(at, file, FileOffset(range * BYTES), WindowBytes(BYTES));
         for table in tables {
             base.table_came(table);
         }
-        base.answered(WindowOffset(at), true);
+        base.answered(at, true);
     }
 
-    /// Shows: the base is where the map came up, less its place in the window; the regions of the window are
-    /// told from others; a reset ends that.
+    /// Where range 1 and range 2 come up.
+    const FIRST: (u64, u64) = (OURS + BYTES, 1);
+    const SECOND: (u64, u64) = (OURS + 2 * BYTES, 2);
+
+    /// Shows: the base is where the map came up, less its place in the window, whether the table comes before the
+    /// ack or after it; the regions of the window are told from others; a reset ends that.
     #[test]
     fn the_base_is_read_off_the_first_map() {
-        let (file, mut base) = (file(), base());
-        let with_ours = table(&file, &[0, OURS + BYTES]);
-        assert_eq!(base.table_came(&table(&file, &[0])), 1);
-        map(&mut base, BYTES, &file, &[&with_ours]);
-        assert_eq!(base.found, Some(OURS));
-        assert_eq!(base.table_came(&with_ours), 1);
-        base.forget();
-        assert_eq!((base.found, base.table_came(&with_ours)), (None, 2));
+        let file = file();
+        let (without, with) = (table(&file, &[(0, 0)]), table(&file, &[(0, 0), FIRST]));
+        let mut early = base();
+        assert_eq!(early.table_came(&without), 1);
+        map(&mut early, 1, &file, &[&with]);
+        assert_eq!(early.found, Some(OURS));
+        let mut late = base();
+        late.table_came(&without);
+        map(&mut late, 1, &file, &[]);
+        assert_eq!(late.found, None);
+        for base in [&mut early, &mut late] {
+            assert_eq!((base.table_came(&with), base.found), (1, Some(OURS)));
+            base.forget();
+            assert_eq!((base.table_came(&with), base.found), (2, None));
+        }
     }
 
     /// Shows: another device that has mapped the same piece of the file, before us, at the same moment or
@@ -215,29 +232,34 @@ mod tests {
     #[test]
     fn another_window_with_the_same_file_is_not_ours() {
         let file = file();
-        for theirs in THEIRS {
-            let (alone, both) = (table(&file, &[theirs]), table(&file, &[theirs, OURS + BYTES]));
-            let mut before = base();
-            before.table_came(&alone);
-            map(&mut before, BYTES, &file, &[&both]);
-            assert_eq!(before.found, Some(OURS), "before us");
+        for at in THEIRS {
+            let theirs = (at, 1);
+            let (ours, alone) = (table(&file, &[FIRST]), table(&file, &[theirs]));
+            let both = table(&file, &[theirs, FIRST]);
+            let all = table(&file, &[theirs, FIRST, SECOND]);
 
-            let mut meanwhile = base();
-            map(&mut meanwhile, BYTES, &file, &[&alone, &both]);
-            assert_eq!(meanwhile.found, None, "one of two, nobody knows which");
-            map(&mut meanwhile, 0, &file, &[&table(&file, &[theirs, OURS, OURS + BYTES])]);
-            assert_eq!(meanwhile.found, Some(OURS), "the next map tells");
+            let (mut early, mut late) = (base(), base());
+            early.table_came(&alone);
+            map(&mut early, 1, &file, &[&both]);
+            late.table_came(&alone);
+            map(&mut late, 1, &file, &[]);
+            late.table_came(&both);
+            assert_eq!((early.found, late.found), (Some(OURS), Some(OURS)), "before us");
 
-            let mut without_slots = base();
-            without_slots.table_came(&alone);
-            map(&mut without_slots, BYTES, &file, &[]);
-            assert_eq!(without_slots.found, None);
-            without_slots.table_came(&both);
-            assert_eq!(without_slots.found, Some(OURS), "a table that comes after the ack");
+            let (mut early, mut late) = (base(), base());
+            map(&mut early, 1, &file, &[&alone, &both]);
+            map(&mut late, 1, &file, &[&alone]);
+            late.table_came(&both);
+            assert_eq!((early.found, late.found), (None, None), "one of two, nobody knows which");
+            map(&mut early, 2, &file, &[&all]);
+            map(&mut late, 2, &file, &[]);
+            late.table_came(&all);
+            assert_eq!((early.found, late.found), (Some(OURS), Some(OURS)), "the next map tells");
 
             let mut later = base();
-            map(&mut later, BYTES, &file, &[&table(&file, &[OURS + BYTES])]);
-            map(&mut later, 0, &file, &[&both]);
+            map(&mut later, 1, &file, &[]);
+            later.table_came(&ours);
+            later.table_came(&both);
             assert_eq!(later.found, Some(OURS), "later");
         }
     }
@@ -246,16 +268,15 @@ mod tests {
     #[test]
     fn what_is_no_map_of_ours_says_nothing() {
         let (file, mut base) = (file(), base());
-        map(&mut base, 0, &file, &[&table(&self::file(), &[OURS])]);
-        base.asked_for(WindowOffset(0), &file, FileOffset(BYTES), WindowBytes(BYTES));
-        base.table_came(&table(&file, &[OURS * 2]));
-        base.answered(WindowOffset(0), true);
+        map(&mut base, 1, &self::file(), &[]);
+        base.table_came(&table(&file, &[FIRST]));
+        map(&mut base, 2, &file, &[]);
+        base.table_came(&table(&file, &[FIRST, (OURS + 2 * BYTES, 3)]));
         base.asked_for(WindowOffset(0), &file, FileOffset(0), WindowBytes(BYTES));
-        base.table_came(&table(&file, &[OURS * 4]));
         base.answered(WindowOffset(0), false);
-        map(&mut base, 0, &file, &[]);
-        base.removed(WindowOffset(0));
-        base.table_came(&table(&file, &[OURS]));
+        map(&mut base, 4, &file, &[]);
+        base.removed(WindowOffset(4 * BYTES));
+        base.table_came(&table(&file, &[(OURS * 2, 0), (OURS * 3, 4)]));
         assert_eq!(base.found, None);
     }
 }

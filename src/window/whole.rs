@@ -34,8 +34,8 @@ impl Tables {
         self.ours.is_some_and(|ours| self.places.iter().flatten().any(|place| *place == ours))
     }
 
-    /// A map is about to be asked for: a table may show it before the ack comes, or, without
-    /// CONFIGURE_MEM_SLOTS, later. Returns what was known of an earlier one.
+    /// A map is about to be asked for: a table may show it before the ack comes or after it. Returns what was known
+    /// of an earlier one.
     fn asked(&mut self) -> Option<GuestAddress> {
         self.before = Some(self.places.clone().unwrap_or_default());
         self.ours
@@ -297,7 +297,7 @@ mod tests {
         assert!(window.is_shown());
     }
 
-    /// Shows: without CONFIGURE_MEM_SLOTS, the table that comes after the ack tells where our map is.
+    /// Shows: a table that comes after the ack, as QEMU's do, tells where our map is.
     #[test]
     fn a_table_may_come_after_the_ack() {
         let file = file();
