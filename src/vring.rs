@@ -278,7 +278,7 @@ impl Ring {
         self.changed.notify_all();
     }
 
-    /// See [`Request::touch`].
+    /// See [`Request::touch`](crate::request::Request::touch).
     pub(crate) fn touch(ring: &Arc<Self>, epoch: Epoch) -> Option<Touching> {
         let mut state = ring.lock();
         while state.epoch == epoch && state.phase != Phase::Running && !ring.device.is_closing() {
@@ -291,7 +291,7 @@ impl Ring {
         Self::touch_locked(ring, state, epoch)
     }
 
-    /// See [`Request::touch_now`].
+    /// See [`Request::touch_now`](crate::request::Request::touch_now).
     pub(crate) fn touch_now(ring: &Arc<Self>, epoch: Epoch) -> Option<Touching> {
         Self::touch_locked(ring, ring.lock(), epoch)
     }
