@@ -130,7 +130,7 @@ pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
         for what in ["dirty", "clean", "copy"] {
             // Each turn is long enough for the clock; what makes lines dirty is not timed.
             let repeat = (effort.pick(8, 2) * MIB / bytes).max(1);
-            let rounds = if bytes < BYTES { 401 } else { 101 };
+            let rounds = if bytes < BYTES { 4001 } else { 401 };
             let side = |ours: bool| {
                 let mut spent = 0.0;
                 for _ in 0..repeat {
@@ -152,7 +152,8 @@ pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
                 let second = side(round % 2 != 0);
                 if round % 2 == 0 { [first, second] } else { [second, first] }
             }));
-            let ratio = samples.ratio(1, 0);
+            // As exact as it is shown: the rest is noise.
+            let ratio = (samples.ratio(1, 0) * 1000.0).round() / 1000.0;
             let micros = |side| short(samples.median(side) / 1000.0);
             table.row(&[&what, &name, &micros(0), &micros(1), &format!("{ratio:.3}")]);
             verdicts
