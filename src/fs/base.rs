@@ -10,12 +10,11 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{AtFlags, StatxFlags, statx};
 use vm_memory::{
     FileOffset as Backing, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
-use crate::window::{FileOffset, WindowBytes, WindowOffset};
+use crate::window::{FileOffset, Inode, WindowBytes, WindowOffset, inode_of};
 
 /// A map that the front-end was asked for, or has made, while the base was not known.
 struct Asked {
@@ -148,15 +147,6 @@ impl Default for Place {
     fn default() -> Self {
         Self(AtomicU64::new(Self::UNKNOWN))
     }
-}
-
-/// Device (major and minor) and number.
-type Inode = (u32, u32, u64);
-
-/// Nothing else is asked for: more would be a request to the server of a stretched file.
-fn inode_of(file: &File) -> Option<Inode> {
-    let found = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::INO).ok()?;
-    Some((found.stx_dev_major, found.stx_dev_minor, found.stx_ino))
 }
 
 #[cfg(test)]

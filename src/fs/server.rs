@@ -158,7 +158,7 @@ pub(super) fn is_quick(message: &Message, request: &Request, more: bool) -> bool
     match message.opcode() {
         Some(Fsync | Fsyncdir | Syncfs | Fallocate | CopyFileRange | Destroy) => false,
         Some(SetupMapping | RemoveMapping | Setattr | Readdirplus) => !more,
-        Some(Read) => !more || room(request) <= MUCH_DATA,
+        Some(Read) => !more || !is_copy(message, request),
         _ => true,
     }
 }

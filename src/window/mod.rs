@@ -17,6 +17,7 @@ mod whole;
 use std::fs::File;
 use std::io;
 
+use rustix::fs::{AtFlags, StatxFlags, statx};
 use thiserror::Error;
 
 pub(crate) use front_end::FrontEnd;
@@ -34,6 +35,15 @@ pub struct FileOffset(pub u64);
 /// A length in bytes, of the window or of a piece of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct WindowBytes(pub u64);
+
+/// Which file a descriptor is of: device (major and minor) and number.
+pub(crate) type Inode = (u32, u32, u64);
+
+/// Nothing else is asked for: more would be a request to the server of a stretched file.
+pub(crate) fn inode_of(file: &File) -> Option<Inode> {
+    let found = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::INO).ok()?;
+    Some((found.stx_dev_major, found.stx_dev_minor, found.stx_ino))
+}
 
 /// Why a piece of the window could not be mapped or unmapped.
 #[derive(Debug, Error)]

@@ -3,7 +3,6 @@
 //! A window that shows one whole file in one map, as virtio-pmem does.
 
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use log::{debug, warn};
@@ -11,7 +10,7 @@ use vm_memory::{
     FileOffset as Backing, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 };
 
-use super::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset};
+use super::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset, inode_of};
 use crate::lock::lock;
 
 /// What memory tables have said.
@@ -109,8 +108,9 @@ impl WholeFile {
 
     /// Reads a new memory table.
     pub(crate) fn table_came(&self, mem: &GuestMemoryMmap) {
+        let Some(inode) = inode_of(&self.file) else { return lock(&self.tables).came(Vec::new()) };
         let is_whole =
-            |backing: &Backing| backing.start() == 0 && same_file(backing.file(), &self.file);
+            |backing: &Backing| backing.start() == 0 && inode_of(backing.file()) == Some(inode);
         let regions = mem.iter().filter(|region| {
             region.len() == self.bytes.0 && region.file_offset().is_some_and(is_whole)
         });
@@ -168,11 +168,6 @@ impl Mapper for WholeFile {
             None => Err(MapError::Unsupported("a back-end channel")),
         }
     }
-}
-
-fn same_file(a: &File, b: &File) -> bool {
-    let id = |file: &File| file.metadata().map(|m| (m.dev(), m.ino())).ok();
-    id(a).is_some_and(|a| Some(a) == id(b))
 }
 
 #[cfg(test)]

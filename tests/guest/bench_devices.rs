@@ -86,6 +86,29 @@ impl<'g> Rig<'g> {
         self.vm.run("sh", &["mkdir", "-p", &dir, "&&", "ln", "-sfn", dev, &format!("{dir}/data")]);
         fio(&mut self.vm, &dir, runtime, &[job.words(0)])[0]
     }
+
+    /// Runs all jobs on the first so many peers, each job on one after another: on a file, then what syncs on the
+    /// bare device. Tells `add` of each row, peer and I/Os per second. Powers off.
+    fn measure(
+        mut self,
+        peers: usize,
+        round: usize,
+        runtime: &str,
+        jobs: impl Iterator<Item = Job>,
+        mut add: impl FnMut(String, usize, f64),
+    ) {
+        for (turn, job) in (round..).zip(jobs) {
+            for peer in in_turn(peers, turn) {
+                add(job.name(), peer, self.run(peer, runtime, &job));
+            }
+        }
+        for (turn, job) in (round..).zip(fsyncs()) {
+            for peer in in_turn(peers.min(TMPFS), turn) {
+                add(bare(&job), peer, self.run_bare(peer, runtime, &job));
+            }
+        }
+        self.vm.poweroff();
+    }
 }
 
 /// A file that has its blocks, as our daemon makes one.
@@ -114,33 +137,15 @@ pub fn run(guest: &Guest, quick: bool, rounds: usize, how: &How, step: &dyn Fn(&
     for round in 0..rounds {
         step(&format!("round {} of {rounds}: {}", round + 1, NAMES.join(", ")));
         let peers = if quick { BLK } else { NAMES.len() };
-        let mut rig = Rig::boot(guest, None);
-        let mut add = |job: String, peer, iops| figures.add(&job, "/s", Better::More, peer, iops);
-        for (turn, job) in (round..).zip(jobs()) {
-            for peer in in_turn(peers, turn) {
-                add(job.name(), peer, rig.run(peer, runtime, &job));
-            }
+        let mut add = |row: String, peer, iops| figures.add(&row, "/s", Better::More, peer, iops);
+        Rig::boot(guest, None).measure(peers, round, runtime, jobs().into_iter(), &mut add);
+        if let Some(kernel) = &parallel {
+            step(&format!("round {} of {rounds}: a kernel with parallel flushes", round + 1));
+            let rig = Rig::boot(guest, Some(kernel.clone()));
+            rig.measure(BLK, round, runtime, fsyncs(), |row, peer, iops| {
+                add(row, PARALLEL + peer, iops);
+            });
         }
-        for (turn, job) in (round..).zip(fsyncs()) {
-            for peer in in_turn(peers.min(TMPFS), turn) {
-                add(bare(&job), peer, rig.run_bare(peer, runtime, &job));
-            }
-        }
-        rig.vm.poweroff();
-        let Some(kernel) = &parallel else { continue };
-        step(&format!("round {} of {rounds}: a kernel with parallel flushes", round + 1));
-        let mut rig = Rig::boot(guest, Some(kernel.clone()));
-        for (turn, job) in (round..).zip(fsyncs()) {
-            for peer in in_turn(BLK, turn) {
-                add(job.name(), PARALLEL + peer, rig.run(peer, runtime, &job));
-            }
-        }
-        for (turn, job) in (round..).zip(fsyncs()) {
-            for peer in in_turn(BLK, turn) {
-                add(bare(&job), PARALLEL + peer, rig.run_bare(peer, runtime, &job));
-            }
-        }
-        rig.vm.poweroff();
     }
     figures.show(OURS, &[BUILT_IN], how);
     println!();
