@@ -152,12 +152,11 @@ pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
                 let second = side(round % 2 != 0);
                 if round % 2 == 0 { [first, second] } else { [second, first] }
             }));
-            // As exact as it is shown: the rest is noise.
-            let ratio = (samples.ratio(1, 0) * 1000.0).round() / 1000.0;
+            let ratio = samples.ratio(1, 0);
             let micros = |side| short(samples.median(side) / 1000.0);
-            table.row(&[&what, &name, &micros(0), &micros(1), &format!("{ratio:.3}")]);
+            table.row(&[&what, &name, &micros(0), &micros(1), &format!("{ratio:.4}")]);
             verdicts
-                .aim(ratio >= 1.0, format!("6. {what}, {name}: {ratio:.3} of libpmem (aim 1.0)"));
+                .aim(ratio >= 1.0, format!("6. {what}, {name}: {ratio:.4} of libpmem (aim 1.0)"));
         }
     }
     table.print();
