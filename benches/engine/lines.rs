@@ -118,6 +118,16 @@ fn mapped(file: &File) -> *mut u8 {
     std::ptr::with_exposed_provenance_mut(usize::from_str_radix(start, 16).unwrap())
 }
 
+/// Runs `work` so many lines deeper in the stack. A load waits for a write-back under way that has its place in a
+/// page: each return does, or does not, by where the stack happens to be. So it is everywhere in turn.
+#[inline(never)]
+fn deeper<T>(lines: usize, work: &mut dyn FnMut() -> T) -> T {
+    let frame = black_box([0_u8; 64]);
+    let done = if lines == 0 { work() } else { deeper(lines - 1, work) };
+    black_box(frame);
+    done
+}
+
 pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
     headline(6, "Cache lines against libpmem: write-back and a fence, copies past the cache");
     let Some(libpmem) = Libpmem::load() else {
@@ -131,26 +141,28 @@ pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
             // Each turn is long enough for the clock; what makes lines dirty is not timed.
             let repeat = (effort.pick(8, 2) * MIB / bytes).max(1);
             let rounds = if bytes < BYTES { 4001 } else { 401 };
-            let side = |ours: bool| {
-                let mut spent = 0.0;
-                for _ in 0..repeat {
-                    if what == "dirty" {
-                        rig.dirty(bytes);
-                    }
-                    spent += nanos(|| match (what, ours) {
-                        ("copy", true) => rig.copy_ours(bytes),
-                        ("copy", false) => rig.copy_theirs(bytes),
-                        (_, true) => rig.ours(bytes),
-                        (_, false) => rig.theirs(bytes),
-                    });
+            let before = |_| {
+                if what == "dirty" {
+                    rig.dirty(bytes)
                 }
-                spent / repeat as f64
+            };
+            let turns = |work: &dyn Fn()| {
+                let spent = (0..repeat).map(before).map(|()| nanos(work));
+                spent.sum::<f64>() / repeat as f64
+            };
+            let side = |ours: bool| match (what, ours) {
+                ("copy", true) => turns(&|| rig.copy_ours(bytes)),
+                ("copy", false) => turns(&|| rig.copy_theirs(bytes)),
+                (_, true) => turns(&|| rig.ours(bytes)),
+                (_, false) => turns(&|| rig.theirs(bytes)),
             };
             // Alternately who is first.
             let samples = Samples::of((0..effort.pick(rounds, 5)).map(|round| {
-                let first = side(round % 2 == 0);
-                let second = side(round % 2 != 0);
-                if round % 2 == 0 { [first, second] } else { [second, first] }
+                deeper(round % 64, &mut || {
+                    let first = side(round % 2 == 0);
+                    let second = side(round % 2 != 0);
+                    if round % 2 == 0 { [first, second] } else { [second, first] }
+                })
             }));
             let ratio = samples.ratio(1, 0);
             let micros = |side| short(samples.median(side) / 1000.0);

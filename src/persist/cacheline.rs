@@ -237,23 +237,49 @@ mod x86_64 {
         }
     }
 
-    /// Unrolled: of lines that are in the cache one takes about as long as the loop around it.
+    const PAGE_LINES: usize = 64;
+    const PMD_LINES: usize = 512 * PAGE_LINES;
+
     #[inline(always)]
-    fn each_line(first: *const u8, lines: usize, line: usize, write_back: impl Fn(*const u8)) {
-        let mut at = first;
-        for _ in 0..lines / 8 {
-            for i in 0..8 {
-                write_back(at.wrapping_add(i * line));
-            }
-            at = at.wrapping_add(8 * line);
+    pub(super) fn each_line(
+        first: *const u8,
+        lines: usize,
+        line: usize,
+        write_back: impl Fn(*const u8),
+    ) {
+        if lines > PAGE_LINES {
+            return many_lines(first, lines, line, write_back);
         }
-        for i in 0..lines % 8 {
-            write_back(at.wrapping_add(i * line));
+        each(first, lines, line, write_back);
+    }
+
+    /// A piece at a time, of which the even lines come first, then the odd ones: clean lines take 2 to 6 % less
+    /// time than one after the other. Of what fits into caches the last piece comes first, which was
+    /// stored to last. Not part of its caller, which would save registers for a page as well.
+    #[inline(never)]
+    fn many_lines(first: *const u8, lines: usize, line: usize, write_back: impl Fn(*const u8)) {
+        let backwards = lines <= PMD_LINES;
+        let together = if backwards { PAGE_LINES } else { 2 * PAGE_LINES };
+        let pieces = lines.div_ceil(together);
+        for n in 0..pieces {
+            let from = together * if backwards { pieces - 1 - n } else { n };
+            let count = together.min(lines - from);
+            let at = first.wrapping_add(from * line);
+            each(at, count.div_ceil(2), 2 * line, &write_back);
+            each(at.wrapping_add(line), count / 2, 2 * line, &write_back);
+        }
+    }
+
+    #[inline(always)]
+    fn each(first: *const u8, lines: usize, apart: usize, write_back: impl Fn(*const u8)) {
+        for i in 0..lines {
+            write_back(first.wrapping_add(i * apart));
         }
     }
 
     /// Returns once all lines that this thread has written back, and all it has stored past the cache, are
     /// in memory (or in what survives a power loss with it: the platform's ADR).
+    #[inline]
     pub fn fence() {
         // SAFETY: SFENCE is there on each x86-64 processor.
         unsafe { _mm_sfence() }
@@ -462,6 +488,22 @@ mod tests {
             }
             fence();
             assert!(memory.iter().enumerate().all(|(at, byte)| *byte == (at % 251) as u8));
+        }
+    }
+
+    /// Shows: in whatever order lines are written back, it is each of them, once.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn each_line_is_taken_once() {
+        let pmd = 512 * 64;
+        for lines in (0..400).chain(pmd - 130..pmd + 130) {
+            let taken = std::cell::RefCell::new(Vec::new());
+            let line = |at: *const u8| taken.borrow_mut().push(at.addr());
+            x86_64::each_line(std::ptr::without_provenance(4096), lines, 64, line);
+            let mut taken = taken.into_inner();
+            taken.sort_unstable();
+            let expected: Vec<_> = (0..lines).map(|i| 4096 + 64 * i).collect();
+            assert!(taken == expected, "{lines} lines");
         }
     }
 

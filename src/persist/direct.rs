@@ -255,6 +255,7 @@ impl Persist for Arc<Direct> {
         self.write_back(from, bytes)
     }
 
+    #[inline]
     fn fence(&self) {
         fence();
     }
