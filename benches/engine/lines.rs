@@ -118,8 +118,8 @@ fn mapped(file: &File) -> *mut u8 {
     std::ptr::with_exposed_provenance_mut(usize::from_str_radix(start, 16).unwrap())
 }
 
-/// Runs `work` so many lines deeper in the stack. A load waits for a write-back under way that has its place in a
-/// page: each return does, or does not, by where the stack happens to be. So it is everywhere in turn.
+/// Runs `work` so many lines deeper in the stack. A page's write-back takes 40 or 110 ns by where the stack happens
+/// to be (probably a load waits for one under way that has its place in a page): so it is everywhere in turn.
 #[inline(never)]
 fn deeper<T>(lines: usize, work: &mut dyn FnMut() -> T) -> T {
     let frame = black_box([0_u8; 64]);
@@ -141,14 +141,15 @@ pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
             // Each turn is long enough for the clock; what makes lines dirty is not timed.
             let repeat = (effort.pick(8, 2) * MIB / bytes).max(1);
             let rounds = if bytes < BYTES { 4001 } else { 401 };
-            let before = |_| {
-                if what == "dirty" {
-                    rig.dirty(bytes)
-                }
-            };
             let turns = |work: &dyn Fn()| {
-                let spent = (0..repeat).map(before).map(|()| nanos(work));
-                spent.sum::<f64>() / repeat as f64
+                let mut spent = 0.0;
+                for _ in 0..repeat {
+                    if what == "dirty" {
+                        rig.dirty(bytes);
+                    }
+                    spent += nanos(work);
+                }
+                spent / repeat as f64
             };
             let side = |ours: bool| match (what, ours) {
                 ("copy", true) => turns(&|| rig.copy_ours(bytes)),

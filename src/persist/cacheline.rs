@@ -154,6 +154,8 @@ mod x86_64 {
     };
     use std::sync::LazyLock;
 
+    use crate::dax::entry::{PAGE_BYTES, PMD_BYTES};
+
     /// An instruction that writes a cache line back.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     pub enum Instruction {
@@ -237,8 +239,8 @@ mod x86_64 {
         }
     }
 
-    const PAGE_LINES: usize = 64;
-    const PMD_LINES: usize = 512 * PAGE_LINES;
+    const PAGE_LINES: usize = PAGE_BYTES as usize >> LINE_BYTES_LOG2;
+    const PMD_LINES: usize = PMD_BYTES as usize >> LINE_BYTES_LOG2;
 
     #[inline(always)]
     pub(super) fn each_line(
@@ -253,9 +255,10 @@ mod x86_64 {
         each(first, lines, line, write_back);
     }
 
-    /// A piece at a time, of which the even lines come first, then the odd ones: clean lines take 2 to 6 % less
+    /// A piece at a time, of which the even lines come first, then the odd ones: clean lines take up to 6 % less
     /// time than one after the other. Of what fits into caches the last piece comes first, which was
-    /// stored to last. Not part of its caller, which would save registers for a page as well.
+    /// stored to last: dirty lines take 0.2 % less. Not part of its caller, which would save registers for a
+    /// page as well.
     #[inline(never)]
     fn many_lines(first: *const u8, lines: usize, line: usize, write_back: impl Fn(*const u8)) {
         let backwards = lines <= PMD_LINES;
@@ -279,7 +282,6 @@ mod x86_64 {
 
     /// Returns once all lines that this thread has written back, and all it has stored past the cache, are
     /// in memory (or in what survives a power loss with it: the platform's ADR).
-    #[inline]
     pub fn fence() {
         // SAFETY: SFENCE is there on each x86-64 processor.
         unsafe { _mm_sfence() }

@@ -255,7 +255,6 @@ impl Persist for Arc<Direct> {
         self.write_back(from, bytes)
     }
 
-    #[inline]
     fn fence(&self) {
         fence();
     }
