@@ -56,6 +56,14 @@ impl Place {
         command
     }
 
+    /// A copy of the daemon that any user finds: nobody may have no way to where it was built. Made by cp: a
+    /// process that another test forks meanwhile would keep a file busy that we write.
+    fn program(&self) -> PathBuf {
+        let copy = self.path("daemon");
+        assert!(Command::new("cp").arg(BINARY).arg(&copy).status().unwrap().success());
+        copy
+    }
+
     /// Every name with its inode, size, blocks and time of change.
     fn snapshot(&self) -> BTreeMap<PathBuf, (u64, u64, u64, i64, i64)> {
         let entries = fs::read_dir(self.dir.path()).unwrap();
@@ -207,9 +215,7 @@ fn an_ordinary_user_has_a_map_of_users() {
     }
     let place = Place::new();
     nix::unistd::chown(place.dir.path(), Some(NOBODY.into()), Some(NOBODY.into())).unwrap();
-    // Nobody may have no way to where it was built.
-    fs::copy(BINARY, place.path("daemon")).unwrap();
-    let mut command = Command::new(place.path("daemon"));
+    let mut command = Command::new(place.program());
     command.args(["fs", "--tag", "share", "--socket-path"]).arg(place.path("sock"));
     command.arg("--shared-dir").arg(place.dir.path()).env_remove("RUST_LOG");
     command.args(["--uid-map", ":0:65534:1:", "--gid-map", ":0:65534:1:"]);
@@ -248,10 +254,7 @@ fn a_file_without_permission_is_refused() {
     let place = Place::new();
     let mut command = place.pmem("good");
     if nix::unistd::geteuid().is_root() {
-        // The binary may lie where nobody can't look: run a copy.
-        let copy = place.path("daemon");
-        fs::copy(BINARY, &copy).unwrap();
-        command = Command::new(copy);
+        command = Command::new(place.program());
         command.uid(NOBODY).gid(NOBODY).arg("pmem").arg("--socket-path").arg("/tmp/never");
         command.arg("--file").arg(place.path("good"));
     } else {
