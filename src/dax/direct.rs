@@ -11,7 +11,7 @@ use nix::errno::Errno;
 
 use super::entry::{PAGE_BYTES, PageIndex};
 use super::extent::{Access, Backed, Extent, ExtentSource};
-use crate::persist::{Direct, Persist};
+use crate::persist::Direct;
 
 /// A file that is mapped directly. What its file system has to do it does as for any other file.
 pub struct DirectExtents<S> {

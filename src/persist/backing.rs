@@ -13,7 +13,7 @@ use nix::sys::statfs::{self, BTRFS_SUPER_MAGIC, HUGETLBFS_MAGIC, TMPFS_MAGIC};
 use thiserror::Error;
 
 use super::cacheline::Instruction;
-use super::direct::{Direct, maps_sync};
+use super::direct::{Direct, Lines, maps_sync};
 use super::{Fdatasync, Persist};
 
 /// What a file's bytes lie in.
@@ -175,7 +175,9 @@ impl Durability {
             .instruction
             .map(|instruction| Direct::new(file.clone(), bytes, self.backing, instruction));
         Ok(match direct.transpose()? {
-            Some(direct) => FilePersist { persist: Box::new(direct.clone()), direct: Some(direct) },
+            Some(direct) => {
+                FilePersist { persist: Box::new(Lines::of(direct.clone())), direct: Some(direct) }
+            }
             None => FilePersist { persist: Box::new(Fdatasync(file.clone())), direct: None },
         })
     }
