@@ -129,7 +129,7 @@ fn mapped(file: &File) -> *mut u8 {
     std::ptr::with_exposed_provenance_mut(usize::from_str_radix(start, 16).unwrap())
 }
 
-/// Runs `work` so many lines deeper in the stack. A page's write-back takes 40 or 110 ns by where the stack happens
+/// Runs `work` so many lines deeper in the stack. A page's write-back may take twice as long by where the stack happens
 /// to be (probably a load waits for one under way that has its place in a page): so it is everywhere in turn.
 #[inline(never)]
 fn deeper<T>(lines: usize, work: &mut dyn FnMut() -> T) -> T {
