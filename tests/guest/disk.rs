@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
+use twox_hash::XxHash3_128;
 
 use crate::report::CaseReport;
 
@@ -78,6 +79,11 @@ fn read_at(path: &Path, offset: u64, len: u64) -> Vec<u8> {
 
 pub fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What `mapio sums` tells of these bytes.
+pub fn xxh3(bytes: &[u8]) -> String {
+    format!("{:032x}", XxHash3_128::oneshot(bytes))
 }
 
 /// What `pattern` in guest-tests/lib.sh makes.

@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::Ordering::SeqCst;
 
-use sha2::{Digest, Sha256};
+use twox_hash::XxHash3_128;
 
 use crate::Result;
 use crate::map::{Mapping, PAGE};
@@ -30,38 +30,35 @@ fn size(file: &File) -> Result<usize> {
     Ok(io("fstat", file.metadata())?.len() as usize)
 }
 
-fn hex(hash: Sha256) -> String {
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-}
 
 /// The text that the host makes again on its own.
 fn pattern(seed: &str, bytes: usize) -> Vec<u8> {
     format!("{seed}\n").into_bytes().into_iter().cycle().take(bytes).collect()
 }
 
-/// `sum=NAME,BYTES,SHA256 by read,SHA256 by mmap`
+/// `sum=NAME,BYTES,XXH3-128 by read,XXH3-128 by mmap`: under TCG it takes a tenth of SHA-256's time.
 pub fn sums(path: &Path) -> Result<()> {
     let mut file = open(path, false)?;
     let bytes = size(&file)?;
     let mut buffer = vec![0; CHUNK];
-    let mut by_read = Sha256::new();
+    let mut by_read = XxHash3_128::new();
     loop {
         match io("read", file.read(&mut buffer))? {
             0 => break,
-            count => by_read.update(&buffer[..count]),
+            count => by_read.write(&buffer[..count]),
         }
     }
-    let mut by_map = Sha256::new();
+    let mut by_map = XxHash3_128::new();
     if bytes > 0 {
         let mapping = Mapping::shared(&file, bytes, false)?;
         for offset in (0..bytes).step_by(CHUNK) {
             let part = &mut buffer[..CHUNK.min(bytes - offset)];
             mapping.load(offset, part);
-            by_map.update(&part);
+            by_map.write(part);
         }
     }
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    println!("sum={name},{bytes},{},{}", hex(by_read), hex(by_map));
+    println!("sum={name},{bytes},{:032x},{:032x}", by_read.finish_128(), by_map.finish_128());
     Ok(())
 }
 
