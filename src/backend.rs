@@ -152,7 +152,7 @@ impl Session {
         }
         // Stopped again at once: then it must not be told; and bring_up() finds out by itself, and so does
         // a ring that goes on although another one was stopped.
-        if self.0.life.if_started(|| self.0.window.started()) == Some(true) {
+        if self.0.life.if_started(|| self.0.window.started(started.afresh)) == Some(true) {
             debug!("ring {} started", ring.index());
             ring.release(started.epoch, serves);
             return true;

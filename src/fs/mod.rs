@@ -370,7 +370,7 @@ impl SessionWindow for NoWindow {
 
     fn table_came(&self, _: &GuestMemoryMmap) {}
 
-    fn started(&self) -> bool {
+    fn started(&self, _: bool) -> bool {
         true
     }
 

@@ -314,6 +314,16 @@ impl StrictVmm {
         self.bend(|b| b.hang_in_map = true);
     }
 
+    /// See `Bends::start_at_once`.
+    pub fn start_at_once(&mut self) {
+        self.bend(|b| b.start_at_once = true);
+    }
+
+    /// See `Bends::start_untold`.
+    pub fn start_untold(&mut self) {
+        self.bend(|b| (b.start_at_once, b.start_untold) = (true, true));
+    }
+
     /// Waits until something is in the channel that was not read.
     pub fn wait_unread(&self) {
         super::eventually("a request", || self.shared.bql.lock().unwrap().has_request());
@@ -370,6 +380,11 @@ impl StrictVmm {
     /// Memory updates so far.
     pub fn table_updates(&self) -> usize {
         self.shared.machine().table_updates
+    }
+
+    /// Memory messages so far: see `Machine::memory_messages`.
+    pub fn memory_messages(&self) -> usize {
+        self.shared.machine().memory_messages
     }
 
     /// Requests that this front-end does not know, so far.
