@@ -13,6 +13,8 @@ const HANG: Duration = Duration::from_secs(60);
 
 pub struct Qmp {
     stream: BufReader<UnixStream>,
+    /// Events that nobody has waited for.
+    events: Vec<String>,
 }
 
 impl Qmp {
@@ -20,7 +22,7 @@ impl Qmp {
     pub fn accept(listener: &UnixListener) -> Self {
         let (stream, _) = listener.accept().expect("QEMU connects its QMP socket");
         stream.set_read_timeout(Some(HANG)).expect("set a timeout");
-        let mut qmp = Self { stream: BufReader::new(stream) };
+        let mut qmp = Self { stream: BufReader::new(stream), events: Vec::new() };
         let greeting = qmp.read();
         assert!(greeting.get("QMP").is_some(), "not a QMP greeting: {greeting}");
         qmp.command("qmp_capabilities", json!({}));
@@ -33,7 +35,20 @@ impl Qmp {
         serde_json::from_str(&line).unwrap_or_else(|error| panic!("QMP said '{line}': {error}"))
     }
 
-    /// Runs one command and returns its answer; events in between are passed over.
+    fn note(&mut self, said: &Value) {
+        self.events.extend(said["event"].as_str().map(str::to_owned));
+    }
+
+    /// Waits for an event, or finds that it has come.
+    pub fn wait_event(&mut self, name: &str) {
+        while !self.events.iter().any(|event| event == name) {
+            let said = self.read();
+            self.note(&said);
+        }
+        self.events.retain(|event| event != name);
+    }
+
+    /// Runs one command and returns its answer; events in between are kept.
     pub fn command(&mut self, name: &str, arguments: Value) -> Value {
         let request = json!({ "execute": name, "arguments": arguments });
         writeln!(self.stream.get_mut(), "{request}").expect("write to QMP");
@@ -43,6 +58,7 @@ impl Qmp {
             if let Some(value) = answer.get_mut("return") {
                 return value.take();
             }
+            self.note(&answer);
         }
     }
 }
