@@ -277,7 +277,8 @@ impl<'g> Vm<'g> {
         let backend = json!({"type": "socket", "data": {"addr": addr, "server": false}});
         self.qmp("chardev-add", json!({ "id": chardev, "backend": backend }));
         let words = self.devices[index].clone();
-        let mut arguments = json!({"id": device, "bus": format!("port{index}"), "chardev": chardev});
+        let mut arguments =
+            json!({"id": device, "bus": format!("port{index}"), "chardev": chardev});
         let mut words = words.split(',');
         arguments["driver"] = words.next().expect("a driver").into();
         for (key, value) in words.filter_map(|word| word.split_once('=')) {
