@@ -102,7 +102,7 @@ fn other_memory_comes_and_goes() {
 fn q12_a_reset_that_qemu_survives_is_seen() {
     let host = Host::with_mem_slots();
     let mut guest = boot(&host, 2);
-    guest.vmm.start_at_once();
+    guest.vmm.start_at_once(true);
     for round in 0..20 {
         guest.vmm.reset();
         guest.driver.reset(guest.driver.options());
@@ -212,7 +212,7 @@ fn q12_a_share_after_a_reset_that_qemu_survives() {
     let host = FsHost::new();
     host.put("file", &vec![b'f'; 2 * RANGE as usize]);
     let mut guest = host.boot();
-    guest.vmm.start_at_once();
+    guest.vmm.start_at_once(true);
     for round in 0..5_u8 {
         let (node, fh) = guest.opened("file");
         guest.setup(node, 0, RANGE, BOTH, 0).unwrap();

@@ -327,8 +327,8 @@ impl StrictVmm {
     }
 
     /// See `Bends::start_at_once`.
-    pub fn start_at_once(&mut self) {
-        self.bend(|b| b.start_at_once = true);
+    pub fn start_at_once(&mut self, at_once: bool) {
+        self.bend(|b| b.start_at_once = at_once);
     }
 
     /// See `Bends::start_untold`.

@@ -65,6 +65,9 @@ pub fn qemu_command(
         .args(["-action", "reboot=shutdown"]);
     for (index, (device, slot)) in devices(parts).into_iter().enumerate() {
         if options.hotplug {
+            // The firmware puts what is behind ports at the end of the address space, and with 40 bits there the
+            // kernel takes no new place for a window: AMD's HyperTransport has it.
+            command.args(["-cpu", "qemu64,+rdrand,phys-bits=42"]);
             command.args(["-device", &port(index)]);
         }
         let place = if options.hotplug { behind_port(index) } else { format!("addr=0x{slot:02x}") };

@@ -13,8 +13,8 @@ const HANG: Duration = Duration::from_secs(60);
 
 pub struct Qmp {
     stream: BufReader<UnixStream>,
-    /// Events that nobody has waited for.
-    events: Vec<String>,
+    /// Devices that were unplugged, and that nobody has waited for.
+    deleted: Vec<String>,
 }
 
 impl Qmp {
@@ -22,7 +22,7 @@ impl Qmp {
     pub fn accept(listener: &UnixListener) -> Self {
         let (stream, _) = listener.accept().expect("QEMU connects its QMP socket");
         stream.set_read_timeout(Some(HANG)).expect("set a timeout");
-        let mut qmp = Self { stream: BufReader::new(stream), events: Vec::new() };
+        let mut qmp = Self { stream: BufReader::new(stream), deleted: Vec::new() };
         let greeting = qmp.read();
         assert!(greeting.get("QMP").is_some(), "not a QMP greeting: {greeting}");
         qmp.command("qmp_capabilities", json!({}));
@@ -36,19 +36,22 @@ impl Qmp {
     }
 
     fn note(&mut self, said: &Value) {
-        self.events.extend(said["event"].as_str().map(str::to_owned));
+        if said["event"] == "DEVICE_DELETED" {
+            // Parts of devices have no name of their own.
+            self.deleted.extend(said["data"]["device"].as_str().map(str::to_owned));
+        }
     }
 
-    /// Waits for an event, or finds that it has come.
-    pub fn wait_event(&mut self, name: &str) {
-        while !self.events.iter().any(|event| event == name) {
+    /// Waits until a device is unplugged, or finds that it is.
+    pub fn wait_deleted(&mut self, device: &str) {
+        while !self.deleted.iter().any(|deleted| deleted == device) {
             let said = self.read();
             self.note(&said);
         }
-        self.events.retain(|event| event != name);
+        self.deleted.retain(|deleted| deleted != device);
     }
 
-    /// Runs one command and returns its answer; events in between are kept.
+    /// Runs one command and returns its answer; events in between are noted.
     pub fn command(&mut self, name: &str, arguments: Value) -> Value {
         let request = json!({ "execute": name, "arguments": arguments });
         writeln!(self.stream.get_mut(), "{request}").expect("write to QMP");

@@ -27,6 +27,9 @@ use crate::share::Share;
 /// One case, or one boot. Only tells a hang from a slow machine.
 const HANG: Duration = Duration::from_secs(180);
 
+/// Between QEMU's writing of a line and our having read it. Waited out only if there is no such line.
+const READER_LAG: Duration = Duration::from_secs(10);
+
 enum Event {
     /// The agent's port is connected.
     Agent(UnixStream),
@@ -146,6 +149,12 @@ impl<'g> Vm<'g> {
     /// The daemon of a share.
     pub fn share(&self, index: usize) -> &Daemon {
         &self.daemons[self.disks + index]
+    }
+
+    /// Whether QEMU has complained of this. It has written it before it answers on QMP; it was read a moment later.
+    pub fn qemu_has_said(&self, words: &str) -> bool {
+        let said = || self.qemu_output.lines().iter().any(|line| line.contains(words));
+        self.qemu_output.wait_until(READER_LAG, said)
     }
 
     /// What QEMU complains of.
@@ -270,7 +279,7 @@ impl<'g> Vm<'g> {
     pub fn unplug_and_plug(&mut self, index: usize) {
         let (device, chardev) = (format!("dev{index}"), format!("vhost{index}"));
         self.qmp("device_del", json!({ "id": device }));
-        self.qmp.as_mut().expect("QMP is connected").wait_event("DEVICE_DELETED");
+        self.qmp.as_mut().expect("QMP is connected").wait_deleted(&device);
         self.qmp("chardev-remove", json!({ "id": chardev }));
         let path = self.folder.path().join(format!("vhost-{index}"));
         let addr = json!({"type": "unix", "data": {"path": path}});
