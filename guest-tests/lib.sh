@@ -42,15 +42,23 @@ wait_until() {
     done
 }
 
-# virtio_of SLOT - the virtio device of a PCI slot (two hexadecimal digits).
+# pci_of SLOT - the PCI device in a slot: two hexadecimal digits, on a bus other than the first one BUS:SLOT.
+pci_of() {
+    case $1 in
+    *:*) echo "/sys/bus/pci/devices/0000:$1.0" ;;
+    *) echo "/sys/bus/pci/devices/0000:00:$1.0" ;;
+    esac
+}
+
+# virtio_of SLOT - the virtio device of it.
 virtio_of() {
-    set -- /sys/bus/pci/devices/0000:00:"$1".0/virtio*
+    set -- "$(pci_of "$1")"/virtio*
     [ -d "$1" ] && basename "$1"
 }
 
 # pmem_of SLOT - the block device that virtio_pmem made of it.
 pmem_of() {
-    set -- /sys/bus/pci/devices/0000:00:"$1".0/virtio*/ndbus*/region*/namespace*/block/pmem*
+    set -- "$(pci_of "$1")"/virtio*/ndbus*/region*/namespace*/block/pmem*
     [ -d "$1" ] && basename "$1"
 }
 

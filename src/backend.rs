@@ -28,6 +28,7 @@ use crate::device::{Device, SessionWindow};
 use crate::life::Life;
 use crate::lock::lock;
 use crate::relief::{Relief, Watch};
+use crate::restart::Restarts;
 use crate::vring::{Epoch, GuestMemory, Ring, Started, Vring};
 use crate::window::{MapError, ShmemMapper};
 
@@ -46,13 +47,21 @@ struct Inner {
     window: Arc<dyn SessionWindow>,
     /// No ring was stopped since the last start: messages about the window may be sent (Q1).
     life: Arc<Life>,
-    /// A ring has started afresh since the last stop, and the device is told. Changed in `life`'s steps.
+    /// A ring has started afresh since the last stop. Changed in `life`'s steps.
     restarted: AtomicBool,
+    /// The device is told of that before any ring goes on.
+    restarts: Restarts<Due>,
     /// Why this front-end is turned away; its connection is cut then.
     refusal: OnceLock<String>,
     connection: Mutex<Option<ShutdownHandle>>,
     /// What the library's threads were told to end by: it never closes them (vhost-user-backend 0.24).
     exit_events: Mutex<Vec<RawFd>>,
+}
+
+/// A ring that was started, and whose requests are to be let out.
+struct Due {
+    ring: Arc<Ring>,
+    started: Started,
 }
 
 impl Session {
@@ -68,6 +77,7 @@ impl Session {
             window: device.open_window(),
             life: Arc::default(),
             restarted: AtomicBool::new(false),
+            restarts: Restarts::default(),
             device,
             refusal: OnceLock::new(),
             connection: Mutex::new(None),
@@ -134,28 +144,40 @@ impl Session {
         }
     }
 
-    /// Starts the ring, if it can be, and says whether it is the first one that the driver has begun anew.
-    fn start(&self, ring: &Ring, vring: &Vring) -> Option<(Started, bool)> {
+    /// Starts the ring, if it can be, and finds out whether the driver has begun anew. A ring that was never used
+    /// does not tell: one of the others does, whose own thread may come later.
+    fn start(&self, ring: &Ring, vring: &Vring) -> Option<Started> {
         self.0.life.start(|| {
             let started = ring.start(vring)?;
-            let anew = started.afresh && !self.0.restarted.swap(true, Ordering::SeqCst);
-            Some((started, anew))
+            let afresh = || self.0.rings.iter().any(|ring| ring.is_afresh());
+            if (started.afresh || afresh()) && !self.0.restarted.swap(true, Ordering::SeqCst) {
+                self.0.restarts.begun();
+            }
+            Some(started)
         })
     }
 
-    /// Starts the ring, if it can be and is not: brings the window up, then lets the requests out of the
-    /// ring, which `serves` says whether this thread may serve. False if there was nothing to start.
+    /// Starts the ring, if it can be and is not, and lets its requests out, which `serves` says whether this thread
+    /// may serve. False if there was nothing to start.
     fn begin(&self, ring: &Arc<Ring>, vring: &Vring, serves: bool) -> bool {
-        let Some((started, anew)) = self.start(ring, vring) else { return false };
-        if anew {
-            self.0.device.restarted();
+        let Some(started) = self.start(ring, vring) else { return false };
+        let due = Due { ring: ring.clone(), started };
+        let mut due = self.0.restarts.settle(due, || self.0.device.restarted());
+        // Its own ring comes last: to serve that may take long.
+        due.sort_by_key(|due| Arc::ptr_eq(&due.ring, ring));
+        for Due { ring: its, started } in due {
+            self.go_on(&its, started, serves && Arc::ptr_eq(&its, ring));
         }
+        true
+    }
+
+    /// Brings the window up, if it is not, then lets the requests out of the ring.
+    fn go_on(&self, ring: &Arc<Ring>, started: Started, serves: bool) {
         // Stopped again at once: then it must not be told; and bring_up() finds out by itself, and so does
         // a ring that goes on although another one was stopped.
-        if self.0.life.if_started(|| self.0.window.started()) == Some(true) {
+        if self.0.life.if_started(|| self.0.window.started(started.afresh)) == Some(true) {
             debug!("ring {} started", ring.index());
-            ring.release(started.epoch, serves);
-            return true;
+            return ring.release(started.epoch, serves);
         }
         let (session, its) = (self.clone(), ring.clone());
         // A thread of its own: the ack comes only after this session's other threads have
@@ -165,7 +187,6 @@ impl Session {
             error!("can't start the window thread: {e}");
             ring.release_without_window(started.epoch);
         }
-        true
     }
 
     fn bring_up(&self, ring: &Arc<Ring>, epoch: Epoch) {

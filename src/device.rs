@@ -93,9 +93,9 @@ pub trait SessionWindow: Send + Sync {
     /// A new memory table.
     fn table_came(&self, mem: &GuestMemoryMmap);
 
-    /// A ring was started. True if all is well; false if [`bring_up`](Self::bring_up) must be called, from a thread
+    /// A ring was started, `afresh` if the driver has reset the device since. True if all is well; false if [`bring_up`](Self::bring_up) must be called, from a thread
     /// that may block, before requests leave the ring.
-    fn started(&self) -> bool;
+    fn started(&self, afresh: bool) -> bool;
 
     /// Shows what must be shown from the start.
     ///

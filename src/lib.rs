@@ -35,6 +35,7 @@ mod poll;
 mod ratelimit;
 mod relief;
 pub mod request;
+mod restart;
 pub mod socket;
 pub mod vring;
 pub mod window;

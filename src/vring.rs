@@ -116,6 +116,11 @@ struct State {
 }
 
 impl State {
+    /// Whether a ring that starts there goes on where it was stopped.
+    fn goes_on(&self, next_avail: u16, next_used: u16) -> bool {
+        next_avail == self.stopped_at && next_used == next_avail.wrapping_sub(self.open)
+    }
+
     /// What was open is void, and the ring stopped.
     fn renew(&mut self, epoch: Epoch) {
         let Self { waiting, serving, served, poll, .. } = *self;
@@ -192,7 +197,7 @@ impl Ring {
         if !up || state.phase != Phase::Stopped {
             return None;
         }
-        let goes_on = from == state.stopped_at && used == from.wrapping_sub(state.open);
+        let goes_on = state.goes_on(from, used);
         if !goes_on {
             let epoch = Epoch(state.epoch.0 + 1);
             state.renew(epoch);
@@ -202,6 +207,17 @@ impl Ring {
         state.phase = Phase::Held;
         state.window_lost = false;
         Some(Started { epoch: state.epoch, afresh: !goes_on })
+    }
+
+    /// Whether the library has set the ring up to start, and not where it was stopped.
+    pub(crate) fn is_afresh(&self) -> bool {
+        let state = self.lock();
+        let Some(vring) = self.vring.get().filter(|_| state.phase == Phase::Stopped) else {
+            return false;
+        };
+        let vring = vring.get_ref();
+        let queue = vring.get_queue();
+        queue.ready() && !state.goes_on(queue.next_avail(), queue.next_used())
     }
 
     /// The window of this epoch is up: requests may leave the ring. `serves`: this thread may serve them.

@@ -212,3 +212,26 @@ fn a_share_on_a_dax_file_system() {
         assert!(host.ended().success());
     }
 }
+
+/// Shows: a page that a node does not have is an error, and does not end the process: the kernel takes no piece out
+/// of a map of it that is smaller than its alignment.
+#[test]
+#[ignore = "needs a device-DAX node: run by tests/guest"]
+fn behind_the_end_of_a_device_dax_node() {
+    let node = from_env("VUD_DAX_DEVICE");
+    let file = Arc::new(OpenOptions::new().read(true).write(true).open(&node).unwrap());
+    let DaxNode { bytes, align } = DaxNode::of(&file).unwrap().unwrap();
+    assert!(align > PAGE, "its alignment is {align} bytes: this shows nothing");
+    let lines = Durability::choose(Backing::DeviceDax, PersistMode::Auto).unwrap();
+    let direct = lines.persist(&file, bytes + align).unwrap().direct.unwrap();
+    direct.store(bytes - 4, b"last").unwrap();
+    let mut found = [0; 4];
+    direct.load(bytes - 4, &mut found).unwrap();
+    assert_eq!(&found, b"last");
+    let gone = direct.store(bytes + 5000, b"lost").unwrap_err();
+    assert_eq!(gone.raw_os_error(), Some(nix::libc::EIO));
+    assert!(direct.load(bytes - 4, &mut found).is_err(), "what was done before may be lost");
+    let again = lines.persist(&file, bytes).unwrap().direct.unwrap();
+    again.load(bytes - 4, &mut found).unwrap();
+    assert_eq!(&found, b"last");
+}

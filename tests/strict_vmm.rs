@@ -264,6 +264,59 @@ fn q13_start_with_more_than_8_regions() {
     }
 }
 
+/// Q17: shows that with CONFIGURE_MEM_SLOTS a start tells only what has changed: nothing after a pause, what has come
+/// or gone meanwhile else; and without it the whole table each time.
+#[test]
+fn q17_a_start_tells_what_has_changed() {
+    let mut b = bench(Protocol::CONFIGURE_MEM_SLOTS, 3);
+    b.vmm.start(&mut b.driver);
+    assert_eq!(b.vmm.memory_messages(), 3, "each region of RAM, once");
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap();
+    assert_eq!(b.vmm.memory_messages(), 4);
+    for _ in 0..3 {
+        b.vmm.stop();
+        b.vmm.start(&mut b.driver);
+    }
+    assert_eq!(b.vmm.memory_messages(), 4);
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap_err();
+    assert_refused(&b.vmm, &["Q4", "overlap"]);
+    b.vmm.hide_rings(true);
+    b.vmm.update_memory().unwrap();
+    b.vmm.stop();
+    b.vmm.hide_rings(false);
+    b.vmm.start(&mut b.driver);
+    assert_eq!(b.vmm.memory_messages(), 6, "a region less, and there again at the start");
+
+    let mut b = plain();
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap();
+    assert_eq!(b.vmm.memory_messages(), 2);
+    b.vmm.stop();
+    b.vmm.start(&mut b.driver);
+    assert_eq!(b.vmm.memory_messages(), 3);
+}
+
+/// Q12: shows that a start soon after the reset tells of the map's going, and that the next one may crash again.
+#[test]
+fn q12_a_start_at_once_tells_that_the_map_is_gone() {
+    let mut b = bench(Protocol::CONFIGURE_MEM_SLOTS, 1);
+    b.vmm.start(&mut b.driver);
+    b.vmm.start_at_once(true);
+    for _ in 0..3 {
+        b.bad.map(&b.file, 0, 0, PAGE).unwrap();
+        let told = b.vmm.memory_messages();
+        b.vmm.reset();
+        b.driver.reset(b.driver.options());
+        b.vmm.start(&mut b.driver);
+        assert_eq!(b.vmm.memory_messages(), told + 1);
+    }
+    b.vmm.start_at_once(false);
+    b.bad.map(&b.file, 0, 0, PAGE).unwrap();
+    b.vmm.reset();
+    b.driver.reset(b.driver.options());
+    assert!(b.vmm.try_start(&mut b.driver).is_err());
+    assert_violation(&b.vmm, &["Q12", "QEMU would segfault"]);
+}
+
 /// A message of the back-end: header, then the words of its body.
 fn message(request: u32, flags: u32, body: &[u64]) -> Vec<u8> {
     let mut bytes = Vec::new();

@@ -378,9 +378,16 @@ impl Engine {
     /// # Errors
     /// The front-end's refusal: that range and those behind it are as they were.
     pub fn revoke(&self, spans: &[Span]) -> Result<(), GrantError> {
+        self.revoke_if(spans, || true)
+    }
+
+    fn revoke_if(&self, spans: &[Span], may: impl Fn() -> bool) -> Result<(), GrantError> {
         for span in spans {
             let removed = {
                 let mut window = self.window.take();
+                if !may() {
+                    return Ok(());
+                }
                 self.show_piece(&mut window, *span, None)?;
                 cut_out(&mut window.grants, *span)
             };
@@ -389,13 +396,13 @@ impl Engine {
         Ok(())
     }
 
-    /// Takes away all that is granted.
+    /// Takes away all that is granted, if `may` says so in the moment in which nothing else can be.
     ///
     /// # Errors
     /// See [`revoke`](Self::revoke).
-    pub fn revoke_all(&self) -> Result<(), GrantError> {
+    pub fn revoke_all(&self, may: impl Fn() -> bool) -> Result<(), GrantError> {
         let whole = Span { at: 0, bytes: self.bytes.0 };
-        self.revoke(&[whole])
+        self.revoke_if(&[whole], may)
     }
 
     /// The front-end has dropped all maps, or is a new one, and the grants stay: sends every map again.

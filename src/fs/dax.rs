@@ -169,12 +169,19 @@ impl Dax {
         self.set_current(None);
     }
 
-    /// The guest unmounts, or mounts anew: takes every map away.
-    pub(super) fn release_all(&self) {
-        if let Err(e) = self.engine.revoke_all() {
+    /// The guest unmounts, or mounts anew: takes every map away, but none of a driver that has begun anew
+    /// meanwhile. What `is_current` says is looked at when nothing else can be granted.
+    pub(super) fn release_all(&self, is_current: impl Fn() -> bool) {
+        if let Err(e) = self.engine.revoke_all(&is_current)
+            && is_current()
+        {
             warn!("not every map could be taken away: {e}");
             self.engine.reset();
         }
+    }
+
+    /// Forgets which files have been mapped.
+    pub(super) fn clear_nodes(&self) {
         self.nodes.clear();
     }
 

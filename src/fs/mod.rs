@@ -12,6 +12,7 @@
 mod base;
 mod dax;
 mod guest_io;
+mod lives;
 mod message;
 mod nodes;
 mod opened;
@@ -46,6 +47,7 @@ use crate::vring::AtStop;
 use crate::window::{MapError, ShmemMapper, WindowBytes};
 
 use self::dax::Dax;
+use self::lives::Lives;
 use self::opened::Opened;
 use self::pool::{Pace, Pool};
 use self::server::{Message, Patience, Serve, Server, Tally, is_copy, is_quick, pace};
@@ -172,7 +174,7 @@ where
         dax,
         opened: Opened::default(),
         options: Default::default(),
-        initialised: AtomicBool::new(false),
+        lives: Lives::default(),
         tally: Tally::default(),
     })
 }
@@ -294,7 +296,7 @@ impl Device for Fs {
         if self.is_closing() {
             return None; // It stays open, and is never answered.
         }
-        match Message::read(&request, self.dax.as_deref()) {
+        match Message::read(&request, self.dax.as_deref(), self.server.life()) {
             Ok(message) => {
                 let here = match drained {
                     Drained::ByServer { more } => is_quick(&message, &request, more),
@@ -370,7 +372,7 @@ impl SessionWindow for NoWindow {
 
     fn table_came(&self, _: &GuestMemoryMmap) {}
 
-    fn started(&self) -> bool {
+    fn started(&self, _: bool) -> bool {
         true
     }
 

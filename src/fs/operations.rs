@@ -17,6 +17,7 @@ use virtiofsd::fuse::{self, Attr, AttrOut, EntryOut, FsOptions, Opcode};
 use vm_memory_of_virtiofsd::ByteValued;
 
 use super::dax::{Dax, MAP_ALIGNMENT_LOG2};
+use super::lives::Life;
 use super::message::{Args, MAX_DATA_BYTES, Reply, invalid};
 use super::readdir;
 use super::server::{Message, Server};
@@ -65,8 +66,8 @@ where
         }
         let (fs, ctx, nodeid) = (&self.fs, message.context(), message.nodeid());
         match opcode {
-            Opcode::Init => self.init(args),
-            Opcode::Destroy => self.destroy(),
+            Opcode::Init => self.init(message.life, args),
+            Opcode::Destroy => self.destroy(message.life),
             Opcode::Lookup => self.entry(fs.lookup(ctx, nodeid, args.name()?)),
             Opcode::Forget => {
                 let asked: fuse::ForgetIn = args.take()?;
@@ -152,7 +153,7 @@ where
         self.options.load(Ordering::Relaxed) & option.bits() != 0
     }
 
-    fn init(&self, args: &mut Args<'_>) -> io::Result<Reply> {
+    fn init(&self, life: Life, args: &mut Args<'_>) -> io::Result<Reply> {
         let asked: fuse::InitInCompat = args.take()?;
         let mut capable = u64::from(asked.flags);
         if capable & FsOptions::INIT_EXT.bits() != 0 {
@@ -171,7 +172,7 @@ where
             return Err(Errno::EPROTO.into());
         }
         // A guest that was reset, or is hostile, may have left grants and open files.
-        self.forget_guest();
+        self.forget_guest(life, || ());
         let wanted = self.fs.init(FsOptions::from_bits_truncate(capable))?;
         let supported = SUPPORTED.iter().fold(wanted.bits(), |all, one| all | one.bits());
         let dax_options = self.dax_options();
@@ -181,7 +182,7 @@ where
             window.agree(dax_options != 0, enabled & HAS_INODE_DAX != 0);
         }
         self.options.store(enabled, Ordering::Relaxed);
-        self.initialised.store(true, Ordering::Relaxed);
+        self.lives.mount(life);
         info!("mounted; the guest {}", if dax != 0 { "may map files" } else { "maps no files" });
         out.max_readahead = asked.max_readahead;
         (out.flags, out.flags2) = (enabled as u32, (enabled >> 32) as u32);
@@ -198,17 +199,26 @@ where
         if there { MAP_ALIGNMENT | HAS_INODE_DAX } else { 0 }
     }
 
-    fn forget_guest(&self) {
-        self.initialised.store(false, Ordering::Relaxed);
-        if let Some(dax) = &self.dax {
-            dax.release_all();
+    /// Takes away what the guest has, and does `more` of the kind; unless the driver is over, and another one has it.
+    fn forget_guest(&self, life: Life, more: impl FnOnce()) {
+        if !self.lives.unmount(life, || ()) {
+            return;
         }
-        self.opened.clear();
+        if let Some(dax) = &self.dax {
+            // It may take a disk's time, and so more than the driver's.
+            dax.release_all(|| self.lives.is_current(life));
+        }
+        self.lives.unmount(life, || {
+            if let Some(dax) = &self.dax {
+                dax.clear_nodes();
+            }
+            self.opened.clear();
+            more();
+        });
     }
 
-    fn destroy(&self) -> io::Result<Reply> {
-        self.forget_guest();
-        self.fs.destroy();
+    fn destroy(&self, life: Life) -> io::Result<Reply> {
+        self.forget_guest(life, || self.fs.destroy());
         info!("unmounted");
         Reply::DONE
     }

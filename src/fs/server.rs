@@ -5,7 +5,7 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
 use log::{debug, error};
 use nix::errno::Errno;
@@ -17,6 +17,7 @@ use crate::request::{Chain, Request, Segment};
 
 use super::dax::Dax;
 use super::guest_io::copy_in;
+use super::lives::{Life, Lives};
 use super::message::{Args, IN_HEADER_BYTES, OUT_HEADER_BYTES, Reply};
 use super::message::{object, out_header, request_bytes};
 use super::opened::Opened;
@@ -40,12 +41,18 @@ pub(super) struct Message {
     copied: Vec<u8>,
     /// How many bytes the whole request has.
     pub(super) bytes: usize,
+    /// Of the driver that sent it.
+    pub(super) life: Life,
 }
 
 impl Message {
     /// Reads it. Called under the ring's lock, when the ring runs: what is read later might be another
-    /// driver's memory by then.
-    pub(super) fn read(request: &Request, dax: Option<&Dax>) -> Result<Self, Unanswerable> {
+    /// driver's memory by then; and so `life` is that of the driver which sent it.
+    pub(super) fn read(
+        request: &Request,
+        dax: Option<&Dax>,
+        life: Life,
+    ) -> Result<Self, Unanswerable> {
         let chain = request.chain().map_err(|_| Unanswerable)?;
         let mem = request.memory();
         let place = dax.and_then(Dax::place);
@@ -83,7 +90,7 @@ impl Message {
         let whole = copied.ok().filter(|copied| copied.len() >= head).zip(bytes.ok());
         let (mut copied, bytes) = whole.unwrap_or_default();
         copied.truncate(head);
-        Ok(Self { header, copied, bytes })
+        Ok(Self { header, copied, bytes, life })
     }
 
     /// What follows the header; of a WRITE without its data.
@@ -175,7 +182,7 @@ pub(super) struct Server<F> {
     pub(super) opened: Opened,
     /// The options that INIT agreed on (FUSE flags and flags2).
     pub(super) options: AtomicU64,
-    pub(super) initialised: AtomicBool,
+    pub(super) lives: Lives,
     pub(super) tally: Tally,
 }
 
@@ -189,7 +196,10 @@ pub(super) trait Serve: Send + Sync {
         patience: Patience,
     ) -> Option<(Request, Message)>;
 
-    /// A driver has begun anew.
+    /// That of the driver whose requests are taken now.
+    fn life(&self) -> Life;
+
+    /// A driver has begun anew. None of its requests is taken before this returns.
     fn restarted(&self);
 
     /// The session is over.
@@ -229,15 +239,19 @@ where
         None
     }
 
+    fn life(&self) -> Life {
+        self.lives.current()
+    }
+
     fn restarted(&self) {
-        self.initialised.store(false, Ordering::Relaxed);
+        self.lives.begin();
         if let Some(dax) = &self.dax {
             dax.forget();
         }
     }
 
     fn ended(&self) {
-        self.initialised.store(false, Ordering::Relaxed);
+        self.lives.begin();
         if let Some(dax) = &self.dax {
             dax.session_ended();
         }
@@ -265,7 +279,7 @@ where
             return Err(Errno::EINVAL.into());
         }
         let before_init = matches!(opcode, Opcode::Init | Opcode::Destroy);
-        if !before_init && !self.initialised.load(Ordering::Relaxed) {
+        if !before_init && !self.lives.is_mounted(message.life) {
             return if takes_no_reply(opcode as u32) {
                 Ok(Reply::None)
             } else {

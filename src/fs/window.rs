@@ -190,7 +190,7 @@ impl SessionWindow for FsWindow {
         self.read_table(mem);
     }
 
-    fn started(&self) -> bool {
+    fn started(&self, _: bool) -> bool {
         self.lock().phase = Phase::Running;
         self.changed.notify_all();
         true

@@ -15,6 +15,7 @@ use thiserror::Error;
 use super::cacheline::Instruction;
 use super::direct::{Direct, Lines, maps_sync};
 use super::{Fdatasync, Persist};
+use crate::dax::entry::{PAGE_BYTES, PMD_BYTES};
 
 /// What a file's bytes lie in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -196,6 +197,8 @@ pub struct FilePersist {
 pub struct DaxNode {
     /// Its length: a multiple of its alignment, so that a map of all of it is as aligned as it must be.
     pub bytes: u64,
+    /// Its alignment: no smaller piece can be mapped, or taken out of a map.
+    pub align: u64,
 }
 
 impl DaxNode {
@@ -214,10 +217,29 @@ impl DaxNode {
         if subsystem.file_name().is_none_or(|name| name != "dax") {
             return Ok(None);
         }
-        let text = fs::read_to_string(node.join("size"))?;
-        let bytes = text.trim().parse().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
-        Ok(Some(Self { bytes }))
+        let number = |name: &str| {
+            let text = fs::read_to_string(node.join(name))?;
+            text.trim().parse::<u64>().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
+        };
+        // Before Linux 5.10 only the region has one; nearly all have that of a huge page.
+        let align = number("align").or_else(|_| number("../dax_region/align"));
+        let align = align.ok().filter(|align| align.is_power_of_two()).unwrap_or(PMD_BYTES);
+        Ok(Some(Self { bytes: number("size")?, align }))
     }
+}
+
+/// The size of the pages that a map of the file is made of.
+///
+/// # Errors
+/// The system's.
+pub(super) fn page_bytes(file: &File) -> io::Result<u64> {
+    if let Some(node) = DaxNode::of(file)? {
+        return Ok(node.align);
+    }
+    let is_huge = statfs::fstatfs(file).is_ok_and(|s| s.filesystem_type() == HUGETLBFS_MAGIC);
+    // stat(2) tells it for hugetlbfs only: other file systems have a block size of their own.
+    let page = if is_huge { file.metadata()?.blksize() } else { rustix::param::page_size() as u64 };
+    Ok(page.max(PAGE_BYTES))
 }
 
 #[cfg(test)]

@@ -257,9 +257,10 @@ impl SessionWindow for Shown {
     }
 
     /// Q10: a map that outlived a pause is not sent again. It would be refused, and would be a message
-    /// under way that a quick second pause turns into a crash of QEMU (Q1).
-    fn started(&self) -> bool {
-        self.window.is_shown()
+    /// under way that a quick second pause turns into a crash of QEMU (Q1). After a reset it is sent whatever
+    /// was told: refused is better than believed.
+    fn started(&self, afresh: bool) -> bool {
+        !afresh && self.window.is_shown()
     }
 
     fn bring_up(&self) -> Result<(), MapError> {

@@ -12,6 +12,7 @@ pub mod layout;
 mod raw;
 mod shmem;
 mod takeover;
+mod telling;
 mod whole;
 
 use std::fs::File;

@@ -10,18 +10,22 @@ use vm_memory::{
     FileOffset as Backing, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 };
 
+use super::telling::{Freshness, Telling};
 use super::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset, inode_of};
 use crate::lock::lock;
 
 /// What memory tables have said.
 ///
-/// QEMU lists its live maps in the table which it sends at each start (row Q3 of our notes), so a fresh table
-/// that shows our map proves that it outlived a pause (Q10). But the file may be there for another device
+/// QEMU lists its live maps in the memory that it tells of (row Q3 of our notes), so a table that shows our map
+/// proves that it outlived a pause (Q10), as long as the table holds. But the file may be there for another device
 /// as well, as memory of QEMU's own or as a piece of a shared directory: ours is the one that came with our map.
 #[derive(Default)]
 struct Tables {
-    /// Where the guest sees the file, by the last table; none if no table has come since the last stop.
-    places: Option<Vec<GuestAddress>>,
+    telling: Telling,
+    /// Where the guest sees the file, by the last table.
+    places: Vec<GuestAddress>,
+    /// The last table does not hold any more, and no other one has come.
+    outdated: bool,
     /// Where the file was when a map was asked for that no table has shown yet.
     before: Option<Vec<GuestAddress>>,
     /// Where our map is, once that is known.
@@ -30,17 +34,18 @@ struct Tables {
 
 impl Tables {
     fn show_ours(&self) -> bool {
-        self.ours.is_some_and(|ours| self.places.iter().flatten().any(|place| *place == ours))
+        !self.outdated && self.ours.is_some_and(|ours| self.places.contains(&ours))
     }
 
     /// A map is about to be asked for: a table may show it before the ack comes or after it. Returns what was known
     /// of an earlier one.
     fn asked(&mut self) -> Option<GuestAddress> {
-        self.before = Some(self.places.clone().unwrap_or_default());
+        self.before = Some(self.places.clone());
         self.ours
     }
 
-    fn came(&mut self, places: Vec<GuestAddress>) {
+    fn came(&mut self, mem: &GuestMemoryMmap, places: Vec<GuestAddress>) {
+        self.telling.came(mem);
         let is_new = |place: &&GuestAddress| {
             self.before.as_ref().is_some_and(|before| !before.contains(place))
         };
@@ -48,14 +53,21 @@ impl Tables {
             self.ours = Some(new);
             self.before = None;
         }
-        self.places = Some(places);
+        self.places = places;
+        self.outdated = false;
+    }
+
+    /// A whole table does not hold over a stop: a reset may follow, and would drop the map without a word (Q10).
+    /// Of differences, the next start brings those that a reset has made, or none (Q17).
+    fn stopped(&mut self) {
+        self.outdated |= self.telling.freshness == Freshness::WholeTables;
     }
 
     /// The map was not made. If it was refused, something is there: if an earlier session made it, it is what
     /// shows the file.
     fn failed(&mut self, known: Option<GuestAddress>, refused: bool) {
         self.before = None;
-        let any = self.places.iter().flatten().next().copied();
+        let any = self.places.first().copied().filter(|_| !self.outdated);
         self.ours = known.or(any.filter(|_| refused));
     }
 }
@@ -108,23 +120,24 @@ impl WholeFile {
 
     /// Reads a new memory table.
     pub(crate) fn table_came(&self, mem: &GuestMemoryMmap) {
-        let Some(inode) = inode_of(&self.file) else { return lock(&self.tables).came(Vec::new()) };
-        let is_whole =
-            |backing: &Backing| backing.start() == 0 && inode_of(backing.file()) == Some(inode);
+        let inode = inode_of(&self.file);
+        let is_whole = |backing: &Backing| {
+            backing.start() == 0 && inode.is_some() && inode_of(backing.file()) == inode
+        };
         let regions = mem.iter().filter(|region| {
             region.len() == self.bytes.0 && region.file_offset().is_some_and(is_whole)
         });
         let places: Vec<_> = regions.map(GuestMemoryRegion::start_addr).collect();
         debug!("memory table of {} regions, the file is at {places:x?}", mem.num_regions());
-        lock(&self.tables).came(places);
+        lock(&self.tables).came(mem, places);
     }
 
-    /// The device was stopped: a reset may follow, and would drop the map without a word (Q10).
+    /// The device was stopped.
     pub(crate) fn stopped(&self) {
-        lock(&self.tables).places = None;
+        lock(&self.tables).stopped();
     }
 
-    /// Whether our map is known to be there: a table that came since the last stop shows it.
+    /// Whether our map is known to be there: a table that still holds shows it.
     pub(crate) fn is_shown(&self) -> bool {
         lock(&self.tables).show_ours()
     }
@@ -290,6 +303,69 @@ mod tests {
         }
         window.table_came(&table(&[(OURS / 2, &file, 0, BYTES), ours]));
         assert!(window.is_shown());
+    }
+
+    /// The table with one region more, as ADD_MEM_REG tells of it.
+    fn plus(mem: &GuestMemoryMmap, (at, file): (u64, &File)) -> GuestMemoryMmap {
+        let backing = Backing::new(file.try_clone().unwrap(), 0);
+        let region = MmapRegion::from_file(backing, BYTES as usize).unwrap();
+        let region = GuestRegionMmap::new(region, GuestAddress(at)).unwrap();
+        mem.insert_region(Arc::new(region)).unwrap()
+    }
+
+    /// The table with one region less, as REM_MEM_REG tells of it.
+    fn less(mem: &GuestMemoryMmap, at: u64) -> GuestMemoryMmap {
+        mem.remove_region(GuestAddress(at), BYTES).unwrap().0
+    }
+
+    /// Shows (Q17): where memory is told of by differences, a stop takes nothing back, since a start may have
+    /// nothing to tell; but what is told of between them counts, and then only our own place.
+    #[test]
+    fn differences_hold_over_a_stop() {
+        let (file, ram) = (file(), file());
+        let before = plus(&GuestMemoryMmap::new(), (0, &ram));
+        let with = plus(&before, (OURS, &file));
+        let window = window(&file, || Ok(()), Acks::Real, Some(with.clone()));
+        window.table_came(&before);
+        map(&window).unwrap();
+        for _ in 0..3 {
+            window.stopped();
+            assert!(window.is_shown(), "a pause");
+        }
+        window.table_came(&plus(&with, (OURS / 2, &ram)));
+        window.stopped();
+        assert!(window.is_shown(), "memory that has nothing to do with it");
+        let gone = less(&with, OURS);
+        window.table_came(&gone);
+        assert!(!window.is_shown(), "a reset, in which QEMU told of the map's going");
+        window.stopped();
+        window.table_came(&plus(&gone, (OURS * 2, &file)));
+        assert!(!window.is_shown(), "another device's");
+        window.table_came(&with);
+        window.stopped();
+        assert!(window.is_shown());
+        window.table_came(&table(&[(0, &ram, 0, BYTES), (OURS, &file, 0, BYTES)]));
+        assert!(window.is_shown(), "a whole table says so");
+        window.stopped();
+        assert!(!window.is_shown(), "and holds until a stop");
+    }
+
+    /// Shows: a map that is refused after a stop counts as there only where a table that holds shows it.
+    #[test]
+    fn a_refusal_behind_a_stop() {
+        let refused = || Err(MapError::Refused);
+        let (file, ram) = (file(), file());
+        let before = plus(&GuestMemoryMmap::new(), (0, &ram));
+        let with = plus(&before, (OURS, &file));
+        let whole = table(&[(0, &ram, 0, BYTES), (OURS, &file, 0, BYTES)]);
+        for (with, holds) in [(with, true), (whole, false)] {
+            let window = window(&file, refused, Acks::Real, None);
+            window.table_came(&before);
+            window.table_came(&with);
+            map(&window).unwrap();
+            window.stopped();
+            assert_eq!(map(&window).is_ok(), holds);
+        }
     }
 
     /// Shows: a table that comes after the ack, as QEMU's do, tells where our map is.

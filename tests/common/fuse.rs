@@ -85,6 +85,21 @@ impl FsGuest {
         self.start();
     }
 
+    /// The same, but of the rings only `first` is enabled; [`enable`](Self::enable) does it for others.
+    pub fn reset_and_enable(&mut self, first: usize) {
+        self.vmm.reset();
+        self.queues.iter_mut().for_each(Queue::reset);
+        let mut rings: Vec<&mut dyn Ring> =
+            self.queues.iter_mut().map(|queue| queue as &mut dyn Ring).collect();
+        self.vmm.try_set_up_all(&mut rings).unwrap();
+        self.enable(first);
+    }
+
+    /// Enables a ring that has been set up.
+    pub fn enable(&mut self, ring: usize) {
+        self.vmm.try_enable(ring).unwrap();
+    }
+
     /// Hangs up without a word.
     pub fn kill(self) {
         self.vmm.kill();

@@ -77,6 +77,15 @@ impl Host {
 
     /// A fresh device of some size.
     pub fn with_bytes(bytes: u64) -> Self {
+        Self::make(bytes, false)
+    }
+
+    /// A fresh device that offers CONFIGURE_MEM_SLOTS.
+    pub fn with_mem_slots() -> Self {
+        Self::make(FILE_BYTES, true)
+    }
+
+    fn make(bytes: u64, mem_slots: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pmem.img");
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).unwrap();
@@ -84,7 +93,7 @@ impl Host {
         let gate = Gate::new();
         let ours = Arc::new(file.try_clone().unwrap());
         let persist = gate.persist();
-        Self::with(dir, file, gate, Pmem::new(ours, persist).unwrap())
+        Self::with(dir, file, gate, Pmem::with_mem_slots(ours, persist, mem_slots).unwrap())
     }
 
     /// One whose device is the caller's; `gate` is of use if it is the device's.

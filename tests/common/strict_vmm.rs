@@ -156,6 +156,12 @@ impl StrictVmm {
 
     /// The same, with a driver for each of the queues.
     pub fn try_start_all(&mut self, rings: &mut [&mut dyn Ring]) -> Result<(), i32> {
+        self.try_set_up_all(rings)?;
+        (0..rings.len()).try_for_each(|i| self.try_enable(i))
+    }
+
+    /// The first part of a start: the rings are there, and none is enabled.
+    pub fn try_set_up_all(&mut self, rings: &mut [&mut dyn Ring]) -> Result<(), i32> {
         self.check();
         let mut bql = self.shared.bql.lock().unwrap();
         if !self.shared.machine().bends.deaf {
@@ -180,13 +186,19 @@ impl StrictVmm {
         for (i, ring) in rings.iter_mut().enumerate() {
             set_up_ring(&mut machine, i, *ring, self.bases[i]).map_err(proto)?;
         }
-        for i in 0..rings.len() {
-            machine
-                .call("SET_VRING_ENABLE", true, |f| f.set_vring_enable(i, true))
-                .map_err(proto)?;
-        }
-        machine.started = true;
         Ok(())
+    }
+
+    /// The second part: one ring is enabled.
+    pub fn try_enable(&mut self, ring: usize) -> Result<(), i32> {
+        let _bql = self.shared.bql.lock().unwrap();
+        let mut machine = self.shared.machine();
+        let said = machine.call("SET_VRING_ENABLE", true, |f| f.set_vring_enable(ring, true));
+        machine.started = true;
+        said.map_err(|e| {
+            eprintln!("start: {e:?}");
+            libc::EPROTO
+        })
     }
 
     /// A start that must succeed.
@@ -314,6 +326,16 @@ impl StrictVmm {
         self.bend(|b| b.hang_in_map = true);
     }
 
+    /// See `Bends::start_at_once`.
+    pub fn start_at_once(&mut self, at_once: bool) {
+        self.bend(|b| b.start_at_once = at_once);
+    }
+
+    /// See `Bends::start_untold`.
+    pub fn start_untold(&mut self) {
+        self.bend(|b| (b.start_at_once, b.start_untold) = (true, true));
+    }
+
     /// Waits until something is in the channel that was not read.
     pub fn wait_unread(&self) {
         super::eventually("a request", || self.shared.bql.lock().unwrap().has_request());
@@ -370,6 +392,11 @@ impl StrictVmm {
     /// Memory updates so far.
     pub fn table_updates(&self) -> usize {
         self.shared.machine().table_updates
+    }
+
+    /// Memory messages so far: see `Machine::memory_messages`.
+    pub fn memory_messages(&self) -> usize {
+        self.shared.machine().memory_messages
     }
 
     /// Requests that this front-end does not know, so far.

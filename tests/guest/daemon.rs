@@ -84,7 +84,7 @@ impl Daemon {
         };
         command.arg("pmem").arg("--socket-path").arg(socket);
         command.arg("--file").arg(disk.path());
-        command.args(["--size", &format!("{}M", disk.bytes() >> 20)]);
+        command.args(["--size", &format!("{}M", disk.bytes() >> 20)]).args(disk.daemon_args());
         Self::spawn(command, socket, trace, on_end)
     }
 
@@ -154,6 +154,14 @@ impl Daemon {
     pub fn kill(&mut self) {
         self.child.kill().expect("kill the daemon");
         self.child.wait().expect("wait for the killed daemon");
+    }
+
+    /// Ends it as a service manager does, with SIGTERM; it must end well.
+    pub fn terminate(&mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.pid().cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("send SIGTERM");
+        let status = self.wait();
+        assert!(status.success(), "the daemon ended with {status}:\n{}", self.log());
     }
 
     /// Waits until the daemon ended on its own, as it does when its VM goes.

@@ -17,18 +17,29 @@ use crate::report::CaseReport;
 pub struct Disk {
     folder: TempDir,
     bytes: u64,
+    args: Vec<String>,
 }
 
 impl Disk {
     /// The file itself is made by the daemon (`--size`).
     pub fn new(mib: u64) -> Self {
-        Self { folder: TempDir::new().expect("make a folder for the disk"), bytes: mib << 20 }
+        let folder = TempDir::new().expect("make a folder for the disk");
+        Self { folder, bytes: mib << 20, args: Vec::new() }
     }
 
     /// The same, in a folder of its own below `dir`.
     pub fn below(dir: &Path, mib: u64) -> Self {
         let folder = TempDir::new_in(dir).expect("make a folder for the disk");
-        Self { folder, bytes: mib << 20 }
+        Self { folder, bytes: mib << 20, args: Vec::new() }
+    }
+
+    /// More arguments for its daemon.
+    pub fn args(self, args: &[&str]) -> Self {
+        Self { args: args.iter().map(|arg| (*arg).to_owned()).collect(), ..self }
+    }
+
+    pub fn daemon_args(&self) -> &[String] {
+        &self.args
     }
 
     pub fn path(&self) -> PathBuf {

@@ -32,6 +32,8 @@ pub struct Options<'a> {
     pub scratch: Option<PathBuf>,
     /// More arguments for QEMU.
     pub qemu: Vec<String>,
+    /// Whether devices can be unplugged: each is behind a port of its own, on bus 01, 02, ..., disks first.
+    pub hotplug: bool,
 }
 
 pub fn qemu_command(
@@ -61,19 +63,16 @@ pub fn qemu_command(
         .args(["-qmp", &format!("unix:{},server=off", path("qmp"))])
         // A guest that panics resets; this makes QEMU end then, and the test fail.
         .args(["-action", "reboot=shutdown"]);
-    for index in 0..parts.disks.len() {
-        let device = "vhost-user-test-device-pci,virtio-id=27,num_vqs=1,vq_size=128,config_size=16";
-        add_vhost(
-            &mut command,
-            &path(&format!("vhost-{index}")),
-            index,
-            device,
-            FIRST_DISK + index,
-        );
-    }
-    for (share, index) in parts.shares.iter().zip(parts.disks.len()..) {
-        let slot = FIRST_SHARE + index - parts.disks.len();
-        add_vhost(&mut command, &path(&format!("vhost-{index}")), index, &share.device(), slot);
+    for (index, (device, slot)) in devices(parts).into_iter().enumerate() {
+        if options.hotplug {
+            // The firmware puts what is behind ports at the end of the address space, and with 40 bits there the
+            // kernel takes no new place for a window: AMD's HyperTransport has it.
+            command.args(["-cpu", "qemu64,+rdrand,phys-bits=42"]);
+            command.args(["-device", &port(index)]);
+        }
+        let place = if options.hotplug { behind_port(index) } else { format!("addr=0x{slot:02x}") };
+        command.args(["-chardev", &chardev(&path(&format!("vhost-{index}")), index)]);
+        command.args(["-device", &format!("{device},chardev=vhost{index},{place}")]);
     }
     if let Some(tools) = images.tools().filter(|_| options.tools || !parts.shares.is_empty()) {
         add_drive(&mut command, "tools", &tools, true);
@@ -86,9 +85,30 @@ pub fn qemu_command(
     command
 }
 
-fn add_vhost(command: &mut Command, socket: &str, index: usize, device: &str, slot: usize) {
-    command.args(["-chardev", &format!("socket,id=vhost{index},path={socket}")]);
-    command.args(["-device", &format!("{device},chardev=vhost{index},addr=0x{slot:02x}")]);
+/// What QEMU is to make for each daemon, and the slot for it.
+pub fn devices(parts: &Parts<'_>) -> Vec<(String, usize)> {
+    let pmem = "vhost-user-test-device-pci,virtio-id=27,num_vqs=1,vq_size=128,config_size=16";
+    let disks = (0..parts.disks.len()).map(|index| (pmem.to_owned(), FIRST_DISK + index));
+    let shares = parts.shares.iter().zip(FIRST_SHARE..).map(|(share, slot)| (share.device(), slot));
+    disks.chain(shares).collect()
+}
+
+fn chardev(socket: &str, index: usize) -> String {
+    format!("socket,id=vhost{index},path={socket}")
+}
+
+/// With room for any window of the tests.
+fn port(index: usize) -> String {
+    let chassis = index + 1;
+    format!(
+        "pcie-root-port,id=port{index},chassis={chassis},addr=0x{:02x},pref64-reserve=512M",
+        FIRST_DISK + index
+    )
+}
+
+/// Its place and its name, by which it is unplugged.
+fn behind_port(index: usize) -> String {
+    format!("bus=port{index},id=dev{index}")
 }
 
 /// The guest finds it by its serial number, which is its name.

@@ -40,6 +40,7 @@ mod fs_plain;
 mod fs_sides;
 mod fs_suites;
 mod fs_window;
+mod lives_matrix;
 mod pauses;
 mod pmemkv;
 mod real_dax;

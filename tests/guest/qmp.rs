@@ -13,6 +13,8 @@ const HANG: Duration = Duration::from_secs(60);
 
 pub struct Qmp {
     stream: BufReader<UnixStream>,
+    /// Devices that were unplugged, and that nobody has waited for.
+    deleted: Vec<String>,
 }
 
 impl Qmp {
@@ -20,7 +22,7 @@ impl Qmp {
     pub fn accept(listener: &UnixListener) -> Self {
         let (stream, _) = listener.accept().expect("QEMU connects its QMP socket");
         stream.set_read_timeout(Some(HANG)).expect("set a timeout");
-        let mut qmp = Self { stream: BufReader::new(stream) };
+        let mut qmp = Self { stream: BufReader::new(stream), deleted: Vec::new() };
         let greeting = qmp.read();
         assert!(greeting.get("QMP").is_some(), "not a QMP greeting: {greeting}");
         qmp.command("qmp_capabilities", json!({}));
@@ -33,7 +35,23 @@ impl Qmp {
         serde_json::from_str(&line).unwrap_or_else(|error| panic!("QMP said '{line}': {error}"))
     }
 
-    /// Runs one command and returns its answer; events in between are passed over.
+    fn note(&mut self, said: &Value) {
+        if said["event"] == "DEVICE_DELETED" {
+            // Parts of devices have no name of their own.
+            self.deleted.extend(said["data"]["device"].as_str().map(str::to_owned));
+        }
+    }
+
+    /// Waits until a device is unplugged, or finds that it is.
+    pub fn wait_deleted(&mut self, device: &str) {
+        while !self.deleted.iter().any(|deleted| deleted == device) {
+            let said = self.read();
+            self.note(&said);
+        }
+        self.deleted.retain(|deleted| deleted != device);
+    }
+
+    /// Runs one command and returns its answer; events in between are noted.
     pub fn command(&mut self, name: &str, arguments: Value) -> Value {
         let request = json!({ "execute": name, "arguments": arguments });
         writeln!(self.stream.get_mut(), "{request}").expect("write to QMP");
@@ -43,6 +61,7 @@ impl Qmp {
             if let Some(value) = answer.get_mut("return") {
                 return value.take();
             }
+            self.note(&answer);
         }
     }
 }

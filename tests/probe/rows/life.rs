@@ -20,6 +20,8 @@ const MANY: u64 = 10;
 
 const STARTS: &str = "the device starts, and the map is there";
 const KEEPS: &str = "the device starts, and the maps are there";
+const UNTOLD: &str = "the map is kept, and no memory update comes";
+const TOLD: &str = "the map is kept, and a memory update comes";
 const NO_GAIN: &str = "none: it would be a loss";
 
 pub const ROWS: &[Row] = &[
@@ -127,6 +129,20 @@ pub const ROWS: &[Row] = &[
         expected: Expected::Dies(Signal::SIGSEGV, ""),
         gain: "no moment of a VM's life in which a map can kill it",
         probe: map_crosses_stop,
+    },
+    Row {
+        name: "Q17",
+        done: "pause and continue with a map, CONFIGURE_MEM_SLOTS negotiated",
+        expected: Expected::Seen(UNTOLD),
+        gain: "none: a back-end must not wait for what does not come",
+        probe: |lab| told_at_pause(lab, true),
+    },
+    Row {
+        name: "Q17",
+        done: "the same, but without CONFIGURE_MEM_SLOTS",
+        expected: Expected::Seen(TOLD),
+        gain: NO_GAIN,
+        probe: |lab| told_at_pause(lab, false),
     },
 ];
 
@@ -320,5 +336,23 @@ fn pause_with_maps(lab: &mut Lab, mem_slots: bool) -> Res<Found> {
     Ok(Found::Seen(match lab.load(0, 0)? {
         b'p' => KEEPS.into(),
         _ => "the device starts, and the maps are gone".into(),
+    }))
+}
+
+fn told_at_pause(lab: &mut Lab, mem_slots: bool) -> Res<Found> {
+    let backend = lab.started(mem_slots)?;
+    let file = lab.file("file", RANGE)?;
+    map_ranges(&backend, &file, 1)?;
+    lab.ping()?;
+    let (updates, starts) = (backend.memory_updates(), backend.count(front_end::SET_VRING_ENABLE));
+    lab.doing("at the pause");
+    lab.pause()?;
+    if backend.count(front_end::SET_VRING_ENABLE) < starts + 2 {
+        return Ok(Found::Seen("the device stays dead".into()));
+    }
+    Ok(Found::Seen(match (lab.load(0, 0)?, backend.memory_updates() - updates) {
+        (b'p', 0) => UNTOLD.into(),
+        (b'p', _) => TOLD.into(),
+        _ => "the map is gone".into(),
     }))
 }

@@ -39,7 +39,28 @@ pub const ROWS: &[Row] = &[
         gain: "none: it would be a loss",
         probe: |lab| window(lab, &[48 * MIB, 16 * MIB]),
     },
+    Row {
+        name: "Q18",
+        done: "520 maps of 4 KiB, CONFIGURE_MEM_SLOTS not negotiated by any device",
+        expected: Expected::Accepted,
+        gain: "none: it would be a loss",
+        probe: many_maps_untold,
+    },
 ];
+
+fn many_maps_untold(lab: &mut Lab) -> Res<Found> {
+    let backend = lab.started(false)?;
+    let file = lab.file("file", TOO_MANY_MAPS * PAGE)?;
+    for index in 0..TOO_MANY_MAPS {
+        lab.doing(&format!("at map {}", index + 1));
+        let range = Range { fd_offset: index * PAGE, ..Range::new(index * PAGE, PAGE) };
+        let answer = backend.map(range, &file)?;
+        if answer == Answer::Refused {
+            return lab.found(answer);
+        }
+    }
+    Ok(Found::Accepted)
+}
 
 fn many_maps(lab: &mut Lab) -> Res<Found> {
     lab.boot(&[Options::new(false), Options::new(true)])?;

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Which driver a request is of, and whether that one has mounted. What is left of an earlier one must not unmount,
+//! nor mount, what a later one has.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+
+use crate::lock::lock;
+
+/// One driver's time, from a reset of the device to the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Life(u64);
+
+const MOUNTED: u64 = 1;
+
+/// The device's.
+#[derive(Default)]
+pub(super) struct Lives {
+    /// The current life, times two, and whether it has mounted.
+    state: AtomicU64,
+    /// Held while what belongs to the current life is thrown away. A leaf but for files' closing.
+    turn: Mutex<()>,
+}
+
+impl Lives {
+    /// The current one.
+    pub(super) fn current(&self) -> Life {
+        Life(self.state.load(SeqCst) & !MOUNTED)
+    }
+
+    /// Whether it is still the current one.
+    pub(super) fn is_current(&self, life: Life) -> bool {
+        self.current() == life
+    }
+
+    /// Whether it is, and has mounted.
+    pub(super) fn is_mounted(&self, life: Life) -> bool {
+        self.state.load(SeqCst) == life.0 | MOUNTED
+    }
+
+    /// It has mounted. Nothing happens if it is over.
+    pub(super) fn mount(&self, life: Life) {
+        let _ = self.state.compare_exchange(life.0, life.0 | MOUNTED, SeqCst, SeqCst);
+    }
+
+    /// The last one is over: what it still does alone has ended when this returns.
+    pub(super) fn begin(&self) {
+        let next = |state: u64| Some((state & !MOUNTED).wrapping_add(2));
+        let _ = self.state.fetch_update(SeqCst, SeqCst, next);
+        drop(lock(&self.turn));
+    }
+
+    /// It has nothing mounted from now on; `clear` throws away what was. False, and nothing is done, if it is over.
+    pub(super) fn unmount(&self, life: Life, clear: impl FnOnce()) -> bool {
+        let _turn = lock(&self.turn);
+        let mounted = life.0 | MOUNTED;
+        match self.state.compare_exchange(mounted, life.0, SeqCst, SeqCst) {
+            Err(other) if other != life.0 => false,
+            _ => {
+                clear();
+                true
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Shows: a life that is over neither mounts nor unmounts, nor throws anything away.
+    #[test]
+    fn a_life_that_is_over_changes_nothing() {
+        let lives = Lives::default();
+        let first = lives.current();
+        assert!(!lives.is_mounted(first));
+        lives.mount(first);
+        assert!(lives.is_mounted(first));
+        lives.begin();
+        let second = lives.current();
+        assert!(!lives.is_current(first) && !lives.is_mounted(first));
+        lives.mount(first);
+        assert!(!lives.is_mounted(second), "mounted by another driver");
+        lives.mount(second);
+        assert!(!lives.unmount(first, || unreachable!("another driver's")));
+        assert!(lives.is_mounted(second));
+        let mut cleared = 0;
+        assert!(lives.unmount(second, || cleared += 1));
+        assert!(lives.unmount(second, || cleared += 1), "INIT unmounts what may be left");
+        assert_eq!((cleared, lives.is_mounted(second)), (2, false));
+    }
+}
