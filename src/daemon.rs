@@ -18,7 +18,7 @@ use crate::backend::Session;
 use crate::config::{ConfigError, FsRunConfig, PmemConfig};
 use crate::device::Device;
 use crate::fs::{Fs, user_namespace};
-use crate::persist::{Backing, Durability, FilePersist};
+use crate::persist::{Durability, FilePersist};
 use crate::pmem::{FoundFile, Pmem, PmemFile, file_bytes};
 use crate::signals::{self, Stop};
 use crate::socket;
