@@ -186,8 +186,11 @@ impl Bound {
 fn bind(path: PathBuf, group: Option<Gid>) -> Result<(UnixListener, Bound), ConfigError> {
     let _claim = Claim::take(&path).map_err(|e| socket_error(&path, e))?;
     // Once more, now that nobody else is about to bind it.
-    if look(&path)? == Found::DeadSocket {
-        fs::remove_file(&path).map_err(|e| socket_error(&path, e))?;
+    if look(&path)? == Found::DeadSocket
+        && let Err(e) = fs::remove_file(&path)
+        && e.kind() != io::ErrorKind::NotFound
+    {
+        return Err(socket_error(&path, e));
     }
     let before = umask(UMASK);
     let listener = UnixListener::bind(&path);

@@ -278,7 +278,9 @@ fn the_next_socket_is_left_alone() {
         let mut first = Daemon::waiting(&mut place.pmem(&one));
         let front_end = UnixStream::connect(place.path("sock")).unwrap();
         first.must_say("a front-end has connected");
-        // It serves one, and has closed its socket: that is dead now, and is replaced.
+        // It serves one, and closes its socket: that is dead then, and is replaced.
+        let sock = place.path("sock");
+        common::eventually("the socket to be dead", || UnixStream::connect(&sock).is_err());
         let second = Daemon::waiting(&mut place.pmem(&two));
         drop(front_end);
         assert_eq!(first.ended().0, Some(0));
@@ -518,7 +520,7 @@ fn who_waits_is_told_of() {
 
 // --- what the file lies in ---
 
-/// Shows: a file system that nobody tried is promised nothing; ramfs is memory.
+/// Shows: a file system that nobody tried is promised nothing; ramfs and hugetlbfs are memory.
 #[test]
 fn file_systems_are_promised_what_was_found() {
     let may_mount = Command::new("unshare").args(["--mount", "true"]).status();
@@ -528,6 +530,7 @@ fn file_systems_are_promised_what_was_found() {
     let place = Place::new();
     for (mount, promise) in [
         ("mount -t ramfs none mnt", "is in memory: a flush is fdatasync"),
+        ("mount -t hugetlbfs -o pagesize=2M none mnt", "is in memory: a flush is fdatasync"),
         (
             "mount -t tmpfs none mnt; mkdir mnt/u mnt/w mnt/m; mount -t overlay \
              -o lowerdir=/etc,upperdir=mnt/u,workdir=mnt/w none mnt",
@@ -537,7 +540,7 @@ fn file_systems_are_promised_what_was_found() {
     ] {
         let _ = fs::create_dir(place.path("mnt"));
         let script = format!(
-            "set -e; {mount}; head -c 4194304 /dev/zero >mnt/file; exec \"$0\" pmem \
+            "set -e; {mount}; truncate -s 4M mnt/file; exec \"$0\" pmem \
              --socket-path sock --file mnt/file"
         );
         let mut command = Command::new("unshare");

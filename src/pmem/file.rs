@@ -360,3 +360,27 @@ fn open_error(path: &Path, error: io::Error) -> ConfigError {
         _ => ConfigError::File { path, error },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    /// Shows: all pieces together are the whole, each is done once, and none after it was broken off.
+    #[test]
+    fn pieces_are_the_whole_until_it_is_broken_off() {
+        let whole = 2 * PIECE_BYTES + 4095;
+        for (asked_after, done) in [(usize::MAX, 3), (2, 2), (0, 0)] {
+            let pieces = RefCell::new(Vec::new());
+            let is_asked = || pieces.borrow().len() >= asked_after;
+            let ended = in_pieces("tried", whole, &is_asked, |from, bytes| {
+                pieces.borrow_mut().push((from, bytes));
+                Ok(())
+            });
+            let all = [(0, PIECE_BYTES), (PIECE_BYTES, PIECE_BYTES), (2 * PIECE_BYTES, 4095)];
+            assert_eq!(*pieces.borrow(), all[..done]);
+            assert_eq!(ended.is_ok(), done == all.len());
+        }
+    }
+}
