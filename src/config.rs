@@ -55,7 +55,12 @@ pub struct FsRunConfig {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SocketSpec {
     /// A path to bind.
-    Path(PathBuf),
+    Path {
+        /// It.
+        path: PathBuf,
+        /// Who may connect beside the daemon's own user.
+        group: Option<String>,
+    },
     /// A listening Unix socket that was inherited.
     Fd(RawFd),
 }
@@ -182,6 +187,10 @@ pub enum ConfigError {
     Blocks { path: PathBuf, error: io::Error },
     #[error("{path}: {error}", path = .path.display())]
     Persist { path: PathBuf, error: PersistError },
+    #[error("--file {path} lacks one byte: a daemon that was killed while it created it leaves it so; remove it, if so, and start again", path = .0.display())]
+    Unfinished(PathBuf),
+    #[error("--sparse and --persist=cacheline: {path} lies on a DAX file system, where each page must have its block before its lines can be made durable; leave one out", path = .0.display())]
+    SparseLines(PathBuf),
     #[error("--file {path} is {actual}, not {wanted}; give --size {actual} or leave --size out", path = .path.display())]
     SizeDiffers { path: PathBuf, actual: PmemSize, wanted: PmemSize },
     #[error("--file {path}: no room for {size} ({error}); free some space, take a smaller --size, or add --sparse and never let the disk fill up", path = .path.display())]
@@ -206,6 +215,10 @@ pub enum ConfigError {
     NotASocket(PathBuf),
     #[error("--socket-path {path}: another process listens there; stop it or take another path", path = .0.display())]
     SocketInUse(PathBuf),
+    #[error("--socket-group {0}: there is no such group; name one that 'getent group' lists")]
+    SocketGroup(String),
+    #[error("--socket-group: {path} can't be given to that group ({error}); run the daemon as root or as a member of it", path = .path.display())]
+    SocketGroupOwner { path: PathBuf, error: io::Error },
     #[error("--socket-path {path}: {error}; the directory must exist and be writable", path = .path.display())]
     Socket { path: PathBuf, error: io::Error },
     #[error(

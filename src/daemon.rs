@@ -5,24 +5,23 @@
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process;
 use std::sync::Arc;
-use std::thread::Builder;
 
 use log::{error, info};
-use nix::sys::signal::{SigSet, Signal};
 use thiserror::Error;
 use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error as BackendError, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+use crate::accept::{Retries, Waiting, room_for_a_session, wait_for_front_end};
 use crate::backend::Session;
 use crate::config::{ConfigError, FsRunConfig, PmemConfig};
 use crate::device::Device;
 use crate::fs::{Fs, user_namespace};
-use crate::persist::{Backing, Durability, FilePersist};
-use crate::pmem::{Pmem, PmemFile, file_bytes};
-use crate::socket::{self, BoundSocket};
+use crate::persist::{Durability, FilePersist};
+use crate::pmem::{FoundFile, Pmem, PmemFile, file_bytes};
+use crate::signals::{self, Stop};
+use crate::socket;
 
 /// How a session ended that did not end well.
 #[derive(Debug, Error)]
@@ -59,46 +58,71 @@ pub enum DaemonError {
 }
 
 /// Runs `vhost-user-dax pmem` until the VM has gone (or, with `keep_listening`, for ever).
-/// SIGTERM and SIGINT end the process with exit code 0 from a thread of their own.
+/// SIGTERM and SIGINT end the process, or this function, without an error at any time.
 ///
 /// # Errors
-/// [`DaemonError::Config`] comes before anything was created or changed.
+/// With [`DaemonError::Config`] nothing is left that was created, and nothing was changed.
 pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
     // Before any thread starts: all of them must leave the signals to the one that waits.
-    let signals = block_signals()?;
+    let signals = signals::block()?;
     let checked = socket::check(&config.socket)?;
     let path = &config.file.path;
-    let chosen = Durability::choose(config.file.backing(), config.persist)
+    let found = FoundFile::look(&config.file)?;
+    let chosen = Durability::choose(found.backing(), config.persist)
         .map_err(|error| ConfigError::Persist { path: path.clone(), error })?;
-    let file = PmemFile::open(&config.file)?;
-    let FilePersist { persist, direct } = chosen.persist(file.file(), file_bytes(file.file())?)?;
-    if let Some(direct) = direct.filter(|_| chosen.backing == Backing::DaxFile) {
-        file.settle_blocks(path, &direct)?;
+    if config.file.sparse && chosen.settles_blocks() {
+        return Err(ConfigError::SparseLines(path.clone()).into());
     }
-    let listening = checked.listen()?;
-    let file = file.keep(chosen);
-    let pmem = Pmem::with_mem_slots(file, persist, config.mem_slots)?;
-    let what = format!("{}: {}", config.file.path.display(), pmem.size());
-    run(signals, listening, pmem, &what, config.keep_listening)
+    // All that can be refused by looking has been. The socket comes first: nothing that takes long, or
+    // that two daemons must not both make, lies between the look and it.
+    let (listener, bound) = checked.listen()?;
+    let stop = Stop::start(signals, bound)?;
+    let is_asked = || stop.is_asked();
+    let made = stop.making(|| make_file(found, chosen, &is_asked))?;
+    let Some((file, FilePersist { persist, .. })) = made else { return Ok(()) };
+    let pmem = Pmem::with_mem_slots(file.keep(chosen), persist, config.mem_slots)?;
+    let what = format!("{}: {}", path.display(), pmem.size());
+    run(stop, listener, pmem, &what, config.keep_listening)
+}
+
+/// The file as the guest will meet it, and what makes it durable.
+fn make_file(
+    found: FoundFile<'_>,
+    chosen: Durability,
+    is_asked: &dyn Fn() -> bool,
+) -> Result<(PmemFile, FilePersist), DaemonError> {
+    let file = found.make(is_asked)?;
+    let persist = chosen.persist(file.file(), file_bytes(file.file())?)?;
+    if let Some(direct) = persist.direct.as_ref().filter(|_| chosen.settles_blocks()) {
+        file.settle_blocks(direct, is_asked)?;
+    }
+    Ok((file, persist))
 }
 
 /// Runs `vhost-user-dax fs`, as [`run_pmem`] does the other.
 ///
 /// # Errors
-/// [`DaemonError::Config`] comes before anything was created or changed.
+/// With [`DaemonError::Config`] nothing is left that was created, and nothing was changed.
 pub fn run_fs(config: &FsRunConfig) -> Result<(), DaemonError> {
-    let signals = block_signals()?;
+    let signals = signals::block()?;
     let checked = socket::check(&config.socket)?;
     check_shared_dir(&config.fs.shared_dir)?;
-    if !config.fs.uid_map.is_empty() || !config.fs.gid_map.is_empty() {
+    let (uids, gids) = (&config.fs.uid_map, &config.fs.gid_map);
+    let mapped = !uids.is_empty() || !gids.is_empty();
+    if mapped {
+        user_namespace::check().map_err(|e| ConfigError::Fs(e.into()))?;
+    }
+    // First of all: the share's code clears the umask, and whom the socket belongs to is told from outside
+    // the user namespace.
+    let (listener, bound) = checked.listen()?;
+    if mapped {
         // Before any thread starts: the kernel moves only a process that has none.
-        let (uids, gids) = (&config.fs.uid_map, &config.fs.gid_map);
         user_namespace::enter(uids, gids).map_err(|e| ConfigError::Fs(e.into()))?;
     }
+    let stop = Stop::start(signals, bound)?;
     let fs = Fs::new(&config.fs).map_err(ConfigError::Fs)?;
-    let listening = checked.listen()?;
     let what = format!("{}: tag {}", config.fs.shared_dir.display(), config.fs.tag);
-    run(signals, listening, fs, &what, config.keep_listening)
+    run(stop, listener, fs, &what, config.keep_listening)
 }
 
 fn check_shared_dir(path: &Path) -> Result<(), ConfigError> {
@@ -107,41 +131,54 @@ fn check_shared_dir(path: &Path) -> Result<(), ConfigError> {
 }
 
 fn run(
-    signals: SigSet,
-    (listener, bound): (UnixListener, BoundSocket),
+    stop: Stop,
+    listener: UnixListener,
     device: Arc<dyn Device>,
     what: &str,
     keep_listening: bool,
 ) -> Result<(), DaemonError> {
-    let bound = Arc::new(bound);
-    stop_on_signal(signals, device.clone(), bound.clone())?;
+    stop.serving(device.clone());
     info!("{what}, waiting for a front-end");
-    let ended = serve(Listener::from(listener), device.clone(), keep_listening);
+    let ended =
+        if keep_listening { serve_all(&listener, &device) } else { serve_first(listener, &device) };
     device.shutdown();
-    bound.remove();
+    drop(stop);
     Ok(ended?)
 }
 
-fn serve(
-    listener: Listener,
-    device: Arc<dyn Device>,
-    keep_listening: bool,
-) -> Result<(), SessionError> {
-    let mut listener = Some(listener);
-    while let Some(mut open) = listener.take() {
-        let session = Running::accept(&mut open, &device)?;
-        if keep_listening {
-            listener = Some(open);
-        } else {
-            // A second front-end is turned away, not left waiting.
-            drop(open);
-        }
-        match session.wait() {
-            Err(e) if keep_listening => error!("{e}"),
-            ended => ended?,
+fn serve_first(listener: UnixListener, device: &Arc<dyn Device>) -> Result<(), SessionError> {
+    wait_for_front_end(&listener)?;
+    let mut listener = Listener::from(listener);
+    let session = Running::accept(&mut listener, device)?;
+    // A second front-end is turned away, not left waiting.
+    drop(listener);
+    session.wait()
+}
+
+/// Serves one front-end after another. What one of them, or a lack of something, brings about ends no more
+/// than its own session.
+fn serve_all(listener: &UnixListener, device: &Arc<dyn Device>) -> Result<(), SessionError> {
+    let mut accepting = Listener::from(listener.try_clone()?);
+    let retries = Retries::default();
+    loop {
+        wait_for_front_end(listener)?;
+        let session = room_for_a_session(listener, device.queues())
+            .map_err(SessionError::from)
+            .and_then(|()| Running::accept(&mut accepting, device));
+        let session = match session {
+            Ok(session) => session,
+            Err(e) => {
+                retries.after(&e);
+                continue;
+            }
+        };
+        let waiting = Waiting::watch(listener);
+        let ended = session.wait();
+        drop(waiting);
+        if let Err(e) = ended {
+            error!("{e}");
         }
     }
-    Ok(())
 }
 
 /// Accepts one front-end and serves it until it goes.
@@ -162,8 +199,14 @@ impl Running {
     fn accept(listener: &mut Listener, device: &Arc<dyn Device>) -> Result<Self, SessionError> {
         let mem = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let session = Session::new(device.clone(), mem.clone())?;
-        let mut daemon = VhostUserDaemon::new("front-end".into(), session.clone(), mem)?;
-        daemon.start(listener)?;
+        let made = VhostUserDaemon::new("front-end".into(), session.clone(), mem);
+        let mut daemon = made.inspect_err(|_| session.close_exit_events())?;
+        if let Err(e) = daemon.start(listener) {
+            session.end();
+            drop(daemon);
+            session.close_exit_events();
+            return Err(e.into());
+        }
         info!("a front-end has connected");
         if let Some(handle) = daemon.shutdown_handle() {
             session.connected(handle);
@@ -189,30 +232,4 @@ impl Running {
             other => Ok(other?),
         }
     }
-}
-
-fn block_signals() -> io::Result<SigSet> {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGTERM);
-    signals.add(Signal::SIGINT);
-    signals.thread_block()?;
-    Ok(signals)
-}
-
-/// The stop order: finish the running sync and answer it, remove the socket, exit.
-fn stop_on_signal(
-    signals: SigSet,
-    device: Arc<dyn Device>,
-    bound: Arc<BoundSocket>,
-) -> io::Result<()> {
-    Builder::new().name("signals".into()).spawn(move || {
-        if let Ok(signal) = signals.wait() {
-            info!("{signal}: finishing what runs");
-            device.shutdown();
-            device.report();
-            bound.remove();
-            process::exit(0);
-        }
-    })?;
-    Ok(())
 }

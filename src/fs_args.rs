@@ -114,7 +114,7 @@ pub struct FsArgs {
     #[arg(long)]
     no_readdirplus: bool,
 
-    /// Extended attributes
+    /// Extended attributes. The guest's root can set trusted.* and security.* on the host's files: see --xattrmap
     #[arg(long, help_heading = "Attributes and owners")]
     xattr: bool,
 
@@ -122,12 +122,12 @@ pub struct FsArgs {
     #[arg(long, value_name = "RULES", value_parser = xattrmap, help_heading = "Attributes and owners")]
     xattrmap: Option<XattrMap>,
 
-    /// POSIX ACLs (with --xattr): never, auto or always
+    /// POSIX ACLs (and --xattr with them): never, auto or always
     #[arg(long, value_name = "MODE", require_equals = true, num_args = 0..=1, default_value = "never",
           default_missing_value = "always", help_heading = "Attributes and owners")]
     posix_acl: NegotiationMode,
 
-    /// Security labels (with --xattr): never, auto or always
+    /// Security labels (and --xattr with them): never, auto or always
     #[arg(long, value_name = "MODE", require_equals = true, num_args = 0..=1, default_value = "never",
           default_missing_value = "always", help_heading = "Attributes and owners")]
     security_label: NegotiationMode,

@@ -6,7 +6,8 @@
 //!
 //! 1. [`daemon`]: the socket, one session per front-end, the stop order.
 //!    `backend`: what the front-end asks: features, config space, window size.
-//!    `life`: whether the device is started.
+//!    `life`: whether the device is started. `accept`: front-ends that come while one is served.
+//!    `signals`: what ends the daemon, at any time.
 //! 2. [`vring`]: drains one ring into requests. [`request`]: one chain, checked.
 //!    `kick`: the library's ring, made patient. `relief`: drains it while its thread is held up.
 //! 3. [`device`]: the seam a device stands behind. [`pmem`]: virtio-pmem, the flush.
@@ -20,6 +21,7 @@
 
 #![warn(missing_docs)]
 
+mod accept;
 mod backend;
 pub mod config;
 pub mod daemon;
@@ -36,6 +38,7 @@ mod ratelimit;
 mod relief;
 pub mod request;
 mod restart;
+mod signals;
 pub mod socket;
 pub mod vring;
 pub mod window;

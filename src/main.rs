@@ -3,6 +3,7 @@
 //! The command line: arguments to settings, errors to one line and an exit code.
 
 mod fs_args;
+mod option_pairs;
 
 use std::io::Write;
 use std::os::fd::RawFd;
@@ -10,10 +11,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use log::LevelFilter;
 
-use vhost_user_dax::config::{PmemConfig, PmemSize, SocketSpec};
+use vhost_user_dax::config::{ConfigError, PmemConfig, PmemSize, SocketSpec};
 use vhost_user_dax::daemon::{DaemonError, run_fs, run_pmem};
 use vhost_user_dax::persist::PersistMode;
 use vhost_user_dax::pmem::PmemFileSpec;
@@ -40,9 +41,13 @@ enum Command {
 /// How both devices are reached, and how they talk.
 #[derive(Args)]
 struct Common {
-    /// Listen on this Unix socket; a dead socket there is replaced
+    /// Listen on this Unix socket; a dead socket there is replaced. Only this user may connect (mode 0600)
     #[arg(long, value_name = "PATH", required_unless_present_any = ["fd", "print_capabilities"], conflicts_with = "fd")]
     socket_path: Option<PathBuf>,
+
+    /// Let this group connect, too (mode 0660)
+    #[arg(long, value_name = "NAME", conflicts_with = "fd")]
+    socket_group: Option<String>,
 
     /// Listen on this inherited descriptor, as systemd's socket activation passes it (3)
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
@@ -71,7 +76,10 @@ impl Common {
     fn socket(&self) -> Option<SocketSpec> {
         match (self.fd, &self.socket_path) {
             (Some(fd), _) => Some(SocketSpec::Fd(fd)),
-            (None, path) => path.clone().map(SocketSpec::Path),
+            (None, path) => {
+                let path = path.clone()?;
+                Some(SocketSpec::Path { path, group: self.socket_group.clone() })
+            }
         }
     }
 }
@@ -136,7 +144,7 @@ Example:
     -object memory-backend-memfd,id=mem,size=2G,share=on -numa node,memdev=mem \\
     -chardev socket,id=c0,path=/run/pmem0.sock \\
     -device vhost-user-test-device-pci,chardev=c0,virtio-id=27,num_vqs=1,vq_size=128,config_size=16
-  guest# mkfs.ext4 /dev/pmem0 && mount -o dax /dev/pmem0 /mnt
+  guest# mkfs.ext4 -b 4096 /dev/pmem0 && mount -o dax /dev/pmem0 /mnt
 
 QEMU must be 11.1 or newer.
 Exit codes: 0 the VM has gone, or SIGTERM or SIGINT came; 1 the session failed; 2 a bad option.";
@@ -145,8 +153,8 @@ Exit codes: 0 the VM has gone, or SIGTERM or SIGINT came; 1 the session failed; 
 const PMEM_CAPABILITIES: &str = r#"{"type": "pmem", "features": []}"#;
 
 fn main() -> ExitCode {
-    let command = match Cli::try_parse() {
-        Ok(cli) => cli.command,
+    let (command, matches) = match parse() {
+        Ok(parsed) => parsed,
         Err(e) => return usage_error(&e),
     };
     let (common, capabilities) = match &command {
@@ -158,14 +166,35 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     init_log(common.log_level);
+    if let Command::Fs(_) = command
+        && let Some((_, matches)) = matches.subcommand()
+    {
+        if let Some(line) = option_pairs::contradiction(matches) {
+            return failure(&ConfigError::Option(line).into());
+        }
+        option_pairs::warn_of_idle(matches);
+    }
     let ended = match command {
         Command::Pmem(args) => pmem_config(args).map(|config| run_pmem(&config)),
         Command::Fs(args) => args.config().map(|config| config.and_then(|config| run_fs(&config))),
     };
     // None: clap has asked for what is missing before.
     let Some(ended) = ended else { return ExitCode::from(EXIT_USAGE) };
-    let Err(e) = ended else { return ExitCode::SUCCESS };
-    eprintln!("vhost-user-dax: {e}");
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => failure(&e),
+    }
+}
+
+/// The arguments, and which of them the command line names.
+fn parse() -> Result<(Command, ArgMatches), clap::Error> {
+    let matches = Cli::command().try_get_matches()?;
+    Ok((Cli::from_arg_matches(&matches)?.command, matches))
+}
+
+fn failure(e: &DaemonError) -> ExitCode {
+    // The terminal may be gone: no panic then.
+    let _ = writeln!(std::io::stderr(), "vhost-user-dax: {e}");
     ExitCode::from(match e {
         DaemonError::Config(_) => EXIT_USAGE,
         DaemonError::Start(_) | DaemonError::Session(_) => EXIT_FAILURE,

@@ -163,6 +163,18 @@ fn bad_shares_are_refused() {
         (&["--sandbox", "chroot"], &["--sandbox none"]),
         (&["--rlimit-nofile", "100"], &["take more than"]),
         (&["--uid-map", "nonsense"], &["--uid-map"]),
+        (&["--dax=always", "--window-size=0"], &["--dax=always and --window-size 0"]),
+        (&["--dax=always", "--readonly"], &["--dax=always and --readonly"]),
+        (&["--dax=always", "--uid-map", ":0:0:1:"], &["--dax=always and --uid-map"]),
+        (&["--dax=always", "--gid-map", ":0:0:1:"], &["--dax=always and --gid-map"]),
+        (&["--window-size=2M", "--dax=never"], &["--window-size and --dax=never"]),
+        (&["--window-size=2M", "--readonly"], &["--window-size and --readonly"]),
+        (&["--window-size=2M", "--uid-map", ":0:0:1:"], &["--window-size and --uid-map"]),
+        (&["--dax-threshold=2M", "--dax=always"], &["--dax-threshold and --dax=always"]),
+        (&["--dax-threshold=2M", "--dax=never"], &["--dax-threshold and --dax=never"]),
+        (&["--dax-threshold=2M", "--window-size=0"], &["--dax-threshold and --window-size 0"]),
+        (&["--persist=cacheline", "--window-size=0"], &["--persist=cacheline and --window-size 0"]),
+        (&["--persist=cacheline", "--dax=never"], &["--persist=cacheline and --dax=never"]),
     ] {
         place.refuses(&mut place.fs(arguments), words);
     }
@@ -180,6 +192,20 @@ fn bad_shares_are_refused() {
         place.refuses(&mut place.fs(&uid_map), &["not root", "--translate-uid"]);
     } else {
         skip("bad_shares_are_refused", "--uid-map as root: this is not root");
+    }
+}
+
+/// Shows: options of virtiofsd that come to nothing are taken, as virtiofsd does, and told of.
+#[test]
+fn idle_options_are_told_of() {
+    let place = Place::new();
+    for (arguments, words) in [
+        (&["--writeback", "--cache=never"][..], "--writeback does nothing with --cache=never"),
+        (&["--writeback", "--readonly"], "--writeback does nothing with --readonly"),
+    ] {
+        let daemon = place.start(&mut place.fs(arguments));
+        assert!(daemon.said.contains(words), "{}", daemon.said);
+        assert!(daemon.end_with(Signal::SIGTERM).success());
     }
 }
 

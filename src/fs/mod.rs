@@ -32,7 +32,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use log::{info, warn};
+use log::{debug, info, warn};
 use thiserror::Error;
 use virtiofsd::filesystem::FileSystem;
 use virtiofsd::passthrough::read_only::PassthroughFsRo;
@@ -133,7 +133,11 @@ impl Fs {
     fn at_once(&self, request: Request, message: Message) -> AtOnce {
         let (pool, server, here) = (self.pool.clone(), self.server.clone(), self.pool.here());
         Box::new(move || {
-            pool::own_directory();
+            if let Err(e) = pool::own_directory() {
+                debug!("a ring's thread serves nothing itself: {e}");
+                submit(&pool, &server, request, message);
+                return drop(here);
+            }
             pool::guarded(|| {
                 if let Some((request, message)) = server.serve(request, message, Patience::None) {
                     submit_patient(&pool, &server, request, message);

@@ -8,10 +8,11 @@ use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread::{Builder, available_parallelism};
+use std::thread::{Builder, available_parallelism, sleep};
 use std::time::Duration;
 
 use log::error;
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 
 /// An idle thread goes away after this long.
@@ -127,6 +128,7 @@ impl Pool {
     /// # Errors
     /// The system's.
     pub(super) fn new(most: usize) -> io::Result<Self> {
+        can_own_directory()?;
         let shared = Shared {
             state: Mutex::default(),
             changed: Condvar::new(),
@@ -176,7 +178,14 @@ impl Pool {
 
     fn start_one(&self, state: &mut State) -> io::Result<()> {
         let shared = self.0.clone();
-        Builder::new().name("fuse".into()).spawn(move || run(&shared))?;
+        Builder::new().name("fuse".into()).spawn(move || {
+            // Before anything else: a thread of the pool never runs without.
+            while let Err(e) = own_directory() {
+                error!("a thread waits for a working directory and umask of its own: {e}");
+                sleep(IDLE);
+            }
+            run(&shared);
+        })?;
         state.threads += 1;
         Ok(())
     }
@@ -198,16 +207,32 @@ impl Drop for Pool {
     }
 }
 
-/// Gives the calling thread a working directory and an umask of its own: virtiofsd's code changes both.
-pub(super) fn own_directory() {
+/// Gives the calling thread a working directory and an umask of its own: virtiofsd's code changes both, and with
+/// shared ones a request would meet those of another one.
+///
+/// # Errors
+/// The system's: a filter of system calls, most likely. Nothing that uses either may run in this thread then.
+pub(super) fn own_directory() -> io::Result<()> {
     thread_local! {
         static OWN: Cell<bool> = const { Cell::new(false) };
     }
-    if !OWN.replace(true)
-        && let Err(e) = unshare(CloneFlags::CLONE_FS)
-    {
-        error!("a thread can't have a working directory of its own: {e}");
+    if !OWN.get() {
+        unshare(CloneFlags::CLONE_FS)?;
+        OWN.set(true);
     }
+    Ok(())
+}
+
+/// Whether a thread can have them: tried in one of its own, since the caller's stays as it is.
+fn can_own_directory() -> io::Result<()> {
+    let tried = Builder::new().name("fuse".into()).spawn(own_directory)?;
+    let refused = |e| {
+        io::Error::other(format!(
+            "no thread can have an umask and a working directory of its own (unshare(CLONE_FS): {e}); let \
+             the filter of system calls (the container's, or systemd's SystemCallFilter=) permit unshare"
+        ))
+    };
+    tried.join().unwrap_or_else(|_| Err(Errno::EIO.into())).map_err(refused)
 }
 
 /// Does `job`. What the guest sent must never end a thread; its request stays open.
@@ -218,7 +243,6 @@ pub(super) fn guarded(job: impl FnOnce()) {
 }
 
 fn run(shared: &Shared) {
-    own_directory();
     let mut state = shared.lock();
     loop {
         if let Some((pace, job)) = shared.next(&mut state) {

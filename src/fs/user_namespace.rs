@@ -31,16 +31,22 @@ pub enum NamespaceError {
 /// One line of a map: numbers inside, numbers outside, how many.
 type Line = [u32; 3];
 
+/// Whether this user has one to enter.
+///
+/// # Errors
+/// [`NamespaceError::Root`].
+pub fn check() -> Result<(), NamespaceError> {
+    if Uid::effective().is_root() { Err(NamespaceError::Root) } else { Ok(()) }
+}
+
 /// Enters a new user namespace with these maps; without one it is one's own number, as it is. The process must have no
 /// other thread yet.
 ///
 /// # Errors
 /// See [`NamespaceError`].
 pub fn enter(uids: &[UidMap], gids: &[GidMap]) -> Result<(), NamespaceError> {
+    check()?;
     let (uid, gid) = (Uid::effective(), Gid::effective());
-    if uid.is_root() {
-        return Err(NamespaceError::Root);
-    }
     let mut uid_lines: Vec<Line> =
         uids.iter().map(|map| [map.inside_uid, map.outside_uid, map.count]).collect();
     let mut gid_lines: Vec<Line> =

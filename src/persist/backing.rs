@@ -9,31 +9,34 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::sys::stat::{major, minor};
-use nix::sys::statfs::{self, BTRFS_SUPER_MAGIC, HUGETLBFS_MAGIC, TMPFS_MAGIC};
+use nix::sys::statfs;
 use thiserror::Error;
 
 use super::cacheline::Instruction;
 use super::direct::{Direct, Lines, maps_sync};
+use super::file_systems::{FileSystem, Tried};
 use super::{Fdatasync, Persist};
 use crate::dax::entry::{PAGE_BYTES, PMD_BYTES};
 
 /// What a file's bytes lie in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backing {
-    /// The page cache, over a file system that keeps its blocks in place.
+    /// The page cache, over a file system that keeps its blocks in place, and was tried.
     PageCache,
-    /// The page cache, over a file system that writes every block to a new place.
+    /// The page cache, over a file system that writes every block to a new place, and was tried.
     CopyOnWrite,
     /// Persistent memory, under a file system that maps it (`-o dax`): MAP_SYNC works.
     DaxFile,
     /// A device-DAX node (`/dev/dax0.0`): persistent memory with no file system.
     DeviceDax,
-    /// Memory: tmpfs, memfd, hugetlbfs.
+    /// Memory: tmpfs, memfd, ramfs, hugetlbfs.
     Memory,
+    /// A file system that nobody has tried, and of whose fdatasync nothing is known.
+    Unknown(FileSystem),
 }
 
 impl Backing {
-    /// Asks the kernel. A file system that can't say is taken for an ordinary one.
+    /// Asks the kernel.
     pub fn of(file: &File) -> Self {
         if DaxNode::of(file).is_ok_and(|node| node.is_some()) {
             return Self::DeviceDax;
@@ -54,15 +57,21 @@ impl Backing {
             .open(dir);
         match unnamed {
             Ok(file) => Self::of(&file),
-            Err(_) => File::open(dir).map_or(Self::PageCache, |dir| Self::of_file_system(&dir)),
+            Err(_) => match File::open(dir) {
+                Ok(dir) => Self::of_file_system(&dir),
+                Err(_) => Self::Unknown(FileSystem { magic: 0 }),
+            },
         }
     }
 
     fn of_file_system(file: &File) -> Self {
-        match statfs::fstatfs(file).map(|s| s.filesystem_type()) {
-            Ok(TMPFS_MAGIC | HUGETLBFS_MAGIC) => Self::Memory,
-            Ok(BTRFS_SUPER_MAGIC) => Self::CopyOnWrite,
-            _ => Self::PageCache,
+        let found = statfs::fstatfs(file).map(|found| FileSystem::of(found.filesystem_type().0));
+        let found = found.unwrap_or(FileSystem { magic: 0 });
+        match found.tried() {
+            Some(Tried::InPlace) => Self::PageCache,
+            Some(Tried::CopyOnWrite) => Self::CopyOnWrite,
+            Some(Tried::Memory) => Self::Memory,
+            None => Self::Unknown(found),
         }
     }
 
@@ -70,23 +79,39 @@ impl Backing {
     pub fn warning(self) -> Option<&'static str> {
         match self {
             Self::PageCache | Self::DaxFile | Self::DeviceDax => None,
-            Self::CopyOnWrite => Some(
-                "lies on a copy-on-write file system: even an allocated file needs free space \
-                 for each store, and a store that finds none kills the VM; keep space free",
-            ),
+            Self::CopyOnWrite => Some(COPY_ON_WRITE),
+            Self::Unknown(found) => found.writes_elsewhere().then_some(COPY_ON_WRITE),
             Self::Memory => Some("lies in memory: nothing survives power loss"),
         }
     }
 
-    fn name(self) -> &'static str {
+    fn name(self) -> String {
         match self {
-            Self::PageCache | Self::CopyOnWrite => "the page cache",
-            Self::DaxFile => "a DAX file system",
-            Self::DeviceDax => "device-DAX",
-            Self::Memory => "memory",
+            Self::PageCache | Self::CopyOnWrite => "the page cache".into(),
+            Self::DaxFile => "a DAX file system".into(),
+            Self::DeviceDax => "device-DAX".into(),
+            Self::Memory => "memory".into(),
+            Self::Unknown(found) => format!("an unknown file system, {}", found.name()),
+        }
+    }
+
+    /// What an answered flush is worth.
+    fn promise(self) -> &'static str {
+        match self {
+            Self::PageCache | Self::CopyOnWrite | Self::DaxFile | Self::DeviceDax => {
+                "survives this daemon, the VM and power loss"
+            }
+            Self::Memory => "survives this daemon and the VM, but no power loss",
+            Self::Unknown(_) => {
+                "is as durable as that file system's own fdatasync makes it: nobody has tried \
+                 whether it survives power loss"
+            }
         }
     }
 }
+
+const COPY_ON_WRITE: &str = "lies on a copy-on-write file system: even an allocated file needs free space \
+     for each store, and a store that finds none kills the VM; keep space free";
 
 /// `--persist`: who makes the guest's stores durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -132,7 +157,10 @@ impl Durability {
     pub fn choose(backing: Backing, mode: PersistMode) -> Result<Self, PersistError> {
         let lines = match (mode, backing) {
             (PersistMode::Sync, Backing::DeviceDax) => return Err(PersistError::DeviceDax),
-            (PersistMode::Cacheline, Backing::PageCache | Backing::CopyOnWrite) => {
+            (
+                PersistMode::Cacheline,
+                Backing::PageCache | Backing::CopyOnWrite | Backing::Unknown(_),
+            ) => {
                 return Err(PersistError::PageCache);
             }
             (PersistMode::Sync, _) => false,
@@ -160,11 +188,13 @@ impl Durability {
             Some(instruction) => format!("{instruction} over the dirty lines, and a fence"),
             None => "fdatasync".into(),
         };
-        let promise = match self.backing {
-            Backing::Memory => "survives this daemon and the VM, but no power loss",
-            _ => "survives this daemon, the VM and power loss",
-        };
-        format!("{}: a flush is {flush}; what it has answered for {promise}", self.backing.name())
+        let (name, promise) = (self.backing.name(), self.backing.promise());
+        format!("{name}: a flush is {flush}; what it has answered for {promise}")
+    }
+
+    /// Whether each page of a file must have its block beforehand ([`Direct::settle_blocks`]).
+    pub fn settles_blocks(self) -> bool {
+        self.backing == Backing::DaxFile && self.instruction.is_some()
     }
 
     /// What keeps the promise for one file of `bytes`.
@@ -256,6 +286,12 @@ mod tests {
         for (backing, auto, sync, cacheline) in [
             (B::PageCache, Ok(false), Ok(false), Err(PersistError::PageCache)),
             (B::CopyOnWrite, Ok(false), Ok(false), Err(PersistError::PageCache)),
+            (
+                B::Unknown(FileSystem { magic: 1 }),
+                Ok(false),
+                Ok(false),
+                Err(PersistError::PageCache),
+            ),
             (B::DaxFile, Ok(false), Ok(false), Ok(true)),
             (B::DeviceDax, Ok(true), Err(PersistError::DeviceDax), Ok(true)),
             (B::Memory, Ok(false), Ok(false), Ok(true)),

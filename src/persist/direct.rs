@@ -170,16 +170,19 @@ impl Direct {
         Ok(Arc::new(Self { file, flags, instruction, first, grown, making: Mutex::default() }))
     }
 
-    /// Gives each page of the first `bytes` a block that is durably the file's, so that cache lines are all
-    /// that a later store needs. Nothing that the file holds changes.
+    /// Gives each page of the `bytes` from byte `from` on, the start of a page, a block that is durably the
+    /// file's, so that cache lines are all that a later store needs. Nothing that the file holds changes.
     ///
     /// # Errors
     /// The system's; EFAULT where the file system finds no space.
-    pub fn settle_blocks(&self, bytes: u64) -> io::Result<()> {
-        let map = self.covering(bytes)?;
+    pub fn settle_blocks(&self, from: u64, bytes: u64) -> io::Result<()> {
+        let end = from.checked_add(bytes).ok_or(Errno::EINVAL)?;
+        let place = self.covering(end)?.place();
         let bytes = usize::try_from(bytes).map_err(|_| Errno::EINVAL)?;
+        let start = place.start_of(from, bytes).and_then(|at| NonNull::new(at.cast()));
+        let start = start.ok_or(Errno::EINVAL)?;
         // SAFETY: of the range that is mapped; it is as if each page had been stored to.
-        Ok(unsafe { madvise(map.pages.base.0.cast(), bytes, MmapAdvise::MADV_POPULATE_WRITE) }?)
+        Ok(unsafe { madvise(start, bytes, MmapAdvise::MADV_POPULATE_WRITE) }?)
     }
 
     /// Copies `bytes` to byte `from` on, past the cache. They are durable after the next

@@ -6,6 +6,7 @@ mod backing;
 pub mod cacheline;
 mod direct;
 mod fdatasync;
+mod file_systems;
 mod group;
 mod sigbus;
 
@@ -14,6 +15,7 @@ use std::io;
 pub use backing::{Backing, DaxNode, Durability, FilePersist, PersistError, PersistMode};
 pub use direct::Direct;
 pub use fdatasync::Fdatasync;
+pub use file_systems::FileSystem;
 pub use group::{GroupSync, Waiter};
 
 /// Makes durable what has been stored so far.

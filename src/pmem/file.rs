@@ -2,22 +2,34 @@
 
 //! The file behind a virtio-pmem device: found or created, checked, and locked.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use log::{info, warn};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 use nix::libc;
 
-use crate::config::{ConfigError, PmemSize, Size};
+use crate::config::{ConfigError, PMEM_ALIGN_BYTES, PmemSize, Size};
 use crate::persist::{Backing, DaxNode, Direct, Durability};
 
 /// `st_blocks` counts in units of 512 bytes, whatever the file system's block size (stat(2)).
 const STAT_BLOCK_BYTES: u64 = 512;
+
+/// A file that is being created is so much shorter than it will be, and so no multiple of 2 MiB: whatever ends
+/// the daemon meanwhile, nobody takes it for a whole one. Its last block is allocated all the same.
+const UNFINISHED_LACKS_BYTES: u64 = 1;
+
+/// What is allocated at once. While a file system is at it nothing stops it.
+const PIECE_BYTES: u64 = 1 << 30;
+
+/// How often a long allocation says how far it is.
+const TOLD_EVERY: Duration = Duration::from_secs(3);
 
 /// Which file, and what to do if it is missing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,14 +43,6 @@ pub struct PmemFileSpec {
 }
 
 impl PmemFileSpec {
-    /// What the file lies in, or will if it is missing.
-    pub fn backing(&self) -> Backing {
-        match open_both_ways(&self.path) {
-            Ok(file) => Backing::of(&file),
-            Err(_) => Backing::of_dir(self.dir()),
-        }
-    }
-
     fn dir(&self) -> &Path {
         match self.path.parent() {
             Some(dir) if !dir.as_os_str().is_empty() => dir,
@@ -67,72 +71,140 @@ pub fn file_bytes(file: &File) -> io::Result<u64> {
     }
 }
 
+/// What the look at the path has found, before anything is made.
+#[derive(Debug)]
+pub struct FoundFile<'a> {
+    spec: &'a PmemFileSpec,
+    found: Found,
+}
+
+#[derive(Debug)]
+enum Found {
+    /// Open, checked and locked.
+    There(File),
+    Missing(PmemSize),
+}
+
+impl<'a> FoundFile<'a> {
+    /// Opens, checks and locks the file, or finds that it can be made.
+    ///
+    /// # Errors
+    /// Each is a line for the user; nothing has been created or changed then.
+    pub fn look(spec: &'a PmemFileSpec) -> Result<Self, ConfigError> {
+        let path = &spec.path;
+        // Only a name: to open a FIFO may wait, and to open a device may act.
+        let name = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
+        let found = match name {
+            Ok(name) => Found::There(open_found(spec, &name)?),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let size = spec.size.ok_or_else(|| ConfigError::MissingFile(path.clone()))?;
+                let dir = spec.dir();
+                if !dir.is_dir() {
+                    let dir = dir.to_owned();
+                    return Err(ConfigError::MissingDirectory { path: path.clone(), dir });
+                }
+                Found::Missing(size)
+            }
+            Err(e) => return Err(open_error(path, e)),
+        };
+        Ok(Self { spec, found })
+    }
+
+    /// What the file lies in, or will if it is missing.
+    pub fn backing(&self) -> Backing {
+        match &self.found {
+            Found::There(file) => Backing::of(file),
+            Found::Missing(_) => Backing::of_dir(self.spec.dir()),
+        }
+    }
+
+    /// The file, made if it was missing. When `is_asked` says so, that is broken off.
+    ///
+    /// # Errors
+    /// Each is a line for the user; nothing is left that was created then.
+    pub fn make(self, is_asked: &dyn Fn() -> bool) -> Result<PmemFile, ConfigError> {
+        let path = self.spec.path.clone();
+        match self.found {
+            Found::There(file) => Ok(PmemFile { file: Arc::new(file), path, is_new: false }),
+            Found::Missing(size) => PmemFile::create(self.spec, size, is_asked),
+        }
+    }
+}
+
+/// Opens what `name` (O_PATH) is the name of, whatever the path leads to by now.
+fn open_found(spec: &PmemFileSpec, name: &File) -> Result<File, ConfigError> {
+    let path = &spec.path;
+    let failed = |e| open_error(path, e);
+    let kind = name.metadata().map_err(failed)?.file_type();
+    if kind.is_dir() {
+        return Err(ConfigError::Directory(path.clone()));
+    }
+    let node = DaxNode::of(name).map_err(failed)?;
+    if !kind.is_file() && node.is_none() {
+        return Err(ConfigError::NotRegular(path.clone()));
+    }
+    let reopen = format!("/proc/self/fd/{}", name.as_raw_fd());
+    let file = OpenOptions::new().read(true).write(true).open(reopen).map_err(failed)?;
+    lock(&file, path)?;
+    match node {
+        Some(node) => check_node(spec, node)?,
+        None => check_file(spec, &file.metadata().map_err(failed)?)?,
+    }
+    Ok(file)
+}
+
+/// A device-DAX node. It is of one piece, so its maps are as aligned as it is itself.
+fn check_node(spec: &PmemFileSpec, node: DaxNode) -> Result<(), ConfigError> {
+    let path = spec.path.clone();
+    let size = PmemSize::new(node.bytes);
+    spec.check_size(size.map_err(|error| ConfigError::NodeSize { path, error })?)
+}
+
+fn check_file(spec: &PmemFileSpec, found: &Metadata) -> Result<(), ConfigError> {
+    let path = &spec.path;
+    if found.len() % PMEM_ALIGN_BYTES == PMEM_ALIGN_BYTES - UNFINISHED_LACKS_BYTES {
+        return Err(ConfigError::Unfinished(path.clone()));
+    }
+    let actual = PmemSize::new(found.len())
+        .map_err(|error| ConfigError::FileSize { path: path.clone(), error })?;
+    spec.check_size(actual)?;
+    let holes = actual.bytes().saturating_sub(found.blocks() * STAT_BLOCK_BYTES);
+    if holes > 0 && !spec.sparse {
+        warn!(
+            "{} has about {} of holes: a store to a hole when the disk is full kills the VM; \
+             fill them with 'fallocate -l {} FILE', or add --sparse if you accept that",
+            path.display(),
+            Size(holes),
+            actual.bytes()
+        );
+    }
+    Ok(())
+}
+
 /// An open, checked and locked file. One that was created here is removed again unless it is [kept](Self::keep).
 #[derive(Debug)]
 pub struct PmemFile {
     file: Arc<File>,
-    remove_on_drop: Option<PathBuf>,
+    path: PathBuf,
+    /// It goes again when this is dropped.
+    is_new: bool,
 }
 
 impl PmemFile {
     /// Opens the file, or creates it with all its blocks.
     ///
     /// # Errors
-    /// Each is a line for the user; nothing has been created or changed then.
+    /// Each is a line for the user; nothing is left that was created then.
     pub fn open(spec: &PmemFileSpec) -> Result<Self, ConfigError> {
-        match fs::metadata(&spec.path) {
-            Ok(found) if found.is_dir() => Err(ConfigError::Directory(spec.path.clone())),
-            Ok(found) if found.file_type().is_char_device() => Self::open_node(spec),
-            Ok(found) if !found.is_file() => Err(ConfigError::NotRegular(spec.path.clone())),
-            Ok(_) => Self::open_existing(spec),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => match spec.size {
-                Some(size) => Self::create(spec, size),
-                None => Err(ConfigError::MissingFile(spec.path.clone())),
-            },
-            Err(e) => Err(open_error(&spec.path, e)),
-        }
+        FoundFile::look(spec)?.make(&|| false)
     }
 
-    /// A device-DAX node. It is of one piece, so its maps are as aligned as it is itself.
-    fn open_node(spec: &PmemFileSpec) -> Result<Self, ConfigError> {
+    fn create(
+        spec: &PmemFileSpec,
+        size: PmemSize,
+        is_asked: &dyn Fn() -> bool,
+    ) -> Result<Self, ConfigError> {
         let path = &spec.path;
-        let file = open_both_ways(path)?;
-        let node = DaxNode::of(&file).map_err(|e| open_error(path, e))?;
-        let node = node.ok_or_else(|| ConfigError::NotRegular(path.clone()))?;
-        lock(&file, path)?;
-        let actual = PmemSize::new(node.bytes)
-            .map_err(|error| ConfigError::NodeSize { path: path.clone(), error })?;
-        spec.check_size(actual)?;
-        Ok(Self { file: Arc::new(file), remove_on_drop: None })
-    }
-
-    fn open_existing(spec: &PmemFileSpec) -> Result<Self, ConfigError> {
-        let path = &spec.path;
-        let file = open_both_ways(path)?;
-        lock(&file, path)?;
-        let found = file.metadata().map_err(|e| open_error(path, e))?;
-        let actual = PmemSize::new(found.len())
-            .map_err(|error| ConfigError::FileSize { path: path.clone(), error })?;
-        spec.check_size(actual)?;
-        let holes = actual.bytes().saturating_sub(found.blocks() * STAT_BLOCK_BYTES);
-        if holes > 0 && !spec.sparse {
-            warn!(
-                "{} has about {} of holes: a store to a hole when the disk is full kills the VM; \
-                 fill them with 'fallocate -l {} FILE', or add --sparse if you accept that",
-                path.display(),
-                Size(holes),
-                actual.bytes()
-            );
-        }
-        Ok(Self { file: Arc::new(file), remove_on_drop: None })
-    }
-
-    fn create(spec: &PmemFileSpec, size: PmemSize) -> Result<Self, ConfigError> {
-        let path = &spec.path;
-        let dir = spec.dir();
-        if !dir.is_dir() {
-            return Err(ConfigError::MissingDirectory { path: path.clone(), dir: dir.to_owned() });
-        }
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -141,33 +213,44 @@ impl PmemFile {
             .open(path)
             .map_err(|e| open_error(path, e))?;
         // From here on the file goes away again if anything fails.
-        let created = Self { file: Arc::new(file), remove_on_drop: Some(path.clone()) };
+        let created = Self { file: Arc::new(file), path: path.clone(), is_new: true };
         lock(&created.file, path)?;
-        created.give_size(path, size, spec.sparse)?;
+        created.give_size(size, spec.sparse, is_asked)?;
         // The name must be as durable as the first flush, so the directory is synced as well.
         created
             .file
             .sync_all()
-            .and_then(|()| File::open(dir)?.sync_all())
+            .and_then(|()| File::open(spec.dir())?.sync_all())
             .map_err(|error| ConfigError::File { path: path.clone(), error })?;
         Ok(created)
     }
 
-    fn give_size(&self, path: &Path, size: PmemSize, sparse: bool) -> Result<(), ConfigError> {
-        let path = path.to_owned();
-        let length = size.bytes() as libc::off_t; // PmemSize is at most i64::MAX.
-        let made = if sparse {
-            self.file.set_len(size.bytes())
-        } else {
-            info!("creating {} and allocating {size}", path.display());
-            fallocate(&self.file, FallocateFlags::empty(), 0, length).map_err(io::Error::from)
-        };
-        made.map_err(|error| match error.raw_os_error().map(Errno::from_raw) {
-            Some(Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG) => {
-                ConfigError::NoSpace { path, size, error }
+    fn give_size(
+        &self,
+        size: PmemSize,
+        sparse: bool,
+        is_asked: &dyn Fn() -> bool,
+    ) -> Result<(), ConfigError> {
+        let made = if sparse { Ok(()) } else { self.allocate(size, is_asked) };
+        let path = self.path.clone();
+        // Last: before that nobody takes the file for a whole one.
+        made.and_then(|()| self.file.set_len(size.bytes())).map_err(|error| {
+            match error.raw_os_error().map(Errno::from_raw) {
+                Some(Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG) => {
+                    ConfigError::NoSpace { path, size, error }
+                }
+                Some(Errno::EOPNOTSUPP) => ConfigError::NoAllocate { path, error },
+                _ => ConfigError::File { path, error },
             }
-            Some(Errno::EOPNOTSUPP) => ConfigError::NoAllocate { path, error },
-            _ => ConfigError::File { path, error },
+        })
+    }
+
+    fn allocate(&self, size: PmemSize, is_asked: &dyn Fn() -> bool) -> io::Result<()> {
+        info!("creating {} and allocating {size}", self.path.display());
+        let unfinished = size.bytes() - UNFINISHED_LACKS_BYTES;
+        self.file.set_len(unfinished)?;
+        in_pieces("allocated", unfinished, is_asked, |from, bytes| {
+            allocate(&self.file, FallocateFlags::empty(), from, bytes)
         })
     }
 
@@ -182,14 +265,19 @@ impl PmemFile {
     ///
     /// # Errors
     /// No space, most likely.
-    pub fn settle_blocks(&self, path: &Path, direct: &Direct) -> Result<(), ConfigError> {
+    pub fn settle_blocks(
+        &self,
+        direct: &Direct,
+        is_asked: &dyn Fn() -> bool,
+    ) -> Result<(), ConfigError> {
+        let path = &self.path;
         let bytes = self.file.metadata().map_err(|e| open_error(path, e))?.len();
-        let length = bytes as libc::off_t; // It is the length of a file.
         info!("giving each page of {} a block that is durably its own", path.display());
-        let done = fallocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, length)
-            .map_err(io::Error::from)
-            .and_then(|()| direct.settle_blocks(bytes));
-        done.map_err(|error| ConfigError::Blocks { path: path.to_owned(), error })
+        in_pieces("settled", bytes, is_asked, |from, bytes| {
+            allocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes)?;
+            direct.settle_blocks(from, bytes)
+        })
+        .map_err(|error| ConfigError::Blocks { path: path.clone(), error })
     }
 
     /// Keeps the file, and says what flushes of it are worth.
@@ -198,23 +286,52 @@ impl PmemFile {
         if let Some(warning) = durability.backing.warning() {
             warn!("the pmem file {warning}");
         }
-        self.remove_on_drop = None;
+        self.is_new = false;
         self.file.clone()
     }
 }
 
 impl Drop for PmemFile {
     fn drop(&mut self) {
-        if let Some(path) = &self.remove_on_drop
-            && let Err(e) = fs::remove_file(path)
+        let id = |found: Metadata| (found.dev(), found.ino());
+        let at_path = fs::symlink_metadata(&self.path).map(id).ok();
+        if self.is_new
+            && at_path == self.file.metadata().map(id).ok()
+            && let Err(e) = fs::remove_file(&self.path)
         {
-            warn!("{}: can't remove the unfinished file: {e}", path.display());
+            warn!("{}: can't remove the unfinished file: {e}", self.path.display());
         }
     }
 }
 
-fn open_both_ways(path: &Path) -> Result<File, ConfigError> {
-    OpenOptions::new().read(true).write(true).open(path).map_err(|e| open_error(path, e))
+/// Does `work` on `bytes` bytes piece by piece, so that it can be broken off, and says how far it is.
+///
+/// # Errors
+/// Those of `work`, and EINTR where `is_asked` has said so.
+fn in_pieces(
+    what: &str,
+    bytes: u64,
+    is_asked: &dyn Fn() -> bool,
+    work: impl Fn(u64, u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut told = Instant::now();
+    for from in (0..bytes).step_by(PIECE_BYTES as usize) {
+        if is_asked() {
+            return Err(Errno::EINTR.into());
+        }
+        if told.elapsed() >= TOLD_EVERY {
+            told = Instant::now();
+            info!("{what} {} of {}", Size(from), Size(bytes.next_multiple_of(PMEM_ALIGN_BYTES)));
+        }
+        work(from, PIECE_BYTES.min(bytes - from))?;
+    }
+    Ok(())
+}
+
+/// posix_fallocate(3) would write zeros where the file system can't.
+fn allocate(file: &File, flags: FallocateFlags, from: u64, bytes: u64) -> io::Result<()> {
+    // No file is longer than an off_t can say.
+    Ok(fallocate(file, flags, from as libc::off_t, bytes as libc::off_t)?)
 }
 
 /// An open-file-description lock on the whole file (fcntl(2), F_OFD_SETLK). It also keeps out a
@@ -241,5 +358,29 @@ fn open_error(path: &Path, error: io::Error) -> ConfigError {
             ConfigError::NoAccess { path, uid: nix::unistd::geteuid().as_raw(), error }
         }
         _ => ConfigError::File { path, error },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    /// Shows: all pieces together are the whole, each is done once, and none after it was broken off.
+    #[test]
+    fn pieces_are_the_whole_until_it_is_broken_off() {
+        let whole = 2 * PIECE_BYTES + 4095;
+        for (asked_after, done) in [(usize::MAX, 3), (2, 2), (0, 0)] {
+            let pieces = RefCell::new(Vec::new());
+            let is_asked = || pieces.borrow().len() >= asked_after;
+            let ended = in_pieces("tried", whole, &is_asked, |from, bytes| {
+                pieces.borrow_mut().push((from, bytes));
+                Ok(())
+            });
+            let all = [(0, PIECE_BYTES), (PIECE_BYTES, PIECE_BYTES), (2 * PIECE_BYTES, 4095)];
+            assert_eq!(*pieces.borrow(), all[..done]);
+            assert_eq!(ended.is_ok(), done == all.len());
+        }
     }
 }

@@ -28,7 +28,7 @@ use crate::vring::AtStop;
 use crate::window::{FileOffset, FrontEnd, MapError, ShmemMapper, WholeFile};
 use crate::window::{WindowBytes, WindowOffset};
 
-pub use file::{PmemFile, PmemFileSpec, file_bytes};
+pub use file::{FoundFile, PmemFile, PmemFileSpec, file_bytes};
 
 /// Feature bit 0: the region is shared memory region 0, not an address in the config space.
 pub const VIRTIO_PMEM_F_SHMEM_REGION: u64 = 1 << 0;

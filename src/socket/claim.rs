@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The right to bind, replace or remove a socket at a path: a lock on a file beside it, for a moment.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use log::debug;
+use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::geteuid;
+
+/// Held by one process at a time for each path. The file goes when it is dropped. One that a killed process
+/// has left behind is taken.
+pub(super) struct Claim {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Claim {
+    /// Waits for the others, who have it for a moment each.
+    ///
+    /// # Errors
+    /// The system's; AlreadyExists where the file is not one of ours.
+    pub(super) fn take(socket: &Path) -> io::Result<Self> {
+        let mut name = socket.as_os_str().to_owned();
+        name.push(".lock");
+        let path = PathBuf::from(name);
+        loop {
+            let file = open(&path)?;
+            let lock =
+                Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| io::Error::from(e))?;
+            // Whoever had it has removed the file: then it is a lock on nothing.
+            if is_at(&path, &lock)? {
+                return Ok(Self { path, _lock: lock });
+            }
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // Before the lock goes: who waits for it must find that the file is another one.
+        if let Err(e) = fs::remove_file(&self.path) {
+            debug!("{}: {e}", self.path.display());
+        }
+    }
+}
+
+/// Others can't hold the lock: they can't open the file.
+fn open(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
+    let found = file.metadata()?;
+    if found.is_file() && found.uid() == geteuid().as_raw() && found.mode() & 0o077 == 0 {
+        return Ok(file);
+    }
+    let line = format!("{} is in the way, remove it", path.display());
+    Err(io::Error::new(io::ErrorKind::AlreadyExists, line))
+}
+
+fn is_at(path: &Path, file: &File) -> io::Result<bool> {
+    let ours = file.metadata()?;
+    match fs::symlink_metadata(path) {
+        Ok(now) => Ok((now.dev(), now.ino()) == (ours.dev(), ours.ino())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
+    }
+}
