@@ -23,6 +23,7 @@ use crate::fs::{Fs, user_namespace};
 use crate::persist::{Backing, Durability, FilePersist};
 use crate::pmem::{Pmem, PmemFile, file_bytes};
 use crate::socket::{self, BoundSocket};
+use crate::stderr;
 
 /// How a session ended that did not end well.
 #[derive(Debug, Error)]
@@ -114,6 +115,7 @@ fn run(
     keep_listening: bool,
 ) -> Result<(), DaemonError> {
     let bound = Arc::new(bound);
+    stderr::detach()?;
     stop_on_signal(signals, device.clone(), bound.clone())?;
     info!("{what}, waiting for a front-end");
     let ended = serve(Listener::from(listener), device.clone(), keep_listening);
@@ -211,6 +213,7 @@ fn stop_on_signal(
             device.shutdown();
             device.report();
             bound.remove();
+            log::logger().flush();
             process::exit(0);
         }
     })?;

@@ -15,6 +15,7 @@ pub use backing::{Backing, DaxNode, Durability, FilePersist, PersistError, Persi
 pub use direct::Direct;
 pub use fdatasync::Fdatasync;
 pub use group::{GroupSync, Waiter};
+pub(crate) use sigbus::Guarded;
 
 /// Makes durable what has been stored so far.
 pub trait Persist: Send + Sync + 'static {
