@@ -112,7 +112,7 @@ impl Known {
             op::INIT => abi::init(),
             op::SETUPMAPPING => {
                 let (from, len) =
-                    (RANGE.wrapping_mul(r.mostly(3)), RANGE.wrapping_mul(1 + r.mostly(2)));
+                    (RANGE.wrapping_mul(r.mostly(3)), RANGE.wrapping_mul(r.mostly(3)));
                 abi::setupmapping(from, len, r.mostly(4), RANGE.wrapping_mul(r.mostly(32)))
             }
             op::REMOVEMAPPING => {
