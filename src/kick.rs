@@ -106,7 +106,7 @@ impl VringT<GuestMemory> for Vring {
 mod tests {
     use std::os::fd::{FromRawFd, IntoRawFd};
 
-    use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+    use vm_memory::{Bytes, FileOffset, GuestMemoryAtomic, GuestMemoryMmap};
     use vmm_sys_util::event::{EventFlag, new_event_consumer_and_notifier};
 
     use super::*;
@@ -125,5 +125,25 @@ mod tests {
         notifier.notify().unwrap();
         assert!(vring.read_kick().unwrap());
         assert!(!vring.read_kick().unwrap());
+    }
+
+    /// Shows: a used ring that lies behind the end of a file, or in no memory, has no index, and ends nothing; one in RAM
+    /// has its own.
+    #[test]
+    fn a_used_ring_that_is_not_there() {
+        const BYTES: usize = 1 << 20;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(BYTES as u64).unwrap();
+        let backing = Some(FileOffset::new(file.try_clone().unwrap(), 0));
+        let regions =
+            [(GuestAddress(0), BYTES, None), (GuestAddress(BYTES as u64), BYTES, backing)];
+        let mem = GuestMemoryMmap::from_ranges_with_files(&regions).unwrap();
+        mem.write_obj(7u16, GuestAddress(0x2002)).unwrap();
+        file.set_len(0).unwrap();
+        let vring = Vring::new(GuestMemoryAtomic::new(mem), 16).unwrap();
+        for (used, index) in [(0x2000, 7), (BYTES as u64 + 0x2000, 0), (1 << 40, 0)] {
+            vring.set_queue_info(0, 0x1000, used).unwrap();
+            assert_eq!(vring.queue_used_idx().unwrap(), index, "{used:#x}");
+        }
     }
 }
