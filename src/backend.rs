@@ -27,6 +27,7 @@ use vmm_sys_util::event::{
 use crate::device::{Device, SessionWindow};
 use crate::life::Life;
 use crate::lock::lock;
+use crate::ram::Memory;
 use crate::relief::{Relief, Watch};
 use crate::restart::Restarts;
 use crate::vring::{Epoch, GuestMemory, Ring, Started, Vring};
@@ -42,6 +43,7 @@ pub(crate) struct Session(Arc<Inner>);
 struct Inner {
     device: Arc<dyn Device>,
     rings: Vec<Arc<Ring>>,
+    memory: Memory,
     /// None where no request is served by the thread that takes it, and after the end.
     relief: Mutex<Option<Relief>>,
     window: Arc<dyn SessionWindow>,
@@ -69,10 +71,12 @@ impl Session {
     /// The system's: no thread can be started.
     pub(crate) fn new(device: Arc<dyn Device>, mem: GuestMemory) -> io::Result<Self> {
         let watch = Arc::new(Watch::default());
-        let ring = |index| Ring::new(device.clone(), index, mem.clone(), watch.clone());
+        let memory = Memory::new(mem);
+        let ring = |index| Ring::new(device.clone(), index, memory.clone(), watch.clone());
         let rings: Vec<_> = (0..device.queues()).map(ring).collect();
         let session = Self(Arc::new(Inner {
             rings,
+            memory,
             relief: Mutex::new(None),
             window: device.open_window(),
             life: Arc::default(),
@@ -277,6 +281,7 @@ impl VhostUserBackend for Session {
     }
 
     fn update_memory(&self, mem: GuestMemory) -> io::Result<()> {
+        self.0.memory.table_came();
         self.0.window.table_came(mem.memory().deref());
         Ok(())
     }

@@ -21,7 +21,7 @@ use crate::fs::{Fs, user_namespace};
 use crate::persist::{Durability, FilePersist};
 use crate::pmem::{FoundFile, Pmem, PmemFile, file_bytes};
 use crate::signals::{self, Stop};
-use crate::socket;
+use crate::{socket, stderr};
 
 /// How a session ended that did not end well.
 #[derive(Debug, Error)]
@@ -137,6 +137,7 @@ fn run(
     what: &str,
     keep_listening: bool,
 ) -> Result<(), DaemonError> {
+    stderr::detach()?;
     stop.serving(device.clone());
     info!("{what}, waiting for a front-end");
     let ended =

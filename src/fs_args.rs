@@ -195,6 +195,28 @@ fn xattrmap(text: &str) -> Result<XattrMap, String> {
     XattrMap::try_from(text).map_err(|e| e.to_string())
 }
 
+/// virtiofsd's code adds without a look: past the last id it would begin at 0 again, which is root. And -1 is nobody.
+fn check_rules(option: &str, rules: &[IdMap]) -> Result<(), String> {
+    let ends = |rule: &IdMap| match *rule {
+        IdMap::Guest { from_guest: one, to_host: other, count }
+        | IdMap::Host { from_host: one, to_guest: other, count }
+        | IdMap::Bidirectional { guest: one, host: other, count } => {
+            one.checked_add(count).zip(other.checked_add(count)).is_some()
+        }
+        IdMap::SquashGuest { from_guest: one, to_host: other, count }
+        | IdMap::SquashHost { from_host: one, to_guest: other, count } => {
+            one.checked_add(count).zip(other.checked_add(1)).is_some()
+        }
+        IdMap::ForbidGuest { from_guest: one, count } => one.checked_add(count).is_some(),
+    };
+    match rules.iter().find(|rule| !ends(rule)) {
+        Some(rule) => Err(format!(
+            "{option} {rule}: goes past the last id, 4294967294; take a smaller number"
+        )),
+        None => Ok(()),
+    }
+}
+
 impl FsArgs {
     /// None if something is missing that clap asks for.
     pub fn config(self) -> Option<Result<FsRunConfig, DaemonError>> {
@@ -215,6 +237,8 @@ impl FsArgs {
                     .into(),
             );
         }
+        check_rules("--translate-uid", &self.translate_uid)?;
+        check_rules("--translate-gid", &self.translate_gid)?;
         if !matches!(self.sandbox, Sandbox::None) {
             return Err(
                 "--sandbox: this daemon has none of its own yet; take --sandbox none and run it under \

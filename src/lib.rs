@@ -9,7 +9,7 @@
 //!    `life`: whether the device is started. `accept`: front-ends that come while one is served.
 //!    `signals`: what ends the daemon, at any time.
 //! 2. [`vring`]: drains one ring into requests. [`request`]: one chain, checked.
-//!    `kick`: the library's ring, made patient. `relief`: drains it while its thread is held up.
+//!    `ram`: the memory that they may be in. `kick`: the library's ring, made patient. `relief`: drains it while its thread is held up.
 //! 3. [`device`]: the seam a device stands behind. [`pmem`]: virtio-pmem, the flush.
 //!    [`fs`]: virtio-fs, FUSE and its DAX window.
 //! 4. [`dax`]: the engine: entries, grants, writeback.
@@ -17,7 +17,7 @@
 //! 6. [`persist`]: the `Persist` seam: fdatasync, shared by all that wait for it, or cache lines.
 //!
 //! Beside the path: [`config`] (all that is refused before anything is made),
-//! [`socket`] (where the front-end finds us).
+//! [`socket`] (where the front-end finds us), [`stderr`] (what is said).
 
 #![warn(missing_docs)]
 
@@ -34,11 +34,13 @@ mod lock;
 pub mod persist;
 pub mod pmem;
 mod poll;
+mod ram;
 mod ratelimit;
 mod relief;
 pub mod request;
 mod restart;
 mod signals;
 pub mod socket;
+pub mod stderr;
 pub mod vring;
 pub mod window;

@@ -5,7 +5,6 @@
 mod fs_args;
 mod option_pairs;
 
-use std::io::Write;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -18,6 +17,7 @@ use vhost_user_dax::config::{ConfigError, PmemConfig, PmemSize, SocketSpec};
 use vhost_user_dax::daemon::{DaemonError, run_fs, run_pmem};
 use vhost_user_dax::persist::PersistMode;
 use vhost_user_dax::pmem::PmemFileSpec;
+use vhost_user_dax::stderr;
 
 use fs_args::FsArgs;
 
@@ -165,7 +165,7 @@ fn main() -> ExitCode {
         println!("{capabilities}");
         return ExitCode::SUCCESS;
     }
-    init_log(common.log_level);
+    stderr::init(common.log_level);
     if let Command::Fs(_) = command
         && let Some((_, matches)) = matches.subcommand()
     {
@@ -181,7 +181,10 @@ fn main() -> ExitCode {
     // None: clap has asked for what is missing before.
     let Some(ended) = ended else { return ExitCode::from(EXIT_USAGE) };
     match ended {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            log::logger().flush();
+            ExitCode::SUCCESS
+        }
         Err(e) => failure(&e),
     }
 }
@@ -193,8 +196,7 @@ fn parse() -> Result<(Command, ArgMatches), clap::Error> {
 }
 
 fn failure(e: &DaemonError) -> ExitCode {
-    // The terminal may be gone: no panic then.
-    let _ = writeln!(std::io::stderr(), "vhost-user-dax: {e}");
+    stderr::last_words(&e.to_string());
     ExitCode::from(match e {
         DaemonError::Config(_) => EXIT_USAGE,
         DaemonError::Start(_) | DaemonError::Session(_) => EXIT_FAILURE,
@@ -232,22 +234,4 @@ fn pmem_config(args: PmemArgs) -> Option<PmemConfig> {
         mem_slots,
         keep_listening: args.common.keep_listening,
     })
-}
-
-/// Lines go to stderr without a time: systemd and libvirt add their own.
-fn init_log(level: LevelFilter) {
-    let mut builder = env_logger::Builder::new();
-    builder.filter_level(level);
-    // The queue's crate logs each bad chain; ours are counted and held to a bounded rate.
-    builder.filter_module("virtio_queue", LevelFilter::Off);
-    // A hard limit of open files below virtiofsd's wish is the usual case, and no news.
-    builder.filter_module("virtiofsd::limits", LevelFilter::Off);
-    if std::env::var_os("RUST_LOG").is_some() {
-        builder.parse_default_env();
-    }
-    builder.format(|out, record| {
-        let level = record.level().as_str().to_ascii_lowercase();
-        writeln!(out, "vhost-user-dax: {level}: {}", record.args())
-    });
-    builder.init();
 }

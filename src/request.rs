@@ -3,7 +3,8 @@
 //! Step 2 of 6: one descriptor chain, checked and taken. Knows no device.
 //!
 //! [`parse`] checks the shape of a chain once: its length, its order, its end. Whether its addresses
-//! are guest memory is looked at when they are used, since the memory table may change in between.
+//! are guest memory is looked at when they are used, since the memory table may change in between. What is
+//! loaded and stored here lies in RAM (`ram.rs`).
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use thiserror::Error;
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 use vm_memory::{GuestMemoryLoadGuard, GuestMemoryMmap};
 
 use crate::vring::{Epoch, Ring, Touching};
@@ -220,7 +221,7 @@ impl Request {
     pub fn word(&self) -> Result<u32, Malformed> {
         match self.parsed.fault {
             Some(fault) => Err(fault),
-            None => self.parsed.chain.word(&self.memory()),
+            None => self.parsed.chain.word(&self.ram()),
         }
     }
 
@@ -235,9 +236,15 @@ impl Request {
         }
     }
 
-    /// The guest's memory as it is now.
+    /// The guest's memory as it is now, windows and all: for system calls. To touch it otherwise may end the
+    /// process.
     pub fn memory(&self) -> GuestMemoryLoadGuard<GuestMemoryMmap> {
-        self.ring.memory().memory()
+        self.ring.memory().all()
+    }
+
+    /// The part of it that may be loaded from and stored to.
+    pub fn ram(&self) -> GuestMemoryLoadGuard<GuestMemoryMmap> {
+        self.ring.memory().ram()
     }
 
     /// Keeps the ring from being stopped until this request is completed or [lets go](Self::let_go): until
@@ -272,7 +279,7 @@ impl Request {
     /// Does nothing if the ring was stopped since the request was taken: it was handed back.
     pub fn complete(self, status: u32) {
         // One address that is no memory, and the chain gets no status at all.
-        let room = self.parsed.chain.reply(&self.memory());
+        let room = self.parsed.chain.reply(&self.ram());
         let whole = room.is_ok_and(|room| room.len() == WORD_BYTES)
             && !matches!(self.word(), Err(Malformed::Address(_)));
         let reply = if whole { status.to_le_bytes().to_vec() } else { Vec::new() };

@@ -144,6 +144,7 @@ impl Inner {
             device.report();
         }
         self.bound.remove();
+        log::logger().flush();
         process::exit(0);
     }
 }

@@ -16,11 +16,12 @@ use std::time::{Duration, Instant};
 use log::warn;
 use vhost_user_backend::VringT;
 use virtio_queue::{Error as QueueError, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::device::Device;
 use crate::lock::lock;
 use crate::poll::Poll;
+use crate::ram::Memory;
 use crate::ratelimit::RateLimit;
 use crate::relief::Watch;
 use crate::request::Answer;
@@ -132,7 +133,7 @@ impl State {
 pub struct Ring {
     device: Arc<dyn Device>,
     index: usize,
-    mem: GuestMemory,
+    mem: Memory,
     // Lock order: this, then the library's vring lock, then the device's queue.
     state: Mutex<State>,
     /// The ring was stopped, has started, or is touched by one less.
@@ -148,7 +149,7 @@ impl Ring {
     pub(crate) fn new(
         device: Arc<dyn Device>,
         index: usize,
-        mem: GuestMemory,
+        mem: Memory,
         watch: Arc<Watch>,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -174,7 +175,7 @@ impl Ring {
     }
 
     /// The guest's memory.
-    pub fn memory(&self) -> &GuestMemory {
+    pub(crate) fn memory(&self) -> &Memory {
         &self.mem
     }
 
@@ -341,7 +342,7 @@ impl Ring {
     fn give_back(&self, state: &mut State, answer: Answer) {
         let Some(vring) = self.vring.get() else { return };
         state.open -= 1;
-        self.warn_of(UNRETURNED, return_chain(&self.mem.memory(), vring, &answer));
+        self.warn_of(UNRETURNED, return_chain(&self.mem.ram(), vring, &answer));
         state.untold += 1;
         if !state.more || state.untold >= TELL_AT {
             return self.tell(state);
@@ -363,7 +364,7 @@ impl Ring {
         if std::mem::take(&mut state.untold) > 0
             && let Some(vring) = self.vring.get()
         {
-            self.warn_of(UNRETURNED, signal(vring));
+            self.warn_of(UNRETURNED, signal(&self.mem.ram(), vring));
         }
     }
 
@@ -390,17 +391,17 @@ impl Drop for Touching {
     }
 }
 
-fn return_chain(mem: &GuestMemoryMmap, vring: &Vring, answer: &Answer) -> Result<(), QueueError> {
+fn return_chain(ram: &GuestMemoryMmap, vring: &Vring, answer: &Answer) -> Result<(), QueueError> {
     let Some(head) = answer.head else { return Ok(()) };
     let mut guard = vring.get_mut();
     // The reply before the used index: the driver reads it as soon as the index moves.
-    let stored = answer.store(mem);
-    guard.add_used(head, stored)
+    let stored = answer.store(ram);
+    guard.get_queue_mut().add_used(ram, head, stored)
 }
 
-fn signal(vring: &Vring) -> Result<(), QueueError> {
+fn signal(ram: &GuestMemoryMmap, vring: &Vring) -> Result<(), QueueError> {
     let mut guard = vring.get_mut();
-    if guard.needs_notification()? {
+    if guard.get_queue_mut().needs_notification(ram)? {
         // A front-end that closed its end of the call is about to stop the ring: not our fault.
         let _ = guard.signal_used_queue();
     }

@@ -160,6 +160,15 @@ fn bad_shares_are_refused() {
         (&["--xattrmap", "nonsense"], &["--xattrmap"]),
         (&["--posix-acl", "--translate-uid", "map:0:1000:1"], &["--posix-acl", "leave one out"]),
         (&["--translate-uid", "nonsense"], &["--translate-uid"]),
+        (
+            &["--translate-uid", "guest:0:4294967000:65536"],
+            &["--translate-uid", "past the last id"],
+        ),
+        (
+            &["--translate-gid", "squash-guest:0:4294967295:9"],
+            &["--translate-gid", "past the last"],
+        ),
+        (&["--translate-gid", "forbid-guest:9:4294967295"], &["--translate-gid", "past the last"]),
         (&["--sandbox", "chroot"], &["--sandbox none"]),
         (&["--rlimit-nofile", "100"], &["take more than"]),
         (&["--uid-map", "nonsense"], &["--uid-map"]),

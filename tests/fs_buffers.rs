@@ -234,3 +234,96 @@ fn a_stale_table() {
         b.end();
     }
 }
+
+/// Bytes of one write(2) from a mapping, as Linux sends them: a page, powers of two, odd multiples.
+fn lengths() -> Vec<u32> {
+    let pages = (0..10).flat_map(|i| [1u32 << i, 3 << i, (5 << i) + 1]).filter(|n| *n <= 512);
+    pages.map(|n| n * 4096).collect()
+}
+
+/// Shows: a file that was just created with O_DIRECT takes every write from the window, from a page to 2 MiB, and so does
+/// one that was there before; with --allow-direct-io, where the host's descriptor has the flag, too.
+#[test]
+fn direct_writes_from_the_window() {
+    const MOST: u32 = 1 << 20;
+    let direct = libc::O_RDWR | libc::O_DIRECT;
+    for extra in [vec![], vec!["--allow-direct-io".to_string()]] {
+        let mut b = bench(FsOptions { extra, ..FsOptions::default() });
+        for (i, bytes) in lengths().into_iter().enumerate() {
+            let name = format!("new{i}");
+            let arg = abi::create(&name, direct | libc::O_CREAT, 0o644);
+            let made = b.guest.call(op::CREATE, abi::ROOT, &arg, 256).unwrap();
+            let old = abi::u64_at(&made, 0);
+            let fhs = [abi::u64_at(&made, abi::ENTRY_OUT), b.guest.open(old, direct).unwrap()];
+            for fh in fhs {
+                (b.node, b.fh) = (old, fh);
+                for at in (0..bytes).step_by(MOST as usize) {
+                    let now = (bytes - at).min(MOST);
+                    let from = FsGuest::in_window(HERE + u64::from(at));
+                    let Reply::Ok(body) = b.write_from(at.into(), &[(from, now)]) else {
+                        panic!("{bytes} bytes at {at}")
+                    };
+                    assert_eq!(abi::u32_at(&body, 0), now, "{bytes} bytes");
+                }
+                assert!(b.host.get(&name) == b.shown[..bytes as usize], "{bytes} bytes");
+                b.host.put(&name, b"");
+                b.guest.release(old, fh).unwrap();
+            }
+        }
+        b.end();
+    }
+}
+
+/// Shows: with --allow-direct-io a READ goes into any buffer in the window, to the file's end, which is no multiple of
+/// anything, and into one that lies oddly there.
+#[test]
+fn direct_reads_into_the_window() {
+    let extra = vec!["--allow-direct-io".to_string()];
+    let mut b = bench(FsOptions { extra, ..FsOptions::default() });
+    b.data.truncate(70_001);
+    b.host.put("data", &b.data);
+    b.fh = b.guest.open(b.node, libc::O_RDONLY | libc::O_DIRECT).unwrap();
+    for (from, to, size) in [(0u64, 0u64, 4096u32), (4096, 4096 + 17, 8192), (65_536, 100, 4096)] {
+        let place = (FsGuest::in_window(HERE + to), size);
+        assert_eq!(b.read_to(from, &[place]), Reply::Ok(vec![]));
+        let (from, to, size) = (from as usize, to as usize, size as usize);
+        b.shown[to..to + size].copy_from_slice(&b.data[from..from + size]);
+    }
+    let end = 69_632; // A page's start.
+    let arg = abi::read(b.fh, end as u64, 8192);
+    let place = (FsGuest::in_window(HERE + 50), 8192);
+    let pending = b.guest.send_with(op::READ, b.node, &[&arg.0], 0, &[], &[place]);
+    assert_eq!(b.guest.reply_with_data(pending, 70_001 - end), Reply::Ok(vec![]));
+    let (end, left) = (end as usize, 70_001 - end as usize);
+    b.shown[50..50 + left].copy_from_slice(&b.data[end..]);
+    b.compare("to the end");
+    b.end();
+}
+
+/// Shows: the last page of a mapped file is there to its end, as for any mapping: it is written as zeros, what is read
+/// into it makes the file no longer, and the page behind it is EFAULT.
+#[test]
+fn the_last_page_of_a_file() {
+    each_way(|mut b| {
+        let last = RANGE - 4096;
+        b.host.put("short", &pattern(5000, 7));
+        let node = b.guest.node("short");
+        b.guest.setup(node, 0, RANGE, BOTH, 0).unwrap();
+        let Reply::Ok(body) = b.write_from(0, &[(FsGuest::in_window(0), 8192)]) else { panic!() };
+        assert_eq!(abi::u32_at(&body, 0), 8192);
+        b.data[..5000].copy_from_slice(&pattern(5000, 7));
+        b.data[5000..8192].fill(0);
+        assert_eq!(b.read_to(last, &[(FsGuest::in_window(4096), 4096)]), Reply::Ok(vec![]));
+        let mut short = pattern(5000, 7);
+        short[4096..].copy_from_slice(&b.data[last as usize..last as usize + 904]);
+        assert_eq!(b.host.get("short"), short);
+        for reply in [
+            b.write_from(0, &[(FsGuest::in_window(8192), 100)]),
+            b.read_to(0, &[(FsGuest::in_window(8192), 100)]),
+        ] {
+            assert_eq!(reply, Reply::Error(libc::EFAULT));
+        }
+        b.compare("the last page");
+        b.end();
+    });
+}

@@ -4,7 +4,11 @@
 //!
 //! A buffer may lie in our own window (O_DIRECT into or from a DAX mapping). Then its bytes are a
 //! file's, and are reached through that file: the memory table need not list the range, and a page
-//! behind the end of the file can't hurt this process.
+//! behind the end of the file can't hurt this process. All buffers of such a request go through one that is
+//! ours and lies at a page's start, so that a descriptor with O_DIRECT takes it.
+//!
+//! A buffer may lie in another device's window. Only system calls touch it, which say EFAULT where the page is
+//! gone.
 
 #![allow(unsafe_code)] // readv and writev take raw pointers; see the two places below.
 
@@ -13,7 +17,6 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -21,20 +24,25 @@ use nix::sys::stat::futimens;
 use nix::sys::time::TimeSpec;
 use virtiofsd::filesystem::{ZeroCopyReader, ZeroCopyWriter};
 use virtiofsd::oslib::{self, ReadvFlags, WritevFlags};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 use crate::dax::engine::{Engine, Space};
+use crate::dax::entry::PAGE_BYTES;
 use crate::persist::Direct;
 use crate::request::Segment;
 use crate::window::{FileOffset, WindowBytes, WindowOffset};
 
+use super::message::MAX_DATA_BYTES;
 use super::server::Patience;
 
 /// IOV_MAX.
 const MAX_IOVECS: usize = 1024;
 
-/// The most that is copied at once where a buffer lies in the window.
-const BOUNCE_BYTES: usize = 1 << 20;
+/// The most that is copied at once where a buffer lies in the window: all that one request may move.
+const BOUNCE_BYTES: usize = MAX_DATA_BYTES as usize;
+
+/// What O_DIRECT wants the place, the offset and the length of a buffer to be a multiple of, at most.
+const ALIGN: usize = PAGE_BYTES as usize;
 
 /// Where the window is in the guest's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,11 +66,6 @@ impl WindowPlace {
             return Err(Errno::EFAULT.into());
         }
         Ok(Some(WindowOffset(start - self.base)))
-    }
-
-    /// Whether any byte of `segment` is in it.
-    pub(super) fn touches(self, segment: Segment) -> bool {
-        !matches!(self.of(segment), Ok(None))
     }
 }
 
@@ -162,12 +165,119 @@ impl Buffers {
         Ok(slices)
     }
 
-    fn front_file(&self) -> Option<(Arc<Space>, FileOffset, usize)> {
-        match self.0.front()? {
-            Piece::File { space, from, bytes } => Some((space.clone(), *from, *bytes)),
-            Piece::Memory { .. } => None,
+    /// Whether some of them lie in the window.
+    fn in_window(&self) -> bool {
+        self.0.iter().any(|piece| matches!(piece, Piece::File { .. }))
+    }
+
+    /// How many of the first `most` bytes come before the end of a file that shows through the window.
+    ///
+    /// # Errors
+    /// EFAULT if it is none.
+    fn reach(&self, most: usize) -> io::Result<usize> {
+        let mut reach = 0;
+        for piece in &self.0 {
+            let there = piece.there()?;
+            reach += there;
+            if there < piece.bytes() || reach >= most {
+                break;
+            }
+        }
+        match reach.min(most).min(BOUNCE_BYTES) {
+            0 => Err(Errno::EFAULT.into()),
+            reach => Ok(reach),
         }
     }
+
+    /// Copies the first bytes of the buffers to `to`.
+    fn gather(&self, ram: &GuestMemoryMmap, mut to: &mut [u8]) -> io::Result<()> {
+        for piece in &self.0 {
+            let (now, later) = to.split_at_mut(piece.bytes().min(to.len()));
+            match piece {
+                Piece::Memory { at, .. } => {
+                    ram.read_slice(now, *at).map_err(|_| Errno::EFAULT)?;
+                }
+                Piece::File { space, from, .. } => load(space, *from, now)?,
+            }
+            to = later;
+        }
+        Ok(())
+    }
+
+    /// Copies `from` to the first bytes of the buffers.
+    fn scatter(&self, ram: &GuestMemoryMmap, mut from: &[u8]) -> io::Result<()> {
+        for piece in &self.0 {
+            let (now, later) = from.split_at(piece.bytes().min(from.len()));
+            match piece {
+                Piece::Memory { at, .. } => {
+                    ram.write_slice(now, *at).map_err(|_| Errno::EFAULT)?;
+                }
+                Piece::File { space, from, .. } => store(space, *from, now)?,
+            }
+            from = later;
+        }
+        Ok(())
+    }
+}
+
+impl Piece {
+    /// How many of its bytes a load through the window would find: to the end of the file's last page.
+    fn there(&self) -> io::Result<usize> {
+        match self {
+            Self::Memory { bytes, .. } => Ok(*bytes),
+            Self::File { space, from, bytes } => {
+                let end = space.source().file_bytes()?.next_multiple_of(PAGE_BYTES);
+                let left = usize::try_from(end.saturating_sub(from.0)).unwrap_or(usize::MAX);
+                Ok(left.min(*bytes))
+            }
+        }
+    }
+}
+
+/// Loads what the window shows: behind the end of the file, zeros.
+fn load(space: &Space, from: FileOffset, to: &mut [u8]) -> io::Result<()> {
+    let mut done = 0;
+    while let Some(rest) = to.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        match space.source().read_at(from.0 + done as u64, rest)? {
+            0 => break,
+            read => done += read,
+        }
+    }
+    Ok(())
+}
+
+/// Stores as the window would: what lies behind the end of the file is lost, and makes it no longer.
+fn store(space: &Space, to: FileOffset, bytes: &[u8]) -> io::Result<()> {
+    let left = space.source().file_bytes()?.saturating_sub(to.0);
+    let within = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+    let mut done = 0;
+    while let Some(rest) = bytes.get(done..within).filter(|rest| !rest.is_empty()) {
+        done += space.source().write_at(to.0 + done as u64, rest)?;
+    }
+    Ok(())
+}
+
+/// Memory of ours that begins at a page's start.
+struct Bounce {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Bounce {
+    fn new(bytes: usize) -> Self {
+        let bytes = vec![0; bytes + ALIGN];
+        let start = bytes.as_ptr().align_offset(ALIGN);
+        Self { bytes, start }
+    }
+
+    /// Its first `bytes`.
+    fn first(&mut self, bytes: usize) -> &mut [u8] {
+        self.bytes.get_mut(self.start..self.start + bytes).unwrap_or_default()
+    }
+}
+
+fn iovec(bytes: &mut [u8]) -> libc::iovec {
+    libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
 }
 
 fn granted_pieces(
@@ -185,15 +295,6 @@ fn granted_pieces(
         done += now;
     }
     Ok(())
-}
-
-/// No further than the file goes: behind that a load or store through the window would be SIGBUS.
-fn within_file(space: &Space, from: FileOffset, bytes: usize) -> io::Result<usize> {
-    let left = space.source().file_bytes()?.saturating_sub(from.0);
-    match bytes.min(usize::try_from(left).unwrap_or(usize::MAX)) {
-        0 => Err(Errno::EFAULT.into()),
-        within => Ok(within.min(BOUNCE_BYTES)),
-    }
 }
 
 /// An offset that the kernel takes for one (-1 would mean "where the file's own position is").
@@ -223,7 +324,9 @@ fn step_by_step(
 
 /// Buffers that a READ fills.
 pub(super) struct GuestWriter<'m> {
+    /// For system calls only.
     pub(super) mem: &'m GuestMemoryMmap,
+    pub(super) ram: &'m GuestMemoryMmap,
     pub(super) buffers: Buffers,
     pub(super) patience: Patience,
     /// Set where it would have to wait for a disk, and has not the patience.
@@ -239,39 +342,53 @@ impl GuestWriter<'_> {
         off: i64,
         flags: Option<ReadvFlags>,
     ) -> io::Result<usize> {
-        let done = match self.buffers.front_file() {
-            None => {
-                let slices = self.buffers.memory(self.mem, count)?;
-                let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
-                let iovecs: Vec<_> = guards
-                    .iter()
-                    .map(|guard| libc::iovec {
-                        iov_base: guard.as_ptr().cast(),
-                        iov_len: guard.len(),
-                    })
-                    .collect();
-                // SAFETY: each iovec is a slice of guest memory, checked by get_slices(); the guards and
-                // `mem` outlive the call. The guest may change these bytes at any time, and only
-                // the kernel writes to them: no reference to them is ever made.
-                let read = |flags| unsafe { oslib::readv_at(file.as_fd(), &iovecs, off, flags) };
-                match self.patience {
-                    Patience::Any => read(flags)?,
-                    _ => self.read_now(flags, read)?,
-                }
-            }
-            Some((space, from, bytes)) => {
-                let bytes = within_file(&space, from, bytes.min(count))?;
-                let mut bounce = vec![0; bytes];
-                let read = file.read_at(&mut bounce, off.cast_unsigned())?;
-                let mut stored = 0;
-                while let Some(rest) = bounce.get(stored..read).filter(|rest| !rest.is_empty()) {
-                    stored += space.source().write_at(from.0 + stored as u64, rest)?;
-                }
-                read
-            }
+        let done = if self.buffers.in_window() {
+            self.through_bounce(file, count, off, flags)?
+        } else {
+            let slices = self.buffers.memory(self.mem, count)?;
+            let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
+            let iovecs: Vec<_> = guards
+                .iter()
+                .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
+                .collect();
+            // SAFETY: each iovec is a slice of guest memory, checked by get_slices(); the guards and
+            // `mem` outlive the call. The guest may change these bytes at any time, and only
+            // the kernel writes to them: no reference to them is ever made.
+            self.read(flags, |flags| unsafe { oslib::readv_at(file.as_fd(), &iovecs, off, flags) })?
         };
         self.buffers.consume(done);
         Ok(done)
+    }
+
+    fn through_bounce(
+        &self,
+        file: &File,
+        count: usize,
+        off: i64,
+        flags: Option<ReadvFlags>,
+    ) -> io::Result<usize> {
+        let reach = self.buffers.reach(count)?;
+        // To a page's end, as O_DIRECT wants it: what is too much stays here.
+        let whole = reach.next_multiple_of(ALIGN);
+        let mut bounce = Bounce::new(whole);
+        let iovecs = [iovec(bounce.first(whole))];
+        // SAFETY: `bounce` is ours, outlives the call, and is not looked at meanwhile.
+        let read = self
+            .read(flags, |flags| unsafe { oslib::readv_at(file.as_fd(), &iovecs, off, flags) })?;
+        let read = read.min(reach);
+        self.buffers.scatter(self.ram, bounce.first(read))?;
+        Ok(read)
+    }
+
+    fn read(
+        &self,
+        flags: Option<ReadvFlags>,
+        read: impl Fn(Option<ReadvFlags>) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        match self.patience {
+            Patience::Any => read(flags),
+            _ => self.read_now(flags, read),
+        }
     }
 
     /// Reads what needs no waiting for; where the file system can't tell what does, all or nothing.
@@ -309,7 +426,9 @@ impl ZeroCopyWriter for GuestWriter<'_> {
 
 /// Buffers that a WRITE takes from.
 pub(super) struct GuestReader<'m> {
+    /// For system calls only.
     pub(super) mem: &'m GuestMemoryMmap,
+    pub(super) ram: &'m GuestMemoryMmap,
     pub(super) buffers: Buffers,
     /// The file's memory, if all of it is to be stored there (behaviour 13).
     pub(super) past_cache: Option<&'m Direct>,
@@ -323,43 +442,46 @@ impl GuestReader<'_> {
         off: i64,
         flags: Option<WritevFlags>,
     ) -> io::Result<usize> {
-        let front = self.buffers.front_file();
-        if let (None, Some(direct)) = (&front, self.past_cache) {
-            return self.store(direct, file, count, off);
-        }
-        let done = match front {
-            None => {
-                let slices = self.buffers.memory(self.mem, count)?;
-                let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard).collect();
-                let iovecs: Vec<_> = guards
-                    .iter()
-                    .map(|guard| libc::iovec {
-                        iov_base: guard.as_ptr().cast_mut().cast(),
-                        iov_len: guard.len(),
-                    })
-                    .collect();
-                // SAFETY: as in GuestWriter; the kernel only reads from them.
-                unsafe { oslib::writev_at(file.as_fd(), &iovecs, off, flags)? }
+        let done = if self.buffers.in_window() {
+            let reach = self.buffers.reach(count)?;
+            let mut bounce = Bounce::new(reach);
+            self.buffers.gather(self.ram, bounce.first(reach))?;
+            let iovecs = [iovec(bounce.first(reach))];
+            // SAFETY: `bounce` is ours, and outlives the call.
+            unsafe { oslib::writev_at(file.as_fd(), &iovecs, off, flags)? }
+        } else {
+            if let Some(direct) = self.past_cache
+                && let Ok(slices) = self.buffers.memory(self.ram, count)
+            {
+                return self.store(direct, &slices, file, off);
             }
-            Some((space, from, bytes)) => {
-                let mut bounce = vec![0; within_file(&space, from, bytes.min(count))?];
-                let read = space.source().read_at(from.0, &mut bounce)?;
-                bounce.truncate(read);
-                let iovec =
-                    libc::iovec { iov_base: bounce.as_mut_ptr().cast(), iov_len: bounce.len() };
-                // SAFETY: `bounce` is ours, and outlives the call.
-                unsafe { oslib::writev_at(file.as_fd(), &[iovec], off, flags)? }
-            }
+            let slices = self.buffers.memory(self.mem, count)?;
+            let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard).collect();
+            let iovecs: Vec<_> = guards
+                .iter()
+                .map(|guard| libc::iovec {
+                    iov_base: guard.as_ptr().cast_mut().cast(),
+                    iov_len: guard.len(),
+                })
+                .collect();
+            // SAFETY: as in GuestWriter; the kernel only reads from them.
+            unsafe { oslib::writev_at(file.as_fd(), &iovecs, off, flags)? }
         };
         self.buffers.consume(done);
         Ok(done)
     }
 
     /// Stores the front of the buffers past the cache, as a write of `file` would, which notes the time.
-    fn store(&mut self, direct: &Direct, file: &File, count: usize, off: i64) -> io::Result<usize> {
+    fn store(
+        &mut self,
+        direct: &Direct,
+        slices: &[VolatileSlice<'_>],
+        file: &File,
+        off: i64,
+    ) -> io::Result<usize> {
         let mut done = 0;
-        for slice in self.buffers.memory(self.mem, count)? {
-            direct.store_from(off.cast_unsigned() + done as u64, &slice)?;
+        for slice in slices {
+            direct.store_from(off.cast_unsigned() + done as u64, slice)?;
             done += slice.len();
         }
         futimens(file, &TimeSpec::UTIME_OMIT, &TimeSpec::UTIME_NOW)?;
@@ -384,12 +506,11 @@ impl ZeroCopyReader for GuestReader<'_> {
 /// Copies the first `most` bytes of `segments` out of guest memory.
 ///
 /// # Errors
-/// EFAULT for what is no guest memory, or in the window: no driver puts the head of a request there.
+/// EFAULT for what is no RAM: no driver puts the head of a request there.
 pub(super) fn copy_in(
-    mem: &GuestMemoryMmap,
+    ram: &GuestMemoryMmap,
     segments: &[Segment],
     most: usize,
-    window: Option<WindowPlace>,
 ) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(most.min(BOUNCE_BYTES));
     for segment in segments {
@@ -397,11 +518,8 @@ pub(super) fn copy_in(
         if now == 0 {
             continue;
         }
-        if window.is_some_and(|window| window.touches(*segment)) {
-            return Err(Errno::EFAULT.into());
-        }
         let start = bytes.len();
-        for slice in GuestMemoryBackend::get_slices(mem, segment.at, now) {
+        for slice in GuestMemoryBackend::get_slices(ram, segment.at, now) {
             let slice = slice.map_err(|_| Errno::EFAULT)?;
             let end = bytes.len();
             bytes.resize(end + slice.len(), 0);

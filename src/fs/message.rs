@@ -8,7 +8,8 @@ use std::io;
 
 use nix::errno::Errno;
 use virtiofsd::filesystem::{Extensions, SecContext};
-use virtiofsd::fuse::{ExtHeader, InHeader, OutHeader, Secctx, SuppGroups};
+use virtiofsd::fuse::{ExtHeader, ForgetOne, InHeader, Opcode, OutHeader, Secctx, SuppGroups};
+use virtiofsd::soft_idmap::Id;
 use vm_memory_of_virtiofsd::ByteValued;
 
 use crate::request::Header;
@@ -18,6 +19,21 @@ pub(super) const MAX_DATA_BYTES: u32 = 1 << 20;
 
 /// The most that comes before the data of a request.
 const MAX_HEAD_BYTES: u32 = 4096;
+
+/// PATH_MAX of Linux, which is the most that a name can have here (FUSE_NAME_MAX), and a link's target.
+const PATH_BYTES: usize = 4096;
+
+/// XATTR_NAME_MAX and XATTR_SIZE_MAX of Linux.
+const XATTR_BYTES: usize = 256 + (64 << 10);
+
+/// Security context and groups, behind the names of a request that makes something.
+const EXTENSIONS_BYTES: usize = XATTR_BYTES + 4096;
+
+/// Any structure of arguments.
+const STRUCT_BYTES: usize = 128;
+
+/// The most entries of one BATCH_FORGET: a virtio-fs driver of Linux sends none at all.
+const MAX_FORGETS: usize = 4096;
 
 /// Bytes of the header that each request begins with.
 pub(super) const IN_HEADER_BYTES: usize = size_of::<InHeader>();
@@ -36,6 +52,15 @@ pub(super) fn invalid() -> io::Error {
     Errno::EINVAL.into()
 }
 
+/// An id that something is done as, or given to. -1 is nobody: the system's calls take it for "as it was", which
+/// here is the host's root.
+///
+/// # Errors
+/// EINVAL for -1.
+pub(super) fn valid_id<I: Id<Inner = u32>>(id: I) -> io::Result<I> {
+    if id.into_inner() == u32::MAX { Err(invalid()) } else { Ok(id) }
+}
+
 /// A structure, from its bytes.
 pub(super) fn object<T: ByteValued + Default>(bytes: &[u8]) -> Option<T> {
     let mut object = T::default();
@@ -49,6 +74,25 @@ pub(super) fn request_bytes(header: &InHeader, readable: usize) -> io::Result<us
     let possible = (IN_HEADER_BYTES..=readable).contains(&bytes)
         && header.len <= MAX_DATA_BYTES + MAX_HEAD_BYTES;
     if possible { Ok(bytes) } else { Err(invalid()) }
+}
+
+/// The most that may follow the header of a request, but for the data of a WRITE: so much may wait in our memory
+/// for each descriptor of a ring. None for a request that is not served, of which nothing is kept.
+pub(super) fn most_args(opcode: Option<Opcode>) -> Option<usize> {
+    use Opcode::*;
+    let most = match opcode? {
+        Setxattr => XATTR_BYTES,
+        Create | Mknod | Mkdir | Symlink => 2 * PATH_BYTES + EXTENSIONS_BYTES,
+        BatchForget => MAX_FORGETS * size_of::<ForgetOne>(),
+        Ioctl | Bmap | Poll | Getlk | Setlk | Setlkw | NotifyReply | TmpFile => return None,
+        _ => 2 * PATH_BYTES,
+    };
+    Some(most + STRUCT_BYTES)
+}
+
+/// What a guest is told that sends more: E2BIG where Linux would say it.
+pub(super) fn too_much(opcode: Option<Opcode>) -> Errno {
+    if matches!(opcode, Some(Opcode::Setxattr)) { Errno::E2BIG } else { Errno::EINVAL }
 }
 
 /// What follows the header of a request: structures, then names.
@@ -145,7 +189,7 @@ impl<'a> Args<'a> {
             return Err(invalid());
         }
         for _ in 0..nr_groups {
-            found.sup_gids.push(self.take::<u32>()?.into());
+            found.sup_gids.push(valid_id(self.take::<u32>()?.into())?);
         }
         Ok(())
     }

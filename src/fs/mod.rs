@@ -15,6 +15,7 @@ mod guest_io;
 mod lives;
 mod message;
 mod nodes;
+mod open_flags;
 mod opened;
 mod operations;
 mod pool;
@@ -28,11 +29,14 @@ mod watch;
 mod window;
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
+use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
 use virtiofsd::filesystem::FileSystem;
 use virtiofsd::passthrough::read_only::PassthroughFsRo;
@@ -48,6 +52,7 @@ use crate::window::{MapError, ShmemMapper, WindowBytes};
 
 use self::dax::Dax;
 use self::lives::Lives;
+use self::open_flags::OpenFlags;
 use self::opened::Opened;
 use self::pool::{Pace, Pool};
 use self::server::{Message, Patience, Serve, Server, Tally, is_copy, is_quick, pace};
@@ -93,6 +98,8 @@ pub struct Fs {
     pool: Arc<Pool>,
     log_limit: RateLimit,
     closing: AtomicBool,
+    /// What the passthrough file system opens at each INIT.
+    _root: OwnedFd,
 }
 
 impl Fs {
@@ -102,13 +109,16 @@ impl Fs {
     /// See [`FsError`].
     pub fn new(config: &FsConfig) -> Result<Arc<Self>, FsError> {
         let dax = make_dax(config)?;
-        let passthrough = passthrough_config(config);
+        let root = open_root(&config.shared_dir).map_err(FsError::Share)?;
+        let passthrough = passthrough_config(config, &root);
+        let flags =
+            OpenFlags { direct_io: config.allow_direct_io, noatime: config.preserve_noatime };
         let server: Arc<dyn Serve> = if config.readonly {
             let fs = PassthroughFsRo::new(passthrough).map_err(FsError::Share)?;
-            serve(fs, dax.clone())
+            serve(fs, dax.clone(), flags)
         } else {
             let fs = PassthroughFs::new(passthrough).map_err(FsError::Share)?;
-            serve(fs, dax.clone())
+            serve(fs, dax.clone(), flags)
         };
         let queues = u32::from(config.request_queues);
         let mut space = config.tag.padded().to_vec();
@@ -124,6 +134,7 @@ impl Fs {
             pool: Arc::new(Pool::new(config.threads).map_err(FsError::Start)?),
             log_limit: RateLimit::default(),
             closing: AtomicBool::new(false),
+            _root: root,
         }))
     }
 }
@@ -169,7 +180,13 @@ fn submit_patient(pool: &Pool, server: &Arc<dyn Serve>, request: Request, messag
     });
 }
 
-fn serve<F>(fs: F, dax: Option<Arc<Dax>>) -> Arc<dyn Serve>
+/// The share, whatever becomes of its path.
+fn open_root(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
+fn serve<F>(fs: F, dax: Option<Arc<Dax>>, open_flags: OpenFlags) -> Arc<dyn Serve>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync + 'static,
 {
@@ -177,6 +194,7 @@ where
         fs,
         dax,
         opened: Opened::default(),
+        open_flags,
         options: Default::default(),
         lives: Lives::default(),
         tally: Tally::default(),
@@ -218,7 +236,7 @@ fn make_dax(config: &FsConfig) -> Result<Option<Arc<Dax>>, FsError> {
     Ok(Some(Arc::new(dax.map_err(FsError::Start)?)))
 }
 
-fn passthrough_config(config: &FsConfig) -> passthrough::Config {
+fn passthrough_config(config: &FsConfig, root: &OwnedFd) -> passthrough::Config {
     // How long a guest may believe what it knows, by the cache policy: virtiofsd's numbers.
     let valid = Duration::from_secs(match config.cache {
         CachePolicy::Never => 0,
@@ -235,7 +253,8 @@ fn passthrough_config(config: &FsConfig) -> passthrough::Config {
         attr_timeout: valid,
         cache_policy: config.cache.clone(),
         writeback: config.writeback,
-        root_dir: config.shared_dir.to_string_lossy().into_owned(),
+        // Opened at each INIT, and not as the link that it would be without the last part.
+        root_dir: format!("/proc/self/fd/{}/.", root.as_raw_fd()),
         xattr,
         xattrmap: config.xattrmap.clone(),
         announce_submounts: config.announce_submounts,
@@ -300,7 +319,7 @@ impl Device for Fs {
         if self.is_closing() {
             return None; // It stays open, and is never answered.
         }
-        match Message::read(&request, self.dax.as_deref(), self.server.life()) {
+        match Message::read(&request, self.server.life()) {
             Ok(message) => {
                 let here = match drained {
                     Drained::ByServer { more } => is_quick(&message, &request, more),

@@ -10,21 +10,25 @@ use std::sync::atomic::Ordering;
 use log::{info, warn};
 use nix::errno::Errno;
 use virtiofsd::filesystem::{
-    Context, Entry, FileSystem, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid,
-    SetxattrFlags,
+    Context, Entry, Extensions, FileSystem, GetxattrReply, ListxattrReply, OpenOptions,
+    SetattrValid, SetxattrFlags,
 };
 use virtiofsd::fuse::{self, Attr, AttrOut, EntryOut, FsOptions, Opcode};
+use virtiofsd::oslib;
 use vm_memory_of_virtiofsd::ByteValued;
 
 use super::dax::{Dax, MAP_ALIGNMENT_LOG2};
 use super::lives::Life;
-use super::message::{Args, MAX_DATA_BYTES, Reply, invalid};
+use super::message::{Args, MAX_DATA_BYTES, Reply, invalid, valid_id};
 use super::readdir;
 use super::server::{Message, Server};
 
 /// FUSE_MAP_ALIGNMENT and FUSE_HAS_INODE_DAX.
 const MAP_ALIGNMENT: u64 = 1 << 26;
 const HAS_INODE_DAX: u64 = 1 << 33;
+
+/// The most that one COPY_FILE_RANGE copies: who copies more asks again, and others get their turn.
+const MAX_COPY_BYTES: u64 = 16 << 20;
 
 /// FUSE_FSYNC_FDATASYNC.
 const FSYNC_FDATASYNC: u32 = 1 << 0;
@@ -126,7 +130,7 @@ where
             }
             Opcode::Opendir => {
                 let asked: fuse::OpenIn = args.take()?;
-                Ok(open_out(fs.opendir(ctx, nodeid, asked.flags)?))
+                Ok(open_out(fs.opendir(ctx, nodeid, self.flags(asked.flags)?)?))
             }
             Opcode::Readdir | Opcode::Readdirplus => {
                 let plus = matches!(opcode, Opcode::Readdirplus);
@@ -153,6 +157,11 @@ where
         self.options.load(Ordering::Relaxed) & option.bits() != 0
     }
 
+    /// The flags of an open, as far as they are the host's business.
+    fn flags(&self, asked: u32) -> io::Result<u32> {
+        self.open_flags.of(asked, self.has(FsOptions::WRITEBACK_CACHE))
+    }
+
     fn init(&self, life: Life, args: &mut Args<'_>) -> io::Result<Reply> {
         let asked: fuse::InitInCompat = args.take()?;
         let mut capable = u64::from(asked.flags);
@@ -173,7 +182,9 @@ where
         }
         // A guest that was reset, or is hostile, may have left grants and open files.
         self.forget_guest(life, || ());
-        let wanted = self.fs.init(FsOptions::from_bits_truncate(capable))?;
+        // virtiofsd's code writes to stderr by itself where a guest knows no submounts: see `without_submounts`.
+        let told = FsOptions::from_bits_truncate(capable) | FsOptions::SUBMOUNTS;
+        let wanted = self.fs.init(told)?;
         let supported = SUPPORTED.iter().fold(wanted.bits(), |all, one| all | one.bits());
         let dax_options = self.dax_options();
         let enabled = capable & (supported | dax_options);
@@ -223,6 +234,13 @@ where
         Reply::DONE
     }
 
+    /// A guest that knows no submounts is told of none.
+    fn without_submounts(&self, attr: &mut Attr) {
+        if !self.has(FsOptions::SUBMOUNTS) {
+            attr.flags &= !fuse::ATTR_SUBMOUNT;
+        }
+    }
+
     fn attr(&self, mut attr: Attr, valid: std::time::Duration) -> Reply {
         if let Some(dax) = &self.dax {
             dax.flag(&mut attr);
@@ -236,6 +254,7 @@ where
     }
 
     pub(super) fn entry_out(&self, mut entry: Entry) -> EntryOut {
+        self.without_submounts(&mut entry.attr);
         if let Some(dax) = &self.dax {
             dax.flag(&mut entry.attr);
         }
@@ -264,6 +283,12 @@ where
         let asked: fuse::SetattrIn = args.take()?;
         let fh = (asked.valid & fuse::FATTR_FH != 0).then_some(asked.fh);
         let valid = SetattrValid::from_bits_truncate(asked.valid);
+        if valid.contains(SetattrValid::UID) {
+            valid_id(asked.uid)?;
+        }
+        if valid.contains(SetattrValid::GID) {
+            valid_id(asked.gid)?;
+        }
         let change = || self.fs.setattr(ctx, nodeid, asked, fh, valid);
         let done = match &self.dax {
             Some(dax) if valid.contains(SetattrValid::SIZE) => {
@@ -285,17 +310,20 @@ where
         self.entry(match opcode {
             Opcode::Symlink => {
                 let (name, target) = (args.name()?, args.string()?);
-                fs.symlink(ctx, target, parent, name, self.extensions(args)?)
+                let more = self.extensions(args)?;
+                with_groups(more, |more| fs.symlink(ctx, target, parent, name, more))
             }
             Opcode::Mknod => {
                 let asked: fuse::MknodIn = args.take()?;
                 let (name, more) = (args.name()?, self.extensions(args)?);
-                fs.mknod(ctx, parent, name, asked.mode, asked.rdev, asked.umask, more)
+                let (mode, rdev, umask) = (asked.mode, asked.rdev, asked.umask);
+                with_groups(more, |more| fs.mknod(ctx, parent, name, mode, rdev, umask, more))
             }
             Opcode::Mkdir => {
                 let asked: fuse::MkdirIn = args.take()?;
                 let (name, more) = (args.name()?, self.extensions(args)?);
-                fs.mkdir(ctx, parent, name, asked.mode, asked.umask, more)
+                let (mode, umask) = (asked.mode, asked.umask);
+                with_groups(more, |more| fs.mkdir(ctx, parent, name, mode, umask, more))
             }
             _ => {
                 let asked: fuse::LinkIn = args.take()?;
@@ -304,7 +332,7 @@ where
         })
     }
 
-    fn extensions(&self, args: &mut Args<'_>) -> io::Result<virtiofsd::filesystem::Extensions> {
+    fn extensions(&self, args: &mut Args<'_>) -> io::Result<Extensions> {
         args.extensions(self.has(FsOptions::SECURITY_CTX), self.has(FsOptions::CREATE_SUPP_GROUP))
     }
 
@@ -323,40 +351,74 @@ where
 
     fn open(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
         let asked: fuse::OpenIn = args.take()?;
-        let kill_priv = asked.open_flags & fuse::OPEN_KILL_SUIDGID != 0;
-        let open = || self.fs.open(ctx, nodeid, kill_priv, asked.flags);
+        // The file is there.
+        let flags = self.flags(asked.flags)? & !libc::O_EXCL.cast_unsigned();
+        self.open_file(ctx, nodeid, flags, asked.open_flags).map(open_out)
+    }
+
+    fn open_file(
+        &self,
+        ctx: Context,
+        nodeid: u64,
+        flags: u32,
+        open_flags: u32,
+    ) -> io::Result<(Option<u64>, OpenOptions)> {
+        let kill_priv = open_flags & fuse::OPEN_KILL_SUIDGID != 0;
+        let open = || self.fs.open(ctx, nodeid, kill_priv, flags);
         let opened = match &self.dax {
             // ATOMIC_O_TRUNC: the window must let go before the file shrinks.
-            Some(dax) if open_flag(asked.flags, libc::O_TRUNC) => dax.resize(nodeid, 0, open)?,
+            Some(dax) if open_flag(flags, libc::O_TRUNC) => dax.resize(nodeid, 0, open)?,
             _ => open()?,
         };
         self.opened.open(nodeid);
-        Ok(open_out(opened))
+        Ok(opened)
     }
 
     fn create(&self, ctx: Context, parent: u64, args: &mut Args<'_>) -> io::Result<Reply> {
         let asked: fuse::CreateIn = args.take()?;
         let (name, more) = (args.name()?, self.extensions(args)?);
-        let kill_priv = asked.open_flags & fuse::OPEN_KILL_SUIDGID != 0;
-        // A file that is there already may be granted, and then must not shrink behind our back.
-        let flags = asked.flags & !libc::O_TRUNC.cast_unsigned();
-        let (mut entry, handle, options) =
-            self.fs.create(ctx, parent, name, asked.mode, kill_priv, flags, asked.umask, more)?;
-        if open_flag(asked.flags, libc::O_TRUNC) && entry.attr.size > 0 {
-            let cut = fuse::SetattrIn::default();
-            let cut = || self.fs.setattr(ctx, entry.inode, cut, handle, SetattrValid::SIZE);
-            let (attr, _) = match &self.dax {
-                Some(dax) => dax.resize(entry.inode, 0, cut)?,
-                None => cut()?,
-            };
-            entry.attr = attr;
-        }
-        self.opened.open(entry.inode);
+        let (flags, excl) = (self.flags(asked.flags)?, libc::O_EXCL.cast_unsigned());
+        // A new file: what is there already is opened as OPEN does it, since it may be granted.
+        let new = (flags | excl) & !libc::O_TRUNC.cast_unsigned();
+        let made = with_groups(more, |more| {
+            self.fs.create(ctx, parent, name, asked.mode, false, new, asked.umask, more)
+        });
+        let (entry, opened) = match made {
+            Ok((entry, handle, options)) => {
+                self.opened.open(entry.inode);
+                (entry, (handle, options))
+            }
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists && flags & excl == 0 => {
+                self.open_entry(ctx, parent, name, flags, asked.open_flags)?
+            }
+            Err(e) => return Err(e),
+        };
         let mut reply = self.entry_out(entry).as_slice().to_vec();
-        if let Reply::Bytes(opened) = open_out((handle, options)) {
+        if let Reply::Bytes(opened) = open_out(opened) {
             reply.extend(opened);
         }
         Ok(Reply::Bytes(reply))
+    }
+
+    /// Looks `name` up and opens it: both, or neither.
+    fn open_entry(
+        &self,
+        ctx: Context,
+        parent: u64,
+        name: &CStr,
+        flags: u32,
+        open_flags: u32,
+    ) -> io::Result<(Entry, (Option<u64>, OpenOptions))> {
+        let mut entry = self.fs.lookup(ctx, parent, name)?;
+        let opened = self.open_file(ctx, entry.inode, flags, open_flags);
+        // The guest hears of no look-up that ends in an error, and so forgets none.
+        let opened = opened.inspect_err(|_| self.fs.forget(ctx, entry.inode, 1))?;
+        if open_flag(flags, libc::O_TRUNC)
+            && let Ok((attr, _)) = self.fs.getattr(ctx, entry.inode, opened.0)
+        {
+            entry.attr = attr;
+        }
+        Ok((entry, opened))
     }
 
     fn release(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
@@ -402,8 +464,7 @@ where
 
     fn copy_file_range(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
         let asked: fuse::CopyfilerangeIn = args.take()?;
-        // The reply counts in 32 bits.
-        let len = asked.len.min(u64::from(!4095u32));
+        let len = asked.len.min(MAX_COPY_BYTES);
         let copy = || {
             self.fs.copyfilerange(
                 ctx,
@@ -479,6 +540,21 @@ fn reply_bytes(opcode: Opcode) -> usize {
         Init => size_of::<fuse::InitOut>(),
         _ => 0,
     }
+}
+
+/// Lets `make` make something in the groups that the guest names, and leaves none of them to what this thread does
+/// next: virtiofsd's code forgets them where it changes no other id.
+fn with_groups<T>(
+    more: Extensions,
+    make: impl FnOnce(Extensions) -> io::Result<T>,
+) -> io::Result<T> {
+    let groups = !more.sup_gids.is_empty();
+    let made = make(more);
+    if groups {
+        // Who may not drop them could not take them.
+        let _ = oslib::dropsupgroups();
+    }
+    made
 }
 
 pub(super) fn written(bytes: usize) -> Reply {

@@ -11,6 +11,7 @@ use log::{debug, error};
 use nix::errno::Errno;
 use virtiofsd::filesystem::{Context, FileSystem};
 use virtiofsd::fuse::{InHeader, Opcode, WriteIn};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::dax::counters::Counter;
 use crate::request::{Chain, Request, Segment};
@@ -19,7 +20,8 @@ use super::dax::Dax;
 use super::guest_io::copy_in;
 use super::lives::{Life, Lives};
 use super::message::{Args, IN_HEADER_BYTES, OUT_HEADER_BYTES, Reply};
-use super::message::{object, out_header, request_bytes};
+use super::message::{most_args, object, out_header, request_bytes, too_much, valid_id};
+use super::open_flags::OpenFlags;
 use super::opened::Opened;
 use super::pool::Pace;
 
@@ -37,70 +39,60 @@ pub(super) struct Tally {
 /// The head of a message, copied out of the guest's memory: what it says can't change any more.
 pub(super) struct Message {
     pub(super) header: InHeader,
-    /// The header and what follows it, of a WRITE without its data. Empty if that was not all there.
+    /// The header and what follows it, of a WRITE without its data. Empty if there is a fault.
     copied: Vec<u8>,
     /// How many bytes the whole request has.
     pub(super) bytes: usize,
     /// Of the driver that sent it.
     pub(super) life: Life,
+    /// It lies about its length, or is longer than such a request can be.
+    fault: Option<Errno>,
 }
 
 impl Message {
     /// Reads it. Called under the ring's lock, when the ring runs: what is read later might be another
     /// driver's memory by then; and so `life` is that of the driver which sent it.
-    pub(super) fn read(
-        request: &Request,
-        dax: Option<&Dax>,
-        life: Life,
-    ) -> Result<Self, Unanswerable> {
+    pub(super) fn read(request: &Request, life: Life) -> Result<Self, Unanswerable> {
         let chain = request.chain().map_err(|_| Unanswerable)?;
-        let mem = request.memory();
-        let place = dax.and_then(Dax::place);
-        let in_window = |segment| place.is_some_and(|place| place.touches(segment));
-        // The head of a reply goes to the first buffers, which must be memory.
-        let mut room = 0;
-        for segment in chain.writable() {
-            if room < OUT_HEADER_BYTES && in_window(*segment) {
-                return Err(Unanswerable);
-            }
-            room += segment.bytes as usize;
+        let ram = request.ram();
+        let room = bytes_of(chain.writable());
+        // The head of a reply goes to the first buffers.
+        if !in_ram(&ram, chain.writable(), OUT_HEADER_BYTES) {
+            return Err(Unanswerable);
         }
-        let readable = chain.readable().iter().map(|segment| segment.bytes as usize).sum();
+        let readable = bytes_of(chain.readable());
         // Most requests are short, and copied at once; what is none of it may lie in the window.
-        let begin = copy_in(&mem, chain.readable(), SHORT_BYTES.min(readable), place)
-            .or_else(|_| copy_in(&mem, chain.readable(), IN_HEADER_BYTES, place));
+        let begin = copy_in(&ram, chain.readable(), SHORT_BYTES.min(readable))
+            .or_else(|_| copy_in(&ram, chain.readable(), IN_HEADER_BYTES));
         let begin = begin.map_err(|_| Unanswerable)?;
         let header: InHeader = object(&begin).ok_or(Unanswerable)?;
-        let bytes = request_bytes(&header, readable);
-        let head = match bytes {
-            Ok(bytes) if header.opcode == Opcode::Write as u32 => {
-                bytes.min(IN_HEADER_BYTES + size_of::<WriteIn>())
-            }
-            Ok(bytes) => bytes,
-            Err(_) => IN_HEADER_BYTES,
-        };
-        let copied = match begin.get(..head) {
-            Some(_) => Ok(begin),
-            None => copy_in(&mem, chain.readable(), head, place),
-        };
         if room < OUT_HEADER_BYTES && !takes_no_reply(header.opcode) {
             return Err(Unanswerable);
         }
-        // A message that lies about its length is answered with EINVAL: see `is_whole`.
-        let whole = copied.ok().filter(|copied| copied.len() >= head).zip(bytes.ok());
-        let (mut copied, bytes) = whole.unwrap_or_default();
-        copied.truncate(head);
-        Ok(Self { header, copied, bytes, life })
+        let (bytes, head) = match extent(&header, readable) {
+            Ok(extent) => extent,
+            Err(fault) => return Ok(Self::faulty(header, life, fault)),
+        };
+        let copied = match begin.get(..head) {
+            Some(_) => Ok(begin),
+            None => copy_in(&ram, chain.readable(), head),
+        };
+        match copied {
+            Ok(mut copied) if copied.len() >= head => {
+                copied.truncate(head);
+                Ok(Self { header, copied, bytes, life, fault: None })
+            }
+            _ => Ok(Self::faulty(header, life, Errno::EINVAL)),
+        }
+    }
+
+    fn faulty(header: InHeader, life: Life, fault: Errno) -> Self {
+        Self { header, copied: Vec::new(), bytes: 0, life, fault: Some(fault) }
     }
 
     /// What follows the header; of a WRITE without its data.
     fn args(&self) -> &[u8] {
         self.copied.get(IN_HEADER_BYTES..).unwrap_or_default()
-    }
-
-    /// Whether all that the header promises was there.
-    pub(super) fn is_whole(&self) -> bool {
-        self.bytes > 0
     }
 
     pub(super) fn opcode(&self) -> Option<Opcode> {
@@ -114,6 +106,43 @@ impl Message {
     pub(super) fn nodeid(&self) -> u64 {
         self.header.nodeid
     }
+}
+
+/// How many bytes a request has, and how many of them are kept until it is served.
+fn extent(header: &InHeader, readable: usize) -> Result<(usize, usize), Errno> {
+    let bytes = request_bytes(header, readable).map_err(|_| Errno::EINVAL)?;
+    let opcode = Opcode::try_from(header.opcode).ok();
+    if matches!(opcode, Some(Opcode::Write)) {
+        return Ok((bytes, bytes.min(IN_HEADER_BYTES + size_of::<WriteIn>())));
+    }
+    match most_args(opcode) {
+        None => Ok((bytes, IN_HEADER_BYTES)),
+        Some(most) if bytes - IN_HEADER_BYTES <= most => Ok((bytes, bytes)),
+        Some(_) => Err(too_much(opcode)),
+    }
+}
+
+fn bytes_of(segments: &[Segment]) -> usize {
+    segments.iter().map(|segment| segment.bytes as usize).sum()
+}
+
+/// Whether the first `bytes` of `segments` are RAM, as far as they go.
+fn in_ram(ram: &GuestMemoryMmap, segments: &[Segment], bytes: usize) -> bool {
+    let mut left = bytes;
+    for segment in segments {
+        let now = left.min(segment.bytes as usize);
+        if now > 0 && !GuestMemoryBackend::check_range(ram, segment.at, now) {
+            return false;
+        }
+        left -= now;
+    }
+    true
+}
+
+/// Whether a request makes something that belongs to whoever asks for it.
+fn makes(opcode: Opcode) -> bool {
+    use Opcode::*;
+    matches!(opcode, Create | Mknod | Mkdir | Symlink)
 }
 
 /// A chain that holds no message: it goes back as it came.
@@ -180,6 +209,8 @@ pub(super) struct Server<F> {
     pub(super) fs: F,
     pub(super) dax: Option<Arc<Dax>>,
     pub(super) opened: Opened,
+    /// What may be asked of the host when a file is opened.
+    pub(super) open_flags: OpenFlags,
     /// The options that INIT agreed on (FUSE flags and flags2).
     pub(super) options: AtomicU64,
     pub(super) lives: Lives,
@@ -275,8 +306,13 @@ where
         patience: Patience,
     ) -> io::Result<Reply> {
         let opcode = message.opcode().ok_or(Errno::ENOSYS)?;
-        if !message.is_whole() {
-            return Err(Errno::EINVAL.into());
+        if let Some(fault) = message.fault {
+            return Err(fault.into());
+        }
+        if makes(opcode) {
+            // Linux sends -1 where ids don't matter (FUSE_ALLOW_IDMAP): not here.
+            valid_id(message.header.uid)?;
+            valid_id(message.header.gid)?;
         }
         let before_init = matches!(opcode, Opcode::Init | Opcode::Destroy);
         if !before_init && !self.lives.is_mounted(message.life) {
@@ -313,10 +349,9 @@ where
     }
 
     fn answer_bytes(&self, request: Request, unique: u64, bytes: Vec<u8>) {
-        let place = self.dax.as_deref().and_then(Dax::place);
         let fits = bytes.len() <= room(&request);
-        let in_memory = place
-            .is_none_or(|place| !writable(&request).iter().any(|segment| place.touches(*segment)));
+        let whole = OUT_HEADER_BYTES + bytes.len();
+        let in_memory = in_ram(&request.ram(), writable(&request), whole);
         if !fits || !in_memory {
             // Less room than the message asks for, or room that no driver gives to it.
             return answer_error(request, unique, if fits { libc::EFAULT } else { libc::EINVAL });
@@ -335,6 +370,5 @@ fn writable(request: &Request) -> &[Segment] {
 
 /// The room behind the header of the reply.
 pub(super) fn room(request: &Request) -> usize {
-    let bytes: usize = writable(request).iter().map(|segment| segment.bytes as usize).sum();
-    bytes.saturating_sub(OUT_HEADER_BYTES)
+    bytes_of(writable(request)).saturating_sub(OUT_HEADER_BYTES)
 }

@@ -18,7 +18,7 @@ use crate::request::Request;
 
 use super::dax::MAX_REMOVALS;
 use super::guest_io::{Buffers, GuestReader, GuestWriter, WindowPlace};
-use super::message::{Args, IN_HEADER_BYTES, OUT_HEADER_BYTES, Reply, invalid};
+use super::message::{Args, IN_HEADER_BYTES, MAX_DATA_BYTES, OUT_HEADER_BYTES, Reply, invalid};
 use super::operations::{open_flag, written};
 use super::server::{Message, Patience, Server};
 
@@ -61,6 +61,10 @@ where
         patience: Patience,
     ) -> io::Result<Reply> {
         let asked: fuse::ReadIn = args.take()?;
+        // No driver asks for more than INIT has told it; and a stop waits for what copies.
+        if asked.size > MAX_DATA_BYTES {
+            return Err(invalid());
+        }
         let owner = (asked.read_flags & fuse::READ_LOCKOWNER != 0).then_some(asked.lock_owner);
         let chain = request.chain().map_err(|_| invalid())?;
         let buffers = Buffers::find(chain.writable(), OUT_HEADER_BYTES, self.window())?;
@@ -68,9 +72,9 @@ where
             return Err(invalid());
         }
         touch(request, patience)?;
-        let mem = request.memory();
+        let (mem, ram) = (request.memory(), request.ram());
         let would_wait = Cell::new(false);
-        let to = GuestWriter { mem: &mem, buffers, patience, would_wait: &would_wait };
+        let to = GuestWriter { mem: &mem, ram: &ram, buffers, patience, would_wait: &would_wait };
         let (ctx, nodeid) = (message.context(), message.nodeid());
         let (fh, size, from) = (asked.fh, asked.size, asked.offset);
         let done = self.fs.read(ctx, nodeid, fh, to, size, from, owner, asked.flags)?;
@@ -110,9 +114,9 @@ where
         let plain = !kill_priv && !open_flag(flags, libc::O_DSYNC);
         let write = |past_cache: Option<&Direct>| {
             touch(request, patience)?;
-            let mem = request.memory();
+            let (mem, ram) = (request.memory(), request.ram());
             let past_cache = past_cache.filter(|_| plain);
-            let data = GuestReader { mem: &mem, buffers, past_cache };
+            let data = GuestReader { mem: &mem, ram: &ram, buffers, past_cache };
             let done =
                 self.fs.write(ctx, nodeid, fh, data, size, from, owner, delayed, kill_priv, flags);
             // What follows may wait for the front-end.

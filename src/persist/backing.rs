@@ -262,11 +262,12 @@ impl DaxNode {
 ///
 /// # Errors
 /// The system's.
-pub(super) fn page_bytes(file: &File) -> io::Result<u64> {
+pub(crate) fn page_bytes(file: &File) -> io::Result<u64> {
     if let Some(node) = DaxNode::of(file)? {
         return Ok(node.align);
     }
-    let is_huge = statfs::fstatfs(file).is_ok_and(|s| s.filesystem_type() == statfs::HUGETLBFS_MAGIC);
+    let is_huge =
+        statfs::fstatfs(file).is_ok_and(|s| s.filesystem_type() == statfs::HUGETLBFS_MAGIC);
     // stat(2) tells it for hugetlbfs only: other file systems have a block size of their own.
     let page = if is_huge { file.metadata()?.blksize() } else { rustix::param::page_size() as u64 };
     Ok(page.max(PAGE_BYTES))

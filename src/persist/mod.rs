@@ -12,11 +12,13 @@ mod sigbus;
 
 use std::io;
 
+pub(crate) use backing::page_bytes;
 pub use backing::{Backing, DaxNode, Durability, FilePersist, PersistError, PersistMode};
 pub use direct::Direct;
 pub use fdatasync::Fdatasync;
 pub use file_systems::FileSystem;
 pub use group::{GroupSync, Waiter};
+pub(crate) use sigbus::Guarded;
 
 /// Makes durable what has been stored so far.
 pub trait Persist: Send + Sync + 'static {

@@ -46,7 +46,7 @@ struct Gone([AtomicBool; MOST]);
 static GONE: Gone = Gone([const { AtomicBool::new(false) }; MOST]);
 
 /// A range of a mapping, until dropped: before it is unmapped.
-pub(super) struct Guarded {
+pub(crate) struct Guarded {
     slot: &'static Slot,
     gone: &'static AtomicBool,
 }
@@ -56,7 +56,7 @@ impl Guarded {
     ///
     /// # Errors
     /// ENOMEM when there are too many; the system's.
-    pub(super) fn new(start: usize, bytes: usize, page: usize) -> io::Result<Self> {
+    pub(crate) fn new(start: usize, bytes: usize, page: usize) -> io::Result<Self> {
         install()?;
         let take = |(slot, _): &(&Slot, _)| {
             slot.end.compare_exchange(0, start + bytes, SeqCst, SeqCst).is_ok()

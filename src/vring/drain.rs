@@ -8,7 +8,6 @@ use std::sync::{Arc, MutexGuard};
 
 use vhost_user_backend::VringT;
 use virtio_queue::{Error as QueueError, QueueOwnedT, QueueT};
-use vm_memory::GuestAddressSpace;
 
 use super::{Phase, Ring, State, Vring};
 use crate::device::{AtOnce, Drained};
@@ -86,7 +85,7 @@ impl Ring {
         }
         let vring = self.vring.get()?.get_ref();
         let queue = vring.get_queue();
-        let avail = queue.avail_idx(&*self.mem.memory(), Ordering::Acquire).ok()?;
+        let avail = queue.avail_idx(&*self.mem.ram(), Ordering::Acquire).ok()?;
         Some(avail.0 != queue.next_avail())
     }
 
@@ -137,7 +136,7 @@ impl Ring {
         if !guard.is_enabled() {
             return Ok(Taken::NoMore);
         }
-        let mem = self.mem.memory();
+        let mem = self.mem.ram();
         let queue = guard.get_queue_mut();
         let size = queue.size();
         loop {

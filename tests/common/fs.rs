@@ -6,7 +6,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
@@ -48,6 +48,10 @@ pub struct FsOptions {
     pub persist: String,
     /// Where the share's directory is made.
     pub below: PathBuf,
+    /// More options.
+    pub extra: Vec<String>,
+    /// Whether somebody reads what the daemon logs.
+    pub read_log: bool,
 }
 
 impl Default for FsOptions {
@@ -62,6 +66,8 @@ impl Default for FsOptions {
             // All tests of shares can be run with another one, and elsewhere: with TMPDIR.
             persist: std::env::var("VUD_TEST_PERSIST").unwrap_or_else(|_| "auto".into()),
             below: std::env::temp_dir(),
+            extra: Vec::new(),
+            read_log: true,
         }
     }
 }
@@ -83,6 +89,7 @@ impl FsOptions {
         if self.keep_listening {
             command.arg("--keep-listening");
         }
+        command.args(&self.extra);
         command.env_remove("RUST_LOG");
         command
     }
@@ -96,6 +103,8 @@ pub struct FsHost {
     share: PathBuf,
     child: Child,
     said: Arc<Mutex<String>>,
+    /// A stderr that nobody reads.
+    _unread: Option<BufReader<ChildStderr>>,
 }
 
 impl FsHost {
@@ -145,14 +154,19 @@ impl FsHost {
         }
         let said = Arc::new(Mutex::new(line));
         let theirs = said.clone();
-        thread::spawn(move || {
-            for line in stderr.lines().map_while(Result::ok) {
-                let mut said = theirs.lock().unwrap();
-                said.push_str(&line);
-                said.push('\n');
-            }
-        });
-        Self { options, dir, share, child, said }
+        let _unread = if options.read_log {
+            thread::spawn(move || {
+                for line in stderr.lines().map_while(Result::ok) {
+                    let mut said = theirs.lock().unwrap();
+                    said.push_str(&line);
+                    said.push('\n');
+                }
+            });
+            None
+        } else {
+            Some(stderr)
+        };
+        Self { options, dir, share, child, said, _unread }
     }
 
     /// A path in the share.

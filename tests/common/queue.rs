@@ -209,6 +209,11 @@ impl Queue {
         self.mem.write_obj(desc.next, GuestAddress(at + 14)).unwrap();
     }
 
+    /// Kicks, whatever was offered.
+    pub fn kick_by_hand(&self) {
+        self.kick.write(1).unwrap();
+    }
+
     /// Kicks if the device wants to be kicked (virtio 1.4 section 2.7.10).
     fn kick(&mut self) {
         fence(Ordering::SeqCst);
