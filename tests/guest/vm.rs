@@ -156,8 +156,7 @@ impl<'g> Vm<'g> {
     /// Whether QEMU has complained of this. It has written it before it answers on QMP; it was read
     /// a moment later.
     pub fn qemu_has_said(&self, words: &str) -> bool {
-        let said = || self.qemu_output.lines().iter().any(|line| line.contains(words));
-        self.qemu_output.wait_until(READER_LAG, said)
+        self.qemu_output.wait_line(READER_LAG, words)
     }
 
     /// What QEMU complains of.
