@@ -148,8 +148,8 @@ impl Session {
         }
     }
 
-    /// Starts the ring, if it can be, and finds out whether the driver has begun anew. A ring that was never used
-    /// does not tell: one of the others does, whose own thread may come later.
+    /// Starts the ring, if it can be, and finds out whether the driver has begun anew. A ring that
+    /// was never used does not tell: one of the others does, whose own thread may come later.
     fn start(&self, ring: &Ring, vring: &Vring) -> Option<Started> {
         self.0.life.start(|| {
             let started = ring.start(vring)?;
@@ -161,8 +161,8 @@ impl Session {
         })
     }
 
-    /// Starts the ring, if it can be and is not, and lets its requests out, which `serves` says whether this thread
-    /// may serve. False if there was nothing to start.
+    /// Starts the ring, if it can be and is not, and lets its requests out, which `serves` says
+    /// whether this thread may serve. False if there was nothing to start.
     fn begin(&self, ring: &Arc<Ring>, vring: &Vring, serves: bool) -> bool {
         let Some(started) = self.start(ring, vring) else { return false };
         let due = Due { ring: ring.clone(), started };

@@ -59,7 +59,8 @@ pub trait Device: Send + Sync + 'static {
     /// With [`AtStop::HandBack`] requests of one ring must be completed in the order in which they came.
     fn handle(&self, request: Request, drained: Drained) -> Option<AtOnce>;
 
-    /// A driver has begun anew: what the last one left is void.
+    /// A driver has begun anew: what the last one left is void. Nothing of the new one is handed
+    /// over before this returns, and two of these never run at once.
     fn restarted(&self) {}
 
     /// Called once when a session is over, to let go of all that was its own.
@@ -93,8 +94,9 @@ pub trait SessionWindow: Send + Sync {
     /// A new memory table.
     fn table_came(&self, mem: &GuestMemoryMmap);
 
-    /// A ring was started, `afresh` if the driver has reset the device since. True if all is well; false if [`bring_up`](Self::bring_up) must be called, from a thread
-    /// that may block, before requests leave the ring.
+    /// A ring was started, `afresh` if the driver has reset the device since. True if all is well;
+    /// false if [`bring_up`](Self::bring_up) must be called, from a thread that may block, before
+    /// requests leave the ring.
     fn started(&self, afresh: bool) -> bool;
 
     /// Shows what must be shown from the start.

@@ -2,8 +2,8 @@
 
 //! Step 1 of 6: no ring goes on before the device has forgotten the last driver. Knows neither.
 //!
-//! To forget may take a disk's time, so it is done under no lock, and nobody waits for it: who comes meanwhile is
-//! let go on by the one who does it.
+//! To forget may take a disk's time, so it is done under no lock, and nobody waits for it: who
+//! comes meanwhile is let go on by the one who does it.
 
 use std::sync::Mutex;
 
@@ -30,14 +30,15 @@ impl<T> Default for Restarts<T> {
 }
 
 impl<T> Restarts<T> {
-    /// A driver has begun anew. Said before any of its rings comes to [`settle`](Self::settle): in the step in
-    /// which the first one was started.
+    /// A driver has begun anew. Said before any of its rings comes to [`settle`](Self::settle): in
+    /// the step in which the first one was started.
     pub(crate) fn begun(&self) {
         lock(&self.0).begun += 1;
     }
 
-    /// `ring` was started. Has the device `forget` the drivers that are over, unless somebody is at it, and returns
-    /// who may go on now: this one and those who came meanwhile, or nobody, if somebody else will see to it.
+    /// `ring` was started. Has the device `forget` the drivers that are over, unless somebody is at
+    /// it, and returns who may go on now: this one and those who came meanwhile, or nobody, if
+    /// somebody else will see to it.
     pub(crate) fn settle(&self, ring: T, forget: impl Fn()) -> Vec<T> {
         let mut state = lock(&self.0);
         state.held.push(ring);
@@ -63,8 +64,9 @@ mod tests {
 
     use super::*;
 
-    /// Shows: a ring that starts while the device still forgets goes on behind that, whichever ring began it; and
-    /// a driver that begins anew meanwhile is forgotten for, too, before any of its rings goes on.
+    /// Shows: a ring that starts while the device still forgets goes on behind that, whichever ring
+    /// began it; and a driver that begins anew meanwhile is forgotten for, too, before any of its
+    /// rings goes on.
     #[test]
     fn who_comes_meanwhile_goes_on_behind() {
         let restarts = Restarts::default();
@@ -85,8 +87,8 @@ mod tests {
         assert_eq!(forgotten.get(), 2);
     }
 
-    /// Shows: a ring that did not itself see that the driver had begun anew, and overtakes the one that did,
-    /// waits for the device all the same.
+    /// Shows: a ring that did not itself see that the driver had begun anew, and overtakes the one
+    /// that did, waits for the device all the same.
     #[test]
     fn a_ring_that_overtakes() {
         let restarts = Restarts::default();

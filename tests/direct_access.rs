@@ -213,8 +213,8 @@ fn a_share_on_a_dax_file_system() {
     }
 }
 
-/// Shows: a page that a node does not have is an error, and does not end the process: the kernel takes no piece out
-/// of a map of it that is smaller than its alignment.
+/// Shows: a page that a node does not have is an error, and does not end the process: the kernel
+/// takes no piece out of a map of it that is smaller than its alignment.
 #[test]
 #[ignore = "needs a device-DAX node: run by tests/guest"]
 fn behind_the_end_of_a_device_dax_node() {

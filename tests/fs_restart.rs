@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A driver that begins anew: what the last one left is forgotten before any ring of the new one is served, and
-//! what still runs of the last one touches nothing of the new one's.
+//! A driver that begins anew: what the last one left is forgotten before any ring of the new one is
+//! served, and what still runs of the last one touches nothing of the new one's.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -43,8 +43,8 @@ fn works(host: &FsHost, guest: &mut FsGuest, bytes: &[u8]) {
     assert_eq!(host.get("file")[..bytes.len()], *bytes);
 }
 
-/// Shows: where the ring that shows that the driver has begun anew comes last, and another one has served INIT
-/// before, the file system stays mounted and the maps stay granted.
+/// Shows: where the ring that shows that the driver has begun anew comes last, and another one has
+/// served INIT before, the file system stays mounted and the maps stay granted.
 #[test]
 fn init_on_a_ring_that_overtakes() {
     let host = host();
@@ -68,8 +68,8 @@ fn init_on_a_ring_that_overtakes() {
     guest.power_off();
 }
 
-/// Shows: while the device still forgets what the last driver had mapped, no other ring serves the new
-/// driver, whose maps would be forgotten as well.
+/// Shows: while the device still forgets what the last driver had mapped, no other ring serves the
+/// new driver, whose maps would be forgotten as well.
 #[test]
 fn init_while_the_device_still_forgets() {
     if !Strace::is_here() {
@@ -94,8 +94,8 @@ fn init_while_the_device_still_forgets() {
     guest.power_off();
 }
 
-/// Shows: a DESTROY that is still at work when the driver begins anew neither unmounts nor closes what the new one
-/// has mounted and opened, nor takes its maps away.
+/// Shows: a DESTROY that is still at work when the driver begins anew neither unmounts nor closes
+/// what the new one has mounted and opened, nor takes its maps away.
 #[test]
 fn an_old_destroy_is_nothing_to_the_new_driver() {
     if !Strace::is_here() {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A front-end that tells of its memory by differences (CONFIGURE_MEM_SLOTS): a start brings no table, and
-//! what the last one said still holds (row Q17).
+//! A front-end that tells of its memory by differences (CONFIGURE_MEM_SLOTS): a start brings no
+//! table, and what the last one said still holds (row Q17).
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
@@ -34,8 +34,8 @@ fn works(host: &Host, guest: &mut Guest, byte: u8) {
     assert_eq!(host.file_bytes(0, 1), [byte]);
 }
 
-/// Q17: shows that pause after pause the device goes on, though a start tells nothing of memory, and that no
-/// map is sent, which QEMU would refuse with a line in its log.
+/// Q17: shows that pause after pause the device goes on, though a start tells nothing of memory,
+/// and that no map is sent, which QEMU would refuse with a line in its log.
 #[test]
 fn q17_a_pause_tells_nothing_and_keeps_the_map() {
     for ram_regions in [1, 3, BASELINE_REGIONS as u64 + 4] {
@@ -73,8 +73,8 @@ fn q17_pauses_right_behind_the_first_start() {
     }
 }
 
-/// Shows that memory which comes and goes beside the window, while the device runs or is paused, is not taken
-/// for the window's going.
+/// Shows that memory which comes and goes beside the window, while the device runs or is paused, is
+/// not taken for the window's going.
 #[test]
 fn other_memory_comes_and_goes() {
     let host = Host::with_mem_slots();
@@ -96,8 +96,8 @@ fn other_memory_comes_and_goes() {
     guest.power_off();
 }
 
-/// Q12: shows that a reset which QEMU survives, since the start comes before what it freed is gone, takes the map
-/// away: it is made again, and no flush succeeds without it.
+/// Q12: shows that a reset which QEMU survives, since the start comes before what it freed is gone,
+/// takes the map away: it is made again, and no flush succeeds without it.
 #[test]
 fn q12_a_reset_that_qemu_survives_is_seen() {
     let host = Host::with_mem_slots();
@@ -118,8 +118,8 @@ fn q12_a_reset_that_qemu_survives_is_seen() {
     guest.power_off();
 }
 
-/// Shows that a front-end which drops the map at a reset, and does not say so at the start, is asked for it again:
-/// what it has told is not believed where the driver has begun anew.
+/// Shows that a front-end which drops the map at a reset, and does not say so at the start, is
+/// asked for it again: what it has told is not believed where the driver has begun anew.
 #[test]
 fn a_reset_that_goes_untold_is_no_loss() {
     let host = Host::with_mem_slots();
@@ -148,8 +148,8 @@ fn q13_pause_works_with_many_regions() {
     guest.power_off();
 }
 
-/// Shows `--keep-listening`: front-ends with and without CONFIGURE_MEM_SLOTS follow each other on one pmem device,
-/// and what one said of its memory is nothing to the next.
+/// Shows `--keep-listening`: front-ends with and without CONFIGURE_MEM_SLOTS follow each other on
+/// one pmem device, and what one said of its memory is nothing to the next.
 #[test]
 fn pmem_sessions_follow_each_other() {
     let host = Host::with_mem_slots();
@@ -173,7 +173,8 @@ fn pmem_sessions_follow_each_other() {
     }
 }
 
-/// Shows the same of a share: the second front-end's window shows its own maps only, over pauses too.
+/// Shows the same of a share: the second front-end's window shows its own maps only, over pauses
+/// too.
 #[test]
 fn share_sessions_follow_each_other() {
     let host = FsHost::with(FsOptions { keep_listening: true, ..FsOptions::default() });

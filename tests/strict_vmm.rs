@@ -264,8 +264,8 @@ fn q13_start_with_more_than_8_regions() {
     }
 }
 
-/// Q17: shows that with CONFIGURE_MEM_SLOTS a start tells only what has changed: nothing after a pause, what has come
-/// or gone meanwhile else; and without it the whole table each time.
+/// Q17: shows that with CONFIGURE_MEM_SLOTS a start tells only what has changed: nothing after a
+/// pause, what has come or gone meanwhile else; and without it the whole table each time.
 #[test]
 fn q17_a_start_tells_what_has_changed() {
     let mut b = bench(Protocol::CONFIGURE_MEM_SLOTS, 3);
@@ -295,7 +295,8 @@ fn q17_a_start_tells_what_has_changed() {
     assert_eq!(b.vmm.memory_messages(), 3);
 }
 
-/// Q12: shows that a start soon after the reset tells of the map's going, and that the next one may crash again.
+/// Q12: shows that a start soon after the reset tells of the map's going, and that the next one may
+/// crash again.
 #[test]
 fn q12_a_start_at_once_tells_that_the_map_is_gone() {
     let mut b = bench(Protocol::CONFIGURE_MEM_SLOTS, 1);

@@ -169,8 +169,8 @@ impl Dax {
         self.set_current(None);
     }
 
-    /// The guest unmounts, or mounts anew: takes every map away, but none of a driver that has begun anew
-    /// meanwhile. What `is_current` says is looked at when nothing else can be granted.
+    /// The guest unmounts, or mounts anew: takes every map away, but none of a driver that has
+    /// begun anew meanwhile. What `is_current` says is looked at when nothing else can be granted.
     pub(super) fn release_all(&self, is_current: impl Fn() -> bool) {
         if let Err(e) = self.engine.revoke_all(&is_current)
             && is_current()

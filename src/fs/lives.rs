@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which driver a request is of, and whether that one has mounted. What is left of an earlier one must not unmount,
-//! nor mount, what a later one has.
+//! Which driver a request is of, and whether that one has mounted. What is left of an earlier one
+//! must not unmount, nor mount, what a later one has.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -51,7 +51,8 @@ impl Lives {
         drop(lock(&self.turn));
     }
 
-    /// It has nothing mounted from now on; `clear` throws away what was. False, and nothing is done, if it is over.
+    /// It has nothing mounted from now on; `clear` throws away what was. False, and nothing is
+    /// done, if it is over.
     pub(super) fn unmount(&self, life: Life, clear: impl FnOnce()) -> bool {
         let _turn = lock(&self.turn);
         let mounted = life.0 | MOUNTED;

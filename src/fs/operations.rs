@@ -210,7 +210,8 @@ where
         if there { MAP_ALIGNMENT | HAS_INODE_DAX } else { 0 }
     }
 
-    /// Takes away what the guest has, and does `more` of the kind; unless the driver is over, and another one has it.
+    /// Takes away what the guest has, and does `more` of the kind; unless the driver is over, and
+    /// another one has it.
     fn forget_guest(&self, life: Life, more: impl FnOnce()) {
         if !self.lives.unmount(life, || ()) {
             return;

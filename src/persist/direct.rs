@@ -367,8 +367,8 @@ mod tests {
         }
     }
 
-    /// Shows: the same of huge pages, of which the kernel takes no piece of 4 KiB away: the process lives, and the
-    /// pages that are left hold what they held.
+    /// Shows: the same of huge pages, of which the kernel takes no piece of 4 KiB away: the process
+    /// lives, and the pages that are left hold what they held.
     #[test]
     fn a_huge_page_that_is_gone_is_an_error() {
         type Work = fn(&Arc<Direct>) -> io::Result<()>;

@@ -3,9 +3,10 @@
 //! A mapped file that is cut off by somebody else, or whose memory fails, must not kill the daemon: in a
 //! [`Guarded`] range SIGBUS is an error of that range, and of nothing else.
 //!
-//! The handler puts a page of zeros where the bad one was, so that the instruction that hit it can end,
-//! and marks the range: nothing that was done in it counts from then on. A page is as large as the mapping's own
-//! are: the kernel takes no smaller piece out of a mapping of huge pages (hugetlbfs) or of a device-DAX node.
+//! The handler puts a page of zeros where the bad one was, so that the instruction that hit it can
+//! end, and marks the range: nothing that was done in it counts from then on. A page is as large as
+//! the mapping's own are: the kernel takes no smaller piece out of a mapping of huge pages
+//! (hugetlbfs) or of a device-DAX node.
 
 #![allow(unsafe_code)] // A signal handler, and the map that it makes.
 

@@ -256,9 +256,9 @@ impl SessionWindow for Shown {
         self.window.table_came(mem);
     }
 
-    /// Q10: a map that outlived a pause is not sent again. It would be refused, and would be a message
-    /// under way that a quick second pause turns into a crash of QEMU (Q1). After a reset it is sent whatever
-    /// was told: refused is better than believed.
+    /// Q10: a map that outlived a pause is not sent again. It would be refused, and would be a
+    /// message under way that a quick second pause turns into a crash of QEMU (Q1). After a reset
+    /// it is sent whatever was told: refused is better than believed.
     fn started(&self, afresh: bool) -> bool {
         !afresh && self.window.is_shown()
     }

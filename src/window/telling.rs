@@ -2,9 +2,10 @@
 
 //! How the front-end tells of its memory, and so for how long that holds.
 //!
-//! The library does not say what was negotiated, but it keeps what is told piece by piece: each region that a
-//! message did not add is in the next table too, mapped where it was. A whole table's regions are all mapped
-//! anew, while the old ones still are (vhost-user-backend 0.24, `set_mem_table`).
+//! The library does not say what was negotiated, but it keeps what is told piece by piece: each
+//! region that a message did not add is in the next table too, mapped where it was. A whole table's
+//! regions are all mapped anew, while the old ones still are (vhost-user-backend 0.24,
+//! `set_mem_table`).
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
@@ -14,8 +15,8 @@ pub(super) enum Freshness {
     /// Until the device is stopped: each start brings a whole table.
     #[default]
     WholeTables,
-    /// Until something else is said, over stops too (CONFIGURE_MEM_SLOTS): a start brings only what has changed
-    /// meanwhile (Q17).
+    /// Until something else is said, over stops too (CONFIGURE_MEM_SLOTS): a start brings only what
+    /// has changed meanwhile (Q17).
     Deltas,
 }
 
@@ -69,7 +70,8 @@ mod tests {
         mem.remove_region(GuestAddress(at), BYTES).unwrap().0
     }
 
-    /// Shows: whole tables are told from differences, whatever the regions are and however often it changes.
+    /// Shows: whole tables are told from differences, whatever the regions are and however often it
+    /// changes.
     #[test]
     fn differences_are_told_from_whole_tables() {
         use Freshness::{Deltas, WholeTables};

@@ -16,9 +16,10 @@ use crate::lock::lock;
 
 /// What memory tables have said.
 ///
-/// QEMU lists its live maps in the memory that it tells of (row Q3 of our notes), so a table that shows our map
-/// proves that it outlived a pause (Q10), as long as the table holds. But the file may be there for another device
-/// as well, as memory of QEMU's own or as a piece of a shared directory: ours is the one that came with our map.
+/// QEMU lists its live maps in the memory that it tells of (row Q3 of our notes), so a table that
+/// shows our map proves that it outlived a pause (Q10), as long as the table holds. But the file
+/// may be there for another device as well, as memory of QEMU's own or as a piece of a shared
+/// directory: ours is the one that came with our map.
 #[derive(Default)]
 struct Tables {
     telling: Telling,
@@ -57,8 +58,9 @@ impl Tables {
         self.outdated = false;
     }
 
-    /// A whole table does not hold over a stop: a reset may follow, and would drop the map without a word (Q10).
-    /// Of differences, the next start brings those that a reset has made, or none (Q17).
+    /// A whole table does not hold over a stop: a reset may follow, and would drop the map without
+    /// a word (Q10). Of differences, the next start brings those that a reset has made, or none
+    /// (Q17).
     fn stopped(&mut self) {
         self.outdated |= self.telling.freshness == Freshness::WholeTables;
     }
@@ -318,8 +320,9 @@ mod tests {
         mem.remove_region(GuestAddress(at), BYTES).unwrap().0
     }
 
-    /// Shows (Q17): where memory is told of by differences, a stop takes nothing back, since a start may have
-    /// nothing to tell; but what is told of between them counts, and then only our own place.
+    /// Shows (Q17): where memory is told of by differences, a stop takes nothing back, since a
+    /// start may have nothing to tell; but what is told of between them counts, and then only our
+    /// own place.
     #[test]
     fn differences_hold_over_a_stop() {
         let (file, ram) = (file(), file());
@@ -350,7 +353,8 @@ mod tests {
         assert!(!window.is_shown(), "and holds until a stop");
     }
 
-    /// Shows: a map that is refused after a stop counts as there only where a table that holds shows it.
+    /// Shows: a map that is refused after a stop counts as there only where a table that holds
+    /// shows it.
     #[test]
     fn a_refusal_behind_a_stop() {
         let refused = || Err(MapError::Refused);

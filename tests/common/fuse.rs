@@ -85,7 +85,8 @@ impl FsGuest {
         self.start();
     }
 
-    /// The same, but of the rings only `first` is enabled; [`enable`](Self::enable) does it for others.
+    /// The same, but of the rings only `first` is enabled; [`enable`](Self::enable) does it for
+    /// others.
     pub fn reset_and_enable(&mut self, first: usize) {
         self.vmm.reset();
         self.queues.iter_mut().for_each(Queue::reset);

@@ -122,7 +122,8 @@ pub(super) struct Machine {
     /// The largest number of live maps and other regions together.
     pub most_regions: usize,
     pub table_updates: usize,
-    /// Memory messages so far: with CONFIGURE_MEM_SLOTS an update takes as many as there are differences.
+    /// Memory messages so far: with CONFIGURE_MEM_SLOTS an update takes as many as there are
+    /// differences.
     pub memory_messages: usize,
     pub refused: Vec<String>,
     pub violations: Vec<String>,

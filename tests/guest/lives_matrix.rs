@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a VM's devices survive: {pmem, fs, both} with `--mem-slots` on and off, in a stock QEMU and guest. Each row is
-//! lived through in one VM, with stores and fsyncs around each event, judged on the host; what came of it is the
-//! row of the table in docs/front-ends.md, word by word.
+//! What a VM's devices survive: {pmem, fs, both} with `--mem-slots` on and off, in a stock QEMU and
+//! guest. Each row is lived through in one VM, with stores and fsyncs around each event, judged on
+//! the host; what came of it is the row of the table in docs/front-ends.md, word by word.
 
 use std::path::Path;
 
@@ -25,7 +25,8 @@ const MANY: usize = 10;
 const LEN: usize = 300_000;
 
 const WORKS: &str = "works";
-/// Q12: the start behind a reset, which is soon after it where a driver is bound anew: sometimes QEMU survives that.
+/// Q12: the start behind a reset, which is soon after it where a driver is bound anew: sometimes
+/// QEMU survives that.
 const NOT_TRIED: &str = "not tried (Q12)";
 const DIES: &str = "QEMU dies (Q12)";
 
@@ -219,7 +220,8 @@ impl<'g> Life<'g> {
         self.use_all();
     }
 
-    /// What becomes of a pause where more is mapped than a table holds: nothing, or the device is dead (Q13).
+    /// What becomes of a pause where more is mapped than a table holds: nothing, or the device is
+    /// dead (Q13).
     fn pause_with_many_maps(&mut self) -> String {
         for file in 0..MANY {
             let file = format!("/mnt/many-{file}");

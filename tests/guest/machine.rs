@@ -32,7 +32,8 @@ pub struct Options<'a> {
     pub scratch: Option<PathBuf>,
     /// More arguments for QEMU.
     pub qemu: Vec<String>,
-    /// Whether devices can be unplugged: each is behind a port of its own, on bus 01, 02, ..., disks first.
+    /// Whether devices can be unplugged: each is behind a port of its own, on bus 01, 02, ...,
+    /// disks first.
     pub hotplug: bool,
 }
 
@@ -65,8 +66,8 @@ pub fn qemu_command(
         .args(["-action", "reboot=shutdown"]);
     for (index, (device, slot)) in devices(parts).into_iter().enumerate() {
         if options.hotplug {
-            // The firmware puts what is behind ports at the end of the address space, and with 40 bits there the
-            // kernel takes no new place for a window: AMD's HyperTransport has it.
+            // The firmware puts what is behind ports at the end of the address space, and with 40
+            // bits there the kernel takes no new place for a window: AMD's HyperTransport has it.
             command.args(["-cpu", "qemu64,+rdrand,phys-bits=42"]);
             command.args(["-device", &port(index)]);
         }

@@ -56,7 +56,17 @@ impl Output {
         state.closed
     }
 
-    /// Waits until `done` holds. It is asked at each new line, and now and then, as
+    /// Waits until a line has come that has these words in it.
+    pub fn wait_line(&self, limit: Duration, words: &str) -> bool {
+        let has = |state: &State| state.lines.iter().any(|line| line.contains(words));
+        let (state, changed) = &*self.shared;
+        let state = state.lock().unwrap();
+        let wait = |state: &mut State| !state.closed && !has(state);
+        let (state, _) = changed.wait_timeout_while(state, limit, wait).unwrap();
+        has(&state)
+    }
+
+    /// Waits until `done`, which must not look at the lines, holds. It is asked at each new line, and now and then, as
     /// it may look at things that bring no line.
     pub fn wait_until(&self, limit: Duration, mut done: impl FnMut() -> bool) -> bool {
         let end = Instant::now() + limit;

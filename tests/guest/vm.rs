@@ -3,10 +3,11 @@
 //! One VM with one daemon per disk, and the talk with the agent inside it. The
 //! protocol is described in guest-tests/README.md.
 
+mod lives;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::ExitStatusExt;
 use std::process::Child;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -27,7 +28,8 @@ use crate::share::Share;
 /// One case, or one boot. Only tells a hang from a slow machine.
 const HANG: Duration = Duration::from_secs(180);
 
-/// Between QEMU's writing of a line and our having read it. Waited out only if there is no such line.
+/// Between QEMU's writing of a line and our having read it. Waited out only if there is no such
+/// line.
 const READER_LAG: Duration = Duration::from_secs(10);
 
 enum Event {
@@ -151,10 +153,10 @@ impl<'g> Vm<'g> {
         &self.daemons[self.disks + index]
     }
 
-    /// Whether QEMU has complained of this. It has written it before it answers on QMP; it was read a moment later.
+    /// Whether QEMU has complained of this. It has written it before it answers on QMP; it was read
+    /// a moment later.
     pub fn qemu_has_said(&self, words: &str) -> bool {
-        let said = || self.qemu_output.lines().iter().any(|line| line.contains(words));
-        self.qemu_output.wait_until(READER_LAG, said)
+        self.qemu_output.wait_line(READER_LAG, words)
     }
 
     /// What QEMU complains of.
@@ -251,68 +253,6 @@ impl<'g> Vm<'g> {
         self.tell("REBOOT");
         self.expect("BYE REBOOT");
         self.wait_ended();
-    }
-
-    /// Resets the machine from outside; the guest comes up again.
-    pub fn system_reset(&mut self) {
-        self.qmp("set-action", json!({"reboot": "reset"}));
-        self.qmp("system_reset", json!({}));
-        self.wait_ready();
-        self.qmp("set-action", json!({"reboot": "shutdown"}));
-    }
-
-    /// Resets the machine from outside, of which QEMU must die by this signal.
-    pub fn system_reset_kills(&mut self, signal: i32) {
-        self.qmp("set-action", json!({"reboot": "reset"}));
-        self.qmp("system_reset", json!({}));
-        if !self.qemu_output.wait_closed(HANG) {
-            self.fail("QEMU lives");
-        }
-        let status = self.qemu.wait().expect("wait for QEMU");
-        if status.signal() != Some(signal) {
-            self.fail(&format!("QEMU ended with {status}"));
-        }
-    }
-
-    /// Takes the device of a daemon out, with its chardev, and so its front-end away; then puts in a new one, with a
-    /// new connection. In between the guest sees none.
-    pub fn unplug_and_plug(&mut self, index: usize) {
-        let (device, chardev) = (format!("dev{index}"), format!("vhost{index}"));
-        self.qmp("device_del", json!({ "id": device }));
-        self.qmp.as_mut().expect("QMP is connected").wait_deleted(&device);
-        self.qmp("chardev-remove", json!({ "id": chardev }));
-        let path = self.folder.path().join(format!("vhost-{index}"));
-        let addr = json!({"type": "unix", "data": {"path": path}});
-        let backend = json!({"type": "socket", "data": {"addr": addr, "server": false}});
-        self.qmp("chardev-add", json!({ "id": chardev, "backend": backend }));
-        let words = self.devices[index].clone();
-        let mut arguments =
-            json!({"id": device, "bus": format!("port{index}"), "chardev": chardev});
-        let mut words = words.split(',');
-        arguments["driver"] = words.next().expect("a driver").into();
-        for (key, value) in words.filter_map(|word| word.split_once('=')) {
-            arguments[key] = value.parse::<u64>().map_or_else(|_| value.into(), Into::into);
-        }
-        self.qmp("device_add", arguments);
-    }
-
-    /// Powers off; the daemons listen on, and end when they are told to.
-    pub fn poweroff_listening(&mut self) {
-        self.tell("POWEROFF");
-        self.expect("BYE POWEROFF");
-        if !self.qemu_output.wait_closed(HANG) {
-            self.fail("QEMU does not end");
-        }
-        let status = self.qemu.wait().expect("wait for QEMU");
-        if !status.success() {
-            self.fail(&format!("QEMU ended with {status}"));
-        }
-        self.terminate_daemons();
-    }
-
-    /// Ends daemons that listen on.
-    pub fn terminate_daemons(&mut self) {
-        self.daemons.iter_mut().for_each(Daemon::terminate);
     }
 
     /// Powers off. QEMU and every daemon must end on their own, with exit code 0.
