@@ -24,8 +24,9 @@ use crate::window::{FileOffset, FrontEnd, WindowBytes, WindowOffset};
 
 use super::base::Place;
 use super::guest_io::WindowPlace;
+use super::identity::Subject;
 use super::message::invalid;
-use super::nodes::{Node, Nodes};
+use super::nodes::{Found, Nodes};
 use super::settings::DaxPolicy;
 use super::stretch::Stretch;
 use super::window::FsWindow;
@@ -153,7 +154,7 @@ impl Dax {
             window.reset();
         }
         self.engine.reset();
-        self.nodes.clear();
+        self.nodes.forget();
     }
 
     /// The process is about to end: nothing waits for the front-end any more.
@@ -175,12 +176,30 @@ impl Dax {
             warn!("not every map could be taken away: {e}");
             self.engine.reset();
         }
-        self.nodes.clear();
+        self.nodes.forget();
     }
 
-    /// The node, if something of the inode is granted or about to be.
-    pub(super) fn node(&self, nodeid: u64) -> Option<Arc<Node>> {
-        self.nodes.get(nodeid)
+    /// What there is of a file of which something may be granted or about to be.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub(super) fn find<'a>(&self, subject: Subject<'a>) -> io::Result<Found<'a>> {
+        self.nodes.find(subject)
+    }
+
+    /// The guest has forgotten a number.
+    pub(super) fn forget_number(&self, nodeid: u64) {
+        self.nodes.forget_number(nodeid);
+    }
+
+    /// A change of a file that was not to be found in the window. If it has got there meanwhile, what was
+    /// granted may rest on how the file was before: the engine looks at it again.
+    fn beside<T>(&self, file: &Found<'_>, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let done = change()?;
+        if let Some(node) = self.nodes.find_again(file)? {
+            self.engine.resized(&node.space).map_err(|e| guest_error(&e))?;
+        }
+        Ok(done)
     }
 
     /// SETUPMAPPING. `open` gives the file, readable and writable.
@@ -209,9 +228,8 @@ impl Dax {
         })?;
         let granted = self.engine.grant(&node.space, FileOffset(asked.foffset), span, access);
         drop(node);
-        if granted.is_err() {
-            self.nodes.drop_idle();
-        }
+        // Also after a success: what it replaced may have been the last of another file.
+        self.nodes.drop_idle();
         granted.map_err(|e| guest_error(&e))
     }
 
@@ -237,11 +255,11 @@ impl Dax {
     /// The change's, or the engine's.
     pub(super) fn resize<T>(
         &self,
-        nodeid: u64,
+        file: &Found<'_>,
         bytes: u64,
         change: impl FnOnce() -> io::Result<T>,
     ) -> io::Result<T> {
-        let Some(node) = self.node(nodeid) else { return change() };
+        let Some(node) = &file.node else { return self.beside(file, change) };
         let done = self.engine.resize_by(&node.space, bytes, change);
         done.map(|(done, _)| done).map_err(|e| guest_error(&e))
     }
@@ -253,11 +271,11 @@ impl Dax {
     /// The change's, or the engine's.
     pub(super) fn change<T>(
         &self,
-        nodeid: u64,
+        file: &Found<'_>,
         shorter_by: u64,
         change: impl FnOnce() -> io::Result<T>,
     ) -> io::Result<T> {
-        let Some(node) = self.node(nodeid) else { return change() };
+        let Some(node) = &file.node else { return self.beside(file, change) };
         let at_least = node.space.source().file_bytes()?.saturating_sub(shorter_by);
         self.engine.change(&node.space, at_least, change).map_err(|e| guest_error(&e))
     }
@@ -269,12 +287,12 @@ impl Dax {
     /// The write's, or the engine's.
     pub(super) fn write(
         &self,
-        nodeid: u64,
+        file: &Found<'_>,
         from: u64,
         bytes: u64,
         write: impl FnOnce(Option<&Direct>) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        let Some(node) = self.node(nodeid) else { return write(None) };
+        let Some(node) = &file.node else { return self.beside(file, || write(None)) };
         let (space, from) = (&node.space, FileOffset(from));
         let done = self.engine.write_by(space, from, bytes, || {
             let Some(direct) = node.direct.as_deref() else { return write(None) };
@@ -287,8 +305,8 @@ impl Dax {
     ///
     /// # Errors
     /// The engine's.
-    pub(super) fn punch(&self, nodeid: u64, from: u64, bytes: u64) -> io::Result<bool> {
-        let Some(node) = self.node(nodeid) else { return Ok(false) };
+    pub(super) fn punch(&self, file: &Found<'_>, from: u64, bytes: u64) -> io::Result<bool> {
+        let Some(node) = &file.node else { return Ok(false) };
         self.engine.punch(&node.space, from, bytes).map_err(|e| guest_error(&e))?;
         Ok(true)
     }
@@ -300,10 +318,10 @@ impl Dax {
     /// Either one's; it is final.
     pub(super) fn sync(
         &self,
-        nodeid: u64,
+        file: &Found<'_>,
         sync: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
-        let Some(node) = self.node(nodeid) else { return sync() };
+        let Some(node) = &file.node else { return sync() };
         self.engine.writeback_by(&node.space, sync)
     }
 

@@ -6,12 +6,13 @@
 //! The files are the business of virtiofsd's passthrough file system. Ours are the FUSE messages
 //! (`message`, `server`, `operations`, `transfers`, `readdir`), the way between guest memory and files
 //! (`guest_io`), the threads (`pool`), and the window: `dax` joins the guest's requests to the
-//! engine, `nodes` knows which inode has an address space there, `window` is what a front-end
+//! engine, `nodes` knows which file has an address space there (`identity`: which file that is), `window` is what a front-end
 //! shows, and [`stretch`] lets it show the end of a file.
 
 mod base;
 mod dax;
 mod guest_io;
+mod identity;
 mod message;
 mod nodes;
 mod opened;

@@ -17,6 +17,7 @@ use virtiofsd::fuse::{self, Attr, AttrOut, EntryOut, FsOptions, Opcode};
 use vm_memory_of_virtiofsd::ByteValued;
 
 use super::dax::{Dax, MAP_ALIGNMENT_LOG2};
+use super::identity::{FileId, Subject, Which};
 use super::message::{Args, MAX_DATA_BYTES, Reply, invalid};
 use super::readdir;
 use super::server::{Message, Server};
@@ -73,6 +74,7 @@ where
                 // The root is looked up by nobody, and can't be forgotten.
                 if nodeid != fuse::ROOT_ID {
                     fs.forget(ctx, nodeid, asked.nlookup);
+                    self.forget_number(nodeid);
                 }
                 Ok(Reply::None)
             }
@@ -105,7 +107,7 @@ where
             Opcode::Flush => {
                 let asked: fuse::FlushIn = args.take()?;
                 fs.flush(ctx, nodeid, asked.fh, asked.lock_owner)?;
-                self.opened.check(nodeid).and(Reply::DONE)
+                self.opened.check(asked.fh).and(Reply::DONE)
             }
             Opcode::Fsync => self.fsync(ctx, nodeid, args),
             Opcode::Syncfs => self.opened.sync_all(|| self.syncfs(ctx, nodeid)).and(Reply::DONE),
@@ -134,7 +136,9 @@ where
             }
             Opcode::Releasedir => {
                 let asked: fuse::ReleaseIn = args.take()?;
-                fs.releasedir(ctx, nodeid, asked.flags, asked.fh).and(Reply::DONE)
+                fs.releasedir(ctx, nodeid, asked.flags, asked.fh)?;
+                self.opened.release(asked.fh); // A file's handle is released by it, too.
+                Reply::DONE
             }
             Opcode::Fsyncdir => {
                 let asked: fuse::FsyncIn = args.take()?;
@@ -246,8 +250,33 @@ where
                 all.push((one.nodeid, one.nlookup));
             }
         }
+        let numbers: Vec<_> = all.iter().map(|(nodeid, _)| *nodeid).collect();
         self.fs.batch_forget(ctx, all);
+        numbers.into_iter().for_each(|nodeid| self.forget_number(nodeid));
         Ok(Reply::None)
+    }
+
+    fn forget_number(&self, nodeid: u64) {
+        if let Some(dax) = &self.dax {
+            dax.forget_number(nodeid);
+        }
+    }
+
+    /// Lets `change` set the length of a file to `bytes`: of the file of a handle, or else of an inode.
+    fn resize<T>(
+        &self,
+        ctx: Context,
+        (nodeid, handle): (u64, Option<u64>),
+        bytes: u64,
+        change: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        let Some(dax) = &self.dax else { return change() };
+        let ask = |known: &dyn Fn(u64) -> bool| self.identify(ctx, nodeid, known);
+        let subject = match handle {
+            Some(handle) => self.open_file(nodeid, handle),
+            None => Subject { nodeid, file: Which::Ask(&ask) },
+        };
+        dax.resize(&dax.find(subject)?, bytes, change)
     }
 
     fn setattr(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
@@ -255,11 +284,10 @@ where
         let fh = (asked.valid & fuse::FATTR_FH != 0).then_some(asked.fh);
         let valid = SetattrValid::from_bits_truncate(asked.valid);
         let change = || self.fs.setattr(ctx, nodeid, asked, fh, valid);
-        let done = match &self.dax {
-            Some(dax) if valid.contains(SetattrValid::SIZE) => {
-                dax.resize(nodeid, asked.size, change)
-            }
-            _ => change(),
+        let done = if valid.contains(SetattrValid::SIZE) {
+            self.resize(ctx, (nodeid, fh), asked.size, change)
+        } else {
+            change()
         };
         done.map(|(attr, valid)| self.attr(attr, valid))
     }
@@ -315,13 +343,29 @@ where
         let asked: fuse::OpenIn = args.take()?;
         let kill_priv = asked.open_flags & fuse::OPEN_KILL_SUIDGID != 0;
         let open = || self.fs.open(ctx, nodeid, kill_priv, asked.flags);
-        let opened = match &self.dax {
-            // ATOMIC_O_TRUNC: the window must let go before the file shrinks.
-            Some(dax) if open_flag(asked.flags, libc::O_TRUNC) => dax.resize(nodeid, 0, open)?,
-            _ => open()?,
+        // ATOMIC_O_TRUNC: the window must let go before the file shrinks.
+        let opened = if open_flag(asked.flags, libc::O_TRUNC) {
+            self.resize(ctx, (nodeid, None), 0, open)?
+        } else {
+            open()?
         };
-        self.opened.open(nodeid);
+        self.note_open(ctx, nodeid, opened.0)?;
         Ok(open_out(opened))
+    }
+
+    /// A file was opened: notes which. If that can't be found out, it is closed again.
+    fn note_open(&self, ctx: Context, nodeid: u64, handle: Option<u64>) -> io::Result<()> {
+        let Some(handle) = handle else { return Ok(()) };
+        match self.with_file(ctx, nodeid, handle, FileId::of) {
+            Ok(file) => {
+                self.opened.open(nodeid, handle, file);
+                Ok(())
+            }
+            Err(e) => {
+                self.fs.release(ctx, nodeid, 0, handle, false, false, None)?;
+                Err(e)
+            }
+        }
     }
 
     fn create(&self, ctx: Context, parent: u64, args: &mut Args<'_>) -> io::Result<Reply> {
@@ -332,16 +376,13 @@ where
         let flags = asked.flags & !libc::O_TRUNC.cast_unsigned();
         let (mut entry, handle, options) =
             self.fs.create(ctx, parent, name, asked.mode, kill_priv, flags, asked.umask, more)?;
+        let nodeid = entry.inode;
+        self.note_open(ctx, nodeid, handle)?;
         if open_flag(asked.flags, libc::O_TRUNC) && entry.attr.size > 0 {
             let cut = fuse::SetattrIn::default();
-            let cut = || self.fs.setattr(ctx, entry.inode, cut, handle, SetattrValid::SIZE);
-            let (attr, _) = match &self.dax {
-                Some(dax) => dax.resize(entry.inode, 0, cut)?,
-                None => cut()?,
-            };
-            entry.attr = attr;
+            let cut = || self.fs.setattr(ctx, nodeid, cut, handle, SetattrValid::SIZE);
+            (entry.attr, _) = self.resize(ctx, (nodeid, handle), 0, cut)?;
         }
-        self.opened.open(entry.inode);
         let mut reply = self.entry_out(entry).as_slice().to_vec();
         if let Reply::Bytes(opened) = open_out((handle, options)) {
             reply.extend(opened);
@@ -355,7 +396,7 @@ where
         let unlock = asked.release_flags & fuse::RELEASE_FLOCK_UNLOCK != 0;
         let owner = (flush || unlock).then_some(asked.lock_owner);
         self.fs.release(ctx, nodeid, asked.flags, asked.fh, flush, unlock, owner)?;
-        self.opened.release(nodeid);
+        self.opened.release(asked.fh);
         Reply::DONE
     }
 
@@ -364,10 +405,10 @@ where
         let datasync = asked.fsync_flags & FSYNC_FDATASYNC != 0;
         let sync = || self.fs.fsync(ctx, nodeid, datasync, asked.fh);
         let through = || match &self.dax {
-            Some(dax) => dax.sync(nodeid, sync),
+            Some(dax) => dax.sync(&dax.find(self.open_file(nodeid, asked.fh))?, sync),
             None => sync(),
         };
-        self.opened.sync(nodeid, through).and(Reply::DONE)
+        self.opened.sync(asked.fh, through).and(Reply::DONE)
     }
 
     fn syncfs(&self, ctx: Context, nodeid: u64) -> io::Result<()> {
@@ -383,11 +424,12 @@ where
         let change = || self.fs.fallocate(ctx, nodeid, asked.fh, mode, from, bytes);
         let Some(dax) = &self.dax else { return change().and(Reply::DONE) };
         let has = |flag| open_flag(mode, flag);
-        if has(libc::FALLOC_FL_PUNCH_HOLE) && dax.punch(nodeid, from, bytes)? {
+        let file = dax.find(self.open_file(nodeid, asked.fh))?;
+        if has(libc::FALLOC_FL_PUNCH_HOLE) && dax.punch(&file, from, bytes)? {
             return Reply::DONE;
         }
         let shorter_by = if has(libc::FALLOC_FL_COLLAPSE_RANGE) { bytes } else { 0 };
-        dax.change(nodeid, shorter_by, change).and(Reply::DONE)
+        dax.change(&file, shorter_by, change).and(Reply::DONE)
     }
 
     fn copy_file_range(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
@@ -408,7 +450,10 @@ where
             )
         };
         let done = match &self.dax {
-            Some(dax) => dax.write(asked.nodeid_out, asked.off_out, len, |_| copy())?,
+            Some(dax) => {
+                let to = dax.find(self.open_file(asked.nodeid_out, asked.fh_out))?;
+                dax.write(&to, asked.off_out, len, |_| copy())?
+            }
             None => copy()?,
         };
         Ok(written(done))

@@ -48,6 +48,8 @@ pub struct FsOptions {
     pub persist: String,
     /// Where the share's directory is made.
     pub below: PathBuf,
+    /// What else stands on the command line.
+    pub extra: Vec<String>,
 }
 
 impl Default for FsOptions {
@@ -62,6 +64,7 @@ impl Default for FsOptions {
             // All tests of shares can be run with another one, and elsewhere: with TMPDIR.
             persist: std::env::var("VUD_TEST_PERSIST").unwrap_or_else(|_| "auto".into()),
             below: std::env::temp_dir(),
+            extra: Vec::new(),
         }
     }
 }
@@ -83,6 +86,7 @@ impl FsOptions {
         if self.keep_listening {
             command.arg("--keep-listening");
         }
+        command.args(&self.extra);
         command.env_remove("RUST_LOG");
         command
     }
@@ -116,18 +120,23 @@ impl FsHost {
     /// A daemon over a tmpfs of `bytes`, in a mount namespace of its own, so that nothing stays
     /// mounted. `None` if that can't be had here.
     pub fn on_small_tmpfs(options: FsOptions, bytes: u64) -> Option<Self> {
+        Self::with_mounts(options, &format!("mount -t tmpfs -o size={bytes} tmpfs \"$SHARE\""))
+    }
+
+    /// A daemon in a mount namespace of its own, in which `script` has mounted something in `$SHARE`. `None`
+    /// if that can't be had here.
+    pub fn with_mounts(options: FsOptions, script: &str) -> Option<Self> {
         let mut probe = Command::new("unshare");
         if !probe.args(["--mount", "true"]).status().is_ok_and(|status| status.success()) {
             return None;
         }
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir_in(&options.below).unwrap();
         let share = dir.path().join("share");
         fs::create_dir(&share).unwrap();
         let daemon = options.command(&dir.path().join("sock"), &share);
-        let script = "mount --make-rprivate / && mount -t tmpfs -o size=$2 tmpfs \"$1\" && \
-                      shift 2 && exec \"$@\"";
+        let script = format!("mount --make-rprivate / && {script} && exec \"$@\"");
         let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", script, "sh"]).arg(&share).arg(bytes.to_string());
+        command.args(["--mount", "sh", "-c", &script, "sh"]).env("SHARE", &share);
         command.arg(daemon.get_program()).args(daemon.get_args()).env_remove("RUST_LOG");
         let mut host = Self::run(options, dir, share, command);
         // The way into the daemon's mount namespace.

@@ -108,9 +108,7 @@ fn row_08_a_lowered_limit_refuses_only_what_adds_maps() {
     for most in 0..=3 {
         let rig = prepared();
         rig.engine.set_most_maps(most);
-        let full = |done| {
-            matches!(done, Err(GrantError::Window(ShowError::TooMany(most_maps))) if most_maps == most)
-        };
+        let full = |done| matches!(done, Err(GrantError::Window(ShowError::TooMany(most_maps))) if most_maps == most);
         assert!(full(rig.grant(0, 400, 10, Access::Read)), "{most}: one more map");
         assert!(full(rig.revoke(&[(120, 10), (0, 50)])), "{most}: the middle of one");
         assert_eq!(rig.engine.sizes(), (3, 3), "{most}: the range behind it is gone");
