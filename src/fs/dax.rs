@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use log::warn;
@@ -51,6 +51,8 @@ pub(super) struct Dax {
     front_end: Arc<FrontEnd>,
     current: Mutex<Option<Arc<FsWindow>>>,
     place: Arc<Place>,
+    /// How many memory regions the VM has.
+    regions: Arc<AtomicUsize>,
     bytes: WindowBytes,
     policy: DaxPolicy,
     /// The guest may map files.
@@ -80,6 +82,7 @@ impl Dax {
         policy: DaxPolicy,
         stretch: Stretch,
         persist: PersistMode,
+        regions: Arc<AtomicUsize>,
     ) -> io::Result<Self> {
         let front_end = Arc::new(FrontEnd::default());
         let engine = Arc::new(Engine::new(bytes, front_end.clone(), most_maps(bytes)));
@@ -89,6 +92,7 @@ impl Dax {
             front_end,
             current: Mutex::default(),
             place: Arc::default(),
+            regions,
             bytes,
             policy,
             mapping: AtomicBool::new(false),
@@ -99,6 +103,11 @@ impl Dax {
 
     pub(super) fn engine(&self) -> &Arc<Engine> {
         &self.engine
+    }
+
+    /// How many files are in the window, or about to be.
+    pub(super) fn files(&self) -> usize {
+        self.nodes.count()
     }
 
     fn current(&self) -> Option<Arc<FsWindow>> {
@@ -112,7 +121,8 @@ impl Dax {
     /// A new front-end's window.
     pub(super) fn open_window(&self) -> Arc<FsWindow> {
         let (engine, most_maps) = (self.engine.clone(), most_maps(self.bytes));
-        let window = Arc::new(FsWindow::new(engine, self.bytes, most_maps, self.place.clone()));
+        let shared = (self.place.clone(), self.regions.clone());
+        let window = Arc::new(FsWindow::new(engine, self.bytes, most_maps, shared));
         self.front_end.set(Some(window.clone()));
         self.set_current(Some(window.clone()));
         window

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use virtiofsd::filesystem::{Context, FileSystem, ZeroCopyWriter};
 use virtiofsd::oslib::ReadvFlags;
 
+use super::descriptors::Want;
 use super::server::Server;
 
 /// A file, whatever led to it.
@@ -125,6 +126,7 @@ where
         if attr.mode & libc::S_IFMT != libc::S_IFREG || !known(attr.ino) {
             return Ok(None);
         }
+        let _leave = self.descriptors.ask(Want::Moment)?;
         // Two devices may have it: open it, but for nothing that could do anything to it.
         let flags = libc::O_PATH.cast_unsigned();
         let (handle, _) = self.fs.open(ctx, nodeid, false, flags)?;

@@ -5,12 +5,13 @@
 //!
 //! The files are the business of virtiofsd's passthrough file system. Ours are the FUSE messages
 //! (`message`, `server`, `operations`, `transfers`, `readdir`), the way between guest memory and files
-//! (`guest_io`), the threads (`pool`), and the window: `dax` joins the guest's requests to the
+//! (`guest_io`), the threads (`pool`), [`descriptors`], and the window: `dax` joins the guest's requests to the
 //! engine, `nodes` knows which file has an address space there (`identity`: which file that is), `window` is what a front-end
 //! shows, and [`stretch`] lets it show the end of a file.
 
 mod base;
 mod dax;
+pub mod descriptors;
 mod guest_io;
 mod identity;
 mod message;
@@ -29,7 +30,7 @@ mod window;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
@@ -37,7 +38,7 @@ use thiserror::Error;
 use virtiofsd::filesystem::FileSystem;
 use virtiofsd::passthrough::read_only::PassthroughFsRo;
 use virtiofsd::passthrough::{self, CachePolicy, NegotiationMode, PassthroughFs};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::device::{AtOnce, Device, Drained, SessionWindow};
 use crate::persist::{Backing, Durability, PersistError};
@@ -47,6 +48,7 @@ use crate::vring::AtStop;
 use crate::window::{MapError, ShmemMapper, WindowBytes};
 
 use self::dax::Dax;
+use self::descriptors::Descriptors;
 use self::opened::Opened;
 use self::pool::{Pace, Pool};
 use self::server::{Message, Patience, Serve, Server, Tally, is_copy, is_quick, pace};
@@ -88,6 +90,8 @@ pub struct Fs {
     mem_slots: bool,
     window_bytes: WindowBytes,
     dax: Option<Arc<Dax>>,
+    /// How many memory regions the VM has: each holds a descriptor.
+    regions: Arc<AtomicUsize>,
     server: Arc<dyn Serve>,
     pool: Arc<Pool>,
     log_limit: RateLimit,
@@ -100,14 +104,16 @@ impl Fs {
     /// # Errors
     /// See [`FsError`].
     pub fn new(config: &FsConfig) -> Result<Arc<Self>, FsError> {
-        let dax = make_dax(config)?;
+        let regions = Arc::<AtomicUsize>::default();
+        let dax = make_dax(config, &regions)?;
+        let descriptors = Descriptors::new(config, dax.clone(), regions.clone());
         let passthrough = passthrough_config(config);
         let server: Arc<dyn Serve> = if config.readonly {
             let fs = PassthroughFsRo::new(passthrough).map_err(FsError::Share)?;
-            serve(fs, dax.clone())
+            serve(fs, dax.clone(), descriptors)
         } else {
             let fs = PassthroughFs::new(passthrough).map_err(FsError::Share)?;
-            serve(fs, dax.clone())
+            serve(fs, dax.clone(), descriptors)
         };
         let queues = u32::from(config.request_queues);
         let mut space = config.tag.padded().to_vec();
@@ -119,6 +125,7 @@ impl Fs {
             mem_slots: config.mem_slots,
             window_bytes: if dax.is_some() { config.window.bytes() } else { WindowBytes(0) },
             dax,
+            regions,
             server,
             pool: Arc::new(Pool::new(config.threads).map_err(FsError::Start)?),
             log_limit: RateLimit::default(),
@@ -164,7 +171,7 @@ fn submit_patient(pool: &Pool, server: &Arc<dyn Serve>, request: Request, messag
     });
 }
 
-fn serve<F>(fs: F, dax: Option<Arc<Dax>>) -> Arc<dyn Serve>
+fn serve<F>(fs: F, dax: Option<Arc<Dax>>, descriptors: Descriptors) -> Arc<dyn Serve>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync + 'static,
 {
@@ -172,6 +179,7 @@ where
         fs,
         dax,
         opened: Opened::default(),
+        descriptors,
         options: Default::default(),
         initialised: AtomicBool::new(false),
         tally: Tally::default(),
@@ -179,7 +187,7 @@ where
 }
 
 /// The window, or a line that says why there is none.
-fn make_dax(config: &FsConfig) -> Result<Option<Arc<Dax>>, FsError> {
+fn make_dax(config: &FsConfig, regions: &Arc<AtomicUsize>) -> Result<Option<Arc<Dax>>, FsError> {
     let durability = Durability::choose(Backing::of_dir(&config.shared_dir), config.persist);
     let durability = durability.map_err(FsError::Persist)?;
     if config.window == WindowSize::NONE || config.dax == DaxPolicy::Never {
@@ -209,7 +217,7 @@ fn make_dax(config: &FsConfig) -> Result<Option<Arc<Dax>>, FsError> {
         warn!("the share {warning}");
     }
     info!("a window of {}; the ends of files are mapped by FUSE passthrough", config.window);
-    let dax = Dax::new(config.window.bytes(), config.dax, stretch, config.persist);
+    let dax = Dax::new(config.window.bytes(), config.dax, stretch, config.persist, regions.clone());
     Ok(Some(Arc::new(dax.map_err(FsError::Start)?)))
 }
 
@@ -283,7 +291,7 @@ impl Device for Fs {
     fn open_window(&self) -> Arc<dyn SessionWindow> {
         match &self.dax {
             Some(dax) => dax.open_window(),
-            None => Arc::new(NoWindow),
+            None => Arc::new(NoWindow(self.regions.clone())),
         }
     }
 
@@ -363,13 +371,15 @@ impl Device for Fs {
     }
 }
 
-/// A device without a window.
-struct NoWindow;
+/// A device without a window: it counts the VM's memory regions.
+struct NoWindow(Arc<AtomicUsize>);
 
 impl SessionWindow for NoWindow {
     fn set_channel(&self, _: ShmemMapper) {}
 
-    fn table_came(&self, _: &GuestMemoryMmap) {}
+    fn table_came(&self, mem: &GuestMemoryMmap) {
+        self.0.store(mem.num_regions(), Ordering::Relaxed);
+    }
 
     fn started(&self) -> bool {
         true

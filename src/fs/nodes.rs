@@ -244,6 +244,11 @@ impl Nodes {
         self.lock().forget_number(nodeid);
     }
 
+    /// How many nodes there are.
+    pub(super) fn count(&self) -> usize {
+        self.lock().files.len()
+    }
+
     /// All nodes.
     pub(super) fn all(&self) -> Vec<Arc<Node>> {
         self.lock().files.values().map(|entry| entry.node.clone()).collect()

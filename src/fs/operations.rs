@@ -17,6 +17,7 @@ use virtiofsd::fuse::{self, Attr, AttrOut, EntryOut, FsOptions, Opcode};
 use vm_memory_of_virtiofsd::ByteValued;
 
 use super::dax::{Dax, MAP_ALIGNMENT_LOG2};
+use super::descriptors::Want;
 use super::identity::{FileId, Subject, Which};
 use super::message::{Args, MAX_DATA_BYTES, Reply, invalid};
 use super::readdir;
@@ -64,6 +65,8 @@ where
         if room < reply_bytes(opcode) {
             return Err(invalid());
         }
+        // Before anything is made: a file without a descriptor for it could not be taken back.
+        let _leave = descriptors_for(opcode).map(|want| self.descriptors.ask(want)).transpose()?;
         let (fs, ctx, nodeid) = (&self.fs, message.context(), message.nodeid());
         match opcode {
             Opcode::Init => self.init(args),
@@ -176,6 +179,8 @@ where
         }
         // A guest that was reset, or is hostile, may have left grants and open files.
         self.forget_guest();
+        self.fs.destroy();
+        self.descriptors.guest_has_none();
         let wanted = self.fs.init(FsOptions::from_bits_truncate(capable))?;
         let supported = SUPPORTED.iter().fold(wanted.bits(), |all, one| all | one.bits());
         let dax_options = self.dax_options();
@@ -513,6 +518,19 @@ fn reply_bytes(opcode: Opcode) -> usize {
         Getattr | Setattr => size_of::<AttrOut>(),
         Init => size_of::<fuse::InitOut>(),
         _ => 0,
+    }
+}
+
+/// What a request opens, beside what it closes again in any case.
+fn descriptors_for(opcode: Opcode) -> Option<Want> {
+    use Opcode::*;
+    match opcode {
+        Lookup => Some(Want::Inode),
+        Symlink | Mknod | Mkdir | Link | Open => Some(Want::Keep(1)),
+        Create => Some(Want::Keep(2)),
+        // Without a directory open, nothing in it is removed.
+        Opendir | SetupMapping => Some(Want::Moment),
+        _ => None,
     }
 }
 

@@ -16,6 +16,7 @@ use crate::dax::counters::Counter;
 use crate::request::{Chain, Request, Segment};
 
 use super::dax::Dax;
+use super::descriptors::Descriptors;
 use super::guest_io::copy_in;
 use super::message::{Args, IN_HEADER_BYTES, OUT_HEADER_BYTES, Reply};
 use super::message::{object, out_header, request_bytes};
@@ -173,6 +174,7 @@ pub(super) struct Server<F> {
     pub(super) fs: F,
     pub(super) dax: Option<Arc<Dax>>,
     pub(super) opened: Opened,
+    pub(super) descriptors: Descriptors,
     /// The options that INIT agreed on (FUSE flags and flags2).
     pub(super) options: AtomicU64,
     pub(super) initialised: AtomicBool,
