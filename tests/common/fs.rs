@@ -110,10 +110,16 @@ impl FsHost {
 
     /// A daemon of one's choice.
     pub fn with(options: FsOptions) -> Self {
+        Self::prepared(options, |_| {})
+    }
+
+    /// A daemon whose start something is done to.
+    pub fn prepared(options: FsOptions, prepare: impl FnOnce(&mut Command)) -> Self {
         let dir = tempfile::tempdir_in(&options.below).unwrap();
         let share = dir.path().join("share");
         fs::create_dir(&share).unwrap();
-        let command = options.command(&dir.path().join("sock"), &share);
+        let mut command = options.command(&dir.path().join("sock"), &share);
+        prepare(&mut command);
         Self::run(options, dir, share, command)
     }
 
