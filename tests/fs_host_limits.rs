@@ -13,7 +13,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
@@ -84,29 +84,38 @@ fn no_inotify_watches() {
     assert!(lines as u64 <= 1 + begun.elapsed().as_secs(), "{lines} lines");
 }
 
-/// The kernel's directory of the connection that the daemon's files which are mapped belong to.
-fn connection(host: &FsHost) -> PathBuf {
+/// The kernel's directories of the connections that the daemon's mapped files belong to.
+fn connections(host: &FsHost) -> Vec<PathBuf> {
     let all = fs::read_dir(format!("/proc/{}/fd", host.pid())).unwrap();
-    let mut found = all.filter_map(|entry| fs::metadata(entry.unwrap().path()).ok());
-    let found = found.find(|file| file.len() == 1 << 62).expect("a file that is mapped");
-    let number = nix::sys::stat::minor(found.dev());
-    Path::new("/sys/fs/fuse/connections").join(number.to_string())
+    let files = all.filter_map(|entry| fs::metadata(entry.unwrap().path()).ok());
+    let mapped = files.filter(|file| file.len() == 1 << 62);
+    let control = host.path("").with_file_name("control");
+    let number = |file: fs::Metadata| nix::sys::stat::minor(file.dev()).to_string();
+    let mut all: Vec<_> = mapped.map(|file| control.join(number(file))).collect();
+    all.sort();
+    all.dedup();
+    all
 }
 
 /// Shows: when somebody aborts the private FUSE mount, what is mapped stays mapped, and the next file gets a new one:
 /// it is mapped as if nothing had been, again and again, and a line says so.
 #[test]
 fn an_aborted_private_mount() {
-    let host = FsHost::new();
+    let control = "mkdir \"$SHARE/../control\" && mount -t fusectl fusectl \"$SHARE/../control\"";
+    let Some(host) = FsHost::with_mounts(FsOptions::default(), control) else {
+        eprintln!("SKIPPED an_aborted_private_mount: no mount namespace can be had here");
+        return;
+    };
     (0..4).for_each(|i| host.put(&format!("file{i}"), &[b'0' + i as u8; 5000]));
     let mut guest = host.boot();
     let (first, fh) = guest.opened("file0");
     guest.setup(first, 0, RANGE, BOTH, 0).unwrap();
     for i in 1..4 {
-        let connection = connection(&host);
-        if let Err(e) = fs::write(connection.join("abort"), "1") {
-            eprintln!("SKIPPED an_aborted_private_mount: {}: {e}", connection.display());
-            return;
+        // All of them: also that of the last round, to which nothing else happens.
+        let connections = connections(&host);
+        assert!(!connections.is_empty());
+        for connection in &connections {
+            fs::write(connection.join("abort"), "1").unwrap();
         }
         assert!(guest.vmm.store(100, b"kept"), "the old map");
         assert_eq!(&host.get("file0")[100..104], b"kept");
@@ -116,21 +125,17 @@ fn an_aborted_private_mount() {
         assert_eq!(guest.vmm.fetch(at, 1).unwrap(), [b'0' + i as u8]);
         assert!(guest.vmm.store(at, b"new"));
         assert_eq!(&host.get(&format!("file{i}"))[..3], b"new");
-        // The file whose mount was aborted.
-        guest.setup(first, 0, RANGE, BOTH, 8 * RANGE).unwrap();
-        assert_eq!(guest.vmm.fetch(8 * RANGE + 100, 4).unwrap(), b"kept");
-        guest.set_size(first, 3 * RANGE).unwrap();
-        guest.setup(first, 2 * RANGE, RANGE, BOTH, 9 * RANGE).unwrap();
+        // More of a file that was mapped through the old one may or may not be had, but never by waiting.
+        let more = guest.setup(first, 0, RANGE, BOTH, 8 * RANGE);
+        assert!(matches!(more, Ok(()) | Err(libc::EIO)), "{more:?}");
         guest.fsync(first, fh).unwrap();
-        guest.remove(&[(8 * RANGE, 2 * RANGE)]).unwrap();
-        // Nothing is left of the first mount.
-        if i == 1 {
-            guest.remove(&[(0, RANGE)]).unwrap();
-            guest.setup(first, 0, RANGE, BOTH, 0).unwrap();
-        }
+        guest.set_size(first, 4000).unwrap();
+        guest.remove(&[(0, RANGE), (8 * RANGE, RANGE)]).unwrap();
+        guest.setup(first, 0, RANGE, BOTH, 0).unwrap();
+        assert_eq!(guest.vmm.fetch(100, 4).unwrap(), b"kept");
     }
     assert_eq!(guest.read(first, fh, 100, 4).unwrap(), b"kept");
     let said = host.said();
     assert!(said.contains("aborted; there is a new one"), "{said}");
-    assert_eq!((guest.vmm.refused(), guest.vmm.take_violations()), (vec![], vec![]));
+    assert_eq!(guest.vmm.take_violations(), vec![""; 0]);
 }
