@@ -13,6 +13,7 @@ use virtiofsd::soft_idmap::cmdline::IdMap;
 
 use vhost_user_dax::config::{ConfigError, FsRunConfig, Size};
 use vhost_user_dax::daemon::DaemonError;
+use vhost_user_dax::fs::descriptors::left_for_guest;
 use vhost_user_dax::fs::settings::{DEFAULT_DAX_THRESHOLD, DEFAULT_THREADS};
 use vhost_user_dax::fs::{DaxPolicy, FsConfig, Tag, WindowSize};
 
@@ -20,9 +21,6 @@ use crate::{Common, OnOff};
 
 /// `{"type": ...}` of QEMU's back-end program conventions (docs/interop/vhost-user.json).
 pub const CAPABILITIES: &str = r#"{"type": "fs", "features": ["separate-options"]}"#;
-
-/// Descriptors that are not for the guest's files: one for each memory region (509 in the library), and ours.
-const RESERVED_FDS: u64 = 509 + 100;
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Dax {
@@ -165,8 +163,9 @@ pub struct FsArgs {
     #[arg(long)]
     no_announce_submounts: bool,
 
-    /// How inodes are held: by descriptors (never), or by file handles where possible (prefer) or always (mandatory)
-    #[arg(long, value_name = "MODE", require_equals = true, default_value = "never")]
+    /// How inodes are held: by file handles where possible (prefer) or always (mandatory), or by a descriptor
+    /// each (never), of which there are --rlimit-nofile
+    #[arg(long, value_name = "MODE", require_equals = true, default_value = "prefer")]
     inode_file_handles: FileHandles,
 
     /// Keep O_NOATIME where the guest asks for it
@@ -248,11 +247,7 @@ impl FsArgs {
         }
         let files = setup_rlimit_nofile(self.rlimit_nofile)
             .map_err(|e| format!("--rlimit-nofile: {e}; take a smaller number, or 0"))?;
-        let reserved = RESERVED_FDS + self.thread_pool_size as u64;
-        let guest_fds = files.checked_sub(reserved).filter(|left| *left > 0).ok_or_else(|| {
-            format!("--rlimit-nofile: {files} are too few; take more than {reserved}")
-        })?;
-        Ok(FsConfig {
+        let config = FsConfig {
             dax: match self.dax {
                 Dax::Never => DaxPolicy::Never,
                 Dax::Inode => DaxPolicy::Inode(self.dax_threshold.0),
@@ -284,8 +279,8 @@ impl FsArgs {
             gid_map: self.gid_map,
             translate_uid: self.translate_uid,
             translate_gid: self.translate_gid,
-            guest_fds,
             ..fs
-        })
+        };
+        Ok(FsConfig { guest_fds: left_for_guest(files, &config)?, ..config })
     }
 }

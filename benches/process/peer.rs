@@ -31,8 +31,16 @@ pub const FILES: usize = 100;
 /// Which daemon, and how it is run.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    Ours { window_mib: u64, queues: usize },
-    Virtiofsd { threads: usize },
+    /// Each inode held by a descriptor, as the virtiofsd of Debian does.
+    Ours {
+        window_mib: u64,
+        queues: usize,
+    },
+    /// As it is by default: inodes by file handles.
+    ByHandle,
+    Virtiofsd {
+        threads: usize,
+    },
 }
 
 impl Kind {
@@ -42,6 +50,7 @@ impl Kind {
             Self::Ours { window_mib: 0, .. } => "ours, no window".into(),
             Self::Ours { queues: 1, .. } => "ours".into(),
             Self::Ours { queues, .. } => format!("ours, {queues} queues"),
+            Self::ByHandle => "ours, file handles".into(),
             Self::Virtiofsd { threads: 0 } => "virtiofsd".into(),
             Self::Virtiofsd { threads } => format!("virtiofsd, {threads} threads"),
         }
@@ -51,19 +60,24 @@ impl Kind {
     pub fn queues(self) -> usize {
         match self {
             Self::Ours { queues, .. } => queues,
-            Self::Virtiofsd { .. } => 1,
+            Self::ByHandle | Self::Virtiofsd { .. } => 1,
         }
     }
 
     /// The command line, nothing confined on either side.
     pub fn command(self, socket: &Path, share: &Path) -> Command {
         match self {
+            Self::ByHandle => {
+                let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-dax"));
+                command.arg("fs").arg("--socket-path").arg(socket).arg("--shared-dir").arg(share);
+                command.args(["--tag", "share"]);
+                command
+            }
             Self::Ours { window_mib, queues } => {
                 let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-dax"));
                 command.arg("fs").arg("--socket-path").arg(socket).arg("--shared-dir").arg(share);
                 command.args(["--tag", "share", "--window-size", &format!("{window_mib}M")]);
                 command.args(["--num-request-queues", &queues.to_string()]);
-                // As virtiofsd holds inodes unless it is told otherwise.
                 command.arg("--inode-file-handles=never");
                 command
             }

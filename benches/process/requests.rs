@@ -9,12 +9,13 @@ use crate::peer::{Ground, Kind, Peer};
 use crate::place::Place;
 use crate::work::{self, Load, Names, OPS};
 
-const KINDS: [Kind; 5] = [
+const KINDS: [Kind; 6] = [
     Kind::Ours { window_mib: 256, queues: 1 },
     Kind::Ours { window_mib: 0, queues: 1 },
     Kind::Ours { window_mib: 256, queues: 4 },
     Kind::Virtiofsd { threads: 0 },
     Kind::Virtiofsd { threads: 64 },
+    Kind::ByHandle,
 ];
 /// Whose figures the ratios are of, and to: each as it is by default.
 const OURS: usize = 0;

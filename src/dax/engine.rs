@@ -376,24 +376,33 @@ impl Engine {
     /// Ranges in which nothing is granted are fine.
     ///
     /// # Errors
-    /// The front-end's refusal: that range and those behind it are as they were.
+    /// The front-end's refusal: that range and those behind it are as they were. Or there was no room for
+    /// what would be left of a map on both sides of a range: that one is as it was.
     pub fn revoke(&self, spans: &[Span]) -> Result<(), GrantError> {
         self.revoke_if(spans, || true)
     }
 
     fn revoke_if(&self, spans: &[Span], may: impl Fn() -> bool) -> Result<(), GrantError> {
+        let mut result = Ok(());
         for span in spans {
             let removed = {
                 let mut window = self.window.take();
                 if !may() {
-                    return Ok(());
+                    return result;
                 }
-                self.show_piece(&mut window, *span, None)?;
+                match self.show_piece(&mut window, *span, None) {
+                    Ok(()) => {}
+                    Err(e @ ShowError::TooMany(_)) => {
+                        result = result.and(Err(e.into()));
+                        continue;
+                    }
+                    Err(e) => return Err(e.into()),
+                }
                 cut_out(&mut window.grants, *span)
             };
             self.retire(&removed);
         }
-        Ok(())
+        result
     }
 
     /// Takes away all that is granted, if `may` says so in the moment in which nothing else can be.

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use log::warn;
@@ -24,8 +24,9 @@ use crate::window::{FileOffset, FrontEnd, WindowBytes, WindowOffset};
 
 use super::base::Place;
 use super::guest_io::WindowPlace;
+use super::identity::Subject;
 use super::message::invalid;
-use super::nodes::{Node, Nodes};
+use super::nodes::{Found, Nodes};
 use super::settings::DaxPolicy;
 use super::stretch::Stretch;
 use super::window::FsWindow;
@@ -50,6 +51,8 @@ pub(super) struct Dax {
     front_end: Arc<FrontEnd>,
     current: Mutex<Option<Arc<FsWindow>>>,
     place: Arc<Place>,
+    /// How many memory regions the VM has.
+    regions: Arc<AtomicUsize>,
     bytes: WindowBytes,
     policy: DaxPolicy,
     /// The guest may map files.
@@ -79,6 +82,7 @@ impl Dax {
         policy: DaxPolicy,
         stretch: Stretch,
         persist: PersistMode,
+        regions: Arc<AtomicUsize>,
     ) -> io::Result<Self> {
         let front_end = Arc::new(FrontEnd::default());
         let engine = Arc::new(Engine::new(bytes, front_end.clone(), most_maps(bytes)));
@@ -88,6 +92,7 @@ impl Dax {
             front_end,
             current: Mutex::default(),
             place: Arc::default(),
+            regions,
             bytes,
             policy,
             mapping: AtomicBool::new(false),
@@ -98,6 +103,11 @@ impl Dax {
 
     pub(super) fn engine(&self) -> &Arc<Engine> {
         &self.engine
+    }
+
+    /// How many files are in the window, or about to be.
+    pub(super) fn files(&self) -> usize {
+        self.nodes.count()
     }
 
     fn current(&self) -> Option<Arc<FsWindow>> {
@@ -111,7 +121,8 @@ impl Dax {
     /// A new front-end's window.
     pub(super) fn open_window(&self) -> Arc<FsWindow> {
         let (engine, most_maps) = (self.engine.clone(), most_maps(self.bytes));
-        let window = Arc::new(FsWindow::new(engine, self.bytes, most_maps, self.place.clone()));
+        let shared = (self.place.clone(), self.regions.clone());
+        let window = Arc::new(FsWindow::new(engine, self.bytes, most_maps, shared));
         self.front_end.set(Some(window.clone()));
         self.set_current(Some(window.clone()));
         window
@@ -153,7 +164,7 @@ impl Dax {
             window.reset();
         }
         self.engine.reset();
-        self.nodes.clear();
+        self.nodes.forget();
     }
 
     /// The process is about to end: nothing waits for the front-end any more.
@@ -182,12 +193,30 @@ impl Dax {
 
     /// Forgets which files have been mapped.
     pub(super) fn clear_nodes(&self) {
-        self.nodes.clear();
+        self.nodes.forget();
     }
 
-    /// The node, if something of the inode is granted or about to be.
-    pub(super) fn node(&self, nodeid: u64) -> Option<Arc<Node>> {
-        self.nodes.get(nodeid)
+    /// What there is of a file of which something may be granted or about to be.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub(super) fn find<'a>(&self, subject: Subject<'a>) -> io::Result<Found<'a>> {
+        self.nodes.find(subject)
+    }
+
+    /// The guest has forgotten a number.
+    pub(super) fn forget_number(&self, nodeid: u64) {
+        self.nodes.forget_number(nodeid);
+    }
+
+    /// A change of a file that was not to be found in the window. If it has got there meanwhile, what was
+    /// granted may rest on how the file was before: the engine looks at it again.
+    fn beside<T>(&self, file: &Found<'_>, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let done = change()?;
+        if let Some(node) = self.nodes.find_again(file)? {
+            self.engine.resized(&node.space).map_err(|e| guest_error(&e))?;
+        }
+        Ok(done)
     }
 
     /// SETUPMAPPING. `open` gives the file, readable and writable.
@@ -216,9 +245,8 @@ impl Dax {
         })?;
         let granted = self.engine.grant(&node.space, FileOffset(asked.foffset), span, access);
         drop(node);
-        if granted.is_err() {
-            self.nodes.drop_idle();
-        }
+        // Also after a success: what it replaced may have been the last of another file.
+        self.nodes.drop_idle();
         granted.map_err(|e| guest_error(&e))
     }
 
@@ -244,11 +272,11 @@ impl Dax {
     /// The change's, or the engine's.
     pub(super) fn resize<T>(
         &self,
-        nodeid: u64,
+        file: &Found<'_>,
         bytes: u64,
         change: impl FnOnce() -> io::Result<T>,
     ) -> io::Result<T> {
-        let Some(node) = self.node(nodeid) else { return change() };
+        let Some(node) = &file.node else { return self.beside(file, change) };
         let done = self.engine.resize_by(&node.space, bytes, change);
         done.map(|(done, _)| done).map_err(|e| guest_error(&e))
     }
@@ -260,11 +288,11 @@ impl Dax {
     /// The change's, or the engine's.
     pub(super) fn change<T>(
         &self,
-        nodeid: u64,
+        file: &Found<'_>,
         shorter_by: u64,
         change: impl FnOnce() -> io::Result<T>,
     ) -> io::Result<T> {
-        let Some(node) = self.node(nodeid) else { return change() };
+        let Some(node) = &file.node else { return self.beside(file, change) };
         let at_least = node.space.source().file_bytes()?.saturating_sub(shorter_by);
         self.engine.change(&node.space, at_least, change).map_err(|e| guest_error(&e))
     }
@@ -276,12 +304,12 @@ impl Dax {
     /// The write's, or the engine's.
     pub(super) fn write(
         &self,
-        nodeid: u64,
+        file: &Found<'_>,
         from: u64,
         bytes: u64,
         write: impl FnOnce(Option<&Direct>) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        let Some(node) = self.node(nodeid) else { return write(None) };
+        let Some(node) = &file.node else { return self.beside(file, || write(None)) };
         let (space, from) = (&node.space, FileOffset(from));
         let done = self.engine.write_by(space, from, bytes, || {
             let Some(direct) = node.direct.as_deref() else { return write(None) };
@@ -294,8 +322,8 @@ impl Dax {
     ///
     /// # Errors
     /// The engine's.
-    pub(super) fn punch(&self, nodeid: u64, from: u64, bytes: u64) -> io::Result<bool> {
-        let Some(node) = self.node(nodeid) else { return Ok(false) };
+    pub(super) fn punch(&self, file: &Found<'_>, from: u64, bytes: u64) -> io::Result<bool> {
+        let Some(node) = &file.node else { return Ok(false) };
         self.engine.punch(&node.space, from, bytes).map_err(|e| guest_error(&e))?;
         Ok(true)
     }
@@ -307,10 +335,10 @@ impl Dax {
     /// Either one's; it is final.
     pub(super) fn sync(
         &self,
-        nodeid: u64,
+        file: &Found<'_>,
         sync: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
-        let Some(node) = self.node(nodeid) else { return sync() };
+        let Some(node) = &file.node else { return sync() };
         self.engine.writeback_by(&node.space, sync)
     }
 

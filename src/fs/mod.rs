@@ -5,13 +5,15 @@
 //!
 //! The files are the business of virtiofsd's passthrough file system. Ours are the FUSE messages
 //! (`message`, `server`, `operations`, `transfers`, `readdir`), the way between guest memory and files
-//! (`guest_io`), the threads (`pool`), and the window: `dax` joins the guest's requests to the
-//! engine, `nodes` knows which inode has an address space there, `window` is what a front-end
+//! (`guest_io`), the threads (`pool`), [`descriptors`], and the window: `dax` joins the guest's requests to the
+//! engine, `nodes` knows which file has an address space there (`identity`: which file that is), `window` is what a front-end
 //! shows, and [`stretch`] lets it show the end of a file.
 
 mod base;
 mod dax;
+pub mod descriptors;
 mod guest_io;
+mod identity;
 mod lives;
 mod message;
 mod nodes;
@@ -32,7 +34,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
@@ -41,7 +43,7 @@ use thiserror::Error;
 use virtiofsd::filesystem::FileSystem;
 use virtiofsd::passthrough::read_only::PassthroughFsRo;
 use virtiofsd::passthrough::{self, CachePolicy, NegotiationMode, PassthroughFs};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::device::{AtOnce, Device, Drained, SessionWindow};
 use crate::persist::{Backing, Durability, PersistError};
@@ -51,6 +53,7 @@ use crate::vring::AtStop;
 use crate::window::{MapError, ShmemMapper, WindowBytes};
 
 use self::dax::Dax;
+use self::descriptors::Descriptors;
 use self::lives::Lives;
 use self::open_flags::OpenFlags;
 use self::opened::Opened;
@@ -94,6 +97,8 @@ pub struct Fs {
     mem_slots: bool,
     window_bytes: WindowBytes,
     dax: Option<Arc<Dax>>,
+    /// How many memory regions the VM has: each holds a descriptor.
+    regions: Arc<AtomicUsize>,
     server: Arc<dyn Serve>,
     pool: Arc<Pool>,
     log_limit: RateLimit,
@@ -108,17 +113,19 @@ impl Fs {
     /// # Errors
     /// See [`FsError`].
     pub fn new(config: &FsConfig) -> Result<Arc<Self>, FsError> {
-        let dax = make_dax(config)?;
+        let regions = Arc::<AtomicUsize>::default();
+        let dax = make_dax(config, &regions)?;
+        let descriptors = Descriptors::new(config, dax.clone(), regions.clone());
         let root = open_root(&config.shared_dir).map_err(FsError::Share)?;
         let passthrough = passthrough_config(config, &root);
         let flags =
             OpenFlags { direct_io: config.allow_direct_io, noatime: config.preserve_noatime };
         let server: Arc<dyn Serve> = if config.readonly {
             let fs = PassthroughFsRo::new(passthrough).map_err(FsError::Share)?;
-            serve(fs, dax.clone(), flags)
+            serve(fs, dax.clone(), flags, descriptors)
         } else {
             let fs = PassthroughFs::new(passthrough).map_err(FsError::Share)?;
-            serve(fs, dax.clone(), flags)
+            serve(fs, dax.clone(), flags, descriptors)
         };
         let queues = u32::from(config.request_queues);
         let mut space = config.tag.padded().to_vec();
@@ -130,6 +137,7 @@ impl Fs {
             mem_slots: config.mem_slots,
             window_bytes: if dax.is_some() { config.window.bytes() } else { WindowBytes(0) },
             dax,
+            regions,
             server,
             pool: Arc::new(Pool::new(config.threads).map_err(FsError::Start)?),
             log_limit: RateLimit::default(),
@@ -186,7 +194,12 @@ fn open_root(path: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
-fn serve<F>(fs: F, dax: Option<Arc<Dax>>, open_flags: OpenFlags) -> Arc<dyn Serve>
+fn serve<F>(
+    fs: F,
+    dax: Option<Arc<Dax>>,
+    open_flags: OpenFlags,
+    descriptors: Descriptors,
+) -> Arc<dyn Serve>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync + 'static,
 {
@@ -195,6 +208,7 @@ where
         dax,
         opened: Opened::default(),
         open_flags,
+        descriptors,
         options: Default::default(),
         lives: Lives::default(),
         tally: Tally::default(),
@@ -202,7 +216,7 @@ where
 }
 
 /// The window, or a line that says why there is none.
-fn make_dax(config: &FsConfig) -> Result<Option<Arc<Dax>>, FsError> {
+fn make_dax(config: &FsConfig, regions: &Arc<AtomicUsize>) -> Result<Option<Arc<Dax>>, FsError> {
     let durability = Durability::choose(Backing::of_dir(&config.shared_dir), config.persist);
     let durability = durability.map_err(FsError::Persist)?;
     if config.window == WindowSize::NONE || config.dax == DaxPolicy::Never {
@@ -232,7 +246,7 @@ fn make_dax(config: &FsConfig) -> Result<Option<Arc<Dax>>, FsError> {
         warn!("the share {warning}");
     }
     info!("a window of {}; the ends of files are mapped by FUSE passthrough", config.window);
-    let dax = Dax::new(config.window.bytes(), config.dax, stretch, config.persist);
+    let dax = Dax::new(config.window.bytes(), config.dax, stretch, config.persist, regions.clone());
     Ok(Some(Arc::new(dax.map_err(FsError::Start)?)))
 }
 
@@ -307,7 +321,7 @@ impl Device for Fs {
     fn open_window(&self) -> Arc<dyn SessionWindow> {
         match &self.dax {
             Some(dax) => dax.open_window(),
-            None => Arc::new(NoWindow),
+            None => Arc::new(NoWindow(self.regions.clone())),
         }
     }
 
@@ -387,13 +401,15 @@ impl Device for Fs {
     }
 }
 
-/// A device without a window.
-struct NoWindow;
+/// A device without a window: it counts the VM's memory regions.
+struct NoWindow(Arc<AtomicUsize>);
 
 impl SessionWindow for NoWindow {
     fn set_channel(&self, _: ShmemMapper) {}
 
-    fn table_came(&self, _: &GuestMemoryMmap) {}
+    fn table_came(&self, mem: &GuestMemoryMmap) {
+        self.0.store(mem.num_regions(), Ordering::Relaxed);
+    }
 
     fn started(&self, _: bool) -> bool {
         true

@@ -18,6 +18,8 @@ use virtiofsd::oslib;
 use vm_memory_of_virtiofsd::ByteValued;
 
 use super::dax::{Dax, MAP_ALIGNMENT_LOG2};
+use super::descriptors::Want;
+use super::identity::{FileId, Subject, Which};
 use super::lives::Life;
 use super::message::{Args, MAX_DATA_BYTES, Reply, invalid, valid_id};
 use super::readdir;
@@ -68,6 +70,8 @@ where
         if room < reply_bytes(opcode) {
             return Err(invalid());
         }
+        // Before anything is made: a file without a descriptor for it could not be taken back.
+        let _leave = descriptors_for(opcode).map(|want| self.descriptors.ask(want)).transpose()?;
         let (fs, ctx, nodeid) = (&self.fs, message.context(), message.nodeid());
         match opcode {
             Opcode::Init => self.init(message.life, args),
@@ -78,6 +82,7 @@ where
                 // The root is looked up by nobody, and can't be forgotten.
                 if nodeid != fuse::ROOT_ID {
                     fs.forget(ctx, nodeid, asked.nlookup);
+                    self.forget_number(nodeid);
                 }
                 Ok(Reply::None)
             }
@@ -110,7 +115,7 @@ where
             Opcode::Flush => {
                 let asked: fuse::FlushIn = args.take()?;
                 fs.flush(ctx, nodeid, asked.fh, asked.lock_owner)?;
-                self.opened.check(nodeid).and(Reply::DONE)
+                self.opened.check(asked.fh).and(Reply::DONE)
             }
             Opcode::Fsync => self.fsync(ctx, nodeid, args),
             Opcode::Syncfs => self.opened.sync_all(|| self.syncfs(ctx, nodeid)).and(Reply::DONE),
@@ -139,7 +144,9 @@ where
             }
             Opcode::Releasedir => {
                 let asked: fuse::ReleaseIn = args.take()?;
-                fs.releasedir(ctx, nodeid, asked.flags, asked.fh).and(Reply::DONE)
+                fs.releasedir(ctx, nodeid, asked.flags, asked.fh)?;
+                self.opened.release(asked.fh); // A file's handle is released by it, too.
+                Reply::DONE
             }
             Opcode::Fsyncdir => {
                 let asked: fuse::FsyncIn = args.take()?;
@@ -181,7 +188,10 @@ where
             return Err(Errno::EPROTO.into());
         }
         // A guest that was reset, or is hostile, may have left grants and open files.
-        self.forget_guest(life, || ());
+        self.forget_guest(life, || {
+            self.fs.destroy();
+            self.descriptors.guest_has_none();
+        });
         // virtiofsd's code writes to stderr by itself where a guest knows no submounts: see `without_submounts`.
         let told = FsOptions::from_bits_truncate(capable) | FsOptions::SUBMOUNTS;
         let wanted = self.fs.init(told)?;
@@ -276,8 +286,33 @@ where
                 all.push((one.nodeid, one.nlookup));
             }
         }
+        let numbers: Vec<_> = all.iter().map(|(nodeid, _)| *nodeid).collect();
         self.fs.batch_forget(ctx, all);
+        numbers.into_iter().for_each(|nodeid| self.forget_number(nodeid));
         Ok(Reply::None)
+    }
+
+    fn forget_number(&self, nodeid: u64) {
+        if let Some(dax) = &self.dax {
+            dax.forget_number(nodeid);
+        }
+    }
+
+    /// Lets `change` set the length of a file to `bytes`: of the file of a handle, or else of an inode.
+    fn resize<T>(
+        &self,
+        ctx: Context,
+        (nodeid, handle): (u64, Option<u64>),
+        bytes: u64,
+        change: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        let Some(dax) = &self.dax else { return change() };
+        let ask = |known: &dyn Fn(u64) -> bool| self.identify(ctx, nodeid, known);
+        let subject = match handle {
+            Some(handle) => self.open_file(nodeid, handle),
+            None => Subject { nodeid, file: Which::Ask(&ask) },
+        };
+        dax.resize(&dax.find(subject)?, bytes, change)
     }
 
     fn setattr(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
@@ -291,11 +326,10 @@ where
             valid_id(asked.gid)?;
         }
         let change = || self.fs.setattr(ctx, nodeid, asked, fh, valid);
-        let done = match &self.dax {
-            Some(dax) if valid.contains(SetattrValid::SIZE) => {
-                dax.resize(nodeid, asked.size, change)
-            }
-            _ => change(),
+        let done = if valid.contains(SetattrValid::SIZE) {
+            self.resize(ctx, (nodeid, fh), asked.size, change)
+        } else {
+            change()
         };
         done.map(|(attr, valid)| self.attr(attr, valid))
     }
@@ -354,10 +388,10 @@ where
         let asked: fuse::OpenIn = args.take()?;
         // The file is there.
         let flags = self.flags(asked.flags)? & !libc::O_EXCL.cast_unsigned();
-        self.open_file(ctx, nodeid, flags, asked.open_flags).map(open_out)
+        self.open_handle(ctx, nodeid, flags, asked.open_flags).map(open_out)
     }
 
-    fn open_file(
+    fn open_handle(
         &self,
         ctx: Context,
         nodeid: u64,
@@ -366,13 +400,29 @@ where
     ) -> io::Result<(Option<u64>, OpenOptions)> {
         let kill_priv = open_flags & fuse::OPEN_KILL_SUIDGID != 0;
         let open = || self.fs.open(ctx, nodeid, kill_priv, flags);
-        let opened = match &self.dax {
-            // ATOMIC_O_TRUNC: the window must let go before the file shrinks.
-            Some(dax) if open_flag(flags, libc::O_TRUNC) => dax.resize(nodeid, 0, open)?,
-            _ => open()?,
+        // ATOMIC_O_TRUNC: the window must let go before the file shrinks.
+        let opened = if open_flag(flags, libc::O_TRUNC) {
+            self.resize(ctx, (nodeid, None), 0, open)?
+        } else {
+            open()?
         };
-        self.opened.open(nodeid);
+        self.note_open(ctx, nodeid, opened.0)?;
         Ok(opened)
+    }
+
+    /// A file was opened: notes which. If that can't be found out, it is closed again.
+    fn note_open(&self, ctx: Context, nodeid: u64, handle: Option<u64>) -> io::Result<()> {
+        let Some(handle) = handle else { return Ok(()) };
+        match self.with_file(ctx, nodeid, handle, FileId::of) {
+            Ok(file) => {
+                self.opened.open(nodeid, handle, file);
+                Ok(())
+            }
+            Err(e) => {
+                self.fs.release(ctx, nodeid, 0, handle, false, false, None)?;
+                Err(e)
+            }
+        }
     }
 
     fn create(&self, ctx: Context, parent: u64, args: &mut Args<'_>) -> io::Result<Reply> {
@@ -386,7 +436,8 @@ where
         });
         let (entry, opened) = match made {
             Ok((entry, handle, options)) => {
-                self.opened.open(entry.inode);
+                let noted = self.note_open(ctx, entry.inode, handle);
+                noted.inspect_err(|_| self.fs.forget(ctx, entry.inode, 1))?;
                 (entry, (handle, options))
             }
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists && flags & excl == 0 => {
@@ -411,7 +462,7 @@ where
         open_flags: u32,
     ) -> io::Result<(Entry, (Option<u64>, OpenOptions))> {
         let mut entry = self.fs.lookup(ctx, parent, name)?;
-        let opened = self.open_file(ctx, entry.inode, flags, open_flags);
+        let opened = self.open_handle(ctx, entry.inode, flags, open_flags);
         // The guest hears of no look-up that ends in an error, and so forgets none.
         let opened = opened.inspect_err(|_| self.fs.forget(ctx, entry.inode, 1))?;
         if open_flag(flags, libc::O_TRUNC)
@@ -428,7 +479,7 @@ where
         let unlock = asked.release_flags & fuse::RELEASE_FLOCK_UNLOCK != 0;
         let owner = (flush || unlock).then_some(asked.lock_owner);
         self.fs.release(ctx, nodeid, asked.flags, asked.fh, flush, unlock, owner)?;
-        self.opened.release(nodeid);
+        self.opened.release(asked.fh);
         Reply::DONE
     }
 
@@ -437,10 +488,10 @@ where
         let datasync = asked.fsync_flags & FSYNC_FDATASYNC != 0;
         let sync = || self.fs.fsync(ctx, nodeid, datasync, asked.fh);
         let through = || match &self.dax {
-            Some(dax) => dax.sync(nodeid, sync),
+            Some(dax) => dax.sync(&dax.find(self.open_file(nodeid, asked.fh))?, sync),
             None => sync(),
         };
-        self.opened.sync(nodeid, through).and(Reply::DONE)
+        self.opened.sync(asked.fh, through).and(Reply::DONE)
     }
 
     fn syncfs(&self, ctx: Context, nodeid: u64) -> io::Result<()> {
@@ -456,11 +507,12 @@ where
         let change = || self.fs.fallocate(ctx, nodeid, asked.fh, mode, from, bytes);
         let Some(dax) = &self.dax else { return change().and(Reply::DONE) };
         let has = |flag| open_flag(mode, flag);
-        if has(libc::FALLOC_FL_PUNCH_HOLE) && dax.punch(nodeid, from, bytes)? {
+        let file = dax.find(self.open_file(nodeid, asked.fh))?;
+        if has(libc::FALLOC_FL_PUNCH_HOLE) && dax.punch(&file, from, bytes)? {
             return Reply::DONE;
         }
         let shorter_by = if has(libc::FALLOC_FL_COLLAPSE_RANGE) { bytes } else { 0 };
-        dax.change(nodeid, shorter_by, change).and(Reply::DONE)
+        dax.change(&file, shorter_by, change).and(Reply::DONE)
     }
 
     fn copy_file_range(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
@@ -480,7 +532,10 @@ where
             )
         };
         let done = match &self.dax {
-            Some(dax) => dax.write(asked.nodeid_out, asked.off_out, len, |_| copy())?,
+            Some(dax) => {
+                let to = dax.find(self.open_file(asked.nodeid_out, asked.fh_out))?;
+                dax.write(&to, asked.off_out, len, |_| copy())?
+            }
             None => copy()?,
         };
         Ok(written(done))
@@ -556,6 +611,19 @@ fn with_groups<T>(
         let _ = oslib::dropsupgroups();
     }
     made
+}
+
+/// What a request opens, beside what it closes again in any case.
+fn descriptors_for(opcode: Opcode) -> Option<Want> {
+    use Opcode::*;
+    match opcode {
+        Lookup => Some(Want::Inode),
+        Symlink | Mknod | Mkdir | Link | Open => Some(Want::Keep(1)),
+        Create => Some(Want::Keep(2)),
+        // Without a directory open, nothing in it is removed.
+        Opendir | SetupMapping => Some(Want::Moment),
+        _ => None,
+    }
 }
 
 pub(super) fn written(bytes: usize) -> Reply {

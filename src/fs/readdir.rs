@@ -9,6 +9,7 @@ use virtiofsd::filesystem::{Context, DirEntry, DirectoryIterator, FileSystem};
 use virtiofsd::fuse::{Attr, Dirent, EntryOut, ReadIn};
 use vm_memory_of_virtiofsd::ByteValued;
 
+use super::descriptors::Want;
 use super::message::{MAX_DATA_BYTES, invalid};
 use super::server::Server;
 
@@ -80,7 +81,9 @@ fn look_up<F>(
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
 {
-    if matches!(entry.name.to_bytes(), b"." | b"..") {
+    // Where no descriptor is left the name is all there is: else nothing could be removed.
+    let leave = server.descriptors.ask(Want::Inode);
+    if leave.is_err() || matches!(entry.name.to_bytes(), b"." | b"..") {
         // Number 0: not looked up, and not to be forgotten.
         let attr = Attr { ino: entry.ino, mode: entry.type_ << 12, ..Attr::default() };
         return Ok(EntryOut { attr, ..EntryOut::default() });

@@ -17,6 +17,7 @@ use crate::dax::counters::Counter;
 use crate::request::{Chain, Request, Segment};
 
 use super::dax::Dax;
+use super::descriptors::Descriptors;
 use super::guest_io::copy_in;
 use super::lives::{Life, Lives};
 use super::message::{Args, IN_HEADER_BYTES, OUT_HEADER_BYTES, Reply};
@@ -211,6 +212,7 @@ pub(super) struct Server<F> {
     pub(super) opened: Opened,
     /// What may be asked of the host when a file is opened.
     pub(super) open_flags: OpenFlags,
+    pub(super) descriptors: Descriptors,
     /// The options that INIT agreed on (FUSE flags and flags2).
     pub(super) options: AtomicU64,
     pub(super) lives: Lives,

@@ -3,40 +3,23 @@
 //! READ and WRITE, which move bytes between a file and the guest's memory, and SETUPMAPPING and
 //! REMOVEMAPPING, which save them the way.
 
-use std::cell::{Cell, OnceCell};
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 
 use nix::errno::Errno;
-use virtiofsd::filesystem::{Context, FileSystem, ZeroCopyWriter};
+use virtiofsd::filesystem::{Context, FileSystem};
 use virtiofsd::fuse;
-use virtiofsd::oslib::ReadvFlags;
 
 use crate::dax::engine::Engine;
 use crate::persist::Direct;
 use crate::request::Request;
 
-use super::dax::MAX_REMOVALS;
+use super::dax::{Dax, MAX_REMOVALS};
 use super::guest_io::{Buffers, GuestReader, GuestWriter, WindowPlace};
 use super::message::{Args, IN_HEADER_BYTES, MAX_DATA_BYTES, OUT_HEADER_BYTES, Reply, invalid};
 use super::operations::{open_flag, written};
 use super::server::{Message, Patience, Server};
-
-/// Takes the file that a READ would read.
-struct Capture<'a>(&'a OnceCell<io::Result<File>>);
-
-impl ZeroCopyWriter for Capture<'_> {
-    fn read_from_file_at(
-        &mut self,
-        f: &File,
-        _count: usize,
-        _off: u64,
-        _flags: Option<ReadvFlags>,
-    ) -> io::Result<usize> {
-        let _ = self.0.set(f.try_clone());
-        Ok(0)
-    }
-}
 
 /// Takes guest memory in hand.
 fn touch(request: &mut Request, patience: Patience) -> io::Result<()> {
@@ -105,11 +88,13 @@ where
         }
         let (ctx, nodeid) = (message.context(), message.nodeid());
         // Where something is granted, there are locks to wait for.
-        let granted = self.dax.as_deref().is_some_and(|dax| dax.node(nodeid).is_some());
+        let (fh, size, from, flags) = (asked.fh, asked.size, asked.offset, asked.flags);
+        let file = |dax: &Dax| dax.find(self.open_file(nodeid, fh));
+        let file = self.dax.as_deref().map(file).transpose()?;
+        let granted = file.as_ref().is_some_and(|file| file.node.is_some());
         if granted && patience != Patience::Any {
             return Err(Errno::EAGAIN.into());
         }
-        let (fh, size, from, flags) = (asked.fh, asked.size, asked.offset, asked.flags);
         // What the kernel does beside writing is missed past the cache.
         let plain = !kill_priv && !open_flag(flags, libc::O_DSYNC);
         let write = |past_cache: Option<&Direct>| {
@@ -123,12 +108,12 @@ where
             request.let_go();
             done
         };
-        let done = match &self.dax {
+        let done = match self.dax.as_deref().zip(file) {
             // Where it will go is not known before.
-            Some(dax) if open_flag(flags, libc::O_APPEND) && !delayed => {
-                dax.change(nodeid, 0, || write(None))?
+            Some((dax, file)) if open_flag(flags, libc::O_APPEND) && !delayed => {
+                dax.change(&file, 0, || write(None))?
             }
-            Some(dax) => dax.write(nodeid, from, u64::from(size), write)?,
+            Some((dax, file)) => dax.write(&file, from, u64::from(size), write)?,
             None => write(None)?,
         };
         Ok(written(done))
@@ -157,11 +142,9 @@ where
         let flags = libc::O_RDWR.cast_unsigned();
         let (handle, _) = self.fs.open(ctx, nodeid, false, flags)?;
         let handle = handle.ok_or(Errno::EBADF)?;
-        let captured = OnceCell::new();
-        let read = self.fs.read(ctx, nodeid, handle, Capture(&captured), 1, 0, None, flags);
+        let file = self.with_file(ctx, nodeid, handle, File::try_clone);
         self.fs.release(ctx, nodeid, flags, handle, false, false, None)?;
-        read?;
-        captured.into_inner().unwrap_or_else(|| Err(Errno::EBADF.into()))
+        file
     }
 
     pub(super) fn remove_mapping(&self, args: &mut Args<'_>) -> io::Result<Reply> {

@@ -53,9 +53,9 @@ pub(super) struct Watching {
 
 impl Watch {
     /// # Errors
-    /// The system's.
+    /// The system's, with what to do about it.
     pub(super) fn new(engine: Arc<Engine>) -> io::Result<Self> {
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC)?;
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC).map_err(no_instance)?;
         let shared = Arc::new(Shared { inotify, watched: Mutex::default() });
         let theirs = shared.clone();
         // It ends with the process: there is one for each device, and nothing to be had of ending it.
@@ -89,6 +89,18 @@ impl Drop for Watching {
             let _ = self.shared.inotify.rm_watch(self.descriptor);
         }
     }
+}
+
+/// Each user has so many instances, and EMFILE says nothing of them.
+fn no_instance(errno: Errno) -> io::Error {
+    let advice = match errno {
+        Errno::EMFILE => {
+            "this user's inotify instances are used up: raise the sysctl fs.inotify.max_user_instances, or \
+             go without a window (--window-size 0)"
+        }
+        _ => "inotify can't be used, and no window can do without: take --window-size 0",
+    };
+    io::Error::other(format!("{advice} ({errno})"))
 }
 
 fn listen(shared: &Shared, engine: &Engine) {

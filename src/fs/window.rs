@@ -3,7 +3,7 @@
 //! The window as one front-end shows it: many maps, which come and go with the guest's wishes.
 
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 
 use log::{debug, warn};
@@ -46,6 +46,8 @@ pub(super) struct FsWindow {
     changed: Condvar,
     /// Where all requests look up the base.
     place: Arc<Place>,
+    /// How many memory regions the VM has.
+    regions: Arc<AtomicUsize>,
     /// That there is too little room for all maps has been said.
     said_full: AtomicBool,
 }
@@ -55,7 +57,7 @@ impl FsWindow {
         engine: Arc<Engine>,
         bytes: WindowBytes,
         most_maps: usize,
-        place: Arc<Place>,
+        (place, regions): (Arc<Place>, Arc<AtomicUsize>),
     ) -> Self {
         place.publish(None);
         let state = State { phase: Phase::Stopped, generation: 0, base: Base::new(bytes) };
@@ -67,6 +69,7 @@ impl FsWindow {
             state: Mutex::new(state),
             changed: Condvar::new(),
             place,
+            regions,
             said_full: AtomicBool::new(false),
         }
     }
@@ -134,6 +137,7 @@ impl FsWindow {
 
     /// Looks for our maps in a memory table: how many regions are not ours, and where the window is.
     fn read_table(&self, mem: &GuestMemoryMmap) {
+        self.regions.store(mem.num_regions(), Ordering::Relaxed);
         let others = self.with_base(|state| state.base.table_came(mem));
         let most = MOST_REGIONS.saturating_sub(others).min(self.most_maps);
         if most < self.most_maps && !self.said_full.swap(true, Ordering::Relaxed) {

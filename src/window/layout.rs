@@ -35,7 +35,7 @@ impl Piece {
 /// Why a layout could not be changed.
 #[derive(Debug, Error)]
 pub enum ShowError {
-    /// The VM's maps would be too many (Q2).
+    /// There would be more maps than before, and too many of them for the VM (Q2).
     #[error("more than {0} maps")]
     TooMany(usize),
     /// The front-end refused a step; all is as it was.
@@ -107,7 +107,10 @@ impl Layout {
     }
 
     /// Makes `bytes` of the window at `at` show `new` (which may be shorter), or nothing. No message
-    /// is sent if they do already.
+    /// is sent if they do already. What adds no map is done whatever `most` is: the limit may have been
+    /// lowered below what there is, and maps must still be taken away, made shorter and replaced. A removal
+    /// out of the middle of a map adds one: where there is no room for it, it is refused as a whole, so
+    /// that the guest loses nothing that it does not know of.
     ///
     /// # Errors
     /// See [`ShowError`]; but for [`ShowError::Torn`], all is as it was.
@@ -122,7 +125,8 @@ impl Layout {
         let new = new.filter(|piece| piece.bytes.0 > 0);
         let steps = self.plan(at.0, at.0 + bytes.0, new);
         let maps = steps.iter().filter(|step| matches!(step, Step::Map(..))).count();
-        if self.maps.len() + 2 * maps > most + steps.len() {
+        let (now, then) = (self.maps.len(), self.maps.len() + 2 * maps - steps.len());
+        if then > now.max(most) {
             return Err(ShowError::TooMany(most));
         }
         for (done, step) in steps.iter().enumerate() {
@@ -137,7 +141,7 @@ impl Layout {
     /// grants: a file that has already shrunk can't be mapped behind its end, not even for a moment.
     ///
     /// # Errors
-    /// See [`show`](Self::show).
+    /// See [`show`](Self::show): the first one's, if there are more maps than one. The others are clipped.
     pub fn clip(
         &mut self,
         file: &Arc<File>,
@@ -153,10 +157,12 @@ impl Layout {
             .filter(|(_, keep, bytes)| keep < bytes)
             .map(|(at, keep, bytes)| (WindowOffset(at + keep), WindowBytes(bytes - keep)))
             .collect();
+        // A map that the front-end keeps is no reason to keep the others.
+        let mut result = Ok(());
         for (at, bytes) in over {
-            self.show(at, bytes, None, mapper, most)?;
+            result = result.and(self.show(at, bytes, None, mapper, most));
         }
-        Ok(())
+        result
     }
 
     fn plan(&self, at: u64, end: u64, new: Option<&Piece>) -> Vec<Step> {
@@ -234,5 +240,178 @@ impl Layout {
             }
         }
         if torn { ShowError::Torn(why) } else { ShowError::Refused(why) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    /// A front-end that keeps Q4 and Q5, and refuses the messages after the first `takes`.
+    struct Strict {
+        maps: Mutex<BTreeMap<u64, u64>>,
+        takes: Mutex<usize>,
+        /// No unmap there is taken.
+        keeps: Mutex<Option<u64>>,
+    }
+
+    impl Strict {
+        fn new() -> Self {
+            Self { maps: Mutex::default(), takes: Mutex::new(usize::MAX), keeps: Mutex::default() }
+        }
+
+        fn takes(&self) -> Result<(), MapError> {
+            let mut left = self.takes.lock().unwrap();
+            *left = left.checked_sub(1).ok_or(MapError::Refused)?;
+            Ok(())
+        }
+    }
+
+    impl Mapper for Strict {
+        fn map(
+            &self,
+            at: WindowOffset,
+            _: &File,
+            _: FileOffset,
+            bytes: WindowBytes,
+        ) -> Result<(), MapError> {
+            self.takes()?;
+            let mut maps = self.maps.lock().unwrap();
+            let overlaps =
+                maps.iter().any(|(start, len)| *start < at.0 + bytes.0 && at.0 < start + len);
+            assert!(!overlaps, "a map over a live one");
+            maps.insert(at.0, bytes.0);
+            Ok(())
+        }
+
+        fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
+            self.takes()?;
+            if *self.keeps.lock().unwrap() == Some(at.0) {
+                return Err(MapError::Refused);
+            }
+            assert_eq!(self.maps.lock().unwrap().remove(&at.0), Some(bytes.0), "one whole map");
+            Ok(())
+        }
+    }
+
+    fn file() -> Arc<File> {
+        Arc::new(File::open("/dev/null").unwrap())
+    }
+
+    fn piece(file: &Arc<File>, from: u64, pages: u64) -> Piece {
+        let bytes = WindowBytes(pages * PAGE);
+        Piece { file: file.clone(), from: FileOffset(from * PAGE), bytes }
+    }
+
+    /// What is asked for: from which page, how many pages, and what is to be shown there.
+    type Shape = (&'static str, u64, u64, Option<u64>);
+
+    /// Over maps of 4 pages at 0, 4, 8 and 12; a fifth map is at 20.
+    const SHAPES: [Shape; 11] = [
+        ("nothing there", 16, 4, None),
+        ("a whole map", 4, 4, None),
+        ("its front", 4, 2, None),
+        ("its tail", 6, 2, None),
+        ("out of its middle", 5, 2, None),
+        ("two maps and a half", 4, 10, None),
+        ("the halves of two", 2, 4, None),
+        ("all of the window", 0, 32, None),
+        ("another file in its place", 4, 4, Some(4)),
+        ("another file over two", 4, 8, Some(8)),
+        ("a new map", 24, 4, Some(4)),
+    ];
+
+    fn five(mapper: &Strict, shown: &Arc<File>) -> Layout {
+        let mut layout = Layout::default();
+        for at in [0, 4, 8, 12, 20] {
+            let new = piece(shown, at, 4);
+            let (at, bytes) = (WindowOffset(at * PAGE), new.bytes);
+            layout.show(at, bytes, Some(&new), mapper, 5).unwrap();
+        }
+        layout
+    }
+
+    /// How many maps there are, and which pages they show of which.
+    fn shown(layout: &Layout) -> Vec<(u64, u64, u64)> {
+        layout.maps().map(|(at, piece)| (at.0, piece.from.0, piece.bytes.0)).collect()
+    }
+
+    /// Shows: whatever the limit, also far below what there is, a change that adds no map is made, and one that
+    /// does is refused exactly where there is no room for it, and then changes nothing.
+    #[test]
+    fn only_what_adds_maps_is_refused() {
+        let (old, other) = (file(), file());
+        for most in 0..=8 {
+            for (name, at, pages, new) in SHAPES {
+                let mapper = Strict::new();
+                let mut layout = five(&mapper, &old);
+                let before = shown(&layout);
+                let new = new.map(|pages| piece(&other, 100, pages));
+                let (from, bytes) = (WindowOffset(at * PAGE), WindowBytes(pages * PAGE));
+                let done = layout.show(from, bytes, new.as_ref(), &mapper, most);
+                let adds = matches!(name, "out of its middle" | "a new map");
+                if adds && most < 6 {
+                    assert!(matches!(done, Err(ShowError::TooMany(_))), "{name}, {most}: {done:?}");
+                    assert_eq!(shown(&layout), before, "{name}, {most}");
+                } else {
+                    done.unwrap_or_else(|e| panic!("{name}, at most {most}: {e}"));
+                    assert!(layout.len() <= most.max(5), "{name}, {most}: {}", layout.len());
+                }
+                let there: Vec<_> = mapper.maps.lock().unwrap().clone().into_iter().collect();
+                let known: Vec<_> = layout.maps().map(|(at, p)| (at.0, p.bytes.0)).collect();
+                assert_eq!(there, known, "{name}, {most}");
+            }
+        }
+    }
+
+    /// Shows: a file that has shrunk is clipped whatever the limit: nothing of it behind its end is shown.
+    #[test]
+    fn a_clip_needs_no_room() {
+        let old = file();
+        for most in 0..=6 {
+            for end in 0..=24 {
+                let mapper = Strict::new();
+                let mut layout = five(&mapper, &old);
+                layout.clip(&old, FileOffset(end * PAGE), &mapper, most).unwrap();
+                for (_, from, bytes) in shown(&layout) {
+                    assert!(from + bytes <= end * PAGE, "end {end}, at most {most}");
+                }
+            }
+        }
+    }
+
+    /// Shows: one map that the front-end does not give up keeps no other one behind the file's end.
+    #[test]
+    fn a_clip_goes_on_behind_a_refusal() {
+        let old = file();
+        let mapper = Strict::new();
+        let mut layout = five(&mapper, &old);
+        *mapper.keeps.lock().unwrap() = Some(4 * PAGE);
+        assert!(layout.clip(&old, FileOffset(2 * PAGE), &mapper, 5).is_err());
+        assert_eq!(shown(&layout), [(0, 0, 2 * PAGE), (4 * PAGE, 4 * PAGE, 4 * PAGE)]);
+    }
+
+    /// Shows: over the limit, too, a front-end that refuses any one message of a change leaves all as it was.
+    #[test]
+    fn a_refusal_over_the_limit_changes_nothing() {
+        let (old, other) = (file(), file());
+        for (name, at, pages, new) in SHAPES {
+            for takes in 0..8 {
+                let mapper = Strict::new();
+                let mut layout = five(&mapper, &old);
+                let before = shown(&layout);
+                *mapper.takes.lock().unwrap() = takes;
+                let new = new.map(|pages| piece(&other, 100, pages));
+                let (from, bytes) = (WindowOffset(at * PAGE), WindowBytes(pages * PAGE));
+                match layout.show(from, bytes, new.as_ref(), &mapper, 2) {
+                    Ok(()) | Err(ShowError::Torn(_)) => {}
+                    Err(_) => assert_eq!(shown(&layout), before, "{name}, {takes} messages"),
+                }
+            }
+        }
     }
 }

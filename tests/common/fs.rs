@@ -115,28 +115,39 @@ impl FsHost {
 
     /// A daemon of one's choice.
     pub fn with(options: FsOptions) -> Self {
+        Self::prepared(options, |_| {})
+    }
+
+    /// A daemon whose start something is done to.
+    pub fn prepared(options: FsOptions, prepare: impl FnOnce(&mut Command)) -> Self {
         let dir = tempfile::tempdir_in(&options.below).unwrap();
         let share = dir.path().join("share");
         fs::create_dir(&share).unwrap();
-        let command = options.command(&dir.path().join("sock"), &share);
+        let mut command = options.command(&dir.path().join("sock"), &share);
+        prepare(&mut command);
         Self::run(options, dir, share, command)
     }
 
     /// A daemon over a tmpfs of `bytes`, in a mount namespace of its own, so that nothing stays
     /// mounted. `None` if that can't be had here.
     pub fn on_small_tmpfs(options: FsOptions, bytes: u64) -> Option<Self> {
+        Self::with_mounts(options, &format!("mount -t tmpfs -o size={bytes} tmpfs \"$SHARE\""))
+    }
+
+    /// A daemon in a mount namespace of its own, in which `script` has mounted something in `$SHARE`. `None`
+    /// if that can't be had here.
+    pub fn with_mounts(options: FsOptions, script: &str) -> Option<Self> {
         let mut probe = Command::new("unshare");
         if !probe.args(["--mount", "true"]).status().is_ok_and(|status| status.success()) {
             return None;
         }
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir_in(&options.below).unwrap();
         let share = dir.path().join("share");
         fs::create_dir(&share).unwrap();
         let daemon = options.command(&dir.path().join("sock"), &share);
-        let script = "mount --make-rprivate / && mount -t tmpfs -o size=$2 tmpfs \"$1\" && \
-                      shift 2 && exec \"$@\"";
+        let script = format!("mount --make-rprivate / && {script} && exec \"$@\"");
         let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", script, "sh"]).arg(&share).arg(bytes.to_string());
+        command.args(["--mount", "sh", "-c", &script, "sh"]).env("SHARE", &share);
         command.arg(daemon.get_program()).args(daemon.get_args()).env_remove("RUST_LOG");
         let mut host = Self::run(options, dir, share, command);
         // The way into the daemon's mount namespace.

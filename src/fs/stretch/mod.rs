@@ -16,7 +16,7 @@
 //!
 //! | what | lives until |
 //! |---|---|
-//! | [`Stretch`]: the mount, the connection, one thread | it is dropped; kill -9 ends them all the same |
+//! | [`Stretch`]: the mount, the connection, one thread | it is dropped; kill -9 ends them all the same; aborted, they are made anew |
 //! | [`StretchedFile`]: one inode, one backing id | it is dropped |
 //! | a map of it, in any process | it is unmapped, whatever became of the two above |
 //!
@@ -44,16 +44,17 @@ use std::io::{self, PipeWriter};
 use std::ops::Deref;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
-use log::warn;
+use log::{error, warn};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use rustix::fs::{AtFlags, FileType, MemfdFlags, Mode, OFlags, StatxAttributes, StatxFlags};
 use thiserror::Error;
 
 use self::server::{Connection, NodeId};
+use crate::lock::lock;
 
 /// The length that every stretched file claims to have.
 ///
@@ -106,8 +107,17 @@ impl Unavailable {
     }
 }
 
-/// A private FUSE mount whose files are passthrough files that claim to be longer than any map of them.
+/// A private FUSE mount whose files are passthrough files that claim to be longer than any map of them. Somebody
+/// may abort it (`/sys/fs/fuse/connections`): then the next file makes it anew.
 pub struct Stretch {
+    /// A leaf.
+    current: Mutex<Arc<PrivateMount>>,
+    /// Whose turn it is to make a new one; held while that is made, by requests for files alone.
+    renewal: Mutex<()>,
+}
+
+/// One mount, its connection and its thread.
+struct PrivateMount {
     connection: Arc<Connection>,
     root: OwnedFd,
     /// The server ends when this is closed.
@@ -121,19 +131,8 @@ impl Stretch {
     /// # Errors
     /// One clear phrase why this host can't.
     pub fn new() -> Result<Self, Unavailable> {
-        let device = mount::open_device()?;
-        let root = mount::detached(&device)?;
-        server::handshake(&device)?;
-        let (stopped, stop) = io::pipe().map_err(Unavailable::at("pipe"))?;
-        let connection = Arc::new(Connection::new(device));
-        let theirs = connection.clone();
-        let server = std::thread::Builder::new()
-            .name("stretch".into())
-            .spawn(move || server::serve(&theirs, &stopped))
-            .map_err(Unavailable::at("thread"))?;
-        let made = Self { connection, root, stop: Some(stop), server: Some(server) };
-        made.try_it()?;
-        Ok(made)
+        let current = Mutex::new(Arc::new(PrivateMount::new()?));
+        Ok(Self { current, renewal: Mutex::default() })
     }
 
     /// A read-write descriptor that maps `file`'s own page cache, and whose length (`fstat`,
@@ -150,9 +149,57 @@ impl Stretch {
     /// - EFBIG: as long as what it would claim to be.
     /// - ELOOP: on a file system stacked twice (overlayfs over overlayfs, or one of these files).
     /// - EOPNOTSUPP: on a file system that passthrough can't use.
-    /// - ENOTCONN: someone aborted the connection.
+    /// - ENOTCONN: someone aborted the connection, and a new one could not be made.
     pub fn open(&self, file: &File) -> io::Result<StretchedFile> {
         check(file)?;
+        let mount = lock(&self.current).clone();
+        match mount.open(file) {
+            Err(e) if is_aborted(&e) => self.renewed(&mount)?.open(file),
+            done => done,
+        }
+    }
+
+    /// The mount in the place of `aborted`.
+    fn renewed(&self, aborted: &Arc<PrivateMount>) -> io::Result<Arc<PrivateMount>> {
+        let _turn = lock(&self.renewal);
+        let current = lock(&self.current).clone();
+        if !Arc::ptr_eq(&current, aborted) {
+            return Ok(current); // Somebody else was quicker.
+        }
+        let new = PrivateMount::new().map(Arc::new).map_err(|e| {
+            error!(
+                "the private FUSE mount was aborted, and a new one can't be had ({e}): no file can be mapped \
+                 until the daemon is started again"
+            );
+            io::Error::from(Errno::ENOTCONN)
+        })?;
+        warn!(
+            "the private FUSE mount was aborted; there is a new one, and what is mapped stays mapped"
+        );
+        let old = std::mem::replace(&mut *lock(&self.current), new.clone());
+        drop(old); // Waits for its thread: not under the lock.
+        Ok(new)
+    }
+}
+
+impl PrivateMount {
+    fn new() -> Result<Self, Unavailable> {
+        let device = mount::open_device()?;
+        let root = mount::detached(&device)?;
+        server::handshake(&device)?;
+        let (stopped, stop) = io::pipe().map_err(Unavailable::at("pipe"))?;
+        let connection = Arc::new(Connection::new(device));
+        let theirs = connection.clone();
+        let server = std::thread::Builder::new()
+            .name("stretch".into())
+            .spawn(move || server::serve(&theirs, &stopped))
+            .map_err(Unavailable::at("thread"))?;
+        let made = Self { connection, root, stop: Some(stop), server: Some(server) };
+        made.try_it()?;
+        Ok(made)
+    }
+
+    fn open(&self, file: &File) -> io::Result<StretchedFile> {
         let node = self.connection.add(file.as_fd())?;
         // From here on it is dropped, and with it the backing id, if anything fails.
         let held = Held { node, connection: Arc::downgrade(&self.connection) };
@@ -188,7 +235,7 @@ impl Stretch {
     }
 }
 
-impl Drop for Stretch {
+impl Drop for PrivateMount {
     fn drop(&mut self) {
         // Whoever holds a map or a descriptor keeps the superblock alive, and the superblock would
         // keep every backing id, so they are closed while there is a connection to close them by.
@@ -241,6 +288,16 @@ impl Drop for Held {
             connection.close(self.node);
         }
     }
+}
+
+/// What there is to hear of a connection that was aborted: from the server that has ended, or from the kernel before
+/// that.
+fn is_aborted(e: &io::Error) -> bool {
+    let errno = e.raw_os_error().map(Errno::from_raw);
+    matches!(
+        errno,
+        Some(Errno::ENOTCONN | Errno::ECONNABORTED | Errno::ECONNREFUSED | Errno::ENODEV)
+    )
 }
 
 /// What the kernel would not refuse, but a map of the real file would be refused for.

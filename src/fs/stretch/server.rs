@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use log::{debug, error, warn};
+use log::{debug, warn};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -187,7 +187,8 @@ pub(super) fn serve(connection: &Connection, stopped: &PipeReader) {
     // Declared after `device`, so dropped before it: the last reference is never dropped under the lock.
     let _served = Served { connection };
     if let Err(e) = answer_all(connection, &device, stopped) {
-        error!("stretched files are no longer served: {e}");
+        // Whoever wants the next file makes a new mount, and says so.
+        warn!("a private FUSE mount is no longer served: {e}");
     }
 }
 

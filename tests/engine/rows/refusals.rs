@@ -101,6 +101,27 @@ fn row_08_a_grant_over_others_is_planned_in_whole_maps() {
     assert_eq!(rig.dirty(), (500..700).collect::<Vec<_>>());
 }
 
+/// With the limit far below the maps that there are (other devices' came), removals, replacements and a
+/// truncation go through; only what adds maps is refused, and what stands behind it in a list is done.
+#[test]
+fn row_08_a_lowered_limit_refuses_only_what_adds_maps() {
+    for most in 0..=3 {
+        let rig = prepared();
+        rig.engine.set_most_maps(most);
+        let full = |done| matches!(done, Err(GrantError::Window(ShowError::TooMany(most_maps))) if most_maps == most);
+        assert!(full(rig.grant(0, 400, 10, Access::Read)), "{most}: one more map");
+        assert!(full(rig.revoke(&[(120, 10), (0, 50)])), "{most}: the middle of one");
+        assert_eq!(rig.engine.sizes(), (3, 3), "{most}: the range behind it is gone");
+        assert!(!rig.entries().iter().any(|(page, _)| *page < 50), "{most}");
+        rig.grant(3000, 100, 100, Access::Write).unwrap();
+        rig.engine.resize(&rig.space, 2010 * PAGE_BYTES).unwrap();
+        let end = |(bytes, _, from): (u64, u64, u64)| (from + bytes) / PAGE_BYTES;
+        assert!(rig.mapper.maps().into_values().all(|map| end(map) <= 2010), "{most}");
+        rig.revoke(&[(0, 75), (250, 50), (100, 100), (0, 300)]).unwrap();
+        assert_eq!((rig.engine.sizes(), rig.entries()), ((0, 0), vec![]), "{most}");
+    }
+}
+
 /// Removal of a part leaves the rest granted: its entries, its dirt, and its bytes in the window.
 #[test]
 fn row_09_removal_of_a_part() {

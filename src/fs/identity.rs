@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Which file of the host a request is about. The guest's numbers do not say: the file system gives one
+//! file a number for each mount that leads to it (a bind mount in the share), and a new one after a FORGET.
+//! What counts is the inode.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+
+use nix::errno::Errno;
+use virtiofsd::filesystem::{Context, FileSystem, ZeroCopyWriter};
+use virtiofsd::oslib::ReadvFlags;
+
+use super::descriptors::Want;
+use super::server::Server;
+
+/// A file, whatever led to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct FileId {
+    /// Inode number. First, so that those of one number stand together.
+    pub(super) ino: u64,
+    pub(super) dev: u64,
+}
+
+impl FileId {
+    /// Of the first device.
+    pub(super) const fn first_of(ino: u64) -> Self {
+        Self { ino, dev: 0 }
+    }
+
+    /// # Errors
+    /// The system's.
+    pub(super) fn of(file: &File) -> io::Result<Self> {
+        let found = file.metadata()?;
+        Ok(Self { ino: found.ino(), dev: found.dev() })
+    }
+}
+
+/// Finds out which file it is, if its inode number is one of those that the argument holds for. None: it is
+/// none of them.
+pub(super) type Ask<'a> = dyn Fn(&dyn Fn(u64) -> bool) -> io::Result<Option<FileId>> + 'a;
+
+/// A file as a request names it: the guest's number, and what else tells.
+#[derive(Clone, Copy)]
+pub(super) struct Subject<'a> {
+    pub(super) nodeid: u64,
+    pub(super) file: Which<'a>,
+}
+
+/// How a file is known.
+#[derive(Clone, Copy)]
+pub(super) enum Which<'a> {
+    /// It is open; None: the handle is none of an open file, and whatever the request wants fails.
+    Open(Option<FileId>),
+    /// The file system must be asked.
+    Ask(&'a Ask<'a>),
+}
+
+impl Subject<'_> {
+    /// The file, if its inode number is `known`.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub(super) fn find(&self, known: &dyn Fn(u64) -> bool) -> io::Result<Option<FileId>> {
+        match self.file {
+            Which::Open(file) => Ok(file),
+            Which::Ask(ask) => ask(known),
+        }
+    }
+}
+
+/// Stands where a READ's buffers do, and does something with the file that the READ would read.
+struct InPlaceOfARead<'a, W>(&'a Cell<Option<W>>);
+
+impl<W: FnOnce(&File)> ZeroCopyWriter for InPlaceOfARead<'_, W> {
+    fn read_from_file_at(
+        &mut self,
+        f: &File,
+        _count: usize,
+        _off: u64,
+        _flags: Option<ReadvFlags>,
+    ) -> io::Result<usize> {
+        if let Some(work) = self.0.take() {
+            work(f);
+        }
+        Ok(0)
+    }
+}
+
+impl<F> Server<F>
+where
+    F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
+{
+    /// Does something with the file behind a handle: the file system shows it to whoever reads from it.
+    ///
+    /// # Errors
+    /// EBADF where there is none, and those of `work`.
+    pub(super) fn with_file<T>(
+        &self,
+        ctx: Context,
+        nodeid: u64,
+        handle: u64,
+        work: impl FnOnce(&File) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let mut done = Err(Errno::EBADF.into());
+        let work = Cell::new(Some(|file: &File| done = work(file)));
+        self.fs.read(ctx, nodeid, handle, InPlaceOfARead(&work), 1, 0, None, 0)?;
+        drop(work);
+        done
+    }
+
+    /// The file of an inode that the guest knows and need not have open: mostly one look at its number is
+    /// enough, since it is not `known`.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub(super) fn identify(
+        &self,
+        ctx: Context,
+        nodeid: u64,
+        known: &dyn Fn(u64) -> bool,
+    ) -> io::Result<Option<FileId>> {
+        let (attr, _) = self.fs.getattr(ctx, nodeid, None)?;
+        if attr.mode & libc::S_IFMT != libc::S_IFREG || !known(attr.ino) {
+            return Ok(None);
+        }
+        let _leave = self.descriptors.ask(Want::Moment)?;
+        // Two devices may have it: open it, but for nothing that could do anything to it.
+        let flags = libc::O_PATH.cast_unsigned();
+        let (handle, _) = self.fs.open(ctx, nodeid, false, flags)?;
+        let handle = handle.ok_or(Errno::EBADF)?;
+        let found = self.with_file(ctx, nodeid, handle, FileId::of);
+        self.fs.release(ctx, nodeid, flags, handle, false, false, None)?;
+        found.map(Some)
+    }
+
+    /// A file that is named by an open handle.
+    pub(super) fn open_file(&self, nodeid: u64, handle: u64) -> Subject<'static> {
+        Subject { nodeid, file: Which::Open(self.opened.file(nodeid, handle)) }
+    }
+}
