@@ -3,7 +3,8 @@
 //! SETUPMAPPING and REMOVEMAPPING, and what else changes a file that may be granted at the same time.
 //! Everything here goes through the engine. Knows no message and no ring.
 
-use std::fs::File;
+use std::collections::HashSet;
+use std::fs::{File, Metadata};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -13,9 +14,10 @@ use nix::errno::Errno;
 use virtiofsd::fuse::{Attr, RemovemappingOne, SetupmappingIn};
 
 use crate::dax::counters::Counter;
-use crate::dax::engine::{Engine, GrantError};
+use crate::dax::engine::{Engine, GrantError, Space};
 use crate::dax::entry::{PAGE_BYTES, PMD_BYTES, PageIndex};
 use crate::dax::extent::Access;
+use crate::dax::written::Bytes;
 use crate::device::SessionWindow;
 use crate::lock::lock;
 use crate::persist::{Direct, PersistMode};
@@ -28,6 +30,7 @@ use super::message::invalid;
 use super::nodes::{Node, Nodes};
 use super::settings::DaxPolicy;
 use super::stretch::Stretch;
+use super::times::Occasion;
 use super::window::FsWindow;
 
 /// FUSE_SETUPMAPPING_FLAG_WRITE and _READ.
@@ -56,6 +59,9 @@ pub(super) struct Dax {
     mapping: AtomicBool,
     /// It wants a flag on each file that is to be mapped.
     flags_wanted: AtomicBool,
+    /// What the guest has mapped, if it is told which files to map: it goes on with one that has become
+    /// short meanwhile.
+    mapped: Mutex<HashSet<u64>>,
     pub(super) removals: Counter,
 }
 
@@ -92,6 +98,7 @@ impl Dax {
             policy,
             mapping: AtomicBool::new(false),
             flags_wanted: AtomicBool::new(false),
+            mapped: Mutex::default(),
             removals: Counter::default(),
         })
     }
@@ -134,17 +141,29 @@ impl Dax {
         self.flags_wanted.store(flags_wanted, Ordering::Relaxed);
     }
 
-    /// Marks the files for which the policy wants DAX, and makes those that may be mapped fit for it.
-    pub(super) fn flag(&self, attr: &mut Attr) {
+    /// Marks the files for which the policy wants DAX, and makes those that may be mapped fit for it. Whether
+    /// this one may be: then the guest may change it without our seeing it, and what it knows of its
+    /// attributes is not to be believed.
+    pub(super) fn flag(&self, nodeid: u64, attr: &mut Attr) -> bool {
         if attr.mode & libc::S_IFMT != libc::S_IFREG || !self.mapping.load(Ordering::Relaxed) {
-            return;
+            return false;
         }
         // Linux's dax_writeback_mapping_range() refuses to write back (and so fails each fsync) where
         // the block size is not the page size, and FUSE takes the former from here.
         attr.blksize = PAGE_BYTES as u32;
-        if self.flags_wanted.load(Ordering::Relaxed) && self.policy.pays(attr.size) {
+        if !self.flags_wanted.load(Ordering::Relaxed) {
+            return true; // A mount with `dax=always`.
+        }
+        let pays = self.policy.pays(attr.size);
+        if pays {
             attr.flags |= ATTR_DAX;
         }
+        pays || lock(&self.mapped).contains(&nodeid)
+    }
+
+    /// The guest has forgotten an inode.
+    pub(super) fn forgotten(&self, nodeid: u64) {
+        lock(&self.mapped).remove(&nodeid);
     }
 
     /// The driver has reset the device: the front-end has dropped all maps, and nothing is granted.
@@ -152,8 +171,7 @@ impl Dax {
         if let Some(window) = self.current() {
             window.reset();
         }
-        self.engine.reset();
-        self.nodes.clear();
+        self.take_away_all(|| self.engine.reset());
     }
 
     /// The process is about to end: nothing waits for the front-end any more.
@@ -171,11 +189,89 @@ impl Dax {
 
     /// The guest unmounts, or mounts anew: takes every map away.
     pub(super) fn release_all(&self) {
-        if let Err(e) = self.engine.revoke_all() {
-            warn!("not every map could be taken away: {e}");
-            self.engine.reset();
-        }
+        self.take_away_all(|| {
+            if let Err(e) = self.engine.revoke_all() {
+                warn!("not every map could be taken away: {e}");
+                self.engine.reset();
+            }
+        });
+    }
+
+    fn take_away_all(&self, take_away: impl FnOnce()) {
+        let written = self.engine.written_in(&[self.engine.whole()]);
+        take_away();
+        self.removed(&written);
+        self.nodes.all().iter().for_each(|node| {
+            node.times.settle(&self.engine, &node.space, Occasion::Close);
+        });
         self.nodes.clear();
+        lock(&self.mapped).clear();
+    }
+
+    /// Looks whether anything was stored to what was granted, and is not any more.
+    fn removed(&self, written: &[(Arc<Space>, Bytes)]) {
+        if written.is_empty() {
+            return;
+        }
+        let nodes = self.nodes.all();
+        for (space, bytes) in written {
+            if let Some(node) = nodes.iter().find(|node| Arc::ptr_eq(&node.space, space)) {
+                node.times.removed(*bytes);
+            }
+        }
+    }
+
+    /// Lets go of what is not used any more.
+    fn drop_idle(&self) {
+        for node in self.nodes.all().iter().filter(|node| node.space.is_idle()) {
+            node.times.settle(&self.engine, &node.space, Occasion::Close);
+        }
+        self.nodes.drop_idle();
+    }
+
+    /// Settles the times of an inode: see `times`. What it is like then, if they have become new.
+    pub(super) fn settle(&self, nodeid: u64, occasion: Occasion) -> Option<Metadata> {
+        let node = self.node(nodeid)?;
+        node.times.settle(&self.engine, &node.space, occasion)
+    }
+
+    /// The same, of all.
+    pub(super) fn settle_all(&self) {
+        for node in self.nodes.all() {
+            node.times.settle(&self.engine, &node.space, Occasion::Look);
+        }
+    }
+
+    /// Lets `change` change attributes of an inode, mtime among them if it is `given`.
+    ///
+    /// # Errors
+    /// The change's.
+    pub(super) fn change_times<T>(
+        &self,
+        nodeid: u64,
+        given: bool,
+        change: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        match self.node(nodeid) {
+            Some(node) => node.times.change(&self.engine, &node.space, given, change),
+            None => change(),
+        }
+    }
+
+    /// An inode was opened for writing: see `Times::opened`.
+    pub(super) fn opened(&self, nodeid: u64, count: impl FnOnce() -> bool) {
+        match self.node(nodeid) {
+            Some(node) => node.times.opened(&self.engine, &node.space, count),
+            None => drop(count()),
+        }
+    }
+
+    /// A handle that could write is about to go: see `Times::closed`.
+    pub(super) fn closed(&self, nodeid: u64, count: impl FnOnce() -> bool) {
+        match self.node(nodeid) {
+            Some(node) => node.times.closed(&self.engine, &node.space, count),
+            None => drop(count()),
+        }
     }
 
     /// The node, if something of the inode is granted or about to be.
@@ -207,10 +303,18 @@ impl Dax {
             Some(errno) if errno != libc::EAGAIN => e,
             _ => Errno::EIO.into(),
         })?;
+        if self.flags_wanted.load(Ordering::Relaxed) {
+            lock(&self.mapped).insert(nodeid);
+        }
+        let replaced = self.engine.written_in(&[span]);
         let granted = self.engine.grant(&node.space, FileOffset(asked.foffset), span, access);
+        if granted.is_ok() && access == Access::Write {
+            node.times.granted();
+        }
         drop(node);
+        self.removed(&replaced);
         if granted.is_err() {
-            self.nodes.drop_idle();
+            self.drop_idle();
         }
         granted.map_err(|e| guest_error(&e))
     }
@@ -225,9 +329,11 @@ impl Dax {
             .map(|one| self.engine.span(WindowOffset(one.moffset), WindowBytes(one.len)))
             .collect();
         let spans = spans.map_err(|e| guest_error(&e))?;
+        let written = self.engine.written_in(&spans);
         let done = self.engine.revoke(&spans);
         self.removals.add(removals.len() as u64);
-        self.nodes.drop_idle();
+        self.removed(&written);
+        self.drop_idle();
         done.map_err(|e| guest_error(&e))
     }
 

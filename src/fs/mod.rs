@@ -21,6 +21,7 @@ mod readdir;
 mod server;
 pub mod settings;
 pub mod stretch;
+mod times;
 mod transfers;
 pub mod user_namespace;
 mod watch;
@@ -100,7 +101,14 @@ impl Fs {
     /// See [`FsError`].
     pub fn new(config: &FsConfig) -> Result<Arc<Self>, FsError> {
         let dax = make_dax(config)?;
-        let passthrough = passthrough_config(config);
+        let mut passthrough = passthrough_config(config);
+        if passthrough.killpriv_v2 && dax.is_some() {
+            // A store through the window makes no request that we could clear the bits at.
+            warn!(
+                "--killpriv-v2 has no effect beside a window: the guest clears the bits by requests"
+            );
+            passthrough.killpriv_v2 = false;
+        }
         let server: Arc<dyn Serve> = if config.readonly {
             let fs = PassthroughFsRo::new(passthrough).map_err(FsError::Share)?;
             serve(fs, dax.clone())

@@ -18,6 +18,7 @@ use crate::lock::lock;
 use crate::persist::{Backing, Direct, Durability, FilePersist, PersistMode};
 
 use super::stretch::{Stretch, StretchedFile};
+use super::times::Times;
 use super::watch::{Watch, Watching};
 
 /// Device and inode number: what a file is known by, whatever number the guest gave it. A bind mount
@@ -29,6 +30,7 @@ pub(super) struct Node {
     pub(super) space: Arc<Space>,
     /// Its memory, where cache lines count.
     pub(super) direct: Option<Arc<Direct>>,
+    pub(super) times: Times,
     id: FileId,
     /// How many numbers of the guest's the table has for it.
     names: AtomicUsize,
@@ -129,6 +131,7 @@ impl Nodes {
         Ok(Arc::new(Node {
             space,
             direct,
+            times: Times::new(file, durability.backing),
             id,
             names: AtomicUsize::new(0),
             _stretched: stretched,

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which inodes have lost data: a sync that failed is never made good by one that succeeds later,
-//! until the file has been closed by all and is opened anew.
+//! Which inodes are open, and which of them to write; and which have lost data: a sync that failed is
+//! never made good by one that succeeds later, until the file has been closed by all and is opened anew.
 
 use crate::lock::lock;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::{Mutex, MutexGuard};
 
@@ -13,6 +13,8 @@ use nix::errno::Errno;
 #[derive(Default)]
 struct Open {
     handles: u64,
+    /// Those through which the guest may store.
+    writers: HashSet<u64>,
     failed: bool,
 }
 
@@ -46,15 +48,32 @@ impl Opened {
         self.lock().inodes.entry(nodeid).or_default().handles += 1;
     }
 
-    /// A handle of the inode was released.
-    pub(super) fn release(&self, nodeid: u64) {
+    /// It was, through a handle that can write. Whether it was open so before.
+    pub(super) fn open_to_write(&self, nodeid: u64, fh: u64) -> bool {
         let mut state = self.lock();
-        if let Some(open) = state.inodes.get_mut(&nodeid) {
-            open.handles -= 1;
-            if open.handles == 0 {
-                state.inodes.remove(&nodeid);
-            }
+        let open = state.inodes.entry(nodeid).or_default();
+        open.handles += 1;
+        let before = !open.writers.is_empty();
+        open.writers.insert(fh);
+        before
+    }
+
+    /// Whether the handle can write.
+    pub(super) fn is_writer(&self, nodeid: u64, fh: u64) -> bool {
+        self.lock().inodes.get(&nodeid).is_some_and(|open| open.writers.contains(&fh))
+    }
+
+    /// A handle of the inode was released. Whether another one that can write is left.
+    pub(super) fn release(&self, nodeid: u64, fh: u64) -> bool {
+        let mut state = self.lock();
+        let Some(open) = state.inodes.get_mut(&nodeid) else { return false };
+        open.handles -= 1;
+        open.writers.remove(&fh);
+        let left = !open.writers.is_empty();
+        if open.handles == 0 {
+            state.inodes.remove(&nodeid);
         }
+        left
     }
 
     /// Whether the inode, as it is open now, has lost nothing.
@@ -133,9 +152,9 @@ mod tests {
         assert_eq!(errno(opened.sync(5, || unreachable!("it is final"))), Some(libc::EIO));
         assert_eq!(errno(opened.sync(6, || Ok(()))), None);
         assert_eq!(errno(opened.sync_all(|| unreachable!("one has failed"))), Some(libc::EIO));
-        opened.release(5);
+        opened.release(5, 0);
         assert_eq!(errno(opened.check(5)), Some(libc::EIO));
-        opened.release(5);
+        opened.release(5, 0);
         opened.open(5);
         assert_eq!(errno(opened.sync(5, || Ok(()))), None);
     }

@@ -5,7 +5,9 @@
 
 use std::ffi::CStr;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use log::{info, warn};
 use nix::errno::Errno;
@@ -20,6 +22,7 @@ use super::dax::{Dax, MAP_ALIGNMENT_LOG2};
 use super::message::{Args, MAX_DATA_BYTES, Reply, invalid};
 use super::readdir;
 use super::server::{Message, Server};
+use super::times::Occasion;
 
 /// FUSE_MAP_ALIGNMENT and FUSE_HAS_INODE_DAX.
 const MAP_ALIGNMENT: u64 = 1 << 26;
@@ -73,6 +76,7 @@ where
                 // The root is looked up by nobody, and can't be forgotten.
                 if nodeid != fuse::ROOT_ID {
                     fs.forget(ctx, nodeid, asked.nlookup);
+                    self.forgotten(nodeid);
                 }
                 Ok(Reply::None)
             }
@@ -81,7 +85,8 @@ where
             Opcode::Getattr => {
                 let asked: fuse::GetattrIn = args.take()?;
                 let fh = (asked.flags & fuse::GETATTR_FH != 0).then_some(asked.fh);
-                fs.getattr(ctx, nodeid, fh).map(|(attr, valid)| self.attr(attr, valid))
+                self.settle(nodeid, Occasion::Look);
+                fs.getattr(ctx, nodeid, fh).map(|(attr, valid)| self.attr(nodeid, attr, valid))
             }
             Opcode::Setattr => self.setattr(ctx, nodeid, args),
             Opcode::Readlink => Ok(Reply::Bytes(fs.readlink(ctx, nodeid)?)),
@@ -105,6 +110,9 @@ where
             Opcode::Flush => {
                 let asked: fuse::FlushIn = args.take()?;
                 fs.flush(ctx, nodeid, asked.fh, asked.lock_owner)?;
+                if self.opened.is_writer(nodeid, asked.fh) {
+                    self.settle(nodeid, Occasion::Close);
+                }
                 self.opened.check(nodeid).and(Reply::DONE)
             }
             Opcode::Fsync => self.fsync(ctx, nodeid, args),
@@ -213,9 +221,22 @@ where
         Reply::DONE
     }
 
-    fn attr(&self, mut attr: Attr, valid: std::time::Duration) -> Reply {
+    /// Sees to it that the times of the inode tell of what was stored to it.
+    fn settle(&self, nodeid: u64, occasion: Occasion) {
         if let Some(dax) = &self.dax {
-            dax.flag(&mut attr);
+            dax.settle(nodeid, occasion);
+        }
+    }
+
+    fn forgotten(&self, nodeid: u64) {
+        if let Some(dax) = &self.dax {
+            dax.forgotten(nodeid);
+        }
+    }
+
+    fn attr(&self, nodeid: u64, mut attr: Attr, mut valid: Duration) -> Reply {
+        if self.dax.as_ref().is_some_and(|dax| dax.flag(nodeid, &mut attr)) {
+            valid = Duration::ZERO;
         }
         Reply::object(AttrOut {
             attr_valid: valid.as_secs(),
@@ -227,7 +248,17 @@ where
 
     pub(super) fn entry_out(&self, mut entry: Entry) -> EntryOut {
         if let Some(dax) = &self.dax {
-            dax.flag(&mut entry.attr);
+            if let Some(found) = dax.settle(entry.inode, Occasion::Look) {
+                let attr = &mut entry.attr;
+                attr.blocks = found.blocks();
+                attr.mtime = found.mtime().cast_unsigned();
+                attr.mtimensec = found.mtime_nsec() as u32;
+                attr.ctime = found.ctime().cast_unsigned();
+                attr.ctimensec = found.ctime_nsec() as u32;
+            }
+            if dax.flag(entry.inode, &mut entry.attr) {
+                entry.attr_timeout = Duration::ZERO;
+            }
         }
         EntryOut::from(entry)
     }
@@ -246,7 +277,9 @@ where
                 all.push((one.nodeid, one.nlookup));
             }
         }
+        let nodeids: Vec<_> = all.iter().map(|(nodeid, _)| *nodeid).collect();
         self.fs.batch_forget(ctx, all);
+        nodeids.into_iter().for_each(|nodeid| self.forgotten(nodeid));
         Ok(Reply::None)
     }
 
@@ -256,12 +289,16 @@ where
         let valid = SetattrValid::from_bits_truncate(asked.valid);
         let change = || self.fs.setattr(ctx, nodeid, asked, fh, valid);
         let done = match &self.dax {
-            Some(dax) if valid.contains(SetattrValid::SIZE) => {
-                dax.resize(nodeid, asked.size, change)
-            }
-            _ => change(),
+            Some(dax) => dax.change_times(nodeid, valid.contains(SetattrValid::MTIME), || {
+                if valid.contains(SetattrValid::SIZE) {
+                    dax.resize(nodeid, asked.size, change)
+                } else {
+                    change()
+                }
+            }),
+            None => change(),
         };
-        done.map(|(attr, valid)| self.attr(attr, valid))
+        done.map(|(attr, valid)| self.attr(nodeid, attr, valid))
     }
 
     fn make(
@@ -320,7 +357,7 @@ where
             Some(dax) if open_flag(asked.flags, libc::O_TRUNC) => dax.resize(nodeid, 0, open)?,
             _ => open()?,
         };
-        self.opened.open(nodeid);
+        self.count_open(nodeid, asked.flags, opened.0);
         Ok(open_out(opened))
     }
 
@@ -341,12 +378,24 @@ where
             };
             entry.attr = attr;
         }
-        self.opened.open(entry.inode);
+        self.count_open(entry.inode, flags, handle);
         let mut reply = self.entry_out(entry).as_slice().to_vec();
         if let Reply::Bytes(opened) = open_out((handle, options)) {
             reply.extend(opened);
         }
         Ok(Reply::Bytes(reply))
+    }
+
+    fn count_open(&self, nodeid: u64, flags: u32, handle: Option<u64>) {
+        let Some(fh) = handle.filter(|_| flags.cast_signed() & libc::O_ACCMODE != libc::O_RDONLY)
+        else {
+            return self.opened.open(nodeid);
+        };
+        let count = || self.opened.open_to_write(nodeid, fh);
+        match &self.dax {
+            Some(dax) => dax.opened(nodeid, count),
+            None => drop(count()),
+        }
     }
 
     fn release(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
@@ -355,13 +404,19 @@ where
         let unlock = asked.release_flags & fuse::RELEASE_FLOCK_UNLOCK != 0;
         let owner = (flush || unlock).then_some(asked.lock_owner);
         self.fs.release(ctx, nodeid, asked.flags, asked.fh, flush, unlock, owner)?;
-        self.opened.release(nodeid);
+        let count = || self.opened.release(nodeid, asked.fh);
+        match &self.dax {
+            Some(dax) if self.opened.is_writer(nodeid, asked.fh) => dax.closed(nodeid, count),
+            _ => drop(count()),
+        }
         Reply::DONE
     }
 
     fn fsync(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
         let asked: fuse::FsyncIn = args.take()?;
         let datasync = asked.fsync_flags & FSYNC_FDATASYNC != 0;
+        // Before the sync: the new times are part of what becomes durable.
+        self.settle(nodeid, Occasion::Close);
         let sync = || self.fs.fsync(ctx, nodeid, datasync, asked.fh);
         let through = || match &self.dax {
             Some(dax) => dax.sync(nodeid, sync),
@@ -372,6 +427,7 @@ where
 
     fn syncfs(&self, ctx: Context, nodeid: u64) -> io::Result<()> {
         if let Some(dax) = &self.dax {
+            dax.settle_all();
             dax.sync_all()?;
         }
         self.fs.syncfs(ctx, nodeid)

@@ -46,6 +46,8 @@ pub struct FsOptions {
     pub indirect: bool,
     /// `--persist`
     pub persist: String,
+    /// `--dax`
+    pub dax: &'static str,
     /// Where the share's directory is made.
     pub below: PathBuf,
 }
@@ -61,6 +63,7 @@ impl Default for FsOptions {
             indirect: true,
             // All tests of shares can be run with another one, and elsewhere: with TMPDIR.
             persist: std::env::var("VUD_TEST_PERSIST").unwrap_or_else(|_| "auto".into()),
+            dax: "always",
             below: std::env::temp_dir(),
         }
     }
@@ -76,7 +79,7 @@ impl FsOptions {
         command.arg("fs").arg("--socket-path").arg(socket).arg("--shared-dir").arg(share);
         command.args(["--tag", "share", "--window-size", &self.window_bytes.to_string()]);
         command.args(["--num-request-queues", &self.request_queues.to_string()]);
-        command.args(["--dax", "always", "--persist", &self.persist]);
+        command.args(["--dax", self.dax, "--persist", &self.persist]);
         // Else each thread may leave an arena behind, and no map can be told from a leak.
         command.env("MALLOC_ARENA_MAX", "1");
         command.args(["--mem-slots", if self.mem_slots { "on" } else { "off" }]);
@@ -106,10 +109,16 @@ impl FsHost {
 
     /// A daemon of one's choice.
     pub fn with(options: FsOptions) -> Self {
+        Self::told(options, &[])
+    }
+
+    /// A daemon of one's choice that is told more.
+    pub fn told(options: FsOptions, more: &[&str]) -> Self {
         let dir = tempfile::tempdir_in(&options.below).unwrap();
         let share = dir.path().join("share");
         fs::create_dir(&share).unwrap();
-        let command = options.command(&dir.path().join("sock"), &share);
+        let mut command = options.command(&dir.path().join("sock"), &share);
+        command.args(more);
         Self::run(options, dir, share, command)
     }
 
