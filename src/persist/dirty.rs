@@ -72,16 +72,17 @@ mod tests {
 
     use super::*;
 
-    /// Shows: what was written is dirty, in its range and in no other, until it is written out.
+    /// Shows: what was written is dirty, in its range and in no other, until it is written out. (The page cache
+    /// may have it in pieces that are larger than a page.)
     #[test]
     fn written_pages_are_dirty_until_they_are_written_out() {
         let file = tempfile::tempfile_in(".").unwrap();
-        file.write_all_at(&[1; 3 * 4096], 8 * 4096).unwrap();
         let dirty = |page: u64, pages: u64| dirty_pages(&file, page * 4096, pages * 4096).unwrap();
-        assert_eq!((dirty(8, 3), dirty(0, 8), dirty(9, 512)), (3, 0, 2));
-        write_out(&file, 8 * 4096, 4096, true).unwrap();
-        assert_eq!(dirty(8, 3), 2);
+        file.write_all_at(&[1; 3 * 4096], 512 * 4096).unwrap();
+        assert!(dirty(512, 3) >= 3 && dirty(0, 512) == 0 && dirty(1024, 512) == 0);
+        write_out(&file, 0, 512 * 4096, true).unwrap();
+        assert!(dirty(512, 3) >= 3, "another range was written out");
         write_out(&file, 0, 1 << 30, true).unwrap();
-        assert_eq!(dirty(0, 512), 0);
+        assert_eq!(dirty(0, 1024), 0);
     }
 }
