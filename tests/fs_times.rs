@@ -350,6 +350,26 @@ fn two_handles() {
     });
 }
 
+/// Shows: a hole that the daemon makes by stores of its own (`--persist=cacheline`) has new times, too.
+#[test]
+fn a_hole_past_the_cache_has_new_times() {
+    let options =
+        FsOptions { persist: "cacheline".into(), below: "/dev/shm".into(), ..FsOptions::default() };
+    let host = FsHost::with(options);
+    host.put("file", &vec![1; 2 * RANGE as usize]);
+    let mut guest = host.boot();
+    let (node, fh) = guest.opened("file");
+    guest.setup(node, 0, RANGE, BOTH, 0).unwrap();
+    for at in [5, 4100] {
+        let file = File::options().write(true).open(host.path("file")).unwrap();
+        file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(OLD)).unwrap();
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        guest.fallocate(node, fh, at, 100, mode).unwrap();
+        assert_eq!(guest.vmm.fetch(at, 100).unwrap(), vec![0; 100]);
+        assert!(fs::metadata(host.path("file")).unwrap().mtime() > OLD as i64, "{at}");
+    }
+}
+
 /// Shows: where a guest maps all files its attributes of regular files are valid for no time, and of what is
 /// told which files to map, those of these files. All others are believed as long as ever.
 #[test]

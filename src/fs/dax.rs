@@ -396,6 +396,10 @@ impl Dax {
     pub(super) fn punch(&self, nodeid: u64, from: u64, bytes: u64) -> io::Result<bool> {
         let Some(node) = self.node(nodeid) else { return Ok(false) };
         self.engine.punch(&node.space, from, bytes).map_err(|e| guest_error(&e))?;
+        if node.direct.is_some() {
+            // Zeros of our own make, which the kernel does not see.
+            node.times.touch();
+        }
         Ok(true)
     }
 

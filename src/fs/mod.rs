@@ -6,8 +6,8 @@
 //! The files are the business of virtiofsd's passthrough file system. Ours are the FUSE messages
 //! (`message`, `server`, `operations`, `transfers`, `readdir`), the way between guest memory and files
 //! (`guest_io`), the threads (`pool`), and the window: `dax` joins the guest's requests to the
-//! engine, `nodes` knows which inode has an address space there, `window` is what a front-end
-//! shows, and [`stretch`] lets it show the end of a file.
+//! engine, `nodes` knows which inode has an address space there, `times` sees to it that stores move
+//! a file's times, `window` is what a front-end shows, and [`stretch`] lets it show the end of a file.
 
 mod base;
 mod dax;

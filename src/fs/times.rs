@@ -261,14 +261,16 @@ impl Times {
         found
     }
 
+    /// The daemon itself has changed the file's bytes, and not by a system call.
+    pub(super) fn touch(&self) {
+        if let Err(e) = self.set_now() {
+            debug!("times can't be set: {e}");
+        }
+    }
+
     /// Sets mtime and ctime to now, and remembers them. What the file is like then.
     fn renew(&self, seen: &mut Seen) -> Option<Metadata> {
-        let set = || {
-            if let Err(e) = self.set_now() {
-                debug!("times can't be set: {e}");
-            }
-        };
-        set();
+        self.touch();
         let found = self.remember(seen);
         if seen.fine.is_some() || self.in_memory {
             return found;
@@ -278,7 +280,7 @@ impl Times {
         let mut last = found;
         for _ in 0..MORE_THAN_TICKS {
             let before = seen.times;
-            set();
+            self.touch();
             last = self.remember(seen);
             if seen.times <= before {
                 seen.fine = Some(false);
