@@ -4,11 +4,12 @@
 //! vhost-user.
 //!
 //! The files are the business of virtiofsd's passthrough file system. Ours are the FUSE messages
-//! (`message`, `server`, `operations`, `transfers`, `readdir`), the way between guest memory and files
+//! (`message`, `server`, `operations`, `attributes`, `transfers`, `readdir`), the way between guest memory and files
 //! (`guest_io`), the threads (`pool`), and the window: `dax` joins the guest's requests to the
 //! engine, `nodes` knows which inode has an address space there, `times` sees to it that stores move
 //! a file's times, `window` is what a front-end shows, and [`stretch`] lets it show the end of a file.
 
+mod attributes;
 mod base;
 mod dax;
 mod guest_io;

@@ -31,7 +31,7 @@ fn real_tools() {
     let shares = [
         Share::virtiofsd(dirs[0].path(), "virtiofsd"),
         Share::dax(dirs[1].path(), "always").args(&["--cache", "always"]),
-        Share::dax(dirs[2].path(), "inode"),
+        Share::dax(dirs[2].path(), "inode").args(&["--writeback"]),
     ];
     let shares = shares.map(|share| share.args(&["--killpriv-v2"]));
     let mut vm = guest.boot_shares(&shares, &[], &Options::default());
