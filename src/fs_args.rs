@@ -99,7 +99,7 @@ pub struct FsArgs {
     #[arg(long, value_name = "POLICY", default_value = "auto")]
     cache: CachePolicy,
 
-    /// Let the guest collect writes before it sends them
+    /// Let the guest collect writes before it sends them, if it maps no files
     #[arg(long)]
     writeback: bool,
 

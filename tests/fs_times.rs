@@ -425,6 +425,21 @@ fn no_killpriv_v2_beside_a_window() {
     }
 }
 
+/// Shows: a guest that maps files is not let collect writes: it would keep their mtime by itself, and not see it
+/// move with what it stores through the window. One that maps none is.
+#[test]
+fn no_writeback_cache_beside_a_window() {
+    const WRITEBACK_CACHE: u64 = 1 << 16;
+    let host = FsHost::told(FsOptions::default(), &["--writeback"]);
+    assert_eq!(host.said().matches("--writeback has no effect").count(), 1, "{}", host.said());
+    let mut guest = host.plug();
+    guest.start();
+    for (more, offered) in [(abi::MAP_ALIGNMENT, false), (0, true)] {
+        let flags = guest.init_with(more | WRITEBACK_CACHE).flags;
+        assert_eq!(flags & WRITEBACK_CACHE != 0, offered);
+    }
+}
+
 /// Says so where there is no second file system to try.
 #[test]
 fn memory_and_a_disk_are_tried() {

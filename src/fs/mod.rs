@@ -110,6 +110,11 @@ impl Fs {
             );
             passthrough.killpriv_v2 = false;
         }
+        if passthrough.writeback && dax.is_some() {
+            warn!(
+                "--writeback has no effect for a guest that maps files: it would not see their times move"
+            );
+        }
         let server: Arc<dyn Serve> = if config.readonly {
             let fs = PassthroughFsRo::new(passthrough).map_err(FsError::Share)?;
             serve(fs, dax.clone())

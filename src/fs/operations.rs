@@ -178,9 +178,15 @@ where
         }
         // A guest that was reset, or is hostile, may have left grants and open files.
         self.forget_guest();
-        let wanted = self.fs.init(FsOptions::from_bits_truncate(capable))?;
-        let supported = SUPPORTED.iter().fold(wanted.bits(), |all, one| all | one.bits());
         let dax_options = self.dax_options();
+        let mut offered = FsOptions::from_bits_truncate(capable);
+        if capable & dax_options != 0 {
+            // A guest that collects writes keeps mtime by itself, and takes none from us: those of its
+            // stores through the window it would never see.
+            offered.remove(FsOptions::WRITEBACK_CACHE);
+        }
+        let wanted = self.fs.init(offered)?;
+        let supported = SUPPORTED.iter().fold(wanted.bits(), |all, one| all | one.bits());
         let enabled = capable & (supported | dax_options);
         let dax = enabled & (MAP_ALIGNMENT | HAS_INODE_DAX);
         if let Some(window) = &self.dax {

@@ -52,7 +52,6 @@ fn real_tools() {
 
 /// Files in the repository of the bench, each of 100 bytes.
 const FILES: usize = 20_000;
-const ROUNDS: usize = 3;
 
 fn git(dir: &Path, args: &[&str]) {
     let mut git = Command::new("git");
@@ -73,7 +72,7 @@ fn make_repository(dir: &Path) {
 }
 
 /// Measures: what the times of mapped files cost, by several builds of the daemon in turn, in one guest.
-/// `VUD_BUILDS=NAME=PATH,NAME=PATH...`
+/// `VUD_BUILDS=NAME=PATH,NAME=PATH...`, `VUD_ROUNDS=3`.
 #[test]
 #[ignore = "takes many minutes, and needs other builds; run by hand"]
 fn the_cost_of_times() {
@@ -84,7 +83,8 @@ fn the_cost_of_times() {
     make_repository(dir.path());
     std::fs::write(dir.path().join("data"), vec![1; 32 << 20]).unwrap();
     let mut costs: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    for round in 0..ROUNDS {
+    let rounds = std::env::var("VUD_ROUNDS").map_or(3, |rounds| rounds.parse().unwrap());
+    for round in 0..rounds {
         for cache in ["auto", "always"] {
             let share = |(name, path): &(&str, &str)| {
                 let share = Share::dax(dir.path(), name).build(&PathBuf::from(path));
