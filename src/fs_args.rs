@@ -92,11 +92,12 @@ pub struct FsArgs {
     #[arg(long)]
     readonly: bool,
 
-    /// How much the guest may cache of what it does not map: auto, always, never or metadata
+    /// How much the guest may cache of what it does not map: auto, always, never or metadata. Attributes of
+    /// files that it may map (with -o dax all, with -o dax=inode large ones) are asked for each time
     #[arg(long, value_name = "POLICY", default_value = "auto")]
     cache: CachePolicy,
 
-    /// Let the guest collect writes before it sends them
+    /// Let the guest collect writes before it sends them, if it maps no files
     #[arg(long)]
     writeback: bool,
 
@@ -130,7 +131,7 @@ pub struct FsArgs {
           default_missing_value = "always", help_heading = "Attributes and owners")]
     security_label: NegotiationMode,
 
-    /// Clear setuid and setgid bits ourselves, not by a request of the guest
+    /// Without a window: clear setuid and setgid bits ourselves, not by a request of the guest
     #[arg(long, overrides_with = "no_killpriv_v2", help_heading = "Attributes and owners")]
     killpriv_v2: bool,
 

@@ -25,6 +25,7 @@
 //!
 //! | lock | guards | held over |
 //! |---|---|---|
+//! | times (one per file, in `fs`) | what was seen of a file's times | system calls, all below |
 //! | gate (one per space) | length and blocks; shared by grants, reads, writes and writebacks | all of them |
 //! | turn of the window (one per engine) | grants and maps | round trips; allocation in a re-fault |
 //! | an entry's lock bit | that entry; more than one only in a writeback's batch, in the file's order | its flush, its `unmap_hole`, its lookup |
@@ -74,7 +75,8 @@ mod loom_tests;
 pub mod resize;
 mod rw;
 pub mod space;
-mod sync;
+pub(crate) mod sync;
 mod trace;
 pub mod wait;
 mod writeback;
+pub mod written;

@@ -3,6 +3,7 @@
 //! SETUPMAPPING and REMOVEMAPPING, and what else changes a file that may be granted at the same time.
 //! Everything here goes through the engine. Knows no message and no ring.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -13,9 +14,10 @@ use nix::errno::Errno;
 use virtiofsd::fuse::{Attr, RemovemappingOne, SetupmappingIn};
 
 use crate::dax::counters::Counter;
-use crate::dax::engine::{Engine, GrantError};
+use crate::dax::engine::{Engine, GrantError, Space};
 use crate::dax::entry::{PAGE_BYTES, PMD_BYTES, PageIndex};
 use crate::dax::extent::Access;
+use crate::dax::written::Bytes;
 use crate::device::SessionWindow;
 use crate::lock::lock;
 use crate::persist::{Direct, PersistMode};
@@ -26,9 +28,10 @@ use super::base::Place;
 use super::guest_io::WindowPlace;
 use super::identity::Subject;
 use super::message::invalid;
-use super::nodes::{Found, Nodes};
+use super::nodes::{Found, Node, Nodes};
 use super::settings::DaxPolicy;
 use super::stretch::Stretch;
+use super::times::Occasion;
 use super::window::FsWindow;
 
 /// FUSE_SETUPMAPPING_FLAG_WRITE and _READ.
@@ -37,6 +40,9 @@ const FLAG_READ: u64 = 1 << 1;
 
 /// The most removals in one REMOVEMAPPING (FUSE_REMOVEMAPPING_MAX_ENTRY: a page of them).
 pub(super) const MAX_REMOVALS: u32 = 256;
+
+/// The most of the guest's numbers that are remembered as mapped. With more, each file counts as mapped.
+const MOST_MAPPED: usize = 1 << 16;
 
 /// FUSE_ATTR_DAX.
 const ATTR_DAX: u32 = 1 << 1;
@@ -59,6 +65,9 @@ pub(super) struct Dax {
     mapping: AtomicBool,
     /// It wants a flag on each file that is to be mapped.
     flags_wanted: AtomicBool,
+    /// What the guest has mapped, if it is told which files to map: it goes on with one that has become
+    /// short meanwhile.
+    mapped: Mutex<HashSet<u64>>,
     pub(super) removals: Counter,
 }
 
@@ -97,6 +106,7 @@ impl Dax {
             policy,
             mapping: AtomicBool::new(false),
             flags_wanted: AtomicBool::new(false),
+            mapped: Mutex::default(),
             removals: Counter::default(),
         })
     }
@@ -145,17 +155,25 @@ impl Dax {
         self.flags_wanted.store(flags_wanted, Ordering::Relaxed);
     }
 
-    /// Marks the files for which the policy wants DAX, and makes those that may be mapped fit for it.
-    pub(super) fn flag(&self, attr: &mut Attr) {
+    /// Marks the files for which the policy wants DAX, and makes those that may be mapped fit for it. Whether
+    /// this one may be: then the guest may change it without our seeing it, and what it knows of its
+    /// attributes is not to be believed.
+    pub(super) fn flag(&self, nodeid: u64, attr: &mut Attr) -> bool {
         if attr.mode & libc::S_IFMT != libc::S_IFREG || !self.mapping.load(Ordering::Relaxed) {
-            return;
+            return false;
         }
         // Linux's dax_writeback_mapping_range() refuses to write back (and so fails each fsync) where
         // the block size is not the page size, and FUSE takes the former from here.
         attr.blksize = PAGE_BYTES as u32;
-        if self.flags_wanted.load(Ordering::Relaxed) && self.policy.pays(attr.size) {
+        if !self.flags_wanted.load(Ordering::Relaxed) {
+            return true; // A mount with `dax=always`.
+        }
+        let pays = self.policy.pays(attr.size);
+        if pays {
             attr.flags |= ATTR_DAX;
         }
+        let mapped = lock(&self.mapped);
+        pays || mapped.len() >= MOST_MAPPED || mapped.contains(&nodeid)
     }
 
     /// The driver has reset the device: the front-end has dropped all maps, and nothing is granted.
@@ -163,8 +181,8 @@ impl Dax {
         if let Some(window) = self.current() {
             window.reset();
         }
-        self.engine.reset();
-        self.nodes.forget();
+        self.take_away_all(|| self.engine.reset());
+        self.clear_nodes();
     }
 
     /// The process is about to end: nothing waits for the front-end any more.
@@ -183,17 +201,105 @@ impl Dax {
     /// The guest unmounts, or mounts anew: takes every map away, but none of a driver that has
     /// begun anew meanwhile. What `is_current` says is looked at when nothing else can be granted.
     pub(super) fn release_all(&self, is_current: impl Fn() -> bool) {
-        if let Err(e) = self.engine.revoke_all(&is_current)
-            && is_current()
-        {
-            warn!("not every map could be taken away: {e}");
-            self.engine.reset();
+        self.take_away_all(|| {
+            if let Err(e) = self.engine.revoke_all(&is_current)
+                && is_current()
+            {
+                warn!("not every map could be taken away: {e}");
+                self.engine.reset();
+            }
+        });
+    }
+
+    /// Lets `take_away` take all grants away, and settles the times of what was stored through them.
+    fn take_away_all(&self, take_away: impl FnOnce()) {
+        let written = self.engine.written_in(&[self.engine.whole()]);
+        take_away();
+        self.removed(&written);
+        // Waits for no disk: a driver that begins anew waits for this.
+        self.settle_all();
+    }
+
+    /// Looks whether anything was stored to what was granted, and is not any more.
+    fn removed(&self, written: &[(Arc<Space>, Bytes)]) {
+        if written.is_empty() {
+            return;
+        }
+        let nodes = self.nodes.all();
+        for (space, bytes) in written {
+            if let Some(node) = nodes.iter().find(|node| Arc::ptr_eq(&node.space, space)) {
+                node.times.removed(*bytes);
+            }
+        }
+    }
+
+    /// Lets go of what is not used any more.
+    fn drop_idle(&self) {
+        for node in self.nodes.idle() {
+            node.times.settle(&self.engine, &node.space, Occasion::Close);
+        }
+        self.nodes.drop_idle();
+    }
+
+    /// Settles the times of a file: see `times`.
+    pub(super) fn settle(&self, file: &Found<'_>, occasion: Occasion) {
+        if let Some(node) = &file.node {
+            node.times.settle(&self.engine, &node.space, occasion);
+        }
+    }
+
+    /// Settles the times of the guest's inode `nodeid`, which has the inode number `ino` on the host. Whether
+    /// they may have become new.
+    pub(super) fn settle_inode(&self, nodeid: u64, ino: u64) -> bool {
+        let settle =
+            |node: &Arc<Node>| node.times.settle(&self.engine, &node.space, Occasion::Look);
+        // Of two files on two devices both are settled, which does no harm.
+        self.nodes.of_inode(nodeid, ino).iter().filter_map(settle).count() > 0
+    }
+
+    /// Settles the times of all files.
+    pub(super) fn settle_all(&self) {
+        for node in self.nodes.all() {
+            node.times.settle(&self.engine, &node.space, Occasion::Look);
+        }
+    }
+
+    /// Lets `change` change attributes of a file, mtime among them if it is `given`.
+    ///
+    /// # Errors
+    /// The change's.
+    pub(super) fn change_times<T>(
+        &self,
+        file: &Found<'_>,
+        given: bool,
+        change: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        match &file.node {
+            Some(node) => node.times.change(&self.engine, &node.space, given, change),
+            None => change(),
+        }
+    }
+
+    /// A file was opened for writing: see `Times::opened`.
+    pub(super) fn opened(&self, file: &Found<'_>, count: impl FnOnce() -> bool) {
+        match &file.node {
+            Some(node) => node.times.opened(&self.engine, &node.space, count),
+            None => drop(count()),
+        }
+    }
+
+    /// A handle that could write is about to go: see `Times::closed`.
+    pub(super) fn closed(&self, file: &Found<'_>, count: impl FnOnce() -> bool) {
+        match &file.node {
+            Some(node) => node.times.closed(&self.engine, &node.space, count),
+            None => drop(count()),
         }
     }
 
     /// Forgets which files have been mapped.
     pub(super) fn clear_nodes(&self) {
         self.nodes.forget();
+        lock(&self.mapped).clear();
     }
 
     /// What there is of a file of which something may be granted or about to be.
@@ -207,6 +313,7 @@ impl Dax {
     /// The guest has forgotten a number.
     pub(super) fn forget_number(&self, nodeid: u64) {
         self.nodes.forget_number(nodeid);
+        lock(&self.mapped).remove(&nodeid);
     }
 
     /// A change of a file that was not to be found in the window. If it has got there meanwhile, what was
@@ -243,10 +350,21 @@ impl Dax {
             Some(errno) if errno != libc::EAGAIN => e,
             _ => Errno::EIO.into(),
         })?;
+        if self.flags_wanted.load(Ordering::Relaxed) {
+            let mut mapped = lock(&self.mapped);
+            if mapped.len() < MOST_MAPPED {
+                mapped.insert(nodeid);
+            }
+        }
+        let replaced = self.engine.written_in(&[span]);
         let granted = self.engine.grant(&node.space, FileOffset(asked.foffset), span, access);
+        if granted.is_ok() && access == Access::Write {
+            node.times.granted();
+        }
         drop(node);
+        self.removed(&replaced);
         // Also after a success: what it replaced may have been the last of another file.
-        self.nodes.drop_idle();
+        self.drop_idle();
         granted.map_err(|e| guest_error(&e))
     }
 
@@ -260,9 +378,11 @@ impl Dax {
             .map(|one| self.engine.span(WindowOffset(one.moffset), WindowBytes(one.len)))
             .collect();
         let spans = spans.map_err(|e| guest_error(&e))?;
+        let written = self.engine.written_in(&spans);
         let done = self.engine.revoke(&spans);
         self.removals.add(removals.len() as u64);
-        self.nodes.drop_idle();
+        self.removed(&written);
+        self.drop_idle();
         done.map_err(|e| guest_error(&e))
     }
 
@@ -325,6 +445,10 @@ impl Dax {
     pub(super) fn punch(&self, file: &Found<'_>, from: u64, bytes: u64) -> io::Result<bool> {
         let Some(node) = &file.node else { return Ok(false) };
         self.engine.punch(&node.space, from, bytes).map_err(|e| guest_error(&e))?;
+        if node.direct.is_some() {
+            // Zeros of our own make, which the kernel does not see.
+            node.times.touch();
+        }
         Ok(true)
     }
 

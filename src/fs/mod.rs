@@ -4,11 +4,12 @@
 //! vhost-user.
 //!
 //! The files are the business of virtiofsd's passthrough file system. Ours are the FUSE messages
-//! (`message`, `server`, `operations`, `transfers`, `readdir`), the way between guest memory and files
+//! (`message`, `server`, `operations`, `attributes`, `transfers`, `readdir`), the way between guest memory and files
 //! (`guest_io`), the threads (`pool`), [`descriptors`], and the window: `dax` joins the guest's requests to the
-//! engine, `nodes` knows which file has an address space there (`identity`: which file that is), `window` is what a front-end
-//! shows, and [`stretch`] lets it show the end of a file.
+//! engine, `nodes` knows which file has an address space there (`identity`: which file that is), `times` sees to it
+//! that stores move a file's times, `window` is what a front-end shows, and [`stretch`] lets it show the end of a file.
 
+mod attributes;
 mod base;
 mod dax;
 pub mod descriptors;
@@ -25,6 +26,7 @@ mod readdir;
 mod server;
 pub mod settings;
 pub mod stretch;
+mod times;
 mod transfers;
 pub mod user_namespace;
 mod watch;
@@ -117,7 +119,19 @@ impl Fs {
         let dax = make_dax(config, &regions)?;
         let descriptors = Descriptors::new(config, dax.clone(), regions.clone());
         let root = open_root(&config.shared_dir).map_err(FsError::Share)?;
-        let passthrough = passthrough_config(config, &root);
+        let mut passthrough = passthrough_config(config, &root);
+        if passthrough.killpriv_v2 && dax.is_some() {
+            // A store through the window makes no request that we could clear the bits at.
+            warn!(
+                "--killpriv-v2 has no effect beside a window: the guest clears the bits by requests"
+            );
+            passthrough.killpriv_v2 = false;
+        }
+        if passthrough.writeback && dax.is_some() {
+            warn!(
+                "--writeback has no effect for a guest that maps files: it would not see their times move"
+            );
+        }
         let flags =
             OpenFlags { direct_io: config.allow_direct_io, noatime: config.preserve_noatime };
         let server: Arc<dyn Serve> = if config.readonly {

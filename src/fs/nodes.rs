@@ -19,6 +19,7 @@ use crate::ratelimit::RateLimit;
 
 use super::identity::{FileId, Subject};
 use super::stretch::{Stretch, StretchedFile};
+use super::times::Times;
 use super::watch::{Watch, Watching};
 
 /// So many of the guest's numbers are remembered for one file. (One file has several by bind mounts, and by
@@ -30,6 +31,7 @@ pub(super) struct Node {
     pub(super) space: Arc<Space>,
     /// Its memory, where cache lines count.
     pub(super) direct: Option<Arc<Direct>>,
+    pub(super) times: Times,
     file: Arc<File>,
     _stretched: StretchedFile,
     /// Set by whoever first uses the node, and waited for by all others: only a node that is in the table is
@@ -216,7 +218,8 @@ impl Nodes {
         };
         let space = self.engine.space(source, persist);
         let watching = OnceLock::new();
-        Ok(Node { space, direct, file, _stretched: stretched, watching })
+        let times = Times::new(file.clone(), durability.backing);
+        Ok(Node { space, direct, times, file, _stretched: stretched, watching })
     }
 
     fn watch(&self, node: &Node) -> Option<Watching> {
@@ -247,6 +250,24 @@ impl Nodes {
     /// How many nodes there are.
     pub(super) fn count(&self) -> usize {
         self.lock().files.len()
+    }
+
+    /// The node of the guest's number `nodeid`; where it leads to none, those of inode number `ino`.
+    pub(super) fn of_inode(&self, nodeid: u64, ino: u64) -> Vec<Arc<Node>> {
+        let table = self.lock();
+        if let Some(node) = table.by_number(nodeid) {
+            return vec![node.clone()];
+        }
+        let from = table.files.range(FileId::first_of(ino)..);
+        let same = from.take_while(|(file, _)| file.ino == ino);
+        same.map(|(_, entry)| entry.node.clone()).collect()
+    }
+
+    /// The nodes of which nothing is granted.
+    pub(super) fn idle(&self) -> Vec<Arc<Node>> {
+        let table = self.lock();
+        let idle = table.files.values().filter(|entry| entry.node.space.is_idle());
+        idle.map(|entry| entry.node.clone()).collect()
     }
 
     /// All nodes.

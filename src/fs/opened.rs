@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which files are open, and which have lost data: a sync that failed is never made good by one that
-//! succeeds later, until the file has been closed by all and is opened anew. It is the file that counts, not
-//! the guest's number for it, of which it may have several.
+//! Which files are open, and which of them to write; and which have lost data: a sync that failed is never
+//! made good by one that succeeds later, until the file has been closed by all and is opened anew. It is the
+//! file that counts, not the guest's number for it, of which it may have several.
 
 use crate::lock::lock;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::{Mutex, MutexGuard};
 
@@ -16,6 +16,8 @@ use super::identity::FileId;
 #[derive(Default)]
 struct Open {
     handles: u64,
+    /// Those through which the guest may store.
+    writers: HashSet<u64>,
     failed: bool,
 }
 
@@ -60,16 +62,34 @@ impl Opened {
         state.files.entry(file).or_default().handles += 1;
     }
 
-    /// A handle was released.
-    pub(super) fn release(&self, handle: u64) {
+    /// It was, through a handle that can write. Whether it was open so before.
+    pub(super) fn open_to_write(&self, nodeid: u64, handle: u64, file: FileId) -> bool {
         let mut state = self.lock();
-        let Some((_, file)) = state.handles.remove(&handle) else { return };
-        if let Some(open) = state.files.get_mut(&file) {
-            open.handles -= 1;
-            if open.handles == 0 {
-                state.files.remove(&file);
-            }
+        state.handles.insert(handle, (nodeid, file));
+        let open = state.files.entry(file).or_default();
+        open.handles += 1;
+        let before = !open.writers.is_empty();
+        open.writers.insert(handle);
+        before
+    }
+
+    /// Whether the handle can write.
+    pub(super) fn is_writer(&self, handle: u64) -> bool {
+        self.lock().open(handle).is_some_and(|open| open.writers.contains(&handle))
+    }
+
+    /// A handle was released. Whether another one of its file that can write is left.
+    pub(super) fn release(&self, handle: u64) -> bool {
+        let mut state = self.lock();
+        let Some((_, file)) = state.handles.remove(&handle) else { return false };
+        let Some(open) = state.files.get_mut(&file) else { return false };
+        open.handles -= 1;
+        open.writers.remove(&handle);
+        let left = !open.writers.is_empty();
+        if open.handles == 0 {
+            state.files.remove(&file);
         }
+        left
     }
 
     /// Which file the handle is of.

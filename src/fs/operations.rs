@@ -11,7 +11,7 @@ use log::{info, warn};
 use nix::errno::Errno;
 use virtiofsd::filesystem::{
     Context, Entry, Extensions, FileSystem, GetxattrReply, ListxattrReply, OpenOptions,
-    SetattrValid, SetxattrFlags,
+    SetxattrFlags,
 };
 use virtiofsd::fuse::{self, Attr, AttrOut, EntryOut, FsOptions, Opcode};
 use virtiofsd::oslib;
@@ -21,9 +21,10 @@ use super::dax::{Dax, MAP_ALIGNMENT_LOG2};
 use super::descriptors::Want;
 use super::identity::{FileId, Subject, Which};
 use super::lives::Life;
-use super::message::{Args, MAX_DATA_BYTES, Reply, invalid, valid_id};
+use super::message::{Args, MAX_DATA_BYTES, Reply, invalid};
 use super::readdir;
 use super::server::{Message, Server};
+use super::times::Occasion;
 
 /// FUSE_MAP_ALIGNMENT and FUSE_HAS_INODE_DAX.
 const MAP_ALIGNMENT: u64 = 1 << 26;
@@ -76,7 +77,7 @@ where
         match opcode {
             Opcode::Init => self.init(message.life, args),
             Opcode::Destroy => self.destroy(message.life),
-            Opcode::Lookup => self.entry(fs.lookup(ctx, nodeid, args.name()?)),
+            Opcode::Lookup => self.entry(ctx, fs.lookup(ctx, nodeid, args.name()?)),
             Opcode::Forget => {
                 let asked: fuse::ForgetIn = args.take()?;
                 // The root is looked up by nobody, and can't be forgotten.
@@ -91,7 +92,8 @@ where
             Opcode::Getattr => {
                 let asked: fuse::GetattrIn = args.take()?;
                 let fh = (asked.flags & fuse::GETATTR_FH != 0).then_some(asked.fh);
-                fs.getattr(ctx, nodeid, fh).map(|(attr, valid)| self.attr(attr, valid))
+                let (attr, valid) = fs.getattr(ctx, nodeid, fh)?;
+                Ok(self.attr(nodeid, self.settled(ctx, nodeid, attr), valid))
             }
             Opcode::Setattr => self.setattr(ctx, nodeid, args),
             Opcode::Readlink => Ok(Reply::Bytes(fs.readlink(ctx, nodeid)?)),
@@ -115,6 +117,9 @@ where
             Opcode::Flush => {
                 let asked: fuse::FlushIn = args.take()?;
                 fs.flush(ctx, nodeid, asked.fh, asked.lock_owner)?;
+                if self.opened.is_writer(asked.fh) {
+                    self.settle(nodeid, asked.fh, Occasion::Close)?;
+                }
                 self.opened.check(asked.fh).and(Reply::DONE)
             }
             Opcode::Fsync => self.fsync(ctx, nodeid, args),
@@ -192,11 +197,16 @@ where
             self.fs.destroy();
             self.descriptors.guest_has_none();
         });
-        // virtiofsd's code writes to stderr by itself where a guest knows no submounts: see `without_submounts`.
-        let told = FsOptions::from_bits_truncate(capable) | FsOptions::SUBMOUNTS;
-        let wanted = self.fs.init(told)?;
-        let supported = SUPPORTED.iter().fold(wanted.bits(), |all, one| all | one.bits());
         let dax_options = self.dax_options();
+        // virtiofsd's code writes to stderr by itself where a guest knows no submounts: see `without_submounts`.
+        let mut offered = FsOptions::from_bits_truncate(capable) | FsOptions::SUBMOUNTS;
+        if capable & dax_options != 0 {
+            // A guest that collects writes keeps mtime by itself, and takes none from us: those of its
+            // stores through the window it would never see.
+            offered.remove(FsOptions::WRITEBACK_CACHE);
+        }
+        let wanted = self.fs.init(offered)?;
+        let supported = SUPPORTED.iter().fold(wanted.bits(), |all, one| all | one.bits());
         let enabled = capable & (supported | dax_options);
         let dax = enabled & (MAP_ALIGNMENT | HAS_INODE_DAX);
         if let Some(window) = &self.dax {
@@ -246,34 +256,14 @@ where
     }
 
     /// A guest that knows no submounts is told of none.
-    fn without_submounts(&self, attr: &mut Attr) {
+    pub(super) fn without_submounts(&self, attr: &mut Attr) {
         if !self.has(FsOptions::SUBMOUNTS) {
             attr.flags &= !fuse::ATTR_SUBMOUNT;
         }
     }
 
-    fn attr(&self, mut attr: Attr, valid: std::time::Duration) -> Reply {
-        if let Some(dax) = &self.dax {
-            dax.flag(&mut attr);
-        }
-        Reply::object(AttrOut {
-            attr_valid: valid.as_secs(),
-            attr_valid_nsec: valid.subsec_nanos(),
-            dummy: 0,
-            attr,
-        })
-    }
-
-    pub(super) fn entry_out(&self, mut entry: Entry) -> EntryOut {
-        self.without_submounts(&mut entry.attr);
-        if let Some(dax) = &self.dax {
-            dax.flag(&mut entry.attr);
-        }
-        EntryOut::from(entry)
-    }
-
-    fn entry(&self, entry: io::Result<Entry>) -> io::Result<Reply> {
-        Ok(Reply::object(self.entry_out(entry?)))
+    fn entry(&self, ctx: Context, entry: io::Result<Entry>) -> io::Result<Reply> {
+        Ok(Reply::object(self.entry_out(ctx, entry?)))
     }
 
     fn batch_forget(&self, ctx: Context, args: &mut Args<'_>) -> io::Result<Reply> {
@@ -315,25 +305,6 @@ where
         dax.resize(&dax.find(subject)?, bytes, change)
     }
 
-    fn setattr(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
-        let asked: fuse::SetattrIn = args.take()?;
-        let fh = (asked.valid & fuse::FATTR_FH != 0).then_some(asked.fh);
-        let valid = SetattrValid::from_bits_truncate(asked.valid);
-        if valid.contains(SetattrValid::UID) {
-            valid_id(asked.uid)?;
-        }
-        if valid.contains(SetattrValid::GID) {
-            valid_id(asked.gid)?;
-        }
-        let change = || self.fs.setattr(ctx, nodeid, asked, fh, valid);
-        let done = if valid.contains(SetattrValid::SIZE) {
-            self.resize(ctx, (nodeid, fh), asked.size, change)
-        } else {
-            change()
-        };
-        done.map(|(attr, valid)| self.attr(attr, valid))
-    }
-
     fn make(
         &self,
         opcode: Opcode,
@@ -342,7 +313,7 @@ where
         args: &mut Args<'_>,
     ) -> io::Result<Reply> {
         let fs = &self.fs;
-        self.entry(match opcode {
+        let made = match opcode {
             Opcode::Symlink => {
                 let (name, target) = (args.name()?, args.string()?);
                 let more = self.extensions(args)?;
@@ -364,7 +335,8 @@ where
                 let asked: fuse::LinkIn = args.take()?;
                 fs.link(ctx, asked.oldnodeid, parent, args.name()?)
             }
-        })
+        };
+        self.entry(ctx, made)
     }
 
     fn extensions(&self, args: &mut Args<'_>) -> io::Result<Extensions> {
@@ -406,23 +378,26 @@ where
         } else {
             open()?
         };
-        self.note_open(ctx, nodeid, opened.0)?;
+        self.note_open(ctx, nodeid, flags, opened.0)?;
         Ok(opened)
     }
 
     /// A file was opened: notes which. If that can't be found out, it is closed again.
-    fn note_open(&self, ctx: Context, nodeid: u64, handle: Option<u64>) -> io::Result<()> {
+    fn note_open(
+        &self,
+        ctx: Context,
+        nodeid: u64,
+        flags: u32,
+        handle: Option<u64>,
+    ) -> io::Result<()> {
         let Some(handle) = handle else { return Ok(()) };
-        match self.with_file(ctx, nodeid, handle, FileId::of) {
-            Ok(file) => {
-                self.opened.open(nodeid, handle, file);
-                Ok(())
-            }
-            Err(e) => {
-                self.fs.release(ctx, nodeid, 0, handle, false, false, None)?;
-                Err(e)
-            }
+        let noted = self
+            .with_file(ctx, nodeid, handle, FileId::of)
+            .and_then(|file| self.count_open(nodeid, flags, handle, file));
+        if noted.is_err() {
+            self.fs.release(ctx, nodeid, 0, handle, false, false, None)?;
         }
+        noted
     }
 
     fn create(&self, ctx: Context, parent: u64, args: &mut Args<'_>) -> io::Result<Reply> {
@@ -436,7 +411,7 @@ where
         });
         let (entry, opened) = match made {
             Ok((entry, handle, options)) => {
-                let noted = self.note_open(ctx, entry.inode, handle);
+                let noted = self.note_open(ctx, entry.inode, flags, handle);
                 noted.inspect_err(|_| self.fs.forget(ctx, entry.inode, 1))?;
                 (entry, (handle, options))
             }
@@ -445,7 +420,7 @@ where
             }
             Err(e) => return Err(e),
         };
-        let mut reply = self.entry_out(entry).as_slice().to_vec();
+        let mut reply = self.entry_out(ctx, entry).as_slice().to_vec();
         if let Reply::Bytes(opened) = open_out(opened) {
             reply.extend(opened);
         }
@@ -473,29 +448,23 @@ where
         Ok((entry, opened))
     }
 
-    fn release(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
-        let asked: fuse::ReleaseIn = args.take()?;
-        let flush = asked.release_flags & fuse::RELEASE_FLUSH != 0;
-        let unlock = asked.release_flags & fuse::RELEASE_FLOCK_UNLOCK != 0;
-        let owner = (flush || unlock).then_some(asked.lock_owner);
-        self.fs.release(ctx, nodeid, asked.flags, asked.fh, flush, unlock, owner)?;
-        self.opened.release(asked.fh);
-        Reply::DONE
-    }
-
     fn fsync(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
         let asked: fuse::FsyncIn = args.take()?;
         let datasync = asked.fsync_flags & FSYNC_FDATASYNC != 0;
         let sync = || self.fs.fsync(ctx, nodeid, datasync, asked.fh);
-        let through = || match &self.dax {
-            Some(dax) => dax.sync(&dax.find(self.open_file(nodeid, asked.fh))?, sync),
-            None => sync(),
+        let through = || {
+            let Some(dax) = &self.dax else { return sync() };
+            let file = dax.find(self.open_file(nodeid, asked.fh))?;
+            // Before the sync: the new times are part of what becomes durable.
+            dax.settle(&file, Occasion::Close);
+            dax.sync(&file, sync)
         };
         self.opened.sync(asked.fh, through).and(Reply::DONE)
     }
 
     fn syncfs(&self, ctx: Context, nodeid: u64) -> io::Result<()> {
         if let Some(dax) = &self.dax {
+            dax.settle_all();
             dax.sync_all()?;
         }
         self.fs.syncfs(ctx, nodeid)

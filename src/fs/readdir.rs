@@ -88,5 +88,5 @@ where
         let attr = Attr { ino: entry.ino, mode: entry.type_ << 12, ..Attr::default() };
         return Ok(EntryOut { attr, ..EntryOut::default() });
     }
-    server.fs.lookup(ctx, parent, entry.name).map(|found| server.entry_out(found))
+    server.fs.lookup(ctx, parent, entry.name).map(|found| server.entry_out(ctx, found))
 }

@@ -5,6 +5,7 @@
 mod backing;
 pub mod cacheline;
 mod direct;
+pub mod dirty;
 mod fdatasync;
 mod file_systems;
 mod group;

@@ -46,6 +46,8 @@ pub struct FsOptions {
     pub indirect: bool,
     /// `--persist`
     pub persist: String,
+    /// `--dax`
+    pub dax: &'static str,
     /// Where the share's directory is made.
     pub below: PathBuf,
     /// More options.
@@ -65,6 +67,7 @@ impl Default for FsOptions {
             indirect: true,
             // All tests of shares can be run with another one, and elsewhere: with TMPDIR.
             persist: std::env::var("VUD_TEST_PERSIST").unwrap_or_else(|_| "auto".into()),
+            dax: "always",
             below: std::env::temp_dir(),
             extra: Vec::new(),
             read_log: true,
@@ -82,7 +85,7 @@ impl FsOptions {
         command.arg("fs").arg("--socket-path").arg(socket).arg("--shared-dir").arg(share);
         command.args(["--tag", "share", "--window-size", &self.window_bytes.to_string()]);
         command.args(["--num-request-queues", &self.request_queues.to_string()]);
-        command.args(["--dax", "always", "--persist", &self.persist]);
+        command.args(["--dax", self.dax, "--persist", &self.persist]);
         // Else each thread may leave an arena behind, and no map can be told from a leak.
         command.env("MALLOC_ARENA_MAX", "1");
         command.args(["--mem-slots", if self.mem_slots { "on" } else { "off" }]);
@@ -116,6 +119,13 @@ impl FsHost {
     /// A daemon of one's choice.
     pub fn with(options: FsOptions) -> Self {
         Self::prepared(options, |_| {})
+    }
+
+    /// A daemon of one's choice that is told more.
+    pub fn told(options: FsOptions, more: &[&str]) -> Self {
+        Self::prepared(options, |command| {
+            command.args(more);
+        })
     }
 
     /// A daemon whose start something is done to.

@@ -218,7 +218,12 @@ impl<V> FsGuest<V> {
 
     /// INIT, which must succeed.
     pub fn init(&mut self) -> InitReply {
-        let body = self.call(op::INIT, 0, &abi::init(), abi::INIT_OUT).unwrap();
+        self.init_with(abi::MAP_ALIGNMENT | abi::HAS_INODE_DAX)
+    }
+
+    /// INIT of a guest that can what `flags` say, beside what all can.
+    pub fn init_with(&mut self, flags: u64) -> InitReply {
+        let body = self.call(op::INIT, 0, &abi::init_with(flags), abi::INIT_OUT).unwrap();
         let flags = u64::from(u32_at(&body, 12)) | u64::from(u32_at(&body, 32)) << 32;
         let map_alignment = (u32_at(&body, 28) >> 16) as u16;
         InitReply { flags, map_alignment, max_write: u32_at(&body, 20) }

@@ -73,6 +73,10 @@ pub const OPEN_OUT: usize = 16;
 pub const INIT_OUT: usize = 64;
 /// FATTR_SIZE.
 const FATTR_SIZE: u32 = 1 << 3;
+/// FATTR_MODE.
+const FATTR_MODE: u32 = 1 << 0;
+/// FATTR_MTIME.
+const FATTR_MTIME: u32 = 1 << 5;
 /// FUSE_MAP_ALIGNMENT.
 pub const MAP_ALIGNMENT: u64 = 1 << 26;
 /// FUSE_INIT_EXT.
@@ -134,7 +138,12 @@ pub fn u64_at(bytes: &[u8], at: usize) -> u64 {
 
 /// struct fuse_init_in, as a new Linux sends it.
 pub fn init() -> Arg {
-    let flags = USUAL | MAP_ALIGNMENT | INIT_EXT | HAS_INODE_DAX;
+    init_with(MAP_ALIGNMENT | HAS_INODE_DAX)
+}
+
+/// The same, of a guest that can what `more` says.
+pub fn init_with(more: u64) -> Arg {
+    let flags = USUAL | INIT_EXT | more;
     let arg = Arg::new().u32s(&[7, 41, 1 << 17, flags as u32, (flags >> 32) as u32]);
     arg.u32s(&[0; 11])
 }
@@ -168,6 +177,18 @@ pub fn getattr() -> Arg {
 pub fn set_size(size: u64) -> Arg {
     let arg = Arg::new().u32s(&[FATTR_SIZE, 0]).u64s(&[0, size, 0, 0, 0, 0]);
     arg.u32s(&[0; 8])
+}
+
+/// struct fuse_setattr_in that sets mtime, in whole seconds.
+pub fn set_mtime(seconds: u64) -> Arg {
+    let arg = Arg::new().u32s(&[FATTR_MTIME, 0]).u64s(&[0, 0, 0, 0, seconds, 0]);
+    arg.u32s(&[0; 8])
+}
+
+/// struct fuse_setattr_in that sets the permissions.
+pub fn set_mode(mode: u32) -> Arg {
+    let arg = Arg::new().u32s(&[FATTR_MODE, 0]).u64s(&[0; 6]);
+    arg.u32s(&[0, 0, 0, libc::S_IFREG | mode, 0, 0, 0, 0])
 }
 
 /// struct fuse_fallocate_in.

@@ -39,6 +39,7 @@ mod fs_lives;
 mod fs_plain;
 mod fs_sides;
 mod fs_suites;
+mod fs_times;
 mod fs_window;
 mod lives_matrix;
 mod pauses;

@@ -28,6 +28,8 @@ pub struct Share {
     /// `--window-size`; none: the front-end has no window.
     window: Option<String>,
     queues: u32,
+    /// Another build of our daemon.
+    build: Option<PathBuf>,
     args: Vec<String>,
 }
 
@@ -46,6 +48,7 @@ impl Share {
             backend: Backend::Ours,
             window: None,
             queues: 1,
+            build: None,
             args: Vec::new(),
         }
         .of_environment()
@@ -68,6 +71,11 @@ impl Share {
     /// Another size of the window, if there is one.
     pub fn window(self, size: &str) -> Self {
         Self { window: self.window.map(|_| size.into()), ..self }
+    }
+
+    /// Served by another build of our daemon.
+    pub fn build(self, build: &Path) -> Self {
+        Self { build: Some(build.into()), ..self }
     }
 
     /// More request queues. Debian's virtiofsd has one whatever it is told.
@@ -119,7 +127,7 @@ impl Share {
     pub fn command(&self, images: &Images, socket: &Path) -> Command {
         let mut command = match self.backend {
             Backend::Ours => {
-                let mut command = Command::new(binary());
+                let mut command = Command::new(self.build.clone().unwrap_or_else(binary));
                 command.arg("fs").args(["--tag", &self.tag]);
                 if let Some(window) = &self.window {
                     command.args(["--window-size", window]);

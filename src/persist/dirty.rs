@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Step 6 of 6: which pages of a file are dirty, and how they become clean without a sync.
+
+#![allow(unsafe_code)] // Two system calls that no crate has.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use nix::errno::Errno;
+
+/// cachestat(2), the same number on every architecture (linux/include/uapi/asm-generic/unistd.h).
+const SYS_CACHESTAT: libc::c_long = 451;
+
+/// `struct cachestat_range` of linux/mman.h.
+#[repr(C)]
+struct Range {
+    from: u64,
+    bytes: u64,
+}
+
+/// `struct cachestat` of linux/mman.h.
+#[repr(C)]
+#[derive(Default)]
+struct Counts {
+    cached: u64,
+    dirty: u64,
+    writeback: u64,
+    evicted: u64,
+    recently_evicted: u64,
+}
+
+/// How many pages of the page cache are dirty in `bytes` bytes of `file` from byte `from` on. Those that
+/// are on their way to the disk are not.
+///
+/// # Errors
+/// The system's: ENOSYS before Linux 6.5.
+pub fn dirty_pages(file: &File, from: u64, bytes: u64) -> io::Result<u64> {
+    let range = Range { from, bytes };
+    let mut counts = Counts::default();
+    // SAFETY: a descriptor that is open for as long as it is borrowed, which is this call; the kernel
+    // reads `range`, and writes `counts`, which have the layouts that it knows.
+    let done = unsafe {
+        let (range, counts) = (&raw const range, &raw mut counts);
+        libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), range, counts, 0)
+    };
+    Errno::result(done)?;
+    Ok(counts.dirty)
+}
+
+/// Starts to write the dirty pages of the range to the disk. When it returns they are clean, and the next
+/// store to one is seen by the file system; they are not durable. A page that is on its way to the disk and
+/// was made dirty anew meanwhile is left out, unless `wait` is set: then that is waited for.
+///
+/// # Errors
+/// The file system's. Pages may be lost then, and the kernel may have told nobody else.
+pub fn write_out(file: &File, from: u64, bytes: u64, wait: bool) -> io::Result<()> {
+    let before = if wait { libc::SYNC_FILE_RANGE_WAIT_BEFORE } else { 0 };
+    let (from, bytes) = (from.cast_signed(), bytes.cast_signed());
+    // SAFETY: a descriptor that is open for as long as it is borrowed, and three numbers.
+    let done = unsafe {
+        let flags = before | libc::SYNC_FILE_RANGE_WRITE;
+        libc::sync_file_range(file.as_raw_fd(), from, bytes, flags)
+    };
+    Ok(Errno::result(done).map(drop)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    /// Shows: what was written is dirty, in its range and in no other, until it is written out. (The page cache
+    /// may have it in pieces that are larger than a page.)
+    #[test]
+    fn written_pages_are_dirty_until_they_are_written_out() {
+        let file = tempfile::tempfile_in(".").unwrap();
+        let dirty = |page: u64, pages: u64| dirty_pages(&file, page * 4096, pages * 4096).unwrap();
+        file.write_all_at(&[1; 3 * 4096], 512 * 4096).unwrap();
+        assert!(dirty(512, 3) >= 3 && dirty(0, 512) == 0 && dirty(1024, 512) == 0);
+        write_out(&file, 0, 512 * 4096, true).unwrap();
+        assert!(dirty(512, 3) >= 3, "another range was written out");
+        write_out(&file, 0, 1 << 30, true).unwrap();
+        assert_eq!(dirty(0, 1024), 0);
+    }
+}
