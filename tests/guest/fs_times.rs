@@ -72,7 +72,7 @@ fn make_repository(dir: &Path) {
 }
 
 /// Measures: what the times of mapped files cost, by several builds of the daemon in turn, in one guest.
-/// `VUD_BUILDS=NAME=PATH,NAME=PATH...`, `VUD_ROUNDS=3`.
+/// `VUD_BUILDS=NAME=PATH,NAME=PATH...`, `VUD_ROUNDS=3`, `VUD_CACHES=auto,always`.
 #[test]
 #[ignore = "takes many minutes, and needs other builds; run by hand"]
 fn the_cost_of_times() {
@@ -82,10 +82,11 @@ fn the_cost_of_times() {
     let dir = TempDir::new().unwrap();
     make_repository(dir.path());
     std::fs::write(dir.path().join("data"), vec![1; 32 << 20]).unwrap();
+    let caches = std::env::var("VUD_CACHES").unwrap_or_else(|_| "auto,always".into());
     let mut costs: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     let rounds = std::env::var("VUD_ROUNDS").map_or(3, |rounds| rounds.parse().unwrap());
     for round in 0..rounds {
-        for cache in ["auto", "always"] {
+        for cache in caches.split(',') {
             let share = |(name, path): &(&str, &str)| {
                 let share = Share::dax(dir.path(), name).build(&PathBuf::from(path));
                 share.args(&["--cache", cache, "--inode-file-handles=prefer"])
