@@ -73,6 +73,7 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
     if config.file.sparse && chosen.settles_blocks() {
         return Err(ConfigError::SparseLines(path.clone()).into());
     }
+    found.claim()?;
     // All that can be refused by looking has been. The socket comes first: nothing that takes long, or
     // that two daemons must not both make, lies between the look and it.
     let (listener, bound) = checked.listen()?;

@@ -80,13 +80,13 @@ pub struct FoundFile<'a> {
 
 #[derive(Debug)]
 enum Found {
-    /// Open, checked and locked.
-    There(File),
+    /// Open.
+    There(File, Option<DaxNode>),
     Missing(PmemSize),
 }
 
 impl<'a> FoundFile<'a> {
-    /// Opens, checks and locks the file, or finds that it can be made.
+    /// Opens the file, or finds that it can be made.
     ///
     /// # Errors
     /// Each is a line for the user; nothing has been created or changed then.
@@ -95,7 +95,7 @@ impl<'a> FoundFile<'a> {
         // Only a name: to open a FIFO may wait, and to open a device may act.
         let name = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
         let found = match name {
-            Ok(name) => Found::There(open_found(spec, &name)?),
+            Ok(name) => open_found(path, &name)?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 let size = spec.size.ok_or_else(|| ConfigError::MissingFile(path.clone()))?;
                 let dir = spec.dir();
@@ -113,8 +113,29 @@ impl<'a> FoundFile<'a> {
     /// What the file lies in, or will if it is missing.
     pub fn backing(&self) -> Backing {
         match &self.found {
-            Found::There(file) => Backing::of(file),
+            Found::There(file, _) => Backing::of(file),
             Found::Missing(_) => Backing::of_dir(self.spec.dir()),
+        }
+    }
+
+    /// Locks the file, and checks its size.
+    ///
+    /// # Errors
+    /// Each is a line for the user; nothing has been created or changed then.
+    pub fn claim(&self) -> Result<(), ConfigError> {
+        let path = &self.spec.path;
+        match &self.found {
+            Found::There(file, node) => {
+                lock(file, path)?;
+                match node {
+                    Some(node) => check_node(self.spec, *node),
+                    None => {
+                        let found = file.metadata().map_err(|e| open_error(path, e))?;
+                        check_file(self.spec, &found)
+                    }
+                }
+            }
+            Found::Missing(_) => Ok(()),
         }
     }
 
@@ -125,32 +146,26 @@ impl<'a> FoundFile<'a> {
     pub fn make(self, is_asked: &dyn Fn() -> bool) -> Result<PmemFile, ConfigError> {
         let path = self.spec.path.clone();
         match self.found {
-            Found::There(file) => Ok(PmemFile { file: Arc::new(file), path, is_new: false }),
+            Found::There(file, _) => Ok(PmemFile { file: Arc::new(file), path, is_new: false }),
             Found::Missing(size) => PmemFile::create(self.spec, size, is_asked),
         }
     }
 }
 
 /// Opens what `name` (O_PATH) is the name of, whatever the path leads to by now.
-fn open_found(spec: &PmemFileSpec, name: &File) -> Result<File, ConfigError> {
-    let path = &spec.path;
+fn open_found(path: &Path, name: &File) -> Result<Found, ConfigError> {
     let failed = |e| open_error(path, e);
     let kind = name.metadata().map_err(failed)?.file_type();
     if kind.is_dir() {
-        return Err(ConfigError::Directory(path.clone()));
+        return Err(ConfigError::Directory(path.to_owned()));
     }
     let node = DaxNode::of(name).map_err(failed)?;
     if !kind.is_file() && node.is_none() {
-        return Err(ConfigError::NotRegular(path.clone()));
+        return Err(ConfigError::NotRegular(path.to_owned()));
     }
     let reopen = format!("/proc/self/fd/{}", name.as_raw_fd());
     let file = OpenOptions::new().read(true).write(true).open(reopen).map_err(failed)?;
-    lock(&file, path)?;
-    match node {
-        Some(node) => check_node(spec, node)?,
-        None => check_file(spec, &file.metadata().map_err(failed)?)?,
-    }
-    Ok(file)
+    Ok(Found::There(file, node))
 }
 
 /// A device-DAX node. It is of one piece, so its maps are as aligned as it is itself.
@@ -196,7 +211,9 @@ impl PmemFile {
     /// # Errors
     /// Each is a line for the user; nothing is left that was created then.
     pub fn open(spec: &PmemFileSpec) -> Result<Self, ConfigError> {
-        FoundFile::look(spec)?.make(&|| false)
+        let found = FoundFile::look(spec)?;
+        found.claim()?;
+        found.make(&|| false)
     }
 
     fn create(
