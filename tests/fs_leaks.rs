@@ -147,14 +147,14 @@ fn twenty_front_ends_that_vanish() {
         }
         guest.kill();
         if i == 1 {
-            // The session's memory goes a moment after its connection, and then all that waits for
-            // the next one is made: a thread with an epoll for each of its two queues.
-            eventually("the next session to be prepared", || {
+            // The session's memory and its threads' epolls go a moment after its connection.
+            eventually("the session to be gone", || {
                 let open = host.descriptors();
                 let count = |kind| open.iter().filter(|name| name.starts_with(kind)).count();
                 host.maps_of("guest-ram") == 0
                     && host.file_maps().is_empty()
-                    && (count("socket:"), count("anon_inode:[eventpoll]")) == (1, 2)
+                    // The listener has two.
+                    && (count("socket:"), count("anon_inode:[eventpoll]")) == (2, 0)
             });
             before = Some(held(&host));
         } else if let Some(before) = &before {

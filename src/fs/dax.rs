@@ -195,6 +195,8 @@ impl Dax {
     /// The session is over.
     pub(super) fn session_ended(&self) {
         self.forget();
+        // Its back-end channel goes with it.
+        self.front_end.set(None);
         self.set_current(None);
     }
 

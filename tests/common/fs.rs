@@ -85,7 +85,10 @@ impl FsOptions {
         command.arg("fs").arg("--socket-path").arg(socket).arg("--shared-dir").arg(share);
         command.args(["--tag", "share", "--window-size", &self.window_bytes.to_string()]);
         command.args(["--num-request-queues", &self.request_queues.to_string()]);
-        command.args(["--dax", self.dax, "--persist", &self.persist]);
+        command.args(["--persist", &self.persist]);
+        if self.window_bytes > 0 {
+            command.args(["--dax", self.dax]);
+        }
         // Else each thread may leave an arena behind, and no map can be told from a leak.
         command.env("MALLOC_ARENA_MAX", "1");
         command.args(["--mem-slots", if self.mem_slots { "on" } else { "off" }]);
