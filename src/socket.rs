@@ -2,7 +2,7 @@
 
 //! Where the front-end finds the daemon: a path that is bound and removed, or an inherited descriptor.
 //!
-//! A path is bound, replaced and removed under a [`Claim`], so that of daemons that start at the same time
+//! A path is bound, replaced and removed under a `Claim`, so that of daemons that start at the same time
 //! one has it, and none removes another one's socket.
 
 use std::fs::{self, File};

@@ -3,10 +3,10 @@
 //! Beside the path: what is said on stderr. A guest can't fill a log, and nobody who reads it slowly, or not at all,
 //! holds a request up.
 //!
-//! Each place in a program, ours or a library's, may say [`BURST`] lines at once and one a second from then on.
+//! Each place in a program, ours or a library's, may say `BURST` lines at once and one a second from then on.
 //! The others are counted, and the number is said with the next line of that place, or a second later. (What is
-//! asked for by `debug` and `trace` is not limited.) From [`detach`] on a thread of its own writes: lines wait for it
-//! in a queue of [`MOST_WAITING`], and what finds no room there is counted and said, too.
+//! asked for by `debug` and `trace` is not limited.) From `detach` on a thread of its own writes: lines wait for it
+//! in a queue of `MOST_WAITING`, and what finds no room there is counted and said, too.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Write};
