@@ -10,7 +10,7 @@ use nix::libc;
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::disk::{Disk, pattern, sha256};
+use crate::disk::{Disk, pattern, xxh3};
 use crate::machine::Options;
 use crate::share::Share;
 use crate::vm::{Guest, Vm};
@@ -137,7 +137,7 @@ impl<'g> Life<'g> {
                 self.vm.run("mapio", &["append", &LEN.to_string(), "begin", "/mnt/file"]);
             }
             let report = self.vm.run("mapio", &["sums", "/mnt/file"]);
-            let sum = sha256(&std::fs::read(self.shares[0].path("file")).unwrap());
+            let sum = xxh3(&std::fs::read(self.shares[0].path("file")).unwrap());
             assert_eq!(report.get("sum"), format!("file,{LEN},{sum},{sum}"), "in the guest (left)");
             self.vm.run("mapio", &["store", "0", &LEN.to_string(), &seed, "msync", "/mnt/file"]);
             let bytes = std::fs::read(self.shares[0].path("file")).unwrap();
