@@ -8,7 +8,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -168,11 +168,7 @@ impl Bound {
     }
 
     fn is_in_place(&self) -> bool {
-        let id = |found: fs::Metadata| (found.dev(), found.ino());
-        match (fs::symlink_metadata(&self.path), self.file.metadata()) {
-            (Ok(now), Ok(ours)) => id(now) == id(ours),
-            _ => false,
-        }
+        claim::is_at(&self.path, &self.file).unwrap_or(false)
     }
 
     fn give_to(&self, group: Gid) -> io::Result<()> {

@@ -218,7 +218,7 @@ impl Dax {
         let written = self.engine.written_in(&[self.engine.whole()]);
         take_away();
         self.removed(&written);
-        // Waits for no disk: a driver that begins anew waits for this.
+        // Does not wait for pages under writeback: a driver that begins anew waits for this.
         self.settle_all();
     }
 

@@ -193,10 +193,7 @@ where
             return Err(Errno::EPROTO.into());
         }
         // A guest that was reset, or is hostile, may have left grants and open files.
-        self.forget_guest(life, || {
-            self.fs.destroy();
-            self.descriptors.guest_has_none();
-        });
+        self.forget_guest(life);
         let dax_options = self.dax_options();
         // virtiofsd's code writes to stderr by itself where a guest knows no submounts: see `without_submounts`.
         let mut offered = FsOptions::from_bits_truncate(capable) | FsOptions::SUBMOUNTS;
@@ -230,9 +227,8 @@ where
         if there { MAP_ALIGNMENT | HAS_INODE_DAX } else { 0 }
     }
 
-    /// Takes away what the guest has, and does `more` of the kind; unless the driver is over, and
-    /// another one has it.
-    fn forget_guest(&self, life: Life, more: impl FnOnce()) {
+    /// Takes away what the guest has, unless the driver is over, and another one has it.
+    fn forget_guest(&self, life: Life) {
         if !self.lives.unmount(life, || ()) {
             return;
         }
@@ -245,12 +241,13 @@ where
                 dax.clear_nodes();
             }
             self.opened.clear();
-            more();
+            self.fs.destroy();
+            self.descriptors.guest_has_none();
         });
     }
 
     fn destroy(&self, life: Life) -> io::Result<Reply> {
-        self.forget_guest(life, || self.fs.destroy());
+        self.forget_guest(life);
         info!("unmounted");
         Reply::DONE
     }
@@ -288,21 +285,16 @@ where
         }
     }
 
-    /// Lets `change` set the length of a file to `bytes`: of the file of a handle, or else of an inode.
-    fn resize<T>(
+    /// Lets `change` make the file of an inode empty.
+    fn empty<T>(
         &self,
         ctx: Context,
-        (nodeid, handle): (u64, Option<u64>),
-        bytes: u64,
+        nodeid: u64,
         change: impl FnOnce() -> io::Result<T>,
     ) -> io::Result<T> {
         let Some(dax) = &self.dax else { return change() };
         let ask = |known: &dyn Fn(u64) -> bool| self.identify(ctx, nodeid, known);
-        let subject = match handle {
-            Some(handle) => self.open_file(nodeid, handle),
-            None => Subject { nodeid, file: Which::Ask(&ask) },
-        };
-        dax.resize(&dax.find(subject)?, bytes, change)
+        dax.resize(&dax.find(Subject { nodeid, file: Which::Ask(&ask) })?, 0, change)
     }
 
     fn make(
@@ -373,11 +365,8 @@ where
         let kill_priv = open_flags & fuse::OPEN_KILL_SUIDGID != 0;
         let open = || self.fs.open(ctx, nodeid, kill_priv, flags);
         // ATOMIC_O_TRUNC: the window must let go before the file shrinks.
-        let opened = if open_flag(flags, libc::O_TRUNC) {
-            self.resize(ctx, (nodeid, None), 0, open)?
-        } else {
-            open()?
-        };
+        let opened =
+            if open_flag(flags, libc::O_TRUNC) { self.empty(ctx, nodeid, open)? } else { open()? };
         self.note_open(ctx, nodeid, flags, opened.0)?;
         Ok(opened)
     }

@@ -66,7 +66,11 @@ fn open(path: &Path) -> io::Result<File> {
     Err(io::Error::new(io::ErrorKind::AlreadyExists, line))
 }
 
-fn is_at(path: &Path, file: &File) -> io::Result<bool> {
+/// Whether `path` still names the open `file`.
+///
+/// # Errors
+/// The system's.
+pub(super) fn is_at(path: &Path, file: &File) -> io::Result<bool> {
     let ours = file.metadata()?;
     match fs::symlink_metadata(path) {
         Ok(now) => Ok((now.dev(), now.ino()) == (ours.dev(), ours.ino())),
