@@ -227,6 +227,11 @@ impl Device for Pmem {
         None
     }
 
+    /// The channel to a front-end that has gone is closed.
+    fn session_ended(&self) {
+        self.front_end.set(None);
+    }
+
     fn report(&self) {
         let Counters { flushes, syncs, failed, malformed } = self.counters();
         info!(
@@ -296,5 +301,29 @@ impl Waiter for Pending {
             self.tally.failed.add(1);
         }
         self.request.complete(if kept { STATUS_OK } else { STATUS_FAILED });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::persist::Fdatasync;
+
+    /// Shows: a session's window, and with it the descriptor of its channel, is gone when the session is.
+    #[test]
+    fn a_front_end_that_has_gone_is_let_go() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        file.set_len(2 << 20).unwrap();
+        let device = Pmem::new(file.clone(), Box::new(Fdatasync(file.clone()))).unwrap();
+        let window = Arc::new(WholeFile::new(file, device.window_bytes()));
+        let (engine, front_end) = (device.engine.clone(), device.front_end.clone());
+        let left = Arc::downgrade(&window);
+        let session = Shown { engine, front_end, window };
+        session.bring_up().unwrap_err(); // It has no channel.
+        session.ended();
+        drop(session);
+        assert!(left.upgrade().is_some(), "held for as long as requests may map");
+        device.session_ended();
+        assert!(left.upgrade().is_none());
     }
 }
