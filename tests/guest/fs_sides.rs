@@ -55,7 +55,7 @@ fn fsx_on_two_mounts() {
 }
 
 /// O_DIRECT reads into a mapping of a DAX file and writes out of one, from and to a device of the
-/// same directory without DAX, and an ordinary disk.
+/// same directory without DAX, an ordinary disk, and files that the O_DIRECT open creates.
 #[test]
 fn direct_io_and_mappings() {
     let Some(guest) = Guest::enter("direct_io_and_mappings") else { return };
@@ -86,12 +86,16 @@ fn direct_io_and_mappings() {
     direct("direct-in", &disk, "/dax/from-disk");
     direct("direct-out", "/dax/source", "/plain/to-plain");
     direct("direct-out", "/dax/source", &disk);
+    direct("direct-out", "/dax/source", "/plain/created-plain");
+    direct("direct-out", "/dax/source", "/dax/created-dax");
     vm.run("sh", &["umount", "/dax", "&&", "umount", "/plain", "&&", "sync"]);
     vm.poweroff();
     let on_host = |name: &str| std::fs::read(dir.path().join(name)).unwrap();
     assert!(on_host("from-plain") == source, "into the mapping, from the share");
     assert!(on_host("from-disk") == pattern("scratch", bytes), "into the mapping, from the disk");
-    assert!(on_host("to-plain") == source, "out of the mapping, to the share");
+    for name in ["to-plain", "created-plain", "created-dax"] {
+        assert!(on_host(name) == source, "out of the mapping, to the share: {name}");
+    }
     assert!(std::fs::read(scratch).unwrap() == source, "out of the mapping, to the disk");
 }
 

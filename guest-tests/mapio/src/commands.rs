@@ -107,7 +107,7 @@ pub fn private(path: &Path) -> Result<()> {
 
 fn open_direct(path: &Path, write: bool) -> Result<File> {
     let mut options = OpenOptions::new();
-    options.read(!write).write(write).custom_flags(libc::O_DIRECT);
+    options.read(!write).write(write).create(write).custom_flags(libc::O_DIRECT);
     io("open O_DIRECT", options.open(path))
 }
 

@@ -5,13 +5,13 @@
 //!
 //! | command | does |
 //! |---|---|
-//! | `sums FILE...` | each file's SHA-256, by read and by mmap |
+//! | `sums FILE...` | each file's XXH3-128, by read and by mmap |
 //! | `append BYTES SEED FILE...` | appends the pattern, by O_APPEND |
 //! | `resize DELTA FILE...` | truncates up or down, never below 0 |
 //! | `store OFFSET BYTES SEED msync\|none FILE...` | stores the pattern in a shared mapping, as far as the file goes |
 //! | `private FILE` | stores in a private mapping; the file must stay as it was |
 //! | `direct-in SOURCE FILE BYTES` | read(2) of SOURCE, O_DIRECT, into a mapping of FILE |
-//! | `direct-out FILE TARGET BYTES` | write(2) to TARGET, O_DIRECT, out of a mapping of FILE |
+//! | `direct-out FILE TARGET BYTES` | write(2) to TARGET, O_DIRECT, out of a mapping of FILE; TARGET is created if it is missing |
 //! | `step FILE PLAYER ROUNDS` | player 0 and player 1, in two guests, in turn, by stores only |
 //! | `fill FILE BYTES` | makes a sparse file and stores to each page, until all is done or SIGBUS |
 //! | `write-out FILE BYTES` | writes until all is done or the disk is full |
