@@ -21,26 +21,13 @@
 
 #![warn(missing_docs)]
 
-mod accept;
-mod backend;
-pub mod config;
-pub mod daemon;
 pub mod dax;
 pub mod device;
 pub mod fs;
-mod kick;
-mod life;
-mod lock;
+pub mod passthrough;
 pub mod persist;
 pub mod pmem;
-mod poll;
-mod ram;
-mod ratelimit;
-mod relief;
-pub mod request;
-mod restart;
-mod signals;
-pub mod socket;
-pub mod stderr;
-pub mod vring;
+pub mod ring;
+pub mod session;
+pub mod support;
 pub mod window;

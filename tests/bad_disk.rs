@@ -22,10 +22,10 @@ use common::fuse_abi::{MAP_READ, MAP_WRITE};
 use common::memory::guest_ram;
 use common::strict_vmm::{StrictVmm, VmmOptions};
 use vhost::vhost_user::Listener;
-use vhost_user_dax::daemon;
 use vhost_user_dax::device::Device;
 use vhost_user_dax::persist::Fdatasync;
 use vhost_user_dax::pmem::Pmem;
+use vhost_user_dax::session;
 
 const EIO: i32 = 5;
 const BOTH: u64 = MAP_READ | MAP_WRITE;
@@ -127,7 +127,7 @@ fn pmem_fails_for_good() {
         let device: Arc<dyn Device> = pmem.clone();
         let serving = std::thread::spawn(move || {
             for _ in 0..2 {
-                daemon::serve_one(&mut listener, &device).unwrap();
+                session::serve_one(&mut listener, &device).unwrap();
             }
         });
         for session in 0..2 {

@@ -16,7 +16,7 @@ use common::strict_vmm::{
 };
 use common::{FILE_BYTES, Guest, Host};
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
-use vhost_user_dax::daemon::SessionError;
+use vhost_user_dax::session::SessionError;
 
 /// What every session that kept the rules looks like.
 fn assert_nothing_refused(guest: &Guest) {

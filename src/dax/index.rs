@@ -498,8 +498,8 @@ impl Index {
 mod tests {
     use std::collections::BTreeMap;
 
-    use super::super::entry::{Block, PMD_PAGES};
     use super::*;
+    use crate::dax::entry::{Block, PMD_PAGES};
 
     type Marks = (bool, bool);
 

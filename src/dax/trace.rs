@@ -22,8 +22,8 @@ pub(super) use trace_dax;
 mod tests {
     use std::cell::Cell;
 
-    use super::super::entry::PageIndex;
-    use super::super::wait::SpaceId;
+    use crate::dax::entry::PageIndex;
+    use crate::dax::wait::SpaceId;
 
     struct Space {
         id: SpaceId,

@@ -15,10 +15,10 @@ use virtiofsd::oslib::{CFileHandle, name_to_handle_at, open_by_handle_at};
 use virtiofsd::passthrough::InodeFileHandlesMode;
 
 use crate::dax::entry::PMD_BYTES;
-use crate::lock::lock;
+use crate::support::lock::lock;
 
+use super::config::FsConfig;
 use super::dax::Dax;
-use super::settings::FsConfig;
 
 /// Standard streams, the listening socket, the connection and the back-end channel with their copies, signals, the
 /// private mount (5), inotify, the file system's own (5), a look at /proc, and room for mounts in the share, each
@@ -84,7 +84,7 @@ pub fn left_for_guest(files: u64, config: &FsConfig) -> Result<u64, String> {
 
 /// What a request wants a descriptor for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Want {
+pub(crate) enum Want {
     /// One for an inode, and nothing is begun that could stay half done.
     Inode,
     /// So many, to keep.
@@ -94,7 +94,7 @@ pub(super) enum Want {
 }
 
 /// The guest's descriptors.
-pub(super) struct Descriptors {
+pub(crate) struct Descriptors {
     most: i64,
     kept: i64,
     /// Inodes of the share's file system are held by file handles.
@@ -118,7 +118,7 @@ pub(super) struct Descriptors {
 
 /// Leave to take descriptors; given back, taken or not, when the request is done.
 #[must_use]
-pub(super) struct Leave<'a> {
+pub(crate) struct Leave<'a> {
     descriptors: &'a Descriptors,
     count: i64,
 }
@@ -131,7 +131,7 @@ impl Drop for Leave<'_> {
 
 impl Descriptors {
     /// Of a device whose memory regions are counted in `regions`.
-    pub(super) fn new(config: &FsConfig, dax: Option<Arc<Dax>>, regions: Arc<AtomicUsize>) -> Self {
+    pub(crate) fn new(config: &FsConfig, dax: Option<Arc<Dax>>, regions: Arc<AtomicUsize>) -> Self {
         let most = i64::try_from(config.guest_fds).unwrap_or(i64::MAX);
         let asked_for_handles = config.inode_file_handles != InodeFileHandlesMode::Never;
         // Without a limit there is nothing to count.
@@ -153,7 +153,7 @@ impl Descriptors {
     }
 
     /// The guest has begun anew and holds nothing: what is open now is the daemon's.
-    pub(super) fn guest_has_none(&self) {
+    pub(crate) fn guest_has_none(&self) {
         if let Some(table) = &self.table {
             let own = count(table).saturating_sub(self.not_the_guests());
             self.own.store(own.min(self.most_own), Ordering::Relaxed);
@@ -171,7 +171,7 @@ impl Descriptors {
     ///
     /// # Errors
     /// ENFILE.
-    pub(super) fn ask(&self, want: Want) -> io::Result<Leave<'_>> {
+    pub(crate) fn ask(&self, want: Want) -> io::Result<Leave<'_>> {
         let (count, kept) = match want {
             Want::Keep(count) => (count as i64, self.kept),
             Want::Inode => (1, self.kept),
@@ -242,7 +242,7 @@ fn count(table: &File) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fs::settings::WindowSize;
+    use crate::fs::config::WindowSize;
 
     fn config(window: &str, threads: usize) -> FsConfig {
         let window: WindowSize = window.parse().unwrap();

@@ -18,21 +18,21 @@ use super::server::Server;
 
 /// A file, whatever led to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct FileId {
+pub(crate) struct FileId {
     /// Inode number. First, so that those of one number stand together.
-    pub(super) ino: u64,
-    pub(super) dev: u64,
+    pub(crate) ino: u64,
+    pub(crate) dev: u64,
 }
 
 impl FileId {
     /// Of the first device.
-    pub(super) const fn first_of(ino: u64) -> Self {
+    pub(crate) const fn first_of(ino: u64) -> Self {
         Self { ino, dev: 0 }
     }
 
     /// # Errors
     /// The system's.
-    pub(super) fn of(file: &File) -> io::Result<Self> {
+    pub(crate) fn of(file: &File) -> io::Result<Self> {
         let found = file.metadata()?;
         Ok(Self { ino: found.ino(), dev: found.dev() })
     }
@@ -40,18 +40,18 @@ impl FileId {
 
 /// Finds out which file it is, if its inode number is one of those that the argument holds for. None: it is
 /// none of them.
-pub(super) type Ask<'a> = dyn Fn(&dyn Fn(u64) -> bool) -> io::Result<Option<FileId>> + 'a;
+pub(crate) type Ask<'a> = dyn Fn(&dyn Fn(u64) -> bool) -> io::Result<Option<FileId>> + 'a;
 
 /// A file as a request names it: the guest's number, and what else tells.
 #[derive(Clone, Copy)]
-pub(super) struct Subject<'a> {
-    pub(super) nodeid: u64,
-    pub(super) file: Which<'a>,
+pub(crate) struct Subject<'a> {
+    pub(crate) nodeid: u64,
+    pub(crate) file: Which<'a>,
 }
 
 /// How a file is known.
 #[derive(Clone, Copy)]
-pub(super) enum Which<'a> {
+pub(crate) enum Which<'a> {
     /// It is open; None: the handle is none of an open file, and whatever the request wants fails.
     Open(Option<FileId>),
     /// The file system must be asked.
@@ -63,7 +63,7 @@ impl Subject<'_> {
     ///
     /// # Errors
     /// The file system's.
-    pub(super) fn find(&self, known: &dyn Fn(u64) -> bool) -> io::Result<Option<FileId>> {
+    pub(crate) fn find(&self, known: &dyn Fn(u64) -> bool) -> io::Result<Option<FileId>> {
         match self.file {
             Which::Open(file) => Ok(file),
             Which::Ask(ask) => ask(known),
@@ -97,7 +97,7 @@ where
     ///
     /// # Errors
     /// EBADF where there is none, and those of `work`.
-    pub(super) fn with_file<T>(
+    pub(crate) fn with_file<T>(
         &self,
         ctx: Context,
         nodeid: u64,
@@ -116,7 +116,7 @@ where
     ///
     /// # Errors
     /// The file system's.
-    pub(super) fn identify(
+    pub(crate) fn identify(
         &self,
         ctx: Context,
         nodeid: u64,
@@ -137,7 +137,7 @@ where
     }
 
     /// A file that is named by an open handle.
-    pub(super) fn open_file(&self, nodeid: u64, handle: u64) -> Subject<'static> {
+    pub(crate) fn open_file(&self, nodeid: u64, handle: u64) -> Subject<'static> {
         Subject { nodeid, file: Which::Open(self.opened.file(nodeid, handle)) }
     }
 }

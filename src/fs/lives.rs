@@ -6,17 +6,17 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
-use crate::lock::lock;
+use crate::support::lock::lock;
 
 /// One driver's time, from a reset of the device to the next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Life(u64);
+pub(crate) struct Life(u64);
 
 const MOUNTED: u64 = 1;
 
 /// The device's.
 #[derive(Default)]
-pub(super) struct Lives {
+pub(crate) struct Lives {
     /// The current life, times two, and whether it has mounted.
     state: AtomicU64,
     /// Held while what belongs to the current life is thrown away. A leaf but for files' closing.
@@ -25,27 +25,27 @@ pub(super) struct Lives {
 
 impl Lives {
     /// The current one.
-    pub(super) fn current(&self) -> Life {
+    pub(crate) fn current(&self) -> Life {
         Life(self.state.load(SeqCst) & !MOUNTED)
     }
 
     /// Whether it is still the current one.
-    pub(super) fn is_current(&self, life: Life) -> bool {
+    pub(crate) fn is_current(&self, life: Life) -> bool {
         self.current() == life
     }
 
     /// Whether it is, and has mounted.
-    pub(super) fn is_mounted(&self, life: Life) -> bool {
+    pub(crate) fn is_mounted(&self, life: Life) -> bool {
         self.state.load(SeqCst) == life.0 | MOUNTED
     }
 
     /// It has mounted. Nothing happens if it is over.
-    pub(super) fn mount(&self, life: Life) {
+    pub(crate) fn mount(&self, life: Life) {
         let _ = self.state.compare_exchange(life.0, life.0 | MOUNTED, SeqCst, SeqCst);
     }
 
     /// The last one is over: what it still does alone has ended when this returns.
-    pub(super) fn begin(&self) {
+    pub(crate) fn begin(&self) {
         let next = |state: u64| Some((state & !MOUNTED).wrapping_add(2));
         let _ = self.state.fetch_update(SeqCst, SeqCst, next);
         drop(lock(&self.turn));
@@ -53,7 +53,7 @@ impl Lives {
 
     /// It has nothing mounted from now on; `clear` throws away what was. False, and nothing is
     /// done, if it is over.
-    pub(super) fn unmount(&self, life: Life, clear: impl FnOnce()) -> bool {
+    pub(crate) fn unmount(&self, life: Life, clear: impl FnOnce()) -> bool {
         let _turn = lock(&self.turn);
         let mounted = life.0 | MOUNTED;
         match self.state.compare_exchange(mounted, life.0, SeqCst, SeqCst) {

@@ -12,10 +12,10 @@ use virtiofsd::fuse::{ExtHeader, ForgetOne, InHeader, Opcode, OutHeader, Secctx,
 use virtiofsd::soft_idmap::Id;
 use vm_memory_of_virtiofsd::ByteValued;
 
-use crate::request::Header;
+use crate::device::request::Header;
 
 /// `max_write`, and the most that one READ brings: what virtiofsd takes, too.
-pub(super) const MAX_DATA_BYTES: u32 = 1 << 20;
+pub(crate) const MAX_DATA_BYTES: u32 = 1 << 20;
 
 /// The most that comes before the data of a request.
 const MAX_HEAD_BYTES: u32 = 4096;
@@ -36,10 +36,10 @@ const STRUCT_BYTES: usize = 128;
 const MAX_FORGETS: usize = 4096;
 
 /// Bytes of the header that each request begins with.
-pub(super) const IN_HEADER_BYTES: usize = size_of::<InHeader>();
+pub(crate) const IN_HEADER_BYTES: usize = size_of::<InHeader>();
 
 /// Bytes of the header that each reply begins with.
-pub(super) const OUT_HEADER_BYTES: usize = size_of::<OutHeader>();
+pub(crate) const OUT_HEADER_BYTES: usize = size_of::<OutHeader>();
 
 /// FUSE_EXT_GROUPS; smaller types are the number of security contexts (FUSE_MAX_NR_SECCTX is 31).
 const EXT_GROUPS: u32 = 32;
@@ -48,7 +48,7 @@ const EXT_GROUPS: u32 = 32;
 const MAX_GROUPS: u32 = 65536;
 
 /// The error that a malformed request gets.
-pub(super) fn invalid() -> io::Error {
+pub(crate) fn invalid() -> io::Error {
     Errno::EINVAL.into()
 }
 
@@ -57,19 +57,19 @@ pub(super) fn invalid() -> io::Error {
 ///
 /// # Errors
 /// EINVAL for -1.
-pub(super) fn valid_id<I: Id<Inner = u32>>(id: I) -> io::Result<I> {
+pub(crate) fn valid_id<I: Id<Inner = u32>>(id: I) -> io::Result<I> {
     if id.into_inner() == u32::MAX { Err(invalid()) } else { Ok(id) }
 }
 
 /// A structure, from its bytes.
-pub(super) fn object<T: ByteValued + Default>(bytes: &[u8]) -> Option<T> {
+pub(crate) fn object<T: ByteValued + Default>(bytes: &[u8]) -> Option<T> {
     let mut object = T::default();
     object.as_mut_slice().copy_from_slice(bytes.get(..size_of::<T>())?);
     Some(object)
 }
 
 /// How many bytes a request has, by its header; an error if that can't be.
-pub(super) fn request_bytes(header: &InHeader, readable: usize) -> io::Result<usize> {
+pub(crate) fn request_bytes(header: &InHeader, readable: usize) -> io::Result<usize> {
     let bytes = header.len as usize;
     let possible = (IN_HEADER_BYTES..=readable).contains(&bytes)
         && header.len <= MAX_DATA_BYTES + MAX_HEAD_BYTES;
@@ -78,7 +78,7 @@ pub(super) fn request_bytes(header: &InHeader, readable: usize) -> io::Result<us
 
 /// The most that may follow the header of a request, but for the data of a WRITE: so much may wait in our memory
 /// for each descriptor of a ring. None for a request that is not served, of which nothing is kept.
-pub(super) fn most_args(opcode: Option<Opcode>) -> Option<usize> {
+pub(crate) fn most_args(opcode: Option<Opcode>) -> Option<usize> {
     use Opcode::*;
     let most = match opcode? {
         Setxattr => XATTR_BYTES,
@@ -91,20 +91,20 @@ pub(super) fn most_args(opcode: Option<Opcode>) -> Option<usize> {
 }
 
 /// What a guest is told that sends more: E2BIG where Linux would say it.
-pub(super) fn too_much(opcode: Option<Opcode>) -> Errno {
+pub(crate) fn too_much(opcode: Option<Opcode>) -> Errno {
     if matches!(opcode, Some(Opcode::Setxattr)) { Errno::E2BIG } else { Errno::EINVAL }
 }
 
 /// What follows the header of a request: structures, then names.
-pub(super) struct Args<'a>(&'a [u8]);
+pub(crate) struct Args<'a>(&'a [u8]);
 
 impl<'a> Args<'a> {
-    pub(super) fn new(bytes: &'a [u8]) -> Self {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
         Self(bytes)
     }
 
     /// The next structure.
-    pub(super) fn take<T: ByteValued + Default>(&mut self) -> io::Result<T> {
+    pub(crate) fn take<T: ByteValued + Default>(&mut self) -> io::Result<T> {
         let (object, rest) =
             object(self.0).zip(self.0.get(size_of::<T>()..)).ok_or_else(invalid)?;
         self.0 = rest;
@@ -112,7 +112,7 @@ impl<'a> Args<'a> {
     }
 
     /// The next string, up to its NUL.
-    pub(super) fn string(&mut self) -> io::Result<&'a CStr> {
+    pub(crate) fn string(&mut self) -> io::Result<&'a CStr> {
         let string = CStr::from_bytes_until_nul(self.0).map_err(|_| invalid())?;
         self.0 = self.0.get(string.to_bytes_with_nul().len()..).unwrap_or_default();
         Ok(string)
@@ -120,7 +120,7 @@ impl<'a> Args<'a> {
 
     /// The next string, which must be the name of an entry of a directory: one that would lead out of
     /// it is refused here, whatever is done with it later.
-    pub(super) fn name(&mut self) -> io::Result<&'a CStr> {
+    pub(crate) fn name(&mut self) -> io::Result<&'a CStr> {
         let name = self.string()?;
         match name.to_bytes() {
             b"" | b"." | b".." => Err(invalid()),
@@ -130,12 +130,12 @@ impl<'a> Args<'a> {
     }
 
     /// All that is left.
-    pub(super) fn rest(&mut self) -> &'a [u8] {
+    pub(crate) fn rest(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.0)
     }
 
     /// The extensions of a request that makes something (FUSE_SECURITY_CTX, FUSE_CREATE_SUPP_GROUP).
-    pub(super) fn extensions(&mut self, secctx: bool, groups: bool) -> io::Result<Extensions> {
+    pub(crate) fn extensions(&mut self, secctx: bool, groups: bool) -> io::Result<Extensions> {
         let mut found = Extensions::default();
         if !secctx && !groups {
             return Ok(found);
@@ -196,7 +196,7 @@ impl<'a> Args<'a> {
 }
 
 /// What a request is answered with, but for its header.
-pub(super) enum Reply {
+pub(crate) enum Reply {
     /// Nothing at all: FORGET and its like.
     None,
     /// These bytes.
@@ -207,16 +207,16 @@ pub(super) enum Reply {
 
 impl Reply {
     /// Success, and nothing to add.
-    pub(super) const DONE: io::Result<Self> = Ok(Self::Bytes(Vec::new()));
+    pub(crate) const DONE: io::Result<Self> = Ok(Self::Bytes(Vec::new()));
 
     /// One structure.
-    pub(super) fn object<T: ByteValued>(object: T) -> Self {
+    pub(crate) fn object<T: ByteValued>(object: T) -> Self {
         Self::Bytes(object.as_slice().to_vec())
     }
 }
 
 /// The header of a reply that has `bytes` behind it.
-pub(super) fn out_header(unique: u64, error: i32, bytes: usize) -> Header {
+pub(crate) fn out_header(unique: u64, error: i32, bytes: usize) -> Header {
     let len = (OUT_HEADER_BYTES + bytes) as u32;
     let mut header = Header::default();
     header.copy_from_slice(OutHeader { len, error, unique }.as_slice());

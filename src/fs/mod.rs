@@ -9,28 +9,19 @@
 //! engine, `nodes` knows which file has an address space there (`identity`: which file that is), `times` sees to it
 //! that stores move a file's times, `window` is what a front-end shows, and [`stretch`] lets it show the end of a file.
 
-mod attributes;
-mod base;
+mod buffers;
+pub mod config;
 mod dax;
 pub mod descriptors;
-mod guest_io;
 mod identity;
 mod lives;
 mod message;
-mod nodes;
 mod open_flags;
-mod opened;
-mod operations;
+mod ops;
 mod pool;
-mod readdir;
 mod server;
-pub mod settings;
-pub mod stretch;
-mod times;
-mod transfers;
+mod sync_errors;
 pub mod user_namespace;
-mod watch;
-mod window;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -47,23 +38,23 @@ use virtiofsd::passthrough::read_only::PassthroughFsRo;
 use virtiofsd::passthrough::{self, CachePolicy, NegotiationMode, PassthroughFs};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
+use crate::device::request::Request;
 use crate::device::{AtOnce, Device, Drained, SessionWindow};
 use crate::persist::{Backing, Durability, PersistError};
-use crate::ratelimit::RateLimit;
-use crate::request::Request;
-use crate::vring::AtStop;
+use crate::ring::AtStop;
+use crate::support::log_limit::RateLimit;
 use crate::window::{MapError, ShmemMapper, WindowBytes};
 
 use self::dax::Dax;
 use self::descriptors::Descriptors;
 use self::lives::Lives;
 use self::open_flags::OpenFlags;
-use self::opened::Opened;
 use self::pool::{Pace, Pool};
 use self::server::{Message, Patience, Serve, Server, Tally, is_copy, is_quick, pace};
-use self::stretch::{Stretch, Unavailable};
+use crate::fs::sync_errors::Opened;
+use crate::passthrough::{Stretch, Unavailable};
 
-pub use self::settings::{DaxPolicy, FsConfig, Tag, WindowSize};
+pub use crate::fs::config::{DaxPolicy, FsConfig, Tag, WindowSize};
 
 /// Bytes of the config space: tag, num_request_queues, and notify_buf_size (which only a device with a
 /// notification queue has; QEMU's config_size=44 asks for it all the same).

@@ -26,11 +26,11 @@ const OTHER: i32 = libc::O_PATH | (libc::O_TMPFILE & !libc::O_DIRECTORY);
 
 /// What this daemon was told.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct OpenFlags {
+pub(crate) struct OpenFlags {
     /// `--allow-direct-io`
-    pub(super) direct_io: bool,
+    pub(crate) direct_io: bool,
     /// `--preserve-noatime`
-    pub(super) noatime: bool,
+    pub(crate) noatime: bool,
 }
 
 impl OpenFlags {
@@ -38,7 +38,7 @@ impl OpenFlags {
     ///
     /// # Errors
     /// EINVAL for what is no open of a file.
-    pub(super) fn of(self, asked: u32, writeback: bool) -> io::Result<u32> {
+    pub(crate) fn of(self, asked: u32, writeback: bool) -> io::Result<u32> {
         let asked = asked.cast_signed();
         if asked & OTHER != 0 {
             return Err(invalid());

@@ -2,7 +2,7 @@
 
 //! The threads that requests run in: as many as are needed at once, and no queue waits for a disk.
 
-use crate::lock::lock;
+use crate::support::lock::lock;
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
@@ -25,7 +25,7 @@ type Job = Box<dyn FnOnce() + Send>;
 
 /// How long a request may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Pace {
+pub(crate) enum Pace {
     /// It waits for no disk, or not for long.
     Quick,
     /// It may wait for a disk or a network as long as that likes.
@@ -120,14 +120,14 @@ impl Shared {
 }
 
 /// A pool that grows when all its threads are busy.
-pub(super) struct Pool(Arc<Shared>);
+pub(crate) struct Pool(Arc<Shared>);
 
 impl Pool {
     /// A pool of at most `most` threads (at least 2). One is started at once, to see whether it can be.
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn new(most: usize) -> io::Result<Self> {
+    pub(crate) fn new(most: usize) -> io::Result<Self> {
         can_own_directory()?;
         let shared = Shared {
             state: Mutex::default(),
@@ -142,7 +142,7 @@ impl Pool {
     }
 
     /// Runs `job` in some thread, soon. Never blocks.
-    pub(super) fn submit(&self, pace: Pace, job: impl FnOnce() + Send + 'static) {
+    pub(crate) fn submit(&self, pace: Pace, job: impl FnOnce() + Send + 'static) {
         let mut state = self.0.lock();
         match pace {
             Pace::Quick => state.quick.push_back(Box::new(job)),
@@ -161,13 +161,13 @@ impl Pool {
     }
 
     /// What the caller's thread is about to do counts as running, until the result is dropped.
-    pub(super) fn here(&self) -> Here {
+    pub(crate) fn here(&self) -> Here {
         self.0.lock().running += 1;
         Here(self.0.clone())
     }
 
     /// Waits until all that was submitted, or is done [here](Self::here), has ended.
-    pub(super) fn finish(&self) {
+    pub(crate) fn finish(&self) {
         let mut state = self.0.lock();
         state.finishing += 1;
         while !state.is_still() {
@@ -192,7 +192,7 @@ impl Pool {
 }
 
 /// Something that runs in no thread of the pool.
-pub(super) struct Here(Arc<Shared>);
+pub(crate) struct Here(Arc<Shared>);
 
 impl Drop for Here {
     fn drop(&mut self) {
@@ -212,7 +212,7 @@ impl Drop for Pool {
 ///
 /// # Errors
 /// The system's: a filter of system calls, most likely. Nothing that uses either may run in this thread then.
-pub(super) fn own_directory() -> io::Result<()> {
+pub(crate) fn own_directory() -> io::Result<()> {
     thread_local! {
         static OWN: Cell<bool> = const { Cell::new(false) };
     }
@@ -236,7 +236,7 @@ fn can_own_directory() -> io::Result<()> {
 }
 
 /// Does `job`. What the guest sent must never end a thread; its request stays open.
-pub(super) fn guarded(job: impl FnOnce()) {
+pub(crate) fn guarded(job: impl FnOnce()) {
     if catch_unwind(AssertUnwindSafe(job)).is_err() {
         error!("a request made its thread panic: this is a bug");
     }

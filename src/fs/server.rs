@@ -14,38 +14,38 @@ use virtiofsd::fuse::{InHeader, Opcode, WriteIn};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::dax::counters::Counter;
-use crate::request::{Chain, Request, Segment};
+use crate::device::request::{Chain, Request, Segment};
 
+use super::buffers::copy_in;
 use super::dax::Dax;
 use super::descriptors::Descriptors;
-use super::guest_io::copy_in;
 use super::lives::{Life, Lives};
 use super::message::{Args, IN_HEADER_BYTES, OUT_HEADER_BYTES, Reply};
 use super::message::{most_args, object, out_header, request_bytes, too_much, valid_id};
 use super::open_flags::OpenFlags;
-use super::opened::Opened;
 use super::pool::Pace;
+use super::sync_errors::Opened;
 
 /// So much of a request is copied before its length is known.
 const SHORT_BYTES: usize = 256;
 
 /// What has been asked and answered.
 #[derive(Debug, Default)]
-pub(super) struct Tally {
-    pub(super) requests: Counter,
-    pub(super) errors: Counter,
-    pub(super) malformed: Counter,
+pub(crate) struct Tally {
+    pub(crate) requests: Counter,
+    pub(crate) errors: Counter,
+    pub(crate) malformed: Counter,
 }
 
 /// The head of a message, copied out of the guest's memory: what it says can't change any more.
-pub(super) struct Message {
-    pub(super) header: InHeader,
+pub(crate) struct Message {
+    pub(crate) header: InHeader,
     /// The header and what follows it, of a WRITE without its data. Empty if there is a fault.
     copied: Vec<u8>,
     /// How many bytes the whole request has.
-    pub(super) bytes: usize,
+    pub(crate) bytes: usize,
     /// Of the driver that sent it.
-    pub(super) life: Life,
+    pub(crate) life: Life,
     /// It lies about its length, or is longer than such a request can be.
     fault: Option<Errno>,
 }
@@ -53,7 +53,7 @@ pub(super) struct Message {
 impl Message {
     /// Reads it. Called under the ring's lock, when the ring runs: what is read later might be another
     /// driver's memory by then; and so `life` is that of the driver which sent it.
-    pub(super) fn read(request: &Request, life: Life) -> Result<Self, Unanswerable> {
+    pub(crate) fn read(request: &Request, life: Life) -> Result<Self, Unanswerable> {
         let chain = request.chain().map_err(|_| Unanswerable)?;
         let ram = request.ram();
         let room = bytes_of(chain.writable());
@@ -96,15 +96,15 @@ impl Message {
         self.copied.get(IN_HEADER_BYTES..).unwrap_or_default()
     }
 
-    pub(super) fn opcode(&self) -> Option<Opcode> {
+    pub(crate) fn opcode(&self) -> Option<Opcode> {
         Opcode::try_from(self.header.opcode).ok()
     }
 
-    pub(super) fn context(&self) -> Context {
+    pub(crate) fn context(&self) -> Context {
         Context::from(self.header)
     }
 
-    pub(super) fn nodeid(&self) -> u64 {
+    pub(crate) fn nodeid(&self) -> u64 {
         self.header.nodeid
     }
 }
@@ -147,7 +147,7 @@ fn makes(opcode: Opcode) -> bool {
 }
 
 /// A chain that holds no message: it goes back as it came.
-pub(super) struct Unanswerable;
+pub(crate) struct Unanswerable;
 
 fn moves_data(opcode: Option<Opcode>) -> bool {
     matches!(opcode, Some(Opcode::Read | Opcode::Write))
@@ -162,7 +162,7 @@ fn takes_no_reply(opcode: u32) -> bool {
 }
 
 /// How long a request may take: what waits for no disk does not wait for those that do.
-pub(super) fn pace(opcode: Option<Opcode>) -> Pace {
+pub(crate) fn pace(opcode: Option<Opcode>) -> Pace {
     use Opcode::*;
     match opcode {
         Some(
@@ -176,7 +176,7 @@ pub(super) fn pace(opcode: Option<Opcode>) -> Pace {
 
 /// Whether a request may wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Patience {
+pub(crate) enum Patience {
     /// As long as it likes.
     Any,
     /// READ and WRITE must not wait for what can be known to keep them waiting.
@@ -190,7 +190,7 @@ const MUCH_DATA: usize = 64 << 10;
 
 /// Whether a request is served sooner by the thread that took it than by another one, which must be woken
 /// first. `more` requests wait behind it.
-pub(super) fn is_quick(message: &Message, request: &Request, more: bool) -> bool {
+pub(crate) fn is_quick(message: &Message, request: &Request, more: bool) -> bool {
     use Opcode::*;
     match message.opcode() {
         Some(Fsync | Fsyncdir | Syncfs | Fallocate | CopyFileRange | Destroy) => false,
@@ -201,26 +201,26 @@ pub(super) fn is_quick(message: &Message, request: &Request, more: bool) -> bool
 }
 
 /// Whether a request is one of those that do little else than copy, if what they copy is in memory.
-pub(super) fn is_copy(message: &Message, request: &Request) -> bool {
+pub(crate) fn is_copy(message: &Message, request: &Request) -> bool {
     matches!(message.opcode(), Some(Opcode::Read)) && room(request) > MUCH_DATA
 }
 
 /// One device's file system, its open files, and its window.
-pub(super) struct Server<F> {
-    pub(super) fs: F,
-    pub(super) dax: Option<Arc<Dax>>,
-    pub(super) opened: Opened,
+pub(crate) struct Server<F> {
+    pub(crate) fs: F,
+    pub(crate) dax: Option<Arc<Dax>>,
+    pub(crate) opened: Opened,
     /// What may be asked of the host when a file is opened.
-    pub(super) open_flags: OpenFlags,
-    pub(super) descriptors: Descriptors,
+    pub(crate) open_flags: OpenFlags,
+    pub(crate) descriptors: Descriptors,
     /// The options that INIT agreed on (FUSE flags and flags2).
-    pub(super) options: AtomicU64,
-    pub(super) lives: Lives,
-    pub(super) tally: Tally,
+    pub(crate) options: AtomicU64,
+    pub(crate) lives: Lives,
+    pub(crate) tally: Tally,
 }
 
 /// A [`Server`], whatever its file system.
-pub(super) trait Serve: Send + Sync {
+pub(crate) trait Serve: Send + Sync {
     /// Does what the message asks for, and answers it; or gives it back, if it has no patience to wait.
     fn serve(
         &self,
@@ -371,6 +371,6 @@ fn writable(request: &Request) -> &[Segment] {
 }
 
 /// The room behind the header of the reply.
-pub(super) fn room(request: &Request) -> usize {
+pub(crate) fn room(request: &Request) -> usize {
     bytes_of(writable(request)).saturating_sub(OUT_HEADER_BYTES)
 }

@@ -13,8 +13,8 @@ use nix::sys::statfs;
 use thiserror::Error;
 
 use super::cacheline::Instruction;
-use super::direct::{Direct, Lines, maps_sync};
 use super::file_systems::{FileSystem, Tried};
+use super::mapped::{Direct, Lines, maps_sync};
 use super::{Fdatasync, Persist};
 use crate::dax::entry::{PAGE_BYTES, PMD_BYTES};
 

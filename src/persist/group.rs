@@ -6,7 +6,7 @@
 //! the sync runs waits for the next one, so each answer rests on a sync that began after the
 //! request was handed in.
 
-use crate::lock::lock;
+use crate::support::lock::lock;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{Builder, JoinHandle};
 use std::{io, mem};

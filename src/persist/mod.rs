@@ -4,21 +4,21 @@
 
 mod backing;
 pub mod cacheline;
-mod direct;
 pub mod dirty;
 mod fdatasync;
 mod file_systems;
 mod group;
+mod mapped;
 mod sigbus;
 
 use std::io;
 
 pub(crate) use backing::page_bytes;
 pub use backing::{Backing, DaxNode, Durability, FilePersist, PersistError, PersistMode};
-pub use direct::Direct;
 pub use fdatasync::Fdatasync;
 pub use file_systems::FileSystem;
 pub use group::{GroupSync, Waiter};
+pub use mapped::Direct;
 pub(crate) use sigbus::Guarded;
 
 /// Makes durable what has been stored so far.

@@ -15,8 +15,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 use nix::libc;
 
-use crate::config::{ConfigError, PMEM_ALIGN_BYTES, PmemSize, Size};
 use crate::persist::{Backing, DaxNode, Direct, Durability};
+use crate::session::config::{ConfigError, PMEM_ALIGN_BYTES, PmemSize, Size};
 
 /// `st_blocks` counts in units of 512 bytes, whatever the file system's block size (stat(2)).
 const STAT_BLOCK_BYTES: u64 = 512;

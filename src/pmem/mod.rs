@@ -15,16 +15,16 @@ use std::time::Instant;
 use log::{error, info, warn};
 use vm_memory::GuestMemoryMmap;
 
-use crate::config::PmemSize;
 use crate::dax::counters::Counter;
 use crate::dax::engine::{Engine, Space};
 use crate::dax::entry::PageIndex;
 use crate::dax::extent::{Access, FileExtents};
+use crate::device::request::Request;
 use crate::device::{AtOnce, Device, Drained, SessionWindow};
 use crate::persist::{Backing, GroupSync, Persist, Waiter};
-use crate::ratelimit::RateLimit;
-use crate::request::Request;
-use crate::vring::AtStop;
+use crate::ring::AtStop;
+use crate::session::config::PmemSize;
+use crate::support::log_limit::RateLimit;
 use crate::window::{FileOffset, FrontEnd, MapError, ShmemMapper, WholeFile};
 use crate::window::{WindowBytes, WindowOffset};
 

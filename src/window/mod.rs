@@ -7,13 +7,11 @@
 //! update waits for (Q3), never over a live one (Q4), and never past the end of the file (Q6).
 
 mod channel;
-mod front_end;
+mod current;
 pub mod layout;
-mod raw;
-mod shmem;
-mod takeover;
+pub(crate) mod locate;
 mod telling;
-mod whole;
+mod whole_file;
 
 use std::fs::File;
 use std::io;
@@ -21,9 +19,9 @@ use std::io;
 use rustix::fs::{AtFlags, StatxFlags, statx};
 use thiserror::Error;
 
-pub(crate) use front_end::FrontEnd;
-pub use shmem::{Acks, ShmemMapper};
-pub(crate) use whole::WholeFile;
+pub use channel::{Acks, ShmemMapper};
+pub(crate) use current::FrontEnd;
+pub(crate) use whole_file::WholeFile;
 
 /// A byte offset into the window (shared memory region 0).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -31,9 +31,9 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use vhost::vhost_user::Listener;
-use vhost_user_dax::daemon::{self, SessionError};
 use vhost_user_dax::device::Device;
 use vhost_user_dax::pmem::Pmem;
+use vhost_user_dax::session::{self, SessionError};
 
 use driver::{Driver, DriverOptions};
 use gated_sync::Gate;
@@ -110,7 +110,7 @@ impl Host {
         let device: Arc<dyn Device> = self.pmem.clone();
         thread::spawn(move || {
             let mut listener = listener.lock().unwrap();
-            let result = daemon::serve_one(&mut listener, &device);
+            let result = session::serve_one(&mut listener, &device);
             let _ = done.send(result);
         });
         Session(ended)

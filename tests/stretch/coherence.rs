@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::{Duration, UNIX_EPOCH};
 
 use nix::sys::signal::Signal;
-use vhost_user_dax::fs::stretch::CLAIMED_BYTES;
+use vhost_user_dax::passthrough::CLAIMED_BYTES;
 
 use crate::map::Map;
 use crate::places::{self, Place};

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vhost_user_dax::fs::stretch::Stretch;
+use vhost_user_dax::passthrough::Stretch;
 
 use crate::map::{Map, own_mount_namespace};
 use crate::places::connections;

@@ -17,7 +17,7 @@ use std::fs::File;
 use std::io::Write;
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use vhost_user_dax::fs::stretch::{Stretch, Unavailable};
+use vhost_user_dax::passthrough::{Stretch, Unavailable};
 
 /// What the guests of QEMU always ask for.
 const RANGE_BYTES: u64 = 2 << 20;

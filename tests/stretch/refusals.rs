@@ -10,7 +10,7 @@ use std::process::Command;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use tempfile::NamedTempFile;
-use vhost_user_dax::fs::stretch::{CLAIMED_BYTES, Stretch};
+use vhost_user_dax::passthrough::{CLAIMED_BYTES, Stretch};
 
 use crate::life::{servers, until};
 use crate::map::Map;

@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use tempfile::TempDir;
-use vhost_user_dax::fs::stretch::{CLAIMED_BYTES, Stretch};
+use vhost_user_dax::passthrough::{CLAIMED_BYTES, Stretch};
 
 use crate::map::Map;
 use crate::{RANGE_BYTES, file_here};

@@ -1,0 +1,533 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The buffers of one request as ends of file I/O: between guest memory and a file nothing is copied.
+//!
+//! A buffer may lie in our own window (O_DIRECT into or from a DAX mapping). Then its bytes are a
+//! file's, and are reached through that file: the memory table need not list the range, and a page
+//! behind the end of the file can't hurt this process. All buffers of such a request go through one that is
+//! ours and lies at a page's start, so that a descriptor with O_DIRECT takes it.
+//!
+//! A buffer may lie in another device's window. Only system calls touch it, which say EFAULT where the page is
+//! gone.
+
+#![allow(unsafe_code)] // readv and writev take raw pointers; see the two places below.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::sys::stat::futimens;
+use nix::sys::time::TimeSpec;
+use virtiofsd::filesystem::{ZeroCopyReader, ZeroCopyWriter};
+use virtiofsd::oslib::{self, ReadvFlags, WritevFlags};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+
+use crate::dax::engine::{Engine, Space};
+use crate::dax::entry::PAGE_BYTES;
+use crate::device::request::Segment;
+use crate::persist::Direct;
+use crate::window::{FileOffset, WindowBytes, WindowOffset};
+
+use super::message::MAX_DATA_BYTES;
+use super::server::Patience;
+
+/// IOV_MAX.
+const MAX_IOVECS: usize = 1024;
+
+/// The most that is copied at once where a buffer lies in the window: all that one request may move.
+const BOUNCE_BYTES: usize = MAX_DATA_BYTES as usize;
+
+/// What O_DIRECT wants the place, the offset and the length of a buffer to be a multiple of, at most.
+const ALIGN: usize = PAGE_BYTES as usize;
+
+/// Where the window is in the guest's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct WindowPlace {
+    /// Its first byte's guest physical address.
+    pub(crate) base: u64,
+    /// Its length.
+    pub(crate) bytes: WindowBytes,
+}
+
+impl WindowPlace {
+    /// Where in the window `segment` begins. None if it is not in it; an error if it is in part.
+    fn of(self, segment: Segment) -> io::Result<Option<WindowOffset>> {
+        let (start, bytes) = (segment.at.0, u64::from(segment.bytes));
+        let end = start.checked_add(bytes).ok_or(Errno::EFAULT)?;
+        let window_end = self.base.saturating_add(self.bytes.0);
+        if bytes == 0 || end <= self.base || start >= window_end {
+            return Ok(None);
+        }
+        if start < self.base || end > window_end {
+            return Err(Errno::EFAULT.into());
+        }
+        Ok(Some(WindowOffset(start - self.base)))
+    }
+}
+
+#[derive(Clone)]
+enum Piece {
+    Memory { at: GuestAddress, bytes: usize },
+    File { space: Arc<Space>, from: FileOffset, bytes: usize },
+}
+
+impl Piece {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Memory { bytes, .. } | Self::File { bytes, .. } => *bytes,
+        }
+    }
+
+    fn skip(&mut self, n: usize) {
+        match self {
+            Self::Memory { at, bytes } => {
+                at.0 += n as u64;
+                *bytes -= n;
+            }
+            Self::File { from, bytes, .. } => {
+                from.0 += n as u64;
+                *bytes -= n;
+            }
+        }
+    }
+}
+
+/// The buffers of one direction of a request.
+pub(crate) struct Buffers(VecDeque<Piece>);
+
+impl Buffers {
+    /// Finds out what `segments` are, but for their first `skip` bytes. Where they lie in the window this
+    /// waits for the window's turn: never call it with a hand in guest memory.
+    ///
+    /// # Errors
+    /// EFAULT for a part of the window where nothing is granted.
+    pub(crate) fn find(
+        segments: &[Segment],
+        skip: usize,
+        window: Option<(WindowPlace, &Engine)>,
+    ) -> io::Result<Self> {
+        let mut pieces = VecDeque::with_capacity(segments.len());
+        for segment in segments {
+            let place =
+                window.map(|(place, engine)| Ok::<_, io::Error>((place.of(*segment)?, engine)));
+            match place.transpose()? {
+                Some((Some(at), engine)) => {
+                    granted_pieces(engine, at, segment.bytes as usize, &mut pieces)?;
+                }
+                _ => pieces
+                    .push_back(Piece::Memory { at: segment.at, bytes: segment.bytes as usize }),
+            }
+        }
+        let mut buffers = Self(pieces);
+        buffers.consume(skip);
+        Ok(buffers)
+    }
+
+    /// How many bytes there are.
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.iter().map(Piece::bytes).sum()
+    }
+
+    fn consume(&mut self, mut n: usize) {
+        while let Some(piece) = self.0.front_mut() {
+            if piece.bytes() > n {
+                piece.skip(n);
+                return;
+            }
+            n -= piece.bytes();
+            self.0.pop_front();
+        }
+    }
+
+    /// The memory pieces from the front on, at most `most` bytes of them, up to the first piece of a file.
+    fn memory<'m>(
+        &self,
+        mem: &'m GuestMemoryMmap,
+        most: usize,
+    ) -> io::Result<Vec<VolatileSlice<'m>>> {
+        let mut slices = Vec::new();
+        let mut left = most;
+        for piece in &self.0 {
+            let Piece::Memory { at, bytes } = piece else { break };
+            for slice in GuestMemoryBackend::get_slices(mem, *at, (*bytes).min(left)) {
+                slices.push(slice.map_err(|_| Errno::EFAULT)?);
+            }
+            left -= (*bytes).min(left);
+            if left == 0 || slices.len() >= MAX_IOVECS {
+                break;
+            }
+        }
+        slices.truncate(MAX_IOVECS);
+        Ok(slices)
+    }
+
+    /// Whether some of them lie in the window.
+    fn in_window(&self) -> bool {
+        self.0.iter().any(|piece| matches!(piece, Piece::File { .. }))
+    }
+
+    /// How many of the first `most` bytes come before the end of a file that shows through the window.
+    ///
+    /// # Errors
+    /// EFAULT if it is none.
+    fn reach(&self, most: usize) -> io::Result<usize> {
+        let mut reach = 0;
+        for piece in &self.0 {
+            let there = piece.there()?;
+            reach += there;
+            if there < piece.bytes() || reach >= most {
+                break;
+            }
+        }
+        match reach.min(most).min(BOUNCE_BYTES) {
+            0 => Err(Errno::EFAULT.into()),
+            reach => Ok(reach),
+        }
+    }
+
+    /// Copies the first bytes of the buffers to `to`.
+    fn gather(&self, ram: &GuestMemoryMmap, mut to: &mut [u8]) -> io::Result<()> {
+        for piece in &self.0 {
+            let (now, later) = to.split_at_mut(piece.bytes().min(to.len()));
+            match piece {
+                Piece::Memory { at, .. } => {
+                    ram.read_slice(now, *at).map_err(|_| Errno::EFAULT)?;
+                }
+                Piece::File { space, from, .. } => load(space, *from, now)?,
+            }
+            to = later;
+        }
+        Ok(())
+    }
+
+    /// Copies `from` to the first bytes of the buffers.
+    fn scatter(&self, ram: &GuestMemoryMmap, mut from: &[u8]) -> io::Result<()> {
+        for piece in &self.0 {
+            let (now, later) = from.split_at(piece.bytes().min(from.len()));
+            match piece {
+                Piece::Memory { at, .. } => {
+                    ram.write_slice(now, *at).map_err(|_| Errno::EFAULT)?;
+                }
+                Piece::File { space, from, .. } => store(space, *from, now)?,
+            }
+            from = later;
+        }
+        Ok(())
+    }
+}
+
+impl Piece {
+    /// How many of its bytes a load through the window would find: to the end of the file's last page.
+    fn there(&self) -> io::Result<usize> {
+        match self {
+            Self::Memory { bytes, .. } => Ok(*bytes),
+            Self::File { space, from, bytes } => {
+                let end = space.source().file_bytes()?.next_multiple_of(PAGE_BYTES);
+                let left = usize::try_from(end.saturating_sub(from.0)).unwrap_or(usize::MAX);
+                Ok(left.min(*bytes))
+            }
+        }
+    }
+}
+
+/// Loads what the window shows: behind the end of the file, zeros.
+fn load(space: &Space, from: FileOffset, to: &mut [u8]) -> io::Result<()> {
+    let mut done = 0;
+    while let Some(rest) = to.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        match space.source().read_at(from.0 + done as u64, rest)? {
+            0 => break,
+            read => done += read,
+        }
+    }
+    Ok(())
+}
+
+/// Stores as the window would: what lies behind the end of the file is lost, and makes it no longer.
+fn store(space: &Space, to: FileOffset, bytes: &[u8]) -> io::Result<()> {
+    let left = space.source().file_bytes()?.saturating_sub(to.0);
+    let within = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+    let mut done = 0;
+    while let Some(rest) = bytes.get(done..within).filter(|rest| !rest.is_empty()) {
+        done += space.source().write_at(to.0 + done as u64, rest)?;
+    }
+    Ok(())
+}
+
+/// Memory of ours that begins at a page's start.
+struct Bounce {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Bounce {
+    fn new(bytes: usize) -> Self {
+        let bytes = vec![0; bytes + ALIGN];
+        let start = bytes.as_ptr().align_offset(ALIGN);
+        Self { bytes, start }
+    }
+
+    /// Its first `bytes`.
+    fn first(&mut self, bytes: usize) -> &mut [u8] {
+        self.bytes.get_mut(self.start..self.start + bytes).unwrap_or_default()
+    }
+}
+
+fn iovec(bytes: &mut [u8]) -> libc::iovec {
+    libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
+}
+
+fn granted_pieces(
+    engine: &Engine,
+    at: WindowOffset,
+    bytes: usize,
+    pieces: &mut VecDeque<Piece>,
+) -> io::Result<()> {
+    let mut done = 0;
+    while done < bytes {
+        let at = WindowOffset(at.0 + done as u64);
+        let (space, from, left) = engine.granted_at(at).ok_or(Errno::EFAULT)?;
+        let now = (bytes - done).min(usize::try_from(left).unwrap_or(usize::MAX));
+        pieces.push_back(Piece::File { space, from, bytes: now });
+        done += now;
+    }
+    Ok(())
+}
+
+/// An offset that the kernel takes for one (-1 would mean "where the file's own position is").
+fn file_offset(off: u64, done: usize) -> io::Result<i64> {
+    let off = off.checked_add(done as u64).and_then(|off| i64::try_from(off).ok());
+    off.ok_or_else(|| Errno::EINVAL.into())
+}
+
+/// Takes steps, each told how many bytes are left and where in the file they belong, until all is done or
+/// one does nothing. An error counts only where nothing was done before it.
+fn step_by_step(
+    count: usize,
+    off: u64,
+    mut step: impl FnMut(usize, i64) -> io::Result<usize>,
+) -> io::Result<usize> {
+    let mut done = 0;
+    while done < count {
+        match step(count - done, file_offset(off, done)?) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(e) if done == 0 => return Err(e),
+            Err(_) => break,
+        }
+    }
+    Ok(done)
+}
+
+/// Buffers that a READ fills.
+pub(crate) struct GuestWriter<'m> {
+    /// For system calls only.
+    pub(crate) mem: &'m GuestMemoryMmap,
+    pub(crate) ram: &'m GuestMemoryMmap,
+    pub(crate) buffers: Buffers,
+    pub(crate) patience: Patience,
+    /// Set where it would have to wait for a disk, and has not the patience.
+    pub(crate) would_wait: &'m Cell<bool>,
+}
+
+impl GuestWriter<'_> {
+    /// One step: some bytes of `file` from `off` on into the front of the buffers.
+    fn step(
+        &mut self,
+        file: &File,
+        count: usize,
+        off: i64,
+        flags: Option<ReadvFlags>,
+    ) -> io::Result<usize> {
+        let done = if self.buffers.in_window() {
+            self.through_bounce(file, count, off, flags)?
+        } else {
+            let slices = self.buffers.memory(self.mem, count)?;
+            let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
+            let iovecs: Vec<_> = guards
+                .iter()
+                .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
+                .collect();
+            // SAFETY: each iovec is a slice of guest memory, checked by get_slices(); the guards and
+            // `mem` outlive the call. The guest may change these bytes at any time, and only
+            // the kernel writes to them: no reference to them is ever made.
+            self.read(flags, |flags| unsafe { oslib::readv_at(file.as_fd(), &iovecs, off, flags) })?
+        };
+        self.buffers.consume(done);
+        Ok(done)
+    }
+
+    fn through_bounce(
+        &self,
+        file: &File,
+        count: usize,
+        off: i64,
+        flags: Option<ReadvFlags>,
+    ) -> io::Result<usize> {
+        let reach = self.buffers.reach(count)?;
+        // To a page's end, as O_DIRECT wants it: what is too much stays here.
+        let whole = reach.next_multiple_of(ALIGN);
+        let mut bounce = Bounce::new(whole);
+        let iovecs = [iovec(bounce.first(whole))];
+        // SAFETY: `bounce` is ours, outlives the call, and is not looked at meanwhile.
+        let read = self
+            .read(flags, |flags| unsafe { oslib::readv_at(file.as_fd(), &iovecs, off, flags) })?;
+        let read = read.min(reach);
+        self.buffers.scatter(self.ram, bounce.first(read))?;
+        Ok(read)
+    }
+
+    fn read(
+        &self,
+        flags: Option<ReadvFlags>,
+        read: impl Fn(Option<ReadvFlags>) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        match self.patience {
+            Patience::Any => read(flags),
+            _ => self.read_now(flags, read),
+        }
+    }
+
+    /// Reads what needs no waiting for; where the file system can't tell what does, all or nothing.
+    fn read_now(
+        &self,
+        flags: Option<ReadvFlags>,
+        read: impl Fn(Option<ReadvFlags>) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        match read(Some(flags.unwrap_or(ReadvFlags::empty()) | ReadvFlags::RWF_NOWAIT)) {
+            Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                if self.patience == Patience::None {
+                    return read(flags);
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            other => return other,
+        }
+        self.would_wait.set(true);
+        Err(Errno::EAGAIN.into())
+    }
+}
+
+impl ZeroCopyWriter for GuestWriter<'_> {
+    fn read_from_file_at(
+        &mut self,
+        f: &File,
+        count: usize,
+        off: u64,
+        flags: Option<ReadvFlags>,
+    ) -> io::Result<usize> {
+        let count = count.min(self.buffers.bytes());
+        step_by_step(count, off, |left, off| self.step(f, left, off, flags))
+    }
+}
+
+/// Buffers that a WRITE takes from.
+pub(crate) struct GuestReader<'m> {
+    /// For system calls only.
+    pub(crate) mem: &'m GuestMemoryMmap,
+    pub(crate) ram: &'m GuestMemoryMmap,
+    pub(crate) buffers: Buffers,
+    /// The file's memory, if all of it is to be stored there (behaviour 13).
+    pub(crate) past_cache: Option<&'m Direct>,
+}
+
+impl GuestReader<'_> {
+    fn step(
+        &mut self,
+        file: &File,
+        count: usize,
+        off: i64,
+        flags: Option<WritevFlags>,
+    ) -> io::Result<usize> {
+        let done = if self.buffers.in_window() {
+            let reach = self.buffers.reach(count)?;
+            let mut bounce = Bounce::new(reach);
+            self.buffers.gather(self.ram, bounce.first(reach))?;
+            let iovecs = [iovec(bounce.first(reach))];
+            // SAFETY: `bounce` is ours, and outlives the call.
+            unsafe { oslib::writev_at(file.as_fd(), &iovecs, off, flags)? }
+        } else {
+            if let Some(direct) = self.past_cache
+                && let Ok(slices) = self.buffers.memory(self.ram, count)
+            {
+                return self.store(direct, &slices, file, off);
+            }
+            let slices = self.buffers.memory(self.mem, count)?;
+            let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard).collect();
+            let iovecs: Vec<_> = guards
+                .iter()
+                .map(|guard| libc::iovec {
+                    iov_base: guard.as_ptr().cast_mut().cast(),
+                    iov_len: guard.len(),
+                })
+                .collect();
+            // SAFETY: as in GuestWriter; the kernel only reads from them.
+            unsafe { oslib::writev_at(file.as_fd(), &iovecs, off, flags)? }
+        };
+        self.buffers.consume(done);
+        Ok(done)
+    }
+
+    /// Stores the front of the buffers past the cache, as a write of `file` would, which notes the time.
+    fn store(
+        &mut self,
+        direct: &Direct,
+        slices: &[VolatileSlice<'_>],
+        file: &File,
+        off: i64,
+    ) -> io::Result<usize> {
+        let mut done = 0;
+        for slice in slices {
+            direct.store_from(off.cast_unsigned() + done as u64, slice)?;
+            done += slice.len();
+        }
+        futimens(file, &TimeSpec::UTIME_OMIT, &TimeSpec::UTIME_NOW)?;
+        self.buffers.consume(done);
+        Ok(done)
+    }
+}
+
+impl ZeroCopyReader for GuestReader<'_> {
+    fn write_to_file_at(
+        &mut self,
+        f: &File,
+        count: usize,
+        off: u64,
+        flags: Option<WritevFlags>,
+    ) -> io::Result<usize> {
+        let count = count.min(self.buffers.bytes());
+        step_by_step(count, off, |left, off| self.step(f, left, off, flags))
+    }
+}
+
+/// Copies the first `most` bytes of `segments` out of guest memory.
+///
+/// # Errors
+/// EFAULT for what is no RAM: no driver puts the head of a request there.
+pub(crate) fn copy_in(
+    ram: &GuestMemoryMmap,
+    segments: &[Segment],
+    most: usize,
+) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(most.min(BOUNCE_BYTES));
+    for segment in segments {
+        let now = (most - bytes.len()).min(segment.bytes as usize);
+        if now == 0 {
+            continue;
+        }
+        let start = bytes.len();
+        for slice in GuestMemoryBackend::get_slices(ram, segment.at, now) {
+            let slice = slice.map_err(|_| Errno::EFAULT)?;
+            let end = bytes.len();
+            bytes.resize(end + slice.len(), 0);
+            if let Some(to) = bytes.get_mut(end..) {
+                slice.copy_to(to);
+            }
+        }
+        debug_assert_eq!(bytes.len() - start, now);
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Which files have an address space in the engine: one each, whatever led to the file.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::Instant;
+
+use log::warn;
+
+use crate::dax::direct::DirectExtents;
+use crate::dax::engine::{Engine, Space};
+use crate::dax::extent::{ExtentSource, FileExtents};
+use crate::persist::{Backing, Direct, Durability, FilePersist, PersistMode};
+use crate::support::lock::lock;
+use crate::support::log_limit::RateLimit;
+
+use crate::fs::dax::times::Times;
+use crate::fs::dax::watch::{Watch, Watching};
+use crate::fs::identity::{FileId, Subject};
+use crate::passthrough::{Stretch, StretchedFile};
+
+/// So many of the guest's numbers are remembered for one file. (One file has several by bind mounts, and by
+/// FORGETs that meet a SETUPMAPPING on its way.)
+const MOST_NUMBERS: usize = 8;
+
+/// A file that is or is about to be granted.
+pub(crate) struct Node {
+    pub(crate) space: Arc<Space>,
+    /// Its memory, where cache lines count.
+    pub(crate) direct: Option<Arc<Direct>>,
+    pub(crate) times: Times,
+    file: Arc<File>,
+    _stretched: StretchedFile,
+    /// Set by whoever first uses the node, and waited for by all others: only a node that is in the table is
+    /// watched, since the kernel has one watch for a file, and dropping another node would end it.
+    watching: OnceLock<Option<Watching>>,
+}
+
+struct Entry {
+    node: Arc<Node>,
+    /// The guest's numbers that lead here, oldest first.
+    numbers: Vec<u64>,
+}
+
+#[derive(Default)]
+struct Table {
+    files: BTreeMap<FileId, Entry>,
+    /// The short way, for numbers that were mapped through. Nothing depends on it: a number that is not here
+    /// is found by its file.
+    numbers: HashMap<u64, FileId>,
+    /// Counts the nodes that were ever made.
+    made: u64,
+}
+
+impl Table {
+    fn by_number(&self, nodeid: u64) -> Option<&Arc<Node>> {
+        let file = self.numbers.get(&nodeid)?;
+        self.files.get(file).map(|entry| &entry.node)
+    }
+
+    fn knows(&self, ino: u64) -> bool {
+        let next = self.files.range(FileId::first_of(ino)..).next();
+        next.is_some_and(|(file, _)| file.ino == ino)
+    }
+
+    /// The file's node, which is `new` if it has none, from now on to be found by `nodeid`, too.
+    fn adopt(&mut self, nodeid: u64, file: FileId, new: &Arc<Node>) -> Arc<Node> {
+        let made = &mut self.made;
+        let entry = self.files.entry(file).or_insert_with(|| {
+            *made += 1;
+            Entry { node: new.clone(), numbers: Vec::new() }
+        });
+        if self.numbers.insert(nodeid, file) != Some(file) {
+            if entry.numbers.len() == MOST_NUMBERS {
+                self.numbers.remove(&entry.numbers.remove(0));
+            }
+            entry.numbers.push(nodeid);
+        }
+        entry.node.clone()
+    }
+
+    fn forget_number(&mut self, nodeid: u64) {
+        let file = self.numbers.remove(&nodeid);
+        if let Some(entry) = file.and_then(|file| self.files.get_mut(&file)) {
+            entry.numbers.retain(|number| *number != nodeid);
+        }
+    }
+
+    /// Takes out the nodes of which nothing is granted and which nobody uses at the moment.
+    fn take_idle(&mut self) -> Vec<Entry> {
+        let mut idle = Vec::new();
+        self.files.retain(|_, entry| {
+            // No new user comes while the table is locked.
+            let keep = Arc::strong_count(&entry.node) > 1 || !entry.node.space.is_idle();
+            if !keep {
+                let numbers = std::mem::take(&mut entry.numbers);
+                idle.push(Entry { node: entry.node.clone(), numbers });
+            }
+            keep
+        });
+        for number in idle.iter().flat_map(|entry| &entry.numbers) {
+            self.numbers.remove(number);
+        }
+        idle
+    }
+}
+
+/// What the table has for a request's file.
+pub(crate) struct Found<'a> {
+    subject: Subject<'a>,
+    pub(crate) node: Option<Arc<Node>>,
+    made: u64,
+}
+
+/// The files of one device.
+pub(crate) struct Nodes {
+    table: Mutex<Table>,
+    engine: Arc<Engine>,
+    stretch: Stretch,
+    watch: Watch,
+    persist: PersistMode,
+    unwatched: RateLimit,
+}
+
+impl Nodes {
+    /// # Errors
+    /// The system's.
+    pub(crate) fn new(
+        engine: Arc<Engine>,
+        stretch: Stretch,
+        persist: PersistMode,
+    ) -> io::Result<Self> {
+        let watch = Watch::new(engine.clone())?;
+        let (table, unwatched) = (Mutex::default(), RateLimit::default());
+        Ok(Self { table, engine, stretch, watch, persist, unwatched })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        lock(&self.table)
+    }
+
+    /// The file's node, if it has one. Costs next to nothing where no file has one, where the guest mapped by
+    /// this number, or has the file open.
+    ///
+    /// # Errors
+    /// Those of asking which file it is.
+    pub(crate) fn find<'a>(&self, subject: Subject<'a>) -> io::Result<Found<'a>> {
+        let made = {
+            let table = self.lock();
+            let node = table.by_number(subject.nodeid).cloned();
+            if table.files.is_empty() || node.is_some() {
+                return Ok(Found { subject, node, made: table.made });
+            }
+            table.made
+        };
+        // Not under the lock: the file system may be asked.
+        let file = subject.find(&|ino| self.lock().knows(ino))?;
+        let table = self.lock();
+        let entry = file.and_then(|file| table.files.get(&file));
+        Ok(Found { subject, node: entry.map(|entry| entry.node.clone()), made })
+    }
+
+    /// The node that a file has got since it was looked for in vain.
+    ///
+    /// # Errors
+    /// As of [`find`](Self::find).
+    pub(crate) fn find_again(&self, before: &Found<'_>) -> io::Result<Option<Arc<Node>>> {
+        if self.lock().made == before.made {
+            return Ok(None);
+        }
+        self.find(before.subject).map(|found| found.node)
+    }
+
+    /// The node; if the file has none, one of the file that `open` gives (readable and writable).
+    ///
+    /// # Errors
+    /// Those of `open`, and the system's.
+    pub(crate) fn get_or_make(
+        &self,
+        nodeid: u64,
+        open: impl FnOnce() -> io::Result<File>,
+    ) -> io::Result<Arc<Node>> {
+        let known = self.lock().by_number(nodeid).cloned();
+        let node = match known {
+            Some(node) => node,
+            None => self.adopt(nodeid, open()?)?,
+        };
+        node.watching.get_or_init(|| self.watch(&node));
+        Ok(node)
+    }
+
+    /// No system call here is made under the lock: an open may take as long as it likes.
+    fn adopt(&self, nodeid: u64, opened: File) -> io::Result<Arc<Node>> {
+        let file = FileId::of(&opened)?;
+        let known = self.lock().files.get(&file).map(|entry| entry.node.clone());
+        let ours = match known {
+            Some(node) => node,
+            None => Arc::new(self.make(opened)?),
+        };
+        // Another one may have been quicker; then ours closes its files, behind the lock.
+        let node = self.lock().adopt(nodeid, file, &ours);
+        Ok(node)
+    }
+
+    fn make(&self, file: File) -> io::Result<Node> {
+        let stretched = self.stretch.open(&file)?;
+        let file = Arc::new(file);
+        let durability = Durability::of_file(&file, self.persist);
+        let FilePersist { persist, direct } = durability.persist(&file, file.metadata()?.len())?;
+        let source = FileExtents::stretched(file.clone(), stretched.file().clone())
+            .on_device(durability.backing == Backing::DaxFile);
+        let source: Box<dyn ExtentSource> = match &direct {
+            Some(direct) => Box::new(DirectExtents::new(source, direct.clone())),
+            None => Box::new(source),
+        };
+        let space = self.engine.space(source, persist);
+        let watching = OnceLock::new();
+        let times = Times::new(file.clone(), durability.backing);
+        Ok(Node { space, direct, times, file, _stretched: stretched, watching })
+    }
+
+    fn watch(&self, node: &Node) -> Option<Watching> {
+        let watching = self.watch.add(&node.file, &node.space);
+        if let Err(e) = &watching
+            && let Some(held_back) = self.unwatched.allow(Instant::now())
+        {
+            warn!(
+                "a file can't be watched ({e}): if it is made shorter on the host while the guest has it \
+                 mapped, the VM may die; raise fs.inotify.max_user_watches ({held_back} more such \
+                 lines held back)"
+            );
+        }
+        watching.ok()
+    }
+
+    /// Lets go of the nodes of which nothing is granted and which nobody uses at the moment.
+    pub(crate) fn drop_idle(&self) {
+        let idle = self.lock().take_idle();
+        drop(idle); // Closes files: not under the lock.
+    }
+
+    /// The guest has forgotten a number, which is never given again.
+    pub(crate) fn forget_number(&self, nodeid: u64) {
+        self.lock().forget_number(nodeid);
+    }
+
+    /// How many nodes there are.
+    pub(crate) fn count(&self) -> usize {
+        self.lock().files.len()
+    }
+
+    /// The node of the guest's number `nodeid`; where it leads to none, those of inode number `ino`.
+    pub(crate) fn of_inode(&self, nodeid: u64, ino: u64) -> Vec<Arc<Node>> {
+        let table = self.lock();
+        if let Some(node) = table.by_number(nodeid) {
+            return vec![node.clone()];
+        }
+        let from = table.files.range(FileId::first_of(ino)..);
+        let same = from.take_while(|(file, _)| file.ino == ino);
+        same.map(|(_, entry)| entry.node.clone()).collect()
+    }
+
+    /// The nodes of which nothing is granted.
+    pub(crate) fn idle(&self) -> Vec<Arc<Node>> {
+        let table = self.lock();
+        let idle = table.files.values().filter(|entry| entry.node.space.is_idle());
+        idle.map(|entry| entry.node.clone()).collect()
+    }
+
+    /// All nodes.
+    pub(crate) fn all(&self) -> Vec<Arc<Node>> {
+        self.lock().files.values().map(|entry| entry.node.clone()).collect()
+    }
+
+    /// The guest's numbers mean nothing any more, and nothing is granted. What a request holds on to stays, so
+    /// that it is found should that request still grant it.
+    pub(crate) fn forget(&self) {
+        let idle = {
+            let mut table = self.lock();
+            table.numbers.clear();
+            table.files.values_mut().for_each(|entry| entry.numbers.clear());
+            table.take_idle()
+        };
+        drop(idle);
+    }
+}

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The window as one front-end shows it: many maps, which come and go with the guest's wishes.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+
+use log::{debug, warn};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+
+use crate::dax::engine::Engine;
+use crate::device::SessionWindow;
+use crate::support::lock::lock;
+use crate::window::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset};
+
+use crate::window::locate::{Base, Place};
+
+/// Maps and memory regions of one VM, of all its devices together, of which QEMU 11.1 does not die (Q2:
+/// 512; the library itself stops at 509), less what other devices may map while we are not looking.
+const MOST_REGIONS: usize = 500;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Stopped,
+    Running,
+    Ended,
+}
+
+struct State {
+    phase: Phase,
+    /// Counts the resets: what was to be mapped before one is not wanted any more.
+    generation: u64,
+    base: Base,
+}
+
+/// The window of one session.
+pub(crate) struct FsWindow {
+    engine: Arc<Engine>,
+    /// The most maps that this window ever needs.
+    most_maps: usize,
+    /// The front-end knows of the region: a vhost-user-fs device of QEMU has a back-end channel, too.
+    has_region: AtomicBool,
+    channel: OnceLock<ShmemMapper>,
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Where all requests look up the base.
+    place: Arc<Place>,
+    /// How many memory regions the VM has.
+    regions: Arc<AtomicUsize>,
+    /// That there is too little room for all maps has been said.
+    said_full: AtomicBool,
+}
+
+impl FsWindow {
+    pub(crate) fn new(
+        engine: Arc<Engine>,
+        bytes: WindowBytes,
+        most_maps: usize,
+        (place, regions): (Arc<Place>, Arc<AtomicUsize>),
+    ) -> Self {
+        place.publish(None);
+        let state = State { phase: Phase::Stopped, generation: 0, base: Base::new(bytes) };
+        Self {
+            engine,
+            most_maps,
+            has_region: AtomicBool::new(false),
+            channel: OnceLock::new(),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            place,
+            regions,
+            said_full: AtomicBool::new(false),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// Whether the front-end can map at all: without a region and a back-end channel there is no window, and
+    /// without acks a map that was refused can't be told from one that was made. May block.
+    pub(crate) fn is_there(&self) -> bool {
+        if !self.has_region.load(Ordering::Relaxed) {
+            return false;
+        }
+        let Some(channel) = self.channel.get() else { return false };
+        channel.probe_acks() != Acks::Missing
+    }
+
+    /// Does something that may find the window's base, or lose it.
+    fn with_base<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.lock();
+        let done = work(&mut state);
+        // Under the lock: what was found last is what is said last.
+        self.place.publish(state.base.found);
+        done
+    }
+
+    /// The driver has reset the device, and the front-end has dropped all maps (Q10).
+    pub(crate) fn reset(&self) {
+        self.with_base(|state| {
+            state.generation += 1;
+            state.base.forget();
+        });
+        self.changed.notify_all();
+    }
+
+    /// Does something with the channel while the device is started, and waits where it is not. (The
+    /// request that wants it stays open over a pause, and holds up nobody.) False if it was done, but after
+    /// a reset that came in between.
+    fn while_started(
+        &self,
+        send: impl Fn(&ShmemMapper) -> Result<(), MapError>,
+    ) -> Result<bool, MapError> {
+        let Some(channel) = self.channel.get() else {
+            return Err(MapError::Unsupported("a back-end channel"));
+        };
+        let generation = self.lock().generation;
+        loop {
+            {
+                let mut state = self.lock();
+                while state.phase == Phase::Stopped && state.generation == generation {
+                    state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+                }
+                if state.phase == Phase::Ended || state.generation != generation {
+                    return Err(MapError::Stopped);
+                }
+            }
+            match send(channel) {
+                // Stopped in between: our own state says so in a moment.
+                Err(MapError::Stopped) => std::thread::yield_now(),
+                done => return done.map(|()| generation == self.lock().generation),
+            }
+        }
+    }
+
+    /// Looks for our maps in a memory table: how many regions are not ours, and where the window is.
+    fn read_table(&self, mem: &GuestMemoryMmap) {
+        self.regions.store(mem.num_regions(), Ordering::Relaxed);
+        let others = self.with_base(|state| state.base.table_came(mem));
+        let most = MOST_REGIONS.saturating_sub(others).min(self.most_maps);
+        if most < self.most_maps && !self.said_full.swap(true, Ordering::Relaxed) {
+            warn!(
+                "the VM has {others} other memory regions: {most} maps are left for this window, \
+                 which may want {}; make it smaller, or other devices' windows",
+                self.most_maps
+            );
+        }
+        self.engine.set_most_maps(most);
+        debug!("memory table of {} regions, {others} not ours", mem.num_regions());
+    }
+}
+
+impl Mapper for FsWindow {
+    fn map(
+        &self,
+        at: WindowOffset,
+        file: &File,
+        from: FileOffset,
+        bytes: WindowBytes,
+    ) -> Result<(), MapError> {
+        // Before it is sent: the memory table that shows it comes before the ack (Q3).
+        self.lock().base.asked_for(at, file, from, bytes);
+        let done = self.while_started(|channel| channel.map(at, file, from, bytes));
+        self.with_base(|state| state.base.answered(at, matches!(done, Ok(true))));
+        if done? {
+            return Ok(());
+        }
+        // Nobody wants it any more, and whoever comes next must not find it in his way (Q4).
+        self.while_started(|channel| channel.unmap(at, bytes))?;
+        Err(MapError::Stopped)
+    }
+
+    fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
+        self.while_started(|channel| channel.unmap(at, bytes))?;
+        self.lock().base.removed(at);
+        Ok(())
+    }
+}
+
+impl SessionWindow for FsWindow {
+    fn set_channel(&self, channel: ShmemMapper) {
+        if self.channel.set(channel).is_err() {
+            warn!("the front-end sent a second back-end channel; it is not used");
+        }
+    }
+
+    fn region_asked(&self) {
+        self.has_region.store(true, Ordering::Relaxed);
+    }
+
+    fn table_came(&self, mem: &GuestMemoryMmap) {
+        self.read_table(mem);
+    }
+
+    fn started(&self, _: bool) -> bool {
+        self.lock().phase = Phase::Running;
+        self.changed.notify_all();
+        true
+    }
+
+    fn bring_up(&self) -> Result<(), MapError> {
+        Ok(())
+    }
+
+    fn stopped(&self) {
+        let mut state = self.lock();
+        if state.phase == Phase::Running {
+            state.phase = Phase::Stopped;
+        }
+    }
+
+    fn ended(&self) {
+        self.lock().phase = Phase::Ended;
+        self.changed.notify_all();
+        if let Some(channel) = self.channel.get() {
+            channel.close();
+        }
+    }
+}

@@ -1,0 +1,413 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Step 2 of 6: drains one vring into requests and returns their chains. Knows no device.
+//!
+//! A ring is stopped, held (started, but its window is not up yet: the requests stay where
+//! they are) or running. What is open when it stops is either handed back to the driver or kept until
+//! the ring goes on ([`AtStop`]). A start from another place than where the ring was stopped, and
+//! a stop that hands back, open a new [`Epoch`]; what belongs to an older one is void. That is how
+//! a flush that is still syncing never touches a ring that is not ours any more.
+
+mod drain;
+pub(crate) mod memory;
+mod poll;
+mod vring;
+pub(crate) mod watchdog;
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::time::{Duration, Instant};
+
+use log::warn;
+use vhost_user_backend::VringT;
+use virtio_queue::{Error as QueueError, QueueT};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+use crate::device::Device;
+use crate::device::request::Answer;
+use crate::ring::memory::Memory;
+use crate::ring::poll::Poll;
+use crate::ring::watchdog::Watch;
+use crate::support::lock::lock;
+use crate::support::log_limit::RateLimit;
+
+/// The guest's memory, as the front-end last described it.
+pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+pub use crate::ring::vring::Vring;
+pub(crate) use drain::Progress;
+
+/// While more requests wait to be served by the same thread, the driver is told of so many answers at once: to
+/// wake it costs more than most requests do. (It sees an answer at once if it looks; and if the next
+/// request is held up, the relief tells.)
+const TELL_AT: u16 = 16;
+
+/// No answer waits longer for others to be told of with it, but for the few requests that are served from
+/// one look at the clock to the next.
+const TELL_WITHIN: Duration = Duration::from_micros(100);
+
+/// A look at the clock takes 1 % of the time of a short request.
+const LOOK_EVERY: u16 = 4;
+
+/// What is said where a ring can't be written.
+const UNRETURNED: &str = "a chain can't be returned";
+
+/// How often one who waits for a stopped ring looks whether the process is about to end.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// What becomes of open requests when the front-end stops a ring (GET_VRING_BASE).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AtStop {
+    /// The driver gets them back, and the next start takes them again: for requests that may be done
+    /// twice, and that are completed in the order in which they came.
+    HandBack,
+    /// They go on; who ends meanwhile is returned when the ring goes on where it was stopped, and never
+    /// if it was reset. The stop waits for those that [touch](crate::device::request::Request::touch) the
+    /// guest's memory, and for no others.
+    Keep,
+}
+
+/// How a ring was started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Started {
+    /// To be named when the ring is released.
+    pub epoch: Epoch,
+    /// It does not go on where it was stopped: the driver has reset the device.
+    pub afresh: bool,
+}
+
+/// One stretch in the life of a ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Epoch(u64);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Phase {
+    #[default]
+    Stopped,
+    Held,
+    Running,
+    Stopping,
+}
+
+#[derive(Default)]
+struct State {
+    phase: Phase,
+    epoch: Epoch,
+    /// Chains taken and not completed. With [`AtStop::HandBack`] the device completes in order, so
+    /// these are the last that were taken, and moving the base back by this number hands exactly
+    /// them back.
+    open: u16,
+    /// Those of them that have a hand in the guest's memory.
+    touching: u16,
+    /// Completed while the ring was stopped.
+    kept: Vec<Answer>,
+    /// The available index at the last stop; the used index was this less the open ones.
+    stopped_at: u16,
+    /// The guest has no window: whatever it stored is nowhere, so no flush may succeed.
+    window_lost: bool,
+    /// Chains were left in the ring because `open` had reached the queue's size.
+    left_behind: bool,
+    /// So many wait for [`Ring::changed`].
+    waiting: u16,
+    /// The thread that serves one request has the next one before it.
+    more: bool,
+    /// Returned chains that the driver was not told of, and when the first one was returned.
+    untold: u16,
+    untold_since: Option<Instant>,
+    /// Requests that are served by the thread that took them.
+    serving: u32,
+    /// Those that were.
+    served: u64,
+    poll: Poll,
+}
+
+impl State {
+    /// Whether a ring that starts there goes on where it was stopped.
+    fn goes_on(&self, next_avail: u16, next_used: u16) -> bool {
+        next_avail == self.stopped_at && next_used == next_avail.wrapping_sub(self.open)
+    }
+
+    /// What was open is void, and the ring stopped.
+    fn renew(&mut self, epoch: Epoch) {
+        let Self { waiting, serving, served, poll, .. } = *self;
+        *self = Self { epoch, waiting, serving, served, poll, ..Self::default() };
+    }
+}
+
+/// One ring of a device.
+pub struct Ring {
+    device: Arc<dyn Device>,
+    index: usize,
+    mem: Memory,
+    // Lock order: this, then the library's vring lock, then the device's queue.
+    state: Mutex<State>,
+    /// The ring was stopped, has started, or is touched by one less.
+    changed: Condvar,
+    watch: Arc<Watch>,
+    /// The library's, from the first start on: a session has the same one at each start.
+    vring: OnceLock<Vring>,
+    log_limit: RateLimit,
+}
+
+impl Ring {
+    /// The device's ring number `index`, stopped, in the guest memory `mem`.
+    pub(crate) fn new(
+        device: Arc<dyn Device>,
+        index: usize,
+        mem: Memory,
+        watch: Arc<Watch>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            device,
+            index,
+            mem,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            watch,
+            vring: OnceLock::new(),
+            log_limit: RateLimit::default(),
+        })
+    }
+
+    /// Its number.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// The library's ring, if it has started once.
+    pub(crate) fn vring(&self) -> Option<&Vring> {
+        self.vring.get()
+    }
+
+    /// The guest's memory.
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.mem
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// Takes note that the library may have started `vring`. If it has, and the ring was stopped,
+    /// the ring is now held, and the caller must bring up the window and then call
+    /// [`release`](Ring::release) with the epoch that this returns.
+    pub fn start(&self, vring: &Vring) -> Option<Started> {
+        let mut state = self.lock();
+        // Looked at under our lock: GET_VRING_BASE clears `ready` before it calls stop(), so
+        // either we see that here, or stop() comes after us and undoes the start.
+        let (up, from, used) = {
+            let vring = vring.get_ref();
+            let queue = vring.get_queue();
+            (queue.ready() && vring.is_enabled(), queue.next_avail(), queue.next_used())
+        };
+        if !up || state.phase != Phase::Stopped {
+            return None;
+        }
+        let goes_on = state.goes_on(from, used);
+        if !goes_on {
+            let epoch = Epoch(state.epoch.0 + 1);
+            state.renew(epoch);
+            self.changed.notify_all();
+        }
+        self.vring.get_or_init(|| vring.clone());
+        state.phase = Phase::Held;
+        state.window_lost = false;
+        Some(Started { epoch: state.epoch, afresh: !goes_on })
+    }
+
+    /// Whether the library has set the ring up to start, and not where it was stopped.
+    pub(crate) fn is_afresh(&self) -> bool {
+        let state = self.lock();
+        let Some(vring) = self.vring.get().filter(|_| state.phase == Phase::Stopped) else {
+            return false;
+        };
+        let vring = vring.get_ref();
+        let queue = vring.get_queue();
+        queue.ready() && !state.goes_on(queue.next_avail(), queue.next_used())
+    }
+
+    /// The window of this epoch is up: requests may leave the ring. `serves`: this thread may serve them.
+    pub fn release(self: &Arc<Self>, epoch: Epoch, serves: bool) {
+        self.run(epoch, false, serves);
+    }
+
+    /// The window of this epoch can't be had: requests leave the ring, and none may succeed.
+    pub fn release_without_window(self: &Arc<Self>, epoch: Epoch) {
+        self.run(epoch, true, true);
+    }
+
+    fn run(self: &Arc<Self>, epoch: Epoch, window_lost: bool, serves: bool) {
+        let mut state = self.lock();
+        if state.phase == Phase::Held && state.epoch == epoch {
+            state.phase = Phase::Running;
+            state.window_lost = window_lost;
+            self.changed.notify_all();
+            for answer in std::mem::take(&mut state.kept) {
+                self.give_back(&mut state, answer);
+            }
+            if serves {
+                self.drain_locked(state);
+            } else {
+                self.hand_out(&mut state);
+            }
+        }
+    }
+
+    /// Stops the ring (GET_VRING_BASE). With [`AtStop::HandBack`] the base that the front-end will
+    /// read is moved before the open requests, so that the next start takes them again. Never waits
+    /// for a request, unless that touches the guest's memory.
+    pub fn stop(&self) {
+        let mut state = self.lock();
+        state.more = false;
+        self.tell(&mut state);
+        // Whoever touches guest memory may still return its chain; nothing new is taken.
+        let hand_back = self.device.at_stop() == AtStop::HandBack;
+        if state.phase == Phase::Running && !hand_back {
+            state.phase = Phase::Stopping;
+        }
+        while state.touching > 0 {
+            state.waiting += 1;
+            state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+            state.waiting -= 1;
+        }
+        let epoch = Epoch(state.epoch.0 + 1);
+        let started = self.vring.get().filter(|_| state.phase != Phase::Stopped);
+        let Some(vring) = started else {
+            if hand_back {
+                state.renew(epoch);
+            }
+            return;
+        };
+        let mut vring = vring.get_mut();
+        let queue = vring.get_queue_mut();
+        if hand_back {
+            let base = queue.next_avail().wrapping_sub(state.open);
+            queue.set_next_avail(base);
+            state.renew(epoch);
+            state.stopped_at = base;
+        } else {
+            state.stopped_at = queue.next_avail();
+            state.phase = Phase::Stopped;
+        }
+    }
+
+    /// The front-end has gone: whatever is open is void.
+    pub fn end(&self) {
+        self.stop();
+        let mut state = self.lock();
+        let epoch = Epoch(state.epoch.0 + 1);
+        state.renew(epoch);
+        self.changed.notify_all();
+    }
+
+    /// See [`Request::touch`](crate::device::request::Request::touch).
+    pub(crate) fn touch(ring: &Arc<Self>, epoch: Epoch) -> Option<Touching> {
+        let mut state = ring.lock();
+        while state.epoch == epoch && state.phase != Phase::Running && !ring.device.is_closing() {
+            // The device has no way to wake us.
+            state.waiting += 1;
+            let waited = ring.changed.wait_timeout(state, LOOK_AGAIN);
+            state = waited.unwrap_or_else(|e| e.into_inner()).0;
+            state.waiting -= 1;
+        }
+        Self::touch_locked(ring, state, epoch)
+    }
+
+    /// See [`Request::touch_now`](crate::device::request::Request::touch_now).
+    pub(crate) fn touch_now(ring: &Arc<Self>, epoch: Epoch) -> Option<Touching> {
+        Self::touch_locked(ring, ring.lock(), epoch)
+    }
+
+    fn touch_locked(
+        ring: &Arc<Self>,
+        mut state: MutexGuard<'_, State>,
+        epoch: Epoch,
+    ) -> Option<Touching> {
+        let may = state.epoch == epoch && state.phase == Phase::Running;
+        state.touching += u16::from(may);
+        may.then(|| Touching(ring.clone()))
+    }
+
+    /// Stores the reply, puts the head into the used ring (unless it has no place there), and
+    /// tells the driver if it wants to be told.
+    pub(crate) fn complete(self: &Arc<Self>, epoch: Epoch, answer: Answer) {
+        let mut state = self.lock();
+        if state.epoch == epoch {
+            match state.phase {
+                Phase::Running | Phase::Stopping => self.give_back(&mut state, answer),
+                Phase::Held | Phase::Stopped => state.kept.push(answer),
+            }
+            if state.left_behind {
+                // Served by others: this may be the end of one that was taken here.
+                self.hand_out(&mut state);
+            }
+        }
+    }
+
+    fn give_back(&self, state: &mut State, answer: Answer) {
+        let Some(vring) = self.vring.get() else { return };
+        state.open -= 1;
+        self.warn_of(UNRETURNED, return_chain(&self.mem.ram(), vring, &answer));
+        state.untold += 1;
+        if !state.more || state.untold >= TELL_AT {
+            return self.tell(state);
+        }
+        match state.untold_since {
+            None => state.untold_since = Some(Instant::now()),
+            Some(since)
+                if state.untold.is_multiple_of(LOOK_EVERY) && since.elapsed() >= TELL_WITHIN =>
+            {
+                self.tell(state);
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// Tells the driver of the chains that went back, if it wants to be told.
+    fn tell(&self, state: &mut State) {
+        state.untold_since = None;
+        if std::mem::take(&mut state.untold) > 0
+            && let Some(vring) = self.vring.get()
+        {
+            self.warn_of(UNRETURNED, signal(&self.mem.ram(), vring));
+        }
+    }
+
+    fn warn_of<T>(&self, what: &str, result: Result<T, QueueError>) -> Option<T> {
+        if let Err(e) = &result
+            && let Some(held_back) = self.log_limit.allow(Instant::now())
+        {
+            warn!("{what}: {e} ({held_back} more such lines held back)");
+        }
+        result.ok()
+    }
+}
+
+/// A hand in the guest's memory: while there is one, the ring is not stopped.
+pub(crate) struct Touching(Arc<Ring>);
+
+impl Drop for Touching {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.touching -= 1;
+        if state.waiting > 0 {
+            self.0.changed.notify_all();
+        }
+    }
+}
+
+fn return_chain(ram: &GuestMemoryMmap, vring: &Vring, answer: &Answer) -> Result<(), QueueError> {
+    let Some(head) = answer.head else { return Ok(()) };
+    let mut guard = vring.get_mut();
+    // The reply before the used index: the driver reads it as soon as the index moves.
+    let stored = answer.store(ram);
+    guard.get_queue_mut().add_used(ram, head, stored)
+}
+
+fn signal(ram: &GuestMemoryMmap, vring: &Vring) -> Result<(), QueueError> {
+    let mut guard = vring.get_mut();
+    if guard.get_queue_mut().needs_notification(ram)? {
+        // A front-end that closed its end of the call is about to stop the ring: not our fault.
+        let _ = guard.signal_used_queue();
+    }
+    Ok(())
+}

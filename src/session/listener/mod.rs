@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Where the front-end finds the daemon: a path that is bound and removed, or an inherited descriptor.
+//!
+//! A path is bound, replaced and removed under a `Claim`, so that of daemons that start at the same time
+//! one has it, and none removes another one's socket.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use log::warn;
+use nix::sys::socket::{AddressFamily, SockType, SockaddrLike, SockaddrStorage};
+use nix::sys::socket::{getsockname, getsockopt, sockopt};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{Gid, Group};
+
+use crate::session::config::{ConfigError, SOCKET_PATH_MAX_BYTES, SocketSpec};
+use crate::support::lock::lock;
+
+pub(crate) mod accept;
+mod claim;
+
+use self::claim::Claim;
+
+/// What the socket's mode lacks from its first moment on: it is 0600. (bind(2) starts from 0777.)
+const UMASK: Mode = Mode::from_bits_truncate(0o177);
+
+/// Its mode with `--socket-group`.
+const GROUP_MODE: u32 = 0o660;
+
+/// A socket setting that was looked at, and found usable, before anything was changed.
+#[derive(Debug)]
+pub enum CheckedSocket {
+    /// A path that can be bound.
+    Path {
+        /// It.
+        path: PathBuf,
+        /// Who else may connect.
+        group: Option<Gid>,
+    },
+    /// An inherited listener.
+    Inherited(UnixListener),
+}
+
+/// Looks at the setting; changes nothing.
+///
+/// # Errors
+/// Each is a line for the user.
+pub fn check(spec: &SocketSpec) -> Result<CheckedSocket, ConfigError> {
+    match spec {
+        SocketSpec::Path { path, group } => {
+            let group = group.as_deref().map(find_group).transpose()?;
+            look(path)?;
+            Ok(CheckedSocket::Path { path: path.clone(), group })
+        }
+        SocketSpec::Fd(fd) => adopt(*fd).map(CheckedSocket::Inherited),
+    }
+}
+
+fn find_group(name: &str) -> Result<Gid, ConfigError> {
+    let found = Group::from_name(name).ok().flatten();
+    found.map(|group| group.gid).ok_or_else(|| ConfigError::SocketGroup(name.to_owned()))
+}
+
+/// What is at a path that can be bound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    DeadSocket,
+}
+
+fn look(path: &Path) -> Result<Found, ConfigError> {
+    let bytes = path.as_os_str().len();
+    if bytes > SOCKET_PATH_MAX_BYTES {
+        return Err(ConfigError::SocketPathLength(bytes));
+    }
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            Err(ConfigError::NotASocket(path.to_owned()))
+        }
+        Ok(_) if is_alive(path) => Err(ConfigError::SocketInUse(path.to_owned())),
+        Ok(_) => Ok(Found::DeadSocket),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+            let missing = dir.is_some_and(|dir| !dir.is_dir());
+            if missing { Err(socket_error(path, e)) } else { Ok(Found::Nothing) }
+        }
+        Err(e) => Err(socket_error(path, e)),
+    }
+}
+
+fn socket_error(path: &Path, error: io::Error) -> ConfigError {
+    ConfigError::Socket { path: path.to_owned(), error }
+}
+
+/// Whether a socket is bound to `path`. A datagram socket asks: a live stream listener answers it
+/// EPROTOTYPE and notices nothing, where a real connection would use up its one session. What can't be
+/// asked is taken for alive.
+fn is_alive(path: &Path) -> bool {
+    let asked = UnixDatagram::unbound().and_then(|socket| socket.connect(path));
+    match asked {
+        Err(e) => !matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound),
+        Ok(()) => true,
+    }
+}
+
+/// The file of a socket that was bound here (none for an inherited one). Holds on to the file, so that it
+/// removes no other; removes it when dropped.
+#[derive(Debug)]
+pub struct BoundSocket(Mutex<Option<Bound>>);
+
+#[derive(Debug)]
+struct Bound {
+    path: PathBuf,
+    /// The file itself (O_PATH): while it is open no other file gets its inode number.
+    file: File,
+}
+
+impl CheckedSocket {
+    /// Binds the path, replacing a dead socket there; an inherited listener just listens on. From the first
+    /// moment on nobody can connect but this user, and whom `--socket-group` names. No other thread may make
+    /// files meanwhile: the umask is the process's.
+    ///
+    /// # Errors
+    /// One line for the user; nothing has been created or changed then.
+    pub fn listen(self) -> Result<(UnixListener, BoundSocket), ConfigError> {
+        let (listener, bound) = match self {
+            Self::Inherited(listener) => (listener, None),
+            Self::Path { path, group } => {
+                let (listener, bound) = bind(path, group)?;
+                (listener, Some(bound))
+            }
+        };
+        Ok((listener, BoundSocket(Mutex::new(bound))))
+    }
+}
+
+impl BoundSocket {
+    /// Removes the file, if it is still the one that was made here. Callable more than once.
+    pub fn remove(&self) {
+        let bound = lock(&self.0).take();
+        if let Some(bound) = bound
+            && let Err(e) = bound.remove()
+        {
+            warn!("{}: can't remove the socket: {e}", bound.path.display());
+        }
+    }
+}
+
+impl Drop for BoundSocket {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+impl Bound {
+    fn remove(&self) -> io::Result<()> {
+        if !self.is_in_place() {
+            return Ok(());
+        }
+        // Who replaces it, since it is dead, has the claim.
+        let _claim = Claim::take(&self.path)?;
+        if self.is_in_place() { fs::remove_file(&self.path) } else { Ok(()) }
+    }
+
+    fn is_in_place(&self) -> bool {
+        claim::is_at(&self.path, &self.file).unwrap_or(false)
+    }
+
+    fn give_to(&self, group: Gid) -> io::Result<()> {
+        // By way of the file, since a name may be changed: chmod(2) follows symbolic links.
+        let name = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        std::os::unix::fs::chown(&name, None, Some(group.as_raw()))?;
+        fs::set_permissions(&name, fs::Permissions::from_mode(GROUP_MODE))
+    }
+}
+
+fn bind(path: PathBuf, group: Option<Gid>) -> Result<(UnixListener, Bound), ConfigError> {
+    let _claim = Claim::take(&path).map_err(|e| socket_error(&path, e))?;
+    // Once more, now that nobody else is about to bind it.
+    if look(&path)? == Found::DeadSocket
+        && let Err(e) = fs::remove_file(&path)
+        && e.kind() != io::ErrorKind::NotFound
+    {
+        return Err(socket_error(&path, e));
+    }
+    let before = umask(UMASK);
+    let listener = UnixListener::bind(&path);
+    umask(before);
+    let listener = listener.map_err(|e| socket_error(&path, e))?;
+    let made = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
+        .open(&path)
+        .and_then(|file| {
+            let bound = Bound { path: path.clone(), file };
+            group.map_or(Ok(()), |group| bound.give_to(group))?;
+            Ok(bound)
+        });
+    match made {
+        Ok(bound) => Ok((listener, bound)),
+        Err(e) => {
+            let _ = fs::remove_file(&path);
+            Err(match group {
+                Some(_) => ConfigError::SocketGroupOwner { path, error: e },
+                None => socket_error(&path, e),
+            })
+        }
+    }
+}
+
+#[allow(unsafe_code)] // Taking over a descriptor by its number has no safe form.
+fn adopt(fd: RawFd) -> Result<UnixListener, ConfigError> {
+    let refuse = |why| Err(ConfigError::Fd { fd, why });
+    match fs::metadata(format!("/proc/self/fd/{fd}")) {
+        Err(_) => return refuse("is not open"),
+        Ok(found) if !found.file_type().is_socket() => return refuse("is no socket"),
+        Ok(_) => {}
+    }
+    // SAFETY: it is open, as just seen, and it is ours alone: it came from the command line, which
+    // names it once, and this process opens no socket before it comes here.
+    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+    let family = getsockname::<SockaddrStorage>(fd).map(|name| name.family());
+    if family != Ok(Some(AddressFamily::Unix)) {
+        return refuse("is no Unix socket");
+    }
+    if getsockopt(&owned, sockopt::SockType) != Ok(SockType::Stream) {
+        return refuse("is no stream socket");
+    }
+    if getsockopt(&owned, sockopt::AcceptConn) != Ok(true) {
+        return refuse("is not listening");
+    }
+    Ok(UnixListener::from(owned))
+}

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Step 1 of 6: what a signal does, from the first moment of the daemon on. Knows no session.
+//!
+//! SIGTERM and SIGINT end the daemon with exit code 0, whatever it does: see [`Stop`]. SIGHUP does
+//! nothing: a VM must not lose its device with a terminal. SIGXFSZ does nothing either: a file that would
+//! grow past RLIMIT_FSIZE is EFBIG for who asked for it.
+
+use std::convert::Infallible;
+use std::io;
+use std::process;
+use std::sync::{Arc, Mutex};
+use std::thread::{self, Builder};
+
+use log::info;
+use nix::sys::signal::{SigSet, Signal};
+
+use crate::device::Device;
+use crate::session::listener::BoundSocket;
+use crate::support::lock::lock;
+
+/// Signals that a thread waits for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Blocked(SigSet);
+
+/// Leaves all signals named above to the thread of [`Stop::start`]. To be called before any thread is
+/// started: those inherit it. (Programs that are run do not: the standard library sees to that.)
+///
+/// # Errors
+/// The system's.
+pub(crate) fn block() -> io::Result<Blocked> {
+    let mut waited_for = SigSet::empty();
+    waited_for.add(Signal::SIGTERM);
+    waited_for.add(Signal::SIGINT);
+    waited_for.add(Signal::SIGHUP);
+    waited_for.thread_block()?;
+    // Nobody waits for it. A write past the limit sends it, and fails with EFBIG if it is not taken.
+    let mut pending = SigSet::empty();
+    pending.add(Signal::SIGXFSZ);
+    pending.thread_block()?;
+    Ok(Blocked(waited_for))
+}
+
+enum Phase {
+    /// Nothing is made but the socket.
+    Starting,
+    /// The main thread makes something that has to go if it is not finished: it looks at `asked`.
+    Making,
+    /// The device has its guest, or waits for one.
+    Serving(Arc<dyn Device>),
+}
+
+struct State {
+    phase: Phase,
+    /// The daemon is to end.
+    asked: bool,
+}
+
+struct Inner {
+    state: Mutex<State>,
+    bound: BoundSocket,
+}
+
+/// What ends the daemon when it is told to: at once, with nothing left that is unfinished. Removes the
+/// socket when it is dropped.
+pub(crate) struct Stop(Arc<Inner>);
+
+impl Stop {
+    /// Starts the thread that waits for signals. `bound` is removed when one comes.
+    ///
+    /// # Errors
+    /// The system's: no thread can be started.
+    pub(crate) fn start(signals: Blocked, bound: BoundSocket) -> io::Result<Self> {
+        let state = Mutex::new(State { phase: Phase::Starting, asked: false });
+        let stop = Self(Arc::new(Inner { state, bound }));
+        let theirs = stop.0.clone();
+        Builder::new().name("signals".into()).spawn(move || {
+            loop {
+                match signals.0.wait() {
+                    Ok(Signal::SIGHUP) => info!("SIGHUP: there is nothing to do"),
+                    Ok(signal) => theirs.end(signal),
+                    Err(_) => {}
+                }
+            }
+        })?;
+        Ok(stop)
+    }
+
+    /// Runs `make`, which looks at [`is_asked`](Self::is_asked) now and then, and fails if so. None if the
+    /// daemon was told to end meanwhile: what was made is dropped then.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub(crate) fn making<T, E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<Option<T>, E> {
+        self.enter(Phase::Making);
+        let made = make();
+        let mut state = lock(&self.0.state);
+        if state.asked {
+            return Ok(None);
+        }
+        state.phase = Phase::Starting;
+        made.map(Some)
+    }
+
+    /// Whether the daemon is to end.
+    pub(crate) fn is_asked(&self) -> bool {
+        lock(&self.0.state).asked
+    }
+
+    /// From here on a signal ends the device in order.
+    pub(crate) fn serving(&self, device: Arc<dyn Device>) {
+        self.enter(Phase::Serving(device));
+    }
+
+    fn enter(&self, phase: Phase) {
+        let mut state = lock(&self.0.state);
+        if state.asked {
+            drop(state);
+            wait_for_the_end();
+        }
+        state.phase = phase;
+    }
+}
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        self.0.bound.remove();
+    }
+}
+
+impl Inner {
+    fn end(&self, signal: Signal) {
+        let mut state = lock(&self.state);
+        state.asked = true;
+        let device = match &state.phase {
+            Phase::Starting => None,
+            Phase::Making => return info!("{signal}: taking back what is unfinished"),
+            Phase::Serving(device) => Some(device.clone()),
+        };
+        drop(state);
+        if let Some(device) = device {
+            info!("{signal}: finishing what runs");
+            device.shutdown();
+            device.report();
+        }
+        self.bound.remove();
+        log::logger().flush();
+        process::exit(0);
+    }
+}
+
+/// The thread that waits for signals is about to end the process.
+fn wait_for_the_end() -> Infallible {
+    loop {
+        thread::park();
+    }
+}

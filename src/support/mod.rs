@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What every step may use. Knows no step.
+
+pub(crate) mod lock;
+pub(crate) mod log_limit;
+pub mod stderr;

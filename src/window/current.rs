@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The front-end of the current session, for a device that outlives its sessions.
+
+use std::fs::File;
+use std::sync::{Arc, Mutex};
+
+use super::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
+use crate::support::lock::lock;
+
+/// A mapper that hands on to the front-end there is. While there is none, what is mapped is only
+/// noted by the caller, to be sent to the next one.
+#[derive(Default)]
+pub(crate) struct FrontEnd(Mutex<Option<Arc<dyn Mapper>>>);
+
+impl FrontEnd {
+    pub(crate) fn set(&self, mapper: Option<Arc<dyn Mapper>>) {
+        *lock(&self.0) = mapper;
+    }
+
+    fn get(&self) -> Option<Arc<dyn Mapper>> {
+        lock(&self.0).clone()
+    }
+}
+
+impl Mapper for FrontEnd {
+    fn map(
+        &self,
+        at: WindowOffset,
+        file: &File,
+        from: FileOffset,
+        bytes: WindowBytes,
+    ) -> Result<(), MapError> {
+        self.get().map_or(Ok(()), |mapper| mapper.map(at, file, from, bytes))
+    }
+
+    fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
+        self.get().map_or(Ok(()), |mapper| mapper.unmap(at, bytes))
+    }
+}

@@ -1,0 +1,449 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A window that shows one whole file in one map, as virtio-pmem does.
+
+use std::fs::File;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use log::{debug, warn};
+use vm_memory::{
+    FileOffset as Backing, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
+
+use super::telling::{Freshness, Telling};
+use super::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset, inode_of};
+use crate::support::lock::lock;
+
+/// What memory tables have said.
+///
+/// QEMU lists its live maps in the memory that it tells of (row Q3 of our notes), so a table that
+/// shows our map proves that it outlived a pause (Q10), as long as the table holds. But the file
+/// may be there for another device as well, as memory of QEMU's own or as a piece of a shared
+/// directory: ours is the one that came with our map.
+#[derive(Default)]
+struct Tables {
+    telling: Telling,
+    /// Where the guest sees the file, by the last table.
+    places: Vec<GuestAddress>,
+    /// The last table does not hold any more, and no other one has come.
+    outdated: bool,
+    /// Where the file was when a map was asked for that no table has shown yet.
+    before: Option<Vec<GuestAddress>>,
+    /// Where our map is, once that is known.
+    ours: Option<GuestAddress>,
+}
+
+impl Tables {
+    fn show_ours(&self) -> bool {
+        !self.outdated && self.ours.is_some_and(|ours| self.places.contains(&ours))
+    }
+
+    /// A map is about to be asked for: a table may show it before the ack comes or after it. Returns what was known
+    /// of an earlier one.
+    fn asked(&mut self) -> Option<GuestAddress> {
+        self.before = Some(self.places.clone());
+        self.ours
+    }
+
+    fn came(&mut self, mem: &GuestMemoryMmap, places: Vec<GuestAddress>) {
+        self.telling.came(mem);
+        let is_new = |place: &&GuestAddress| {
+            self.before.as_ref().is_some_and(|before| !before.contains(place))
+        };
+        if let Some(new) = places.iter().find(is_new).copied() {
+            self.ours = Some(new);
+            self.before = None;
+        }
+        self.places = places;
+        self.outdated = false;
+    }
+
+    /// A whole table does not hold over a stop: a reset may follow, and would drop the map without
+    /// a word (Q10). Of differences, the next start brings those that a reset has made, or none
+    /// (Q17).
+    fn stopped(&mut self) {
+        self.outdated |= self.telling.freshness == Freshness::WholeTables;
+    }
+
+    /// The map was not made. If it was refused, something is there: if an earlier session made it, it is what
+    /// shows the file.
+    fn failed(&mut self, known: Option<GuestAddress>, refused: bool) {
+        self.before = None;
+        let any = self.places.first().copied().filter(|_| !self.outdated);
+        self.ours = known.or(any.filter(|_| refused));
+    }
+}
+
+/// A mapper that can find out what its acks are worth.
+pub(crate) trait Channel: Mapper {
+    /// See [`ShmemMapper::acks`].
+    fn acks(&self) -> Result<Acks, MapError>;
+
+    /// See [`ShmemMapper::close`].
+    fn close(&self);
+}
+
+impl Channel for ShmemMapper {
+    fn acks(&self) -> Result<Acks, MapError> {
+        ShmemMapper::acks(self)
+    }
+
+    fn close(&self) {
+        ShmemMapper::close(self);
+    }
+}
+
+/// The window of one session.
+pub(crate) struct WholeFile {
+    file: Arc<File>,
+    bytes: WindowBytes,
+    channel: OnceLock<Arc<dyn Channel>>,
+    tables: Mutex<Tables>,
+}
+
+impl WholeFile {
+    pub(crate) fn new(file: Arc<File>, bytes: WindowBytes) -> Self {
+        Self { file, bytes, channel: OnceLock::new(), tables: Mutex::default() }
+    }
+
+    /// The channel to the front-end, which a session gets once.
+    pub(crate) fn set_channel(&self, channel: impl Channel + 'static) {
+        if self.channel.set(Arc::new(channel)).is_err() {
+            warn!("the front-end sent a second back-end channel; it is not used");
+        }
+    }
+
+    /// The session is over: a map that is under way returns.
+    pub(crate) fn close(&self) {
+        if let Some(channel) = self.channel.get() {
+            channel.close();
+        }
+    }
+
+    /// Reads a new memory table.
+    pub(crate) fn table_came(&self, mem: &GuestMemoryMmap) {
+        let inode = inode_of(&self.file);
+        let is_whole = |backing: &Backing| {
+            backing.start() == 0 && inode.is_some() && inode_of(backing.file()) == inode
+        };
+        let regions = mem.iter().filter(|region| {
+            region.len() == self.bytes.0 && region.file_offset().is_some_and(is_whole)
+        });
+        let places: Vec<_> = regions.map(GuestMemoryRegion::start_addr).collect();
+        debug!("memory table of {} regions, the file is at {places:x?}", mem.num_regions());
+        lock(&self.tables).came(mem, places);
+    }
+
+    /// The device was stopped.
+    pub(crate) fn stopped(&self) {
+        lock(&self.tables).stopped();
+    }
+
+    /// Whether our map is known to be there: a table that still holds shows it.
+    pub(crate) fn is_shown(&self) -> bool {
+        lock(&self.tables).show_ours()
+    }
+}
+
+/// The front-end as the device sees it: what it answers has been checked against what it shows.
+impl Mapper for WholeFile {
+    fn map(
+        &self,
+        at: WindowOffset,
+        file: &File,
+        from: FileOffset,
+        bytes: WindowBytes,
+    ) -> Result<(), MapError> {
+        let lacks = |what| Err(MapError::Unsupported(what));
+        let Some(channel) = self.channel.get() else { return lacks("a back-end channel") };
+        let acks = channel.acks()?;
+        if acks == Acks::Missing {
+            return lacks("protocol feature REPLY_ACK");
+        }
+        let known = lock(&self.tables).asked();
+        let done = channel.map(at, file, from, bytes);
+        let mut tables = lock(&self.tables);
+        if let Err(e) = &done {
+            tables.failed(known, matches!(e, MapError::Refused));
+        }
+        match done {
+            // A front-end that can't be asked whether it acks: its table is the proof.
+            Ok(()) if acks == Acks::Unknown && !tables.show_ours() => {
+                lacks("protocol feature REPLY_ACK")
+            }
+            // Q4: refused because it is still there.
+            Err(MapError::Refused) if tables.show_ours() => Ok(()),
+            other => other,
+        }
+    }
+
+    fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
+        match self.channel.get() {
+            Some(channel) => channel.unmap(at, bytes),
+            None => Err(MapError::Unsupported("a back-end channel")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Weak;
+
+    use vm_memory::{GuestRegionMmap, MmapRegion};
+
+    use super::*;
+
+    const BYTES: u64 = 2 << 20;
+
+    const OURS: u64 = 1 << 32;
+
+    /// A front-end that answers as scripted, after it has sent a table.
+    struct Scripted {
+        window: Weak<WholeFile>,
+        table: Option<GuestMemoryMmap>,
+        map: fn() -> Result<(), MapError>,
+        acks: Acks,
+    }
+
+    impl Mapper for Scripted {
+        fn map(
+            &self,
+            at: WindowOffset,
+            _file: &File,
+            from: FileOffset,
+            bytes: WindowBytes,
+        ) -> Result<(), MapError> {
+            assert_eq!((at.0, from.0, bytes.0), (0, 0, BYTES), "the whole file, in one map");
+            if let Some(table) = &self.table {
+                let window = self.window.upgrade().unwrap();
+                window.table_came(table);
+                assert!(window.is_shown(), "a start before the ack would ask for it again");
+            }
+            (self.map)()
+        }
+
+        fn unmap(&self, _: WindowOffset, _: WindowBytes) -> Result<(), MapError> {
+            unreachable!("one map, and it stays")
+        }
+    }
+
+    impl Channel for Scripted {
+        fn acks(&self) -> Result<Acks, MapError> {
+            Ok(self.acks)
+        }
+
+        fn close(&self) {}
+    }
+
+    fn file() -> Arc<File> {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(2 * BYTES).unwrap();
+        Arc::new(file)
+    }
+
+    /// With a region each: where the guest sees it, the file, from where on, how long.
+    fn table(regions: &[(u64, &File, u64, u64)]) -> GuestMemoryMmap {
+        let region = |&(at, file, start, bytes): &(u64, &File, u64, u64)| {
+            let backing = Backing::new(file.try_clone().unwrap(), start);
+            let region = MmapRegion::from_file(backing, bytes as usize).unwrap();
+            GuestRegionMmap::new(region, GuestAddress(at)).unwrap()
+        };
+        GuestMemoryMmap::from_regions(regions.iter().map(region).collect()).unwrap()
+    }
+
+    fn map(window: &WholeFile) -> Result<(), String> {
+        let file = window.file.clone();
+        let done = window.map(WindowOffset(0), &file, FileOffset(0), window.bytes);
+        done.map_err(|e| e.to_string())
+    }
+
+    /// A window, of a file, whose front-end sends this table when it is asked for a map.
+    fn window(
+        file: &Arc<File>,
+        answer: fn() -> Result<(), MapError>,
+        acks: Acks,
+        table: Option<GuestMemoryMmap>,
+    ) -> Arc<WholeFile> {
+        let window = Arc::new(WholeFile::new(file.clone(), WindowBytes(BYTES)));
+        let back = Arc::downgrade(&window);
+        window.set_channel(Scripted { window: back, table, map: answer, acks });
+        window
+    }
+
+    fn bring_up(
+        answer: fn() -> Result<(), MapError>,
+        acks: Acks,
+        shown: bool,
+    ) -> Result<(), String> {
+        let file = file();
+        let table = shown.then(|| table(&[(OURS, &file, 0, BYTES)]));
+        map(&window(&file, answer, acks, table))
+    }
+
+    /// Shows: only a table that came since the stop, with the whole of this very file where our map was made,
+    /// is proof that it is still there.
+    #[test]
+    fn what_counts_as_proof_that_the_window_is_mapped() {
+        let file = file();
+        let ours = (OURS, &*file, 0, BYTES);
+        let window = window(&file, || Ok(()), Acks::Real, Some(table(&[ours])));
+        window.table_came(&table(&[ours]));
+        assert!(!window.is_shown(), "no map was made");
+        window.table_came(&GuestMemoryMmap::new());
+        map(&window).unwrap();
+        assert!(window.is_shown());
+        window.stopped();
+        assert!(!window.is_shown(), "a reset may have dropped the map since");
+        for other in [
+            (OURS, &*file, 4096, BYTES),
+            (OURS, &*file, 0, BYTES / 2),
+            (OURS, &*self::file(), 0, BYTES),
+            (2 * OURS, &*file, 0, BYTES),
+        ] {
+            window.table_came(&table(&[other]));
+            assert!(!window.is_shown());
+        }
+        window.table_came(&table(&[(OURS / 2, &file, 0, BYTES), ours]));
+        assert!(window.is_shown());
+    }
+
+    /// The table with one region more, as ADD_MEM_REG tells of it.
+    fn plus(mem: &GuestMemoryMmap, (at, file): (u64, &File)) -> GuestMemoryMmap {
+        let backing = Backing::new(file.try_clone().unwrap(), 0);
+        let region = MmapRegion::from_file(backing, BYTES as usize).unwrap();
+        let region = GuestRegionMmap::new(region, GuestAddress(at)).unwrap();
+        mem.insert_region(Arc::new(region)).unwrap()
+    }
+
+    /// The table with one region less, as REM_MEM_REG tells of it.
+    fn less(mem: &GuestMemoryMmap, at: u64) -> GuestMemoryMmap {
+        mem.remove_region(GuestAddress(at), BYTES).unwrap().0
+    }
+
+    /// Shows (Q17): where memory is told of by differences, a stop takes nothing back, since a
+    /// start may have nothing to tell; but what is told of between them counts, and then only our
+    /// own place.
+    #[test]
+    fn differences_hold_over_a_stop() {
+        let (file, ram) = (file(), file());
+        let before = plus(&GuestMemoryMmap::new(), (0, &ram));
+        let with = plus(&before, (OURS, &file));
+        let window = window(&file, || Ok(()), Acks::Real, Some(with.clone()));
+        window.table_came(&before);
+        map(&window).unwrap();
+        for _ in 0..3 {
+            window.stopped();
+            assert!(window.is_shown(), "a pause");
+        }
+        window.table_came(&plus(&with, (OURS / 2, &ram)));
+        window.stopped();
+        assert!(window.is_shown(), "memory that has nothing to do with it");
+        let gone = less(&with, OURS);
+        window.table_came(&gone);
+        assert!(!window.is_shown(), "a reset, in which QEMU told of the map's going");
+        window.stopped();
+        window.table_came(&plus(&gone, (OURS * 2, &file)));
+        assert!(!window.is_shown(), "another device's");
+        window.table_came(&with);
+        window.stopped();
+        assert!(window.is_shown());
+        window.table_came(&table(&[(0, &ram, 0, BYTES), (OURS, &file, 0, BYTES)]));
+        assert!(window.is_shown(), "a whole table says so");
+        window.stopped();
+        assert!(!window.is_shown(), "and holds until a stop");
+    }
+
+    /// Shows: a map that is refused after a stop counts as there only where a table that holds
+    /// shows it.
+    #[test]
+    fn a_refusal_behind_a_stop() {
+        let refused = || Err(MapError::Refused);
+        let (file, ram) = (file(), file());
+        let before = plus(&GuestMemoryMmap::new(), (0, &ram));
+        let with = plus(&before, (OURS, &file));
+        let whole = table(&[(0, &ram, 0, BYTES), (OURS, &file, 0, BYTES)]);
+        for (with, holds) in [(with, true), (whole, false)] {
+            let window = window(&file, refused, Acks::Real, None);
+            window.table_came(&before);
+            window.table_came(&with);
+            map(&window).unwrap();
+            window.stopped();
+            assert_eq!(map(&window).is_ok(), holds);
+        }
+    }
+
+    /// Shows: a table that comes after the ack, as QEMU's do, tells where our map is.
+    #[test]
+    fn a_table_may_come_after_the_ack() {
+        let file = file();
+        let both = [(OURS / 2, &*file, 0, BYTES), (OURS, &*file, 0, BYTES)];
+        let window = window(&file, || Ok(()), Acks::Real, None);
+        window.table_came(&table(&both[..1]));
+        map(&window).unwrap();
+        assert!(!window.is_shown());
+        window.table_came(&table(&both));
+        assert!(window.is_shown());
+        window.stopped();
+        window.table_came(&table(&both[..1]));
+        assert!(!window.is_shown());
+    }
+
+    /// Shows: where another device of the VM shows the same file, before our map and after it, that is not taken
+    /// for our map: what a guest stores would be lost.
+    #[test]
+    fn another_devices_map_of_the_file_is_not_ours() {
+        let file = file();
+        for theirs in [OURS / 2, OURS * 2] {
+            let (ours, theirs) = ((OURS, &*file, 0, BYTES), (theirs, &*file, 0, BYTES));
+            let mut both = [ours, theirs];
+            both.sort_by_key(|region| region.0);
+            let window = window(&file, || Ok(()), Acks::Real, Some(table(&both)));
+            window.table_came(&table(&[theirs]));
+            assert!(!window.is_shown());
+            map(&window).unwrap();
+            assert!(window.is_shown());
+            window.stopped();
+            window.table_came(&table(&both));
+            assert!(window.is_shown(), "a pause");
+            window.stopped();
+            window.table_came(&table(&[theirs]));
+            assert!(!window.is_shown(), "a reset");
+        }
+    }
+
+    /// Shows: an ack is believed if it is one, or if the memory table agrees.
+    #[test]
+    fn an_ack_is_checked() {
+        let no_acks = || Err("the front-end lacks protocol feature REPLY_ACK".to_string());
+        for (acks, shown, outcome) in [
+            (Acks::Real, false, Ok(())),
+            (Acks::Unknown, true, Ok(())),
+            (Acks::Unknown, false, no_acks()),
+            (Acks::Missing, true, no_acks()),
+        ] {
+            assert_eq!(bring_up(|| Ok(()), acks, shown), outcome, "{acks:?} {shown}");
+        }
+    }
+
+    /// Shows: a refused map is fine only where the window shows the file all the same (Q4, Q10): where ours
+    /// was, or, for a session that has made none, where an earlier one's is.
+    #[test]
+    fn a_refusal_is_checked() {
+        let refused = || Err(MapError::Refused);
+        assert_eq!(bring_up(refused, Acks::Real, true), Ok(()));
+        assert_eq!(bring_up(refused, Acks::Real, false), Err(MapError::Refused.to_string()));
+        let file = file();
+        let window = window(&file, refused, Acks::Real, None);
+        window.table_came(&table(&[(OURS, &file, 0, BYTES)]));
+        map(&window).unwrap();
+        window.table_came(&table(&[(OURS * 2, &file, 0, BYTES)]));
+        assert_eq!(map(&window), Err(MapError::Refused.to_string()), "another device's");
+    }
+
+    /// Shows: a session without a back-end channel is told apart.
+    #[test]
+    fn a_channel_is_needed() {
+        let no_channel = WholeFile::new(file(), WindowBytes(BYTES));
+        assert_eq!(map(&no_channel), Err("the front-end lacks a back-end channel".into()));
+    }
+}
