@@ -15,7 +15,8 @@ use vhost_user_dax::fs::config::{DEFAULT_DAX_THRESHOLD, DEFAULT_THREADS};
 use vhost_user_dax::fs::descriptors::left_for_guest;
 use vhost_user_dax::fs::{DaxPolicy, FsConfig, Tag, WindowSize};
 use vhost_user_dax::session::DaemonError;
-use vhost_user_dax::session::config::{ConfigError, FsRunConfig, Size};
+use vhost_user_dax::session::config::{ConfigError, FsRunConfig};
+use vhost_user_dax::support::size::Size;
 
 use super::{Common, OnOff};
 

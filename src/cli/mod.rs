@@ -15,7 +15,7 @@ use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand,
 use log::LevelFilter;
 
 use vhost_user_dax::persist::PersistMode;
-use vhost_user_dax::session::config::SocketSpec;
+use vhost_user_dax::session::listener::SocketSpec;
 
 pub use fs::FsArgs;
 pub use option_pairs::{contradiction, warn_of_idle};

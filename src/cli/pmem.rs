@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use vhost_user_dax::pmem::PmemFileSpec;
-use vhost_user_dax::session::config::{PmemConfig, PmemSize};
+use vhost_user_dax::pmem::{PmemFileSpec, PmemSize};
+use vhost_user_dax::session::config::PmemConfig;
 
 use super::{Common, OnOff};
 

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: what the engine has done, in numbers. They order nothing. (The devices count by the same
-//! [`Counter`].)
+//! Step 4 of 6: what the engine has done, in numbers. They order nothing.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::support::counter::Counter;
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
@@ -61,22 +60,4 @@ counters! {
     bytes_written_back,
     /// Times that somebody waited for a locked entry.
     waits,
-}
-
-/// One counter.
-#[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
-
-impl Counter {
-    pub(crate) fn add(&self, n: u64) {
-        self.0.fetch_add(n, Ordering::Relaxed);
-    }
-
-    pub(crate) fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn set(&self, n: u64) {
-        self.0.store(n, Ordering::Relaxed);
-    }
 }

@@ -27,9 +27,9 @@ use virtiofsd::oslib::{self, ReadvFlags, WritevFlags};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 use crate::dax::engine::{Engine, Space};
-use crate::dax::entry::PAGE_BYTES;
 use crate::device::request::Segment;
 use crate::persist::Direct;
+use crate::support::units::PAGE_BYTES;
 use crate::window::{FileOffset, WindowBytes, WindowOffset};
 
 use super::message::MAX_DATA_BYTES;

@@ -12,9 +12,9 @@ use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{CachePolicy, InodeFileHandlesMode, NegotiationMode};
 use virtiofsd::soft_idmap::cmdline::IdMap;
 
-use crate::dax::entry::PMD_BYTES;
 use crate::persist::PersistMode;
-use crate::session::config::{PmemSize, Size, SizeError};
+use crate::support::size::{Size, SizeError, whole_pmds};
+use crate::support::units::PMD_BYTES;
 use crate::window::WindowBytes;
 
 /// Bytes of the tag in the config space (virtio 1.4 section 5.11.4).
@@ -104,7 +104,7 @@ impl FromStr for WindowSize {
             return Err(WindowSizeError::TooLarge { asked, most });
         }
         if asked.0 != 0 {
-            PmemSize::new(asked.0)?; // The same rule: whole multiples of 2 MiB.
+            whole_pmds(asked.0)?;
         }
         Ok(Self(asked.0))
     }

@@ -14,8 +14,8 @@ use nix::errno::Errno;
 use virtiofsd::oslib::{CFileHandle, name_to_handle_at, open_by_handle_at};
 use virtiofsd::passthrough::InodeFileHandlesMode;
 
-use crate::dax::entry::PMD_BYTES;
 use crate::support::lock::lock;
+use crate::support::units::PMD_BYTES;
 
 use super::config::FsConfig;
 use super::dax::Dax;

@@ -25,7 +25,7 @@ pub mod user_namespace;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -63,6 +63,14 @@ const CONFIG_BYTES: usize = 44;
 /// Why a device can't be made.
 #[derive(Debug, Error)]
 pub enum FsError {
+    /// The shared directory can't be read.
+    #[error("--shared-dir {path}: {error}; name a directory that the daemon can read", path = .path.display())]
+    SharedDir {
+        /// It.
+        path: PathBuf,
+        /// The system's.
+        error: io::Error,
+    },
     /// `--dax=always` where no window can be had.
     #[error(
         "--dax=always: {0}; run the daemon as root on Linux 6.9 or newer, or take --dax=inode, \

@@ -13,8 +13,8 @@ use virtiofsd::filesystem::{Context, FileSystem};
 use virtiofsd::fuse::{InHeader, Opcode, WriteIn};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
-use crate::dax::counters::Counter;
 use crate::device::request::{Chain, Request, Segment};
+use crate::support::counter::Counter;
 
 use super::buffers::copy_in;
 use super::dax::Dax;

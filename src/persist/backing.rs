@@ -16,7 +16,7 @@ use super::cacheline::Instruction;
 use super::file_systems::{FileSystem, Tried};
 use super::mapped::{Direct, Lines, maps_sync};
 use super::{Fdatasync, Persist};
-use crate::dax::entry::{PAGE_BYTES, PMD_BYTES};
+use crate::support::units::{PAGE_BYTES, PMD_BYTES};
 
 /// What a file's bytes lie in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -150,7 +150,7 @@ mod x86_64 {
     };
     use std::sync::LazyLock;
 
-    use crate::dax::entry::PAGE_BYTES;
+    use crate::support::units::PAGE_BYTES;
 
     /// An instruction that writes a cache line back.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]

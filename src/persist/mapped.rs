@@ -21,8 +21,8 @@ use super::backing::page_bytes;
 use super::cacheline::{Instruction, fence};
 use super::sigbus::Guarded;
 use super::{Backing, Persist};
-use crate::dax::entry::PMD_BYTES;
 use crate::support::lock::lock;
+use crate::support::units::PMD_BYTES;
 
 /// The file, from its first byte on.
 struct Mapping {

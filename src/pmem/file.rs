@@ -14,9 +14,13 @@ use log::{info, warn};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 use nix::libc;
+use thiserror::Error;
 
-use crate::persist::{Backing, DaxNode, Direct, Durability};
-use crate::session::config::{ConfigError, PMEM_ALIGN_BYTES, PmemSize, Size};
+use crate::persist::{Backing, DaxNode, Direct, Durability, PersistError};
+use crate::support::size::{Size, SizeError};
+use crate::support::units::PMD_BYTES;
+
+use super::size::PmemSize;
 
 /// `st_blocks` counts in units of 512 bytes, whatever the file system's block size (stat(2)).
 const STAT_BLOCK_BYTES: u64 = 512;
@@ -50,10 +54,10 @@ impl PmemFileSpec {
         }
     }
 
-    fn check_size(&self, actual: PmemSize) -> Result<(), ConfigError> {
+    fn check_size(&self, actual: PmemSize) -> Result<(), PmemFileError> {
         match self.size {
             Some(wanted) if wanted != actual => {
-                Err(ConfigError::SizeDiffers { path: self.path.clone(), actual, wanted })
+                Err(PmemFileError::SizeDiffers { path: self.path.clone(), actual, wanted })
             }
             _ => Ok(()),
         }
@@ -69,6 +73,45 @@ pub fn file_bytes(file: &File) -> io::Result<u64> {
         Some(node) => Ok(node.bytes),
         None => Ok(file.metadata()?.len()),
     }
+}
+
+/// A file that can't be served: one line that says what to do. Nothing is left that was created, and nothing was
+/// changed.
+#[derive(Debug, Error)]
+#[allow(missing_docs)] // The texts say it better.
+pub enum PmemFileError {
+    #[error("--file {path}: no such file; create it by adding --size, for example --size 1G", path = .0.display())]
+    MissingFile(PathBuf),
+    #[error("--file {path}: no such directory; create {dir} first", path = .path.display(), dir = .dir.display())]
+    MissingDirectory { path: PathBuf, dir: PathBuf },
+    #[error("--file {path} is a directory; name a file in it, for example --file {example}", path = .0.display(), example = .0.join("pmem.img").display())]
+    Directory(PathBuf),
+    #[error("--file {path} is neither a regular file nor a device-DAX node; name one, or a new file with --size", path = .0.display())]
+    NotRegular(PathBuf),
+    #[error("--file {path}: {error}; the daemon (uid {uid}) must be able to read and write it", path = .path.display())]
+    NoAccess { path: PathBuf, uid: u32, error: io::Error },
+    #[error("--file {path}: {error}; grow it with 'truncate -s SIZE FILE'", path = .path.display())]
+    FileSize { path: PathBuf, error: SizeError },
+    #[error("--file {path}: {error}; make its namespace anew with 'ndctl create-namespace --align 2M --size SIZE'", path = .path.display())]
+    NodeSize { path: PathBuf, error: SizeError },
+    #[error("--persist=cacheline: {path}: not each page can have a block ({error}); free some space, or take --persist=sync", path = .path.display())]
+    Blocks { path: PathBuf, error: io::Error },
+    #[error("{path}: {error}", path = .path.display())]
+    Persist { path: PathBuf, error: PersistError },
+    #[error("--file {path} lacks one byte: a daemon that was killed while it created it leaves it so; remove it, if so, and start again", path = .0.display())]
+    Unfinished(PathBuf),
+    #[error("--sparse and --persist=cacheline: {path} lies on a DAX file system, where each page must have its block before its lines can be made durable; leave one out", path = .0.display())]
+    SparseLines(PathBuf),
+    #[error("--file {path} is {actual}, not {wanted}; give --size {actual} or leave --size out", path = .path.display())]
+    SizeDiffers { path: PathBuf, actual: PmemSize, wanted: PmemSize },
+    #[error("--file {path}: no room for {size} ({error}); free some space, take a smaller --size, or add --sparse and never let the disk fill up", path = .path.display())]
+    NoSpace { path: PathBuf, size: PmemSize, error: io::Error },
+    #[error("--file {path}: this file system can't allocate ahead ({error}); add --sparse and never let the disk fill up", path = .path.display())]
+    NoAllocate { path: PathBuf, error: io::Error },
+    #[error("--file {path} is in use by another process (a daemon, or a VM that still maps it); stop that first", path = .0.display())]
+    Locked(PathBuf),
+    #[error("--file {path}: {error}", path = .path.display())]
+    File { path: PathBuf, error: io::Error },
 }
 
 /// What the look at the path has found, before anything is made.
@@ -90,18 +133,18 @@ impl<'a> FoundFile<'a> {
     ///
     /// # Errors
     /// Each is a line for the user; nothing has been created or changed then.
-    pub fn look(spec: &'a PmemFileSpec) -> Result<Self, ConfigError> {
+    pub fn look(spec: &'a PmemFileSpec) -> Result<Self, PmemFileError> {
         let path = &spec.path;
         // Only a name: to open a FIFO may wait, and to open a device may act.
         let name = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
         let found = match name {
             Ok(name) => open_found(path, &name)?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                let size = spec.size.ok_or_else(|| ConfigError::MissingFile(path.clone()))?;
+                let size = spec.size.ok_or_else(|| PmemFileError::MissingFile(path.clone()))?;
                 let dir = spec.dir();
                 if !dir.is_dir() {
                     let dir = dir.to_owned();
-                    return Err(ConfigError::MissingDirectory { path: path.clone(), dir });
+                    return Err(PmemFileError::MissingDirectory { path: path.clone(), dir });
                 }
                 Found::Missing(size)
             }
@@ -122,7 +165,7 @@ impl<'a> FoundFile<'a> {
     ///
     /// # Errors
     /// Each is a line for the user; nothing has been created or changed then.
-    pub fn claim(&self) -> Result<(), ConfigError> {
+    pub fn claim(&self) -> Result<(), PmemFileError> {
         let path = &self.spec.path;
         match &self.found {
             Found::There(file, node) => {
@@ -143,7 +186,7 @@ impl<'a> FoundFile<'a> {
     ///
     /// # Errors
     /// Each is a line for the user; nothing is left that was created then.
-    pub fn make(self, is_asked: &dyn Fn() -> bool) -> Result<PmemFile, ConfigError> {
+    pub fn make(self, is_asked: &dyn Fn() -> bool) -> Result<PmemFile, PmemFileError> {
         let path = self.spec.path.clone();
         match self.found {
             Found::There(file, _) => Ok(PmemFile { file: Arc::new(file), path, is_new: false }),
@@ -153,15 +196,15 @@ impl<'a> FoundFile<'a> {
 }
 
 /// Opens what `name` (O_PATH) is the name of, whatever the path leads to by now.
-fn open_found(path: &Path, name: &File) -> Result<Found, ConfigError> {
+fn open_found(path: &Path, name: &File) -> Result<Found, PmemFileError> {
     let failed = |e| open_error(path, e);
     let kind = name.metadata().map_err(failed)?.file_type();
     if kind.is_dir() {
-        return Err(ConfigError::Directory(path.to_owned()));
+        return Err(PmemFileError::Directory(path.to_owned()));
     }
     let node = DaxNode::of(name).map_err(failed)?;
     if !kind.is_file() && node.is_none() {
-        return Err(ConfigError::NotRegular(path.to_owned()));
+        return Err(PmemFileError::NotRegular(path.to_owned()));
     }
     let reopen = format!("/proc/self/fd/{}", name.as_raw_fd());
     let file = OpenOptions::new().read(true).write(true).open(reopen).map_err(failed)?;
@@ -169,19 +212,19 @@ fn open_found(path: &Path, name: &File) -> Result<Found, ConfigError> {
 }
 
 /// A device-DAX node. It is of one piece, so its maps are as aligned as it is itself.
-fn check_node(spec: &PmemFileSpec, node: DaxNode) -> Result<(), ConfigError> {
+fn check_node(spec: &PmemFileSpec, node: DaxNode) -> Result<(), PmemFileError> {
     let path = spec.path.clone();
     let size = PmemSize::new(node.bytes);
-    spec.check_size(size.map_err(|error| ConfigError::NodeSize { path, error })?)
+    spec.check_size(size.map_err(|error| PmemFileError::NodeSize { path, error })?)
 }
 
-fn check_file(spec: &PmemFileSpec, found: &Metadata) -> Result<(), ConfigError> {
+fn check_file(spec: &PmemFileSpec, found: &Metadata) -> Result<(), PmemFileError> {
     let path = &spec.path;
-    if found.len() % PMEM_ALIGN_BYTES == PMEM_ALIGN_BYTES - UNFINISHED_LACKS_BYTES {
-        return Err(ConfigError::Unfinished(path.clone()));
+    if found.len() % PMD_BYTES == PMD_BYTES - UNFINISHED_LACKS_BYTES {
+        return Err(PmemFileError::Unfinished(path.clone()));
     }
     let actual = PmemSize::new(found.len())
-        .map_err(|error| ConfigError::FileSize { path: path.clone(), error })?;
+        .map_err(|error| PmemFileError::FileSize { path: path.clone(), error })?;
     spec.check_size(actual)?;
     let holes = actual.bytes().saturating_sub(found.blocks() * STAT_BLOCK_BYTES);
     if holes > 0 && !spec.sparse {
@@ -210,7 +253,7 @@ impl PmemFile {
     ///
     /// # Errors
     /// Each is a line for the user; nothing is left that was created then.
-    pub fn open(spec: &PmemFileSpec) -> Result<Self, ConfigError> {
+    pub fn open(spec: &PmemFileSpec) -> Result<Self, PmemFileError> {
         let found = FoundFile::look(spec)?;
         found.claim()?;
         found.make(&|| false)
@@ -220,7 +263,7 @@ impl PmemFile {
         spec: &PmemFileSpec,
         size: PmemSize,
         is_asked: &dyn Fn() -> bool,
-    ) -> Result<Self, ConfigError> {
+    ) -> Result<Self, PmemFileError> {
         let path = &spec.path;
         let file = OpenOptions::new()
             .read(true)
@@ -238,7 +281,7 @@ impl PmemFile {
             .file
             .sync_all()
             .and_then(|()| File::open(spec.dir())?.sync_all())
-            .map_err(|error| ConfigError::File { path: path.clone(), error })?;
+            .map_err(|error| PmemFileError::File { path: path.clone(), error })?;
         Ok(created)
     }
 
@@ -247,17 +290,17 @@ impl PmemFile {
         size: PmemSize,
         sparse: bool,
         is_asked: &dyn Fn() -> bool,
-    ) -> Result<(), ConfigError> {
+    ) -> Result<(), PmemFileError> {
         let made = if sparse { Ok(()) } else { self.allocate(size, is_asked) };
         let path = self.path.clone();
         // Last: before that nobody takes the file for a whole one.
         made.and_then(|()| self.file.set_len(size.bytes())).map_err(|error| {
             match error.raw_os_error().map(Errno::from_raw) {
                 Some(Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG) => {
-                    ConfigError::NoSpace { path, size, error }
+                    PmemFileError::NoSpace { path, size, error }
                 }
-                Some(Errno::EOPNOTSUPP) => ConfigError::NoAllocate { path, error },
-                _ => ConfigError::File { path, error },
+                Some(Errno::EOPNOTSUPP) => PmemFileError::NoAllocate { path, error },
+                _ => PmemFileError::File { path, error },
             }
         })
     }
@@ -286,7 +329,7 @@ impl PmemFile {
         &self,
         direct: &Direct,
         is_asked: &dyn Fn() -> bool,
-    ) -> Result<(), ConfigError> {
+    ) -> Result<(), PmemFileError> {
         let path = &self.path;
         let bytes = self.file.metadata().map_err(|e| open_error(path, e))?.len();
         info!("giving each page of {} a block that is durably its own", path.display());
@@ -294,7 +337,7 @@ impl PmemFile {
             allocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes)?;
             direct.settle_blocks(from, bytes)
         })
-        .map_err(|error| ConfigError::Blocks { path: path.clone(), error })
+        .map_err(|error| PmemFileError::Blocks { path: path.clone(), error })
     }
 
     /// Keeps the file, and says what flushes of it are worth.
@@ -338,7 +381,7 @@ fn in_pieces(
         }
         if told.elapsed() >= TOLD_EVERY {
             told = Instant::now();
-            info!("{what} {} of {}", Size(from), Size(bytes.next_multiple_of(PMEM_ALIGN_BYTES)));
+            info!("{what} {} of {}", Size(from), Size(bytes.next_multiple_of(PMD_BYTES)));
         }
         work(from, PIECE_BYTES.min(bytes - from))?;
     }
@@ -353,7 +396,7 @@ fn allocate(file: &File, flags: FallocateFlags, from: u64, bytes: u64) -> io::Re
 
 /// An open-file-description lock on the whole file (fcntl(2), F_OFD_SETLK). It also keeps out a
 /// QEMU that would use the file as a raw disk.
-fn lock(file: &File, path: &Path) -> Result<(), ConfigError> {
+fn lock(file: &File, path: &Path) -> Result<(), PmemFileError> {
     let whole = libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
@@ -363,18 +406,18 @@ fn lock(file: &File, path: &Path) -> Result<(), ConfigError> {
     };
     match fcntl(file, FcntlArg::F_OFD_SETLK(&whole)) {
         Ok(_) => Ok(()),
-        Err(Errno::EAGAIN | Errno::EACCES) => Err(ConfigError::Locked(path.to_owned())),
-        Err(e) => Err(ConfigError::File { path: path.to_owned(), error: e.into() }),
+        Err(Errno::EAGAIN | Errno::EACCES) => Err(PmemFileError::Locked(path.to_owned())),
+        Err(e) => Err(PmemFileError::File { path: path.to_owned(), error: e.into() }),
     }
 }
 
-fn open_error(path: &Path, error: io::Error) -> ConfigError {
+fn open_error(path: &Path, error: io::Error) -> PmemFileError {
     let path = path.to_owned();
     match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EACCES | Errno::EPERM | Errno::EROFS) => {
-            ConfigError::NoAccess { path, uid: nix::unistd::geteuid().as_raw(), error }
+            PmemFileError::NoAccess { path, uid: nix::unistd::geteuid().as_raw(), error }
         }
-        _ => ConfigError::File { path, error },
+        _ => PmemFileError::File { path, error },
     }
 }
 

@@ -6,6 +6,7 @@
 //! What comes is the flush, and its answer is a promise.
 
 mod file;
+mod size;
 
 use std::fs::File;
 use std::io;
@@ -15,20 +16,20 @@ use std::time::Instant;
 use log::{error, info, warn};
 use vm_memory::GuestMemoryMmap;
 
-use crate::dax::counters::Counter;
 use crate::dax::engine::{Engine, Space};
-use crate::dax::entry::PageIndex;
 use crate::dax::extent::{Access, FileExtents};
 use crate::device::request::Request;
 use crate::device::{AtOnce, Device, Drained, SessionWindow};
 use crate::persist::{Backing, GroupSync, Persist, Waiter};
 use crate::ring::AtStop;
-use crate::session::config::PmemSize;
+use crate::support::counter::Counter;
 use crate::support::log_limit::RateLimit;
+use crate::support::units::PageIndex;
 use crate::window::{FileOffset, FrontEnd, MapError, ShmemMapper, WholeFile};
 use crate::window::{WindowBytes, WindowOffset};
 
-pub use file::{FoundFile, PmemFile, PmemFileSpec, file_bytes};
+pub use file::{FoundFile, PmemFile, PmemFileError, PmemFileSpec, file_bytes};
+pub use size::PmemSize;
 
 /// Feature bit 0: the region is shared memory region 0, not an address in the config space.
 pub const VIRTIO_PMEM_F_SHMEM_REGION: u64 = 1 << 0;

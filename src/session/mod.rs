@@ -21,11 +21,12 @@ use vhost_user_backend::{Error as BackendError, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::device::Device;
-use crate::fs::{Fs, user_namespace};
+use crate::fs::{Fs, FsError, user_namespace};
 use crate::persist::{Durability, FilePersist};
-use crate::pmem::{FoundFile, Pmem, PmemFile, file_bytes};
+use crate::pmem::{FoundFile, Pmem, PmemFile, PmemFileError, file_bytes};
 use crate::session::backend::Session;
 use crate::session::config::{ConfigError, FsRunConfig, PmemConfig};
+use crate::session::listener::SocketError;
 use crate::session::listener::accept::{Retries, Waiting, room_for_a_session, wait_for_front_end};
 use crate::session::signals::Stop;
 use crate::support::stderr;
@@ -64,6 +65,24 @@ pub enum DaemonError {
     Session(#[from] SessionError),
 }
 
+impl From<PmemFileError> for DaemonError {
+    fn from(e: PmemFileError) -> Self {
+        Self::Config(e.into())
+    }
+}
+
+impl From<SocketError> for DaemonError {
+    fn from(e: SocketError) -> Self {
+        Self::Config(e.into())
+    }
+}
+
+impl From<FsError> for DaemonError {
+    fn from(e: FsError) -> Self {
+        Self::Config(e.into())
+    }
+}
+
 /// Runs `vhost-user-dax pmem` until the VM has gone (or, with `keep_listening`, for ever).
 /// SIGTERM and SIGINT end the process, or this function, without an error at any time.
 ///
@@ -76,9 +95,9 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
     let path = &config.file.path;
     let found = FoundFile::look(&config.file)?;
     let chosen = Durability::choose(found.backing(), config.persist)
-        .map_err(|error| ConfigError::Persist { path: path.clone(), error })?;
+        .map_err(|error| PmemFileError::Persist { path: path.clone(), error })?;
     if config.file.sparse && chosen.settles_blocks() {
-        return Err(ConfigError::SparseLines(path.clone()).into());
+        return Err(PmemFileError::SparseLines(path.clone()).into());
     }
     found.claim()?;
     // All that can be refused by looking has been. The socket comes first: nothing that takes long, or
@@ -118,24 +137,24 @@ pub fn run_fs(config: &FsRunConfig) -> Result<(), DaemonError> {
     let (uids, gids) = (&config.fs.uid_map, &config.fs.gid_map);
     let mapped = !uids.is_empty() || !gids.is_empty();
     if mapped {
-        user_namespace::check().map_err(|e| ConfigError::Fs(e.into()))?;
+        user_namespace::check().map_err(FsError::from)?;
     }
     // First of all: the share's code clears the umask, and whom the socket belongs to is told from outside
     // the user namespace.
     let (listener, bound) = checked.listen()?;
     if mapped {
         // Before any thread starts: the kernel moves only a process that has none.
-        user_namespace::enter(uids, gids).map_err(|e| ConfigError::Fs(e.into()))?;
+        user_namespace::enter(uids, gids).map_err(FsError::from)?;
     }
     let stop = Stop::start(signals, bound)?;
-    let fs = Fs::new(&config.fs).map_err(ConfigError::Fs)?;
+    let fs = Fs::new(&config.fs)?;
     let what = format!("{}: tag {}", config.fs.shared_dir.display(), config.fs.tag);
     run(stop, listener, fs, &what, config.keep_listening)
 }
 
-fn check_shared_dir(path: &Path) -> Result<(), ConfigError> {
+fn check_shared_dir(path: &Path) -> Result<(), FsError> {
     let found = std::fs::read_dir(path).map(drop);
-    found.map_err(|error| ConfigError::SharedDir { path: path.to_owned(), error })
+    found.map_err(|error| FsError::SharedDir { path: path.to_owned(), error })
 }
 
 fn run(

@@ -2,6 +2,9 @@
 
 //! What every step may use. Knows no step.
 
+pub mod counter;
 pub(crate) mod lock;
 pub(crate) mod log_limit;
+pub mod size;
 pub mod stderr;
+pub mod units;

@@ -19,21 +19,10 @@ use std::io;
 use rustix::fs::{AtFlags, StatxFlags, statx};
 use thiserror::Error;
 
+pub use crate::support::units::{FileOffset, WindowBytes, WindowOffset};
 pub use channel::{Acks, ShmemMapper};
 pub(crate) use current::FrontEnd;
 pub(crate) use whole_file::WholeFile;
-
-/// A byte offset into the window (shared memory region 0).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct WindowOffset(pub u64);
-
-/// A byte offset into the file that is mapped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct FileOffset(pub u64);
-
-/// A length in bytes, of the window or of a piece of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct WindowBytes(pub u64);
 
 /// Which file a descriptor is of: device (major and minor) and number.
 pub(crate) type Inode = (u32, u32, u64);

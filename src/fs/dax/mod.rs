@@ -18,14 +18,14 @@ use log::warn;
 use nix::errno::Errno;
 use virtiofsd::fuse::{Attr, RemovemappingOne, SetupmappingIn};
 
-use crate::dax::counters::Counter;
 use crate::dax::engine::{Engine, GrantError, Space};
-use crate::dax::entry::{PAGE_BYTES, PMD_BYTES, PageIndex};
 use crate::dax::extent::Access;
 use crate::dax::written::Bytes;
 use crate::device::SessionWindow;
 use crate::persist::{Direct, PersistMode};
+use crate::support::counter::Counter;
 use crate::support::lock::lock;
+use crate::support::units::{PAGE_BYTES, PMD_BYTES, PageIndex};
 use crate::window::layout::ShowError;
 use crate::window::{FileOffset, FrontEnd, WindowBytes, WindowOffset};
 

@@ -18,8 +18,8 @@ use nix::sys::socket::{AddressFamily, SockType, SockaddrLike, SockaddrStorage};
 use nix::sys::socket::{getsockname, getsockopt, sockopt};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Group};
+use thiserror::Error;
 
-use crate::session::config::{ConfigError, SOCKET_PATH_MAX_BYTES, SocketSpec};
 use crate::support::lock::lock;
 
 pub(crate) mod accept;
@@ -27,11 +27,52 @@ mod claim;
 
 use self::claim::Claim;
 
+/// Bytes that a Unix socket path can have: sun_path less the final zero (unix(7)).
+pub const PATH_MAX_BYTES: usize = 107;
+
 /// What the socket's mode lacks from its first moment on: it is 0600. (bind(2) starts from 0777.)
 const UMASK: Mode = Mode::from_bits_truncate(0o177);
 
 /// Its mode with `--socket-group`.
 const GROUP_MODE: u32 = 0o660;
+
+/// Where the front-end finds the daemon.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SocketSpec {
+    /// A path to bind.
+    Path {
+        /// It.
+        path: PathBuf,
+        /// Who may connect beside the daemon's own user.
+        group: Option<String>,
+    },
+    /// A listening Unix socket that was inherited.
+    Fd(RawFd),
+}
+
+/// A socket setting that can't be used: one line that says what to do. Nothing has been created or changed.
+#[derive(Debug, Error)]
+#[allow(missing_docs)] // The texts say it better.
+pub enum SocketError {
+    #[error(
+        "--socket-path has {0} bytes; the system allows {PATH_MAX_BYTES}, so take a shorter one"
+    )]
+    PathLength(usize),
+    #[error("--socket-path {path} exists and is no socket; remove it or take another path", path = .0.display())]
+    NotASocket(PathBuf),
+    #[error("--socket-path {path}: another process listens there; stop it or take another path", path = .0.display())]
+    InUse(PathBuf),
+    #[error("--socket-group {0}: there is no such group; name one that 'getent group' lists")]
+    Group(String),
+    #[error("--socket-group: {path} can't be given to that group ({error}); run the daemon as root or as a member of it", path = .path.display())]
+    GroupOwner { path: PathBuf, error: io::Error },
+    #[error("--socket-path {path}: {error}; the directory must exist and be writable", path = .path.display())]
+    Path { path: PathBuf, error: io::Error },
+    #[error(
+        "--fd {fd} {why}; pass a listening Unix stream socket, as systemd's socket activation does"
+    )]
+    Fd { fd: RawFd, why: &'static str },
+}
 
 /// A socket setting that was looked at, and found usable, before anything was changed.
 #[derive(Debug)]
@@ -51,7 +92,7 @@ pub enum CheckedSocket {
 ///
 /// # Errors
 /// Each is a line for the user.
-pub fn check(spec: &SocketSpec) -> Result<CheckedSocket, ConfigError> {
+pub fn check(spec: &SocketSpec) -> Result<CheckedSocket, SocketError> {
     match spec {
         SocketSpec::Path { path, group } => {
             let group = group.as_deref().map(find_group).transpose()?;
@@ -62,9 +103,9 @@ pub fn check(spec: &SocketSpec) -> Result<CheckedSocket, ConfigError> {
     }
 }
 
-fn find_group(name: &str) -> Result<Gid, ConfigError> {
+fn find_group(name: &str) -> Result<Gid, SocketError> {
     let found = Group::from_name(name).ok().flatten();
-    found.map(|group| group.gid).ok_or_else(|| ConfigError::SocketGroup(name.to_owned()))
+    found.map(|group| group.gid).ok_or_else(|| SocketError::Group(name.to_owned()))
 }
 
 /// What is at a path that can be bound.
@@ -74,16 +115,16 @@ enum Found {
     DeadSocket,
 }
 
-fn look(path: &Path) -> Result<Found, ConfigError> {
+fn look(path: &Path) -> Result<Found, SocketError> {
     let bytes = path.as_os_str().len();
-    if bytes > SOCKET_PATH_MAX_BYTES {
-        return Err(ConfigError::SocketPathLength(bytes));
+    if bytes > PATH_MAX_BYTES {
+        return Err(SocketError::PathLength(bytes));
     }
     match fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {
-            Err(ConfigError::NotASocket(path.to_owned()))
+            Err(SocketError::NotASocket(path.to_owned()))
         }
-        Ok(_) if is_alive(path) => Err(ConfigError::SocketInUse(path.to_owned())),
+        Ok(_) if is_alive(path) => Err(SocketError::InUse(path.to_owned())),
         Ok(_) => Ok(Found::DeadSocket),
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
@@ -94,8 +135,8 @@ fn look(path: &Path) -> Result<Found, ConfigError> {
     }
 }
 
-fn socket_error(path: &Path, error: io::Error) -> ConfigError {
-    ConfigError::Socket { path: path.to_owned(), error }
+fn socket_error(path: &Path, error: io::Error) -> SocketError {
+    SocketError::Path { path: path.to_owned(), error }
 }
 
 /// Whether a socket is bound to `path`. A datagram socket asks: a live stream listener answers it
@@ -128,7 +169,7 @@ impl CheckedSocket {
     ///
     /// # Errors
     /// One line for the user; nothing has been created or changed then.
-    pub fn listen(self) -> Result<(UnixListener, BoundSocket), ConfigError> {
+    pub fn listen(self) -> Result<(UnixListener, BoundSocket), SocketError> {
         let (listener, bound) = match self {
             Self::Inherited(listener) => (listener, None),
             Self::Path { path, group } => {
@@ -180,7 +221,7 @@ impl Bound {
     }
 }
 
-fn bind(path: PathBuf, group: Option<Gid>) -> Result<(UnixListener, Bound), ConfigError> {
+fn bind(path: PathBuf, group: Option<Gid>) -> Result<(UnixListener, Bound), SocketError> {
     let _claim = Claim::take(&path).map_err(|e| socket_error(&path, e))?;
     // Once more, now that nobody else is about to bind it.
     if look(&path)? == Found::DeadSocket
@@ -207,7 +248,7 @@ fn bind(path: PathBuf, group: Option<Gid>) -> Result<(UnixListener, Bound), Conf
         Err(e) => {
             let _ = fs::remove_file(&path);
             Err(match group {
-                Some(_) => ConfigError::SocketGroupOwner { path, error: e },
+                Some(_) => SocketError::GroupOwner { path, error: e },
                 None => socket_error(&path, e),
             })
         }
@@ -215,8 +256,8 @@ fn bind(path: PathBuf, group: Option<Gid>) -> Result<(UnixListener, Bound), Conf
 }
 
 #[allow(unsafe_code)] // Taking over a descriptor by its number has no safe form.
-fn adopt(fd: RawFd) -> Result<UnixListener, ConfigError> {
-    let refuse = |why| Err(ConfigError::Fd { fd, why });
+fn adopt(fd: RawFd) -> Result<UnixListener, SocketError> {
+    let refuse = |why| Err(SocketError::Fd { fd, why });
     match fs::metadata(format!("/proc/self/fd/{fd}")) {
         Err(_) => return refuse("is not open"),
         Ok(found) if !found.file_type().is_socket() => return refuse("is no socket"),
