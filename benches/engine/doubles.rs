@@ -83,12 +83,12 @@ pub fn flushed_by_this_thread() -> u64 {
 }
 
 /// A disk on which everything is durable at once. It counts, and does nothing else.
-pub struct AtOnce {
+pub struct InlineWork {
     /// As [`Persist::kernel_tracks`].
     pub kernel_tracks: bool,
 }
 
-impl Persist for AtOnce {
+impl Persist for InlineWork {
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }
@@ -120,7 +120,7 @@ impl Loaded {
         let engine = Engine::new(WindowBytes(bytes), Arc::new(AnyMapper), MOST_MAPS);
         let file = Arc::new(tempfile::tempfile().unwrap());
         let source = Flat { file, bytes, maps_pmd: order == Order::Pmd };
-        let space = engine.space(Box::new(source), Box::new(AtOnce { kernel_tracks: false }));
+        let space = engine.space(Box::new(source), Box::new(InlineWork { kernel_tracks: false }));
         Self { engine, space, last: PageIndex(entries * order.pages() - 1) }
     }
 

@@ -11,7 +11,7 @@ use vhost_user_dax::dax::entry::PageIndex;
 use vhost_user_dax::dax::extent::{Access, FileExtents};
 use vhost_user_dax::window::WindowBytes;
 
-use super::doubles::{AnyMapper, AtOnce, Loaded, MOST_MAPS};
+use super::doubles::{AnyMapper, InlineWork, Loaded, MOST_MAPS};
 use super::measure::{Effort, Samples, nanos};
 use super::report::{Table, Verdicts, chart, headline, short};
 
@@ -68,7 +68,7 @@ fn pmem(bytes: u64) -> Loaded {
     file.set_len(bytes).unwrap();
     let engine = Engine::new(WindowBytes(bytes), Arc::new(AnyMapper), MOST_MAPS);
     let source = Box::new(FileExtents::preallocated(Arc::new(file), bytes));
-    let space = engine.space(source, Box::new(AtOnce { kernel_tracks: true }));
+    let space = engine.space(source, Box::new(InlineWork { kernel_tracks: true }));
     let last = PageIndex::of_byte(bytes - 1);
     Loaded { engine, space, last }
 }

@@ -2,6 +2,8 @@
 
 //! Step 3 of 6: the seam between the rings and a device. Knows no vhost-user.
 
+pub mod chain;
+pub mod memory;
 pub mod request;
 
 use std::sync::Arc;
@@ -9,11 +11,10 @@ use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 
 use crate::device::request::Request;
-use crate::ring::AtStop;
 use crate::window::{MapError, ShmemMapper, WindowBytes};
 
 /// What is left to do about a request.
-pub type AtOnce = Box<dyn FnOnce() + Send>;
+pub type InlineWork = Box<dyn FnOnce() + Send>;
 
 /// Who drains a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +28,18 @@ pub enum Drained {
     ByRelief,
 }
 
+/// What becomes of open requests when the front-end stops a ring (GET_VRING_BASE).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InflightPolicy {
+    /// The driver gets them back, and the next start takes them again: for requests that may be done
+    /// twice, and that are completed in the order in which they came.
+    Resubmit,
+    /// They go on; who ends meanwhile is returned when the ring goes on where it was stopped, and never
+    /// if it was reset. The stop waits for those that [pin](request::Request::pin) the
+    /// guest's memory, and for no others.
+    Retain,
+}
+
 /// What a virtio device offers to its session.
 ///
 /// A device gets a request and answers it with a status; it never touches a ring.
@@ -38,7 +51,7 @@ pub trait Device: Send + Sync + 'static {
     fn queues(&self) -> usize;
 
     /// What becomes of open requests when a ring is stopped.
-    fn at_stop(&self) -> AtStop;
+    fn inflight_policy(&self) -> InflightPolicy;
 
     /// The device's config space.
     fn config(&self) -> &[u8];
@@ -58,8 +71,8 @@ pub trait Device: Send + Sync + 'static {
     /// Takes one request. Must not block: it runs under the ring's lock. What it returns is done at once
     /// by the thread that drains the ring, without that lock.
     ///
-    /// With [`AtStop::HandBack`] requests of one ring must be completed in the order in which they came.
-    fn handle(&self, request: Request, drained: Drained) -> Option<AtOnce>;
+    /// With [`InflightPolicy::Resubmit`] requests of one ring must be completed in the order in which they came.
+    fn handle(&self, request: Request, drained: Drained) -> Option<InlineWork>;
 
     /// A driver has begun anew: what the last one left is void. Nothing of the new one is handed
     /// over before this returns, and two of these never run at once.

@@ -27,7 +27,7 @@ use virtiofsd::oslib::{self, ReadvFlags, WritevFlags};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 use crate::dax::engine::{Engine, Space};
-use crate::device::request::Segment;
+use crate::device::chain::Segment;
 use crate::persist::Direct;
 use crate::support::units::PAGE_BYTES;
 use crate::window::{FileOffset, WindowBytes, WindowOffset};

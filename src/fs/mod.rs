@@ -39,9 +39,8 @@ use virtiofsd::passthrough::{self, CachePolicy, NegotiationMode, PassthroughFs};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::device::request::Request;
-use crate::device::{AtOnce, Device, Drained, SessionWindow};
+use crate::device::{Device, Drained, InflightPolicy, InlineWork, SessionWindow};
 use crate::persist::{Backing, Durability, PersistError};
-use crate::ring::AtStop;
 use crate::support::log_limit::RateLimit;
 use crate::window::{MapError, ShmemMapper, WindowBytes};
 
@@ -162,7 +161,7 @@ impl Fs {
 
 impl Fs {
     /// Serves the request in the thread that took it, unless it would have to wait: then in another one.
-    fn at_once(&self, request: Request, message: Message) -> AtOnce {
+    fn at_once(&self, request: Request, message: Message) -> InlineWork {
         let (pool, server, here) = (self.pool.clone(), self.server.clone(), self.pool.here());
         Box::new(move || {
             if let Err(e) = pool::own_directory() {
@@ -310,8 +309,8 @@ impl Device for Fs {
     }
 
     /// Most requests must not be done twice.
-    fn at_stop(&self) -> AtStop {
-        AtStop::Keep
+    fn inflight_policy(&self) -> InflightPolicy {
+        InflightPolicy::Retain
     }
 
     fn config(&self) -> &[u8] {
@@ -342,7 +341,7 @@ impl Device for Fs {
         true
     }
 
-    fn handle(&self, request: Request, drained: Drained) -> Option<AtOnce> {
+    fn handle(&self, request: Request, drained: Drained) -> Option<InlineWork> {
         if self.is_closing() {
             return None; // It stays open, and is never answered.
         }

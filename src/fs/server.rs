@@ -13,7 +13,8 @@ use virtiofsd::filesystem::{Context, FileSystem};
 use virtiofsd::fuse::{InHeader, Opcode, WriteIn};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
-use crate::device::request::{Chain, Request, Segment};
+use crate::device::chain::{Chain, Segment};
+use crate::device::request::Request;
 use crate::support::counter::Counter;
 
 use super::buffers::copy_in;
@@ -260,7 +261,7 @@ where
             Err(Errno::EIO.into())
         });
         if patience != Patience::Any && moves_data(message.opcode()) && would_wait(&done) {
-            request.let_go();
+            request.unpin();
             return Some((request, message));
         }
         self.tally.requests.add(1);

@@ -19,9 +19,8 @@ use vm_memory::GuestMemoryMmap;
 use crate::dax::engine::{Engine, Space};
 use crate::dax::extent::{Access, FileExtents};
 use crate::device::request::Request;
-use crate::device::{AtOnce, Device, Drained, SessionWindow};
+use crate::device::{Device, Drained, InflightPolicy, InlineWork, SessionWindow};
 use crate::persist::{Backing, GroupSync, Persist, Waiter};
-use crate::ring::AtStop;
 use crate::support::counter::Counter;
 use crate::support::log_limit::RateLimit;
 use crate::support::units::PageIndex;
@@ -190,8 +189,8 @@ impl Device for Pmem {
     }
 
     /// A flush that is done twice is harmless, and so a pause need not wait for the disk.
-    fn at_stop(&self) -> AtStop {
-        AtStop::HandBack
+    fn inflight_policy(&self) -> InflightPolicy {
+        InflightPolicy::Resubmit
     }
 
     fn use_instead(&self) -> &str {
@@ -207,7 +206,7 @@ impl Device for Pmem {
         })
     }
 
-    fn handle(&self, request: Request, _: Drained) -> Option<AtOnce> {
+    fn handle(&self, request: Request, _: Drained) -> Option<InlineWork> {
         let is_flush = match request.word() {
             Ok(VIRTIO_PMEM_REQ_TYPE_FLUSH) => true,
             Ok(unknown) => {

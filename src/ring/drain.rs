@@ -10,8 +10,9 @@ use vhost_user_backend::VringT;
 use virtio_queue::{Error as QueueError, QueueOwnedT, QueueT};
 
 use super::{Phase, Ring, State, Vring};
-use crate::device::request::{Request, parse};
-use crate::device::{AtOnce, Drained};
+use crate::device::chain::parse;
+use crate::device::request::Request;
+use crate::device::{Drained, InlineWork};
 use crate::ring::poll::TURNS;
 
 /// What became of requests that are served by the thread that took them.
@@ -32,7 +33,7 @@ enum Taken {
     /// No more can be: the ring does not run, is full of open ones, or can't be read.
     NoMore,
     /// The last one leaves this to be done.
-    ToServe(AtOnce),
+    ToServe(InlineWork),
 }
 
 impl Ring {
@@ -49,7 +50,7 @@ impl Ring {
             match self.take(&mut state, true, !polls) {
                 Taken::ToServe(now) => {
                     state.serving += 1;
-                    self.watch.look();
+                    self.wake.wake();
                     drop(state);
                     now();
                     state = self.lock();
@@ -149,12 +150,12 @@ impl Ring {
                 let parsed = parse(chain, size);
                 state.open += 1;
                 let request = Request {
-                    ring: self.clone(),
+                    owner: self.clone(),
                     epoch: state.epoch,
                     window_lost: state.window_lost,
                     head,
                     parsed,
-                    touching: None,
+                    pinned: None,
                 };
                 let drained = if serves {
                     let avail = queue.avail_idx(&*mem, Ordering::Acquire)?;

@@ -4,15 +4,15 @@
 //!
 //! A ring is stopped, held (started, but its window is not up yet: the requests stay where
 //! they are) or running. What is open when it stops is either handed back to the driver or kept until
-//! the ring goes on ([`AtStop`]). A start from another place than where the ring was stopped, and
+//! the ring goes on ([`InflightPolicy`]). A start from another place than where the ring was stopped, and
 //! a stop that hands back, open a new [`Epoch`]; what belongs to an older one is void. That is how
 //! a flush that is still syncing never touches a ring that is not ours any more.
 
 mod drain;
-pub(crate) mod memory;
 mod poll;
 mod vring;
-pub(crate) mod watchdog;
+mod wake;
+mod watchdog;
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
@@ -20,21 +20,19 @@ use std::time::{Duration, Instant};
 use log::warn;
 use vhost_user_backend::VringT;
 use virtio_queue::{Error as QueueError, QueueT};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
-use crate::device::Device;
-use crate::device::request::Answer;
-use crate::ring::memory::Memory;
+use crate::device::memory::Memory;
+use crate::device::request::{Answer, Epoch, PinGuard, RequestOwner};
+use crate::device::{Device, InflightPolicy};
 use crate::ring::poll::Poll;
-use crate::ring::watchdog::Watch;
 use crate::support::lock::lock;
 use crate::support::log_limit::RateLimit;
 
-/// The guest's memory, as the front-end last described it.
-pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
-
 pub use crate::ring::vring::Vring;
 pub(crate) use drain::Progress;
+pub(crate) use wake::Wake;
+pub(crate) use watchdog::Watchdog;
 
 /// While more requests wait to be served by the same thread, the driver is told of so many answers at once: to
 /// wake it costs more than most requests do. (It sees an answer at once if it looks; and if the next
@@ -54,18 +52,6 @@ const UNRETURNED: &str = "a chain can't be returned";
 /// How often one who waits for a stopped ring looks whether the process is about to end.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
-/// What becomes of open requests when the front-end stops a ring (GET_VRING_BASE).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AtStop {
-    /// The driver gets them back, and the next start takes them again: for requests that may be done
-    /// twice, and that are completed in the order in which they came.
-    HandBack,
-    /// They go on; who ends meanwhile is returned when the ring goes on where it was stopped, and never
-    /// if it was reset. The stop waits for those that [touch](crate::device::request::Request::touch) the
-    /// guest's memory, and for no others.
-    Keep,
-}
-
 /// How a ring was started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Started {
@@ -74,10 +60,6 @@ pub struct Started {
     /// It does not go on where it was stopped: the driver has reset the device.
     pub afresh: bool,
 }
-
-/// One stretch in the life of a ring.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Epoch(u64);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum Phase {
@@ -92,12 +74,12 @@ enum Phase {
 struct State {
     phase: Phase,
     epoch: Epoch,
-    /// Chains taken and not completed. With [`AtStop::HandBack`] the device completes in order, so
+    /// Chains taken and not completed. With [`InflightPolicy::Resubmit`] the device completes in order, so
     /// these are the last that were taken, and moving the base back by this number hands exactly
     /// them back.
     open: u16,
     /// Those of them that have a hand in the guest's memory.
-    touching: u16,
+    pinned: u16,
     /// Completed while the ring was stopped.
     kept: Vec<Answer>,
     /// The available index at the last stop; the used index was this less the open ones.
@@ -142,7 +124,7 @@ pub struct Ring {
     state: Mutex<State>,
     /// The ring was stopped, has started, or is touched by one less.
     changed: Condvar,
-    watch: Arc<Watch>,
+    wake: Arc<Wake>,
     /// The library's, from the first start on: a session has the same one at each start.
     vring: OnceLock<Vring>,
     log_limit: RateLimit,
@@ -154,7 +136,7 @@ impl Ring {
         device: Arc<dyn Device>,
         index: usize,
         mem: Memory,
-        watch: Arc<Watch>,
+        wake: Arc<Wake>,
     ) -> Arc<Self> {
         Arc::new(Self {
             device,
@@ -162,7 +144,7 @@ impl Ring {
             mem,
             state: Mutex::default(),
             changed: Condvar::new(),
-            watch,
+            wake,
             vring: OnceLock::new(),
             log_limit: RateLimit::default(),
         })
@@ -176,11 +158,6 @@ impl Ring {
     /// The library's ring, if it has started once.
     pub(crate) fn vring(&self) -> Option<&Vring> {
         self.vring.get()
-    }
-
-    /// The guest's memory.
-    pub(crate) fn memory(&self) -> &Memory {
-        &self.mem
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -204,7 +181,7 @@ impl Ring {
         }
         let goes_on = state.goes_on(from, used);
         if !goes_on {
-            let epoch = Epoch(state.epoch.0 + 1);
+            let epoch = state.epoch.next();
             state.renew(epoch);
             self.changed.notify_all();
         }
@@ -252,7 +229,7 @@ impl Ring {
         }
     }
 
-    /// Stops the ring (GET_VRING_BASE). With [`AtStop::HandBack`] the base that the front-end will
+    /// Stops the ring (GET_VRING_BASE). With [`InflightPolicy::Resubmit`] the base that the front-end will
     /// read is moved before the open requests, so that the next start takes them again. Never waits
     /// for a request, unless that touches the guest's memory.
     pub fn stop(&self) {
@@ -260,16 +237,16 @@ impl Ring {
         state.more = false;
         self.tell(&mut state);
         // Whoever touches guest memory may still return its chain; nothing new is taken.
-        let hand_back = self.device.at_stop() == AtStop::HandBack;
+        let hand_back = self.device.inflight_policy() == InflightPolicy::Resubmit;
         if state.phase == Phase::Running && !hand_back {
             state.phase = Phase::Stopping;
         }
-        while state.touching > 0 {
+        while state.pinned > 0 {
             state.waiting += 1;
             state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
             state.waiting -= 1;
         }
-        let epoch = Epoch(state.epoch.0 + 1);
+        let epoch = state.epoch.next();
         let started = self.vring.get().filter(|_| state.phase != Phase::Stopped);
         let Some(vring) = started else {
             if hand_back {
@@ -294,53 +271,9 @@ impl Ring {
     pub fn end(&self) {
         self.stop();
         let mut state = self.lock();
-        let epoch = Epoch(state.epoch.0 + 1);
+        let epoch = state.epoch.next();
         state.renew(epoch);
         self.changed.notify_all();
-    }
-
-    /// See [`Request::touch`](crate::device::request::Request::touch).
-    pub(crate) fn touch(ring: &Arc<Self>, epoch: Epoch) -> Option<Touching> {
-        let mut state = ring.lock();
-        while state.epoch == epoch && state.phase != Phase::Running && !ring.device.is_closing() {
-            // The device has no way to wake us.
-            state.waiting += 1;
-            let waited = ring.changed.wait_timeout(state, LOOK_AGAIN);
-            state = waited.unwrap_or_else(|e| e.into_inner()).0;
-            state.waiting -= 1;
-        }
-        Self::touch_locked(ring, state, epoch)
-    }
-
-    /// See [`Request::touch_now`](crate::device::request::Request::touch_now).
-    pub(crate) fn touch_now(ring: &Arc<Self>, epoch: Epoch) -> Option<Touching> {
-        Self::touch_locked(ring, ring.lock(), epoch)
-    }
-
-    fn touch_locked(
-        ring: &Arc<Self>,
-        mut state: MutexGuard<'_, State>,
-        epoch: Epoch,
-    ) -> Option<Touching> {
-        let may = state.epoch == epoch && state.phase == Phase::Running;
-        state.touching += u16::from(may);
-        may.then(|| Touching(ring.clone()))
-    }
-
-    /// Stores the reply, puts the head into the used ring (unless it has no place there), and
-    /// tells the driver if it wants to be told.
-    pub(crate) fn complete(self: &Arc<Self>, epoch: Epoch, answer: Answer) {
-        let mut state = self.lock();
-        if state.epoch == epoch {
-            match state.phase {
-                Phase::Running | Phase::Stopping => self.give_back(&mut state, answer),
-                Phase::Held | Phase::Stopped => state.kept.push(answer),
-            }
-            if state.left_behind {
-                // Served by others: this may be the end of one that was taken here.
-                self.hand_out(&mut state);
-            }
-        }
     }
 
     fn give_back(&self, state: &mut State, answer: Answer) {
@@ -382,15 +315,53 @@ impl Ring {
     }
 }
 
-/// A hand in the guest's memory: while there is one, the ring is not stopped.
-pub(crate) struct Touching(Arc<Ring>);
+impl RequestOwner for Ring {
+    fn memory(&self) -> &Memory {
+        &self.mem
+    }
 
-impl Drop for Touching {
-    fn drop(&mut self) {
-        let mut state = self.0.lock();
-        state.touching -= 1;
+    fn pin(self: Arc<Self>, epoch: Epoch, wait: bool) -> Option<PinGuard> {
+        let mut state = self.lock();
+        while wait
+            && state.epoch == epoch
+            && state.phase != Phase::Running
+            && !self.device.is_closing()
+        {
+            // The device has no way to wake us.
+            state.waiting += 1;
+            let waited = self.changed.wait_timeout(state, LOOK_AGAIN);
+            state = waited.unwrap_or_else(|e| e.into_inner()).0;
+            state.waiting -= 1;
+        }
+        if state.epoch != epoch || state.phase != Phase::Running {
+            return None;
+        }
+        state.pinned += 1;
+        drop(state);
+        Some(PinGuard::new(self))
+    }
+
+    fn unpin(&self) {
+        let mut state = self.lock();
+        state.pinned -= 1;
         if state.waiting > 0 {
-            self.0.changed.notify_all();
+            self.changed.notify_all();
+        }
+    }
+
+    /// Stores the reply, puts the head into the used ring (unless it has no place there), and
+    /// tells the driver if it wants to be told.
+    fn complete(self: Arc<Self>, epoch: Epoch, answer: Answer) {
+        let mut state = self.lock();
+        if state.epoch == epoch {
+            match state.phase {
+                Phase::Running | Phase::Stopping => self.give_back(&mut state, answer),
+                Phase::Held | Phase::Stopped => state.kept.push(answer),
+            }
+            if state.left_behind {
+                // Served by others: this may be the end of one that was taken here.
+                self.hand_out(&mut state);
+            }
         }
     }
 }

@@ -22,7 +22,7 @@ use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutG
 use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
-use crate::ring::GuestMemory;
+use crate::device::memory::GuestMemory;
 
 /// Where the index is in a used ring (virtio 1.4 section 2.7.8: struct virtq_used).
 const USED_IDX: u64 = 2;

@@ -24,10 +24,10 @@ use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
+use crate::device::memory::{GuestMemory, Memory};
+use crate::device::request::Epoch;
 use crate::device::{Device, SessionWindow};
-use crate::ring::memory::Memory;
-use crate::ring::watchdog::{Relief, Watch};
-use crate::ring::{Epoch, GuestMemory, Ring, Started, Vring};
+use crate::ring::{Ring, Started, Vring, Wake, Watchdog};
 use crate::session::lifecycle::Life;
 use crate::session::restart::Restarts;
 use crate::support::lock::lock;
@@ -45,7 +45,7 @@ struct Inner {
     rings: Vec<Arc<Ring>>,
     memory: Memory,
     /// None where no request is served by the thread that takes it, and after the end.
-    relief: Mutex<Option<Relief>>,
+    watchdog: Mutex<Option<Watchdog>>,
     window: Arc<dyn SessionWindow>,
     /// No ring was stopped since the last start: messages about the window may be sent (Q1).
     life: Arc<Life>,
@@ -70,14 +70,14 @@ impl Session {
     /// # Errors
     /// The system's: no thread can be started.
     pub(crate) fn new(device: Arc<dyn Device>, mem: GuestMemory) -> io::Result<Self> {
-        let watch = Arc::new(Watch::default());
+        let wake = Arc::new(Wake::default());
         let memory = Memory::new(mem);
-        let ring = |index| Ring::new(device.clone(), index, memory.clone(), watch.clone());
+        let ring = |index| Ring::new(device.clone(), index, memory.clone(), wake.clone());
         let rings: Vec<_> = (0..device.queues()).map(ring).collect();
         let session = Self(Arc::new(Inner {
             rings,
             memory,
-            relief: Mutex::new(None),
+            watchdog: Mutex::new(None),
             window: device.open_window(),
             life: Arc::default(),
             restarted: AtomicBool::new(false),
@@ -94,8 +94,8 @@ impl Session {
                     Self(inner).begin(ring, vring, false);
                 }
             };
-            let relief = Relief::start(&watch, session.0.rings.clone(), begin)?;
-            *lock(&session.0.relief) = Some(relief);
+            let watchdog = Watchdog::start(&wake, session.0.rings.clone(), begin)?;
+            *lock(&session.0.watchdog) = Some(watchdog);
         }
         Ok(session)
     }
@@ -112,7 +112,7 @@ impl Session {
         self.0.life.stop(|| self.0.window.stopped());
         self.0.window.ended();
         self.0.rings.iter().for_each(|ring| ring.end());
-        drop(lock(&self.0.relief).take());
+        drop(lock(&self.0.watchdog).take());
         self.0.device.session_ended();
         self.0.device.report();
         self.0.refusal.get().cloned()

@@ -17,7 +17,8 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Backend, Listener};
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringT};
-use vhost_user_dax::ring::{GuestMemory, Vring};
+use vhost_user_dax::device::memory::GuestMemory;
+use vhost_user_dax::ring::Vring;
 use vhost_user_dax::window::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;

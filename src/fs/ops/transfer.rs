@@ -24,9 +24,9 @@ use crate::fs::server::{Message, Patience, Server};
 /// Takes guest memory in hand.
 fn touch(request: &mut Request, patience: Patience) -> io::Result<()> {
     match patience {
-        Patience::Any if request.touch() => Ok(()),
+        Patience::Any if request.pin() => Ok(()),
         Patience::Any => Err(Errno::EIO.into()),
-        Patience::None | Patience::Least if request.touch_now() => Ok(()),
+        Patience::None | Patience::Least if request.pin_now() => Ok(()),
         Patience::None | Patience::Least => Err(Errno::EAGAIN.into()),
     }
 }
@@ -105,7 +105,7 @@ where
             let done =
                 self.fs.write(ctx, nodeid, fh, data, size, from, owner, delayed, kill_priv, flags);
             // What follows may wait for the front-end.
-            request.let_go();
+            request.unpin();
             done
         };
         let done = match self.dax.as_deref().zip(file) {

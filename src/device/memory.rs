@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 2 of 6: which part of the guest's memory is RAM. Knows no ring and no device.
+//! Step 3 of 6: which part of the guest's memory is RAM. Knows no ring and no device.
 //!
 //! A load behind the end of a mapped file is SIGBUS, and ends the process. RAM has no such place, but a
 //! memory table also lists the windows of virtio-fs devices (Q3), ours and others': maps of files that the
@@ -24,8 +24,10 @@ use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryB
 use vm_memory::{GuestMemoryLoadGuard, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::persist::{Guarded, page_bytes};
-use crate::ring::GuestMemory;
 use crate::support::lock::lock;
+
+/// The guest's memory, as the front-end last described it.
+pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// What a region is.
 enum Kind {

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Step 2 of 6: how the rings wake their watchdog. Knows no ring.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex};
+use std::time::Duration;
+
+use crate::support::lock::lock;
+
+/// Shared by the rings of a session and their watchdog.
+#[derive(Default)]
+pub(crate) struct Wake {
+    asleep: AtomicBool,
+    over: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Wake {
+    /// A ring's thread is about to serve a request itself. Called under the ring's lock, under which the
+    /// watchdog also looks before it sleeps: either this sees `asleep`, or the watchdog sees the request.
+    pub(crate) fn wake(&self) {
+        if self.asleep.swap(false, Ordering::SeqCst) {
+            drop(lock(&self.over));
+            self.changed.notify_one();
+        }
+    }
+
+    /// Ends the watchdog.
+    pub(crate) fn end(&self) {
+        *lock(&self.over) = true;
+        self.changed.notify_one();
+    }
+
+    /// Whether the watchdog shall end.
+    pub(crate) fn is_over(&self) -> bool {
+        *lock(&self.over)
+    }
+
+    /// The watchdog waits for a `tick`, or less.
+    pub(crate) fn tick(&self, tick: Duration) {
+        let over = lock(&self.over);
+        if !*over {
+            drop(self.changed.wait_timeout(over, tick));
+        }
+    }
+
+    /// The watchdog sleeps until a ring [wakes](Self::wake) it or it shall end, unless `is_serving` says that a
+    /// ring's thread serves a request already. `is_serving` locks rings: nothing of this is held under it.
+    pub(crate) fn sleep(&self, is_serving: impl FnOnce() -> bool) {
+        self.asleep.store(true, Ordering::SeqCst);
+        if is_serving() {
+            self.asleep.store(false, Ordering::SeqCst);
+        }
+        let mut over = lock(&self.over);
+        while self.asleep.load(Ordering::SeqCst) && !*over {
+            over = self.changed.wait(over).unwrap_or_else(|e| e.into_inner());
+        }
+    }
+}
