@@ -33,7 +33,7 @@ use crate::support::units::PAGE_BYTES;
 use crate::window::{FileOffset, WindowBytes, WindowOffset};
 
 use super::message::MAX_DATA_BYTES;
-use super::server::Patience;
+use super::schedule::Blocking;
 
 /// IOV_MAX.
 const MAX_IOVECS: usize = 1024;
@@ -328,8 +328,8 @@ pub(crate) struct GuestWriter<'m> {
     pub(crate) mem: &'m GuestMemoryMmap,
     pub(crate) ram: &'m GuestMemoryMmap,
     pub(crate) buffers: Buffers,
-    pub(crate) patience: Patience,
-    /// Set where it would have to wait for a disk, and has not the patience.
+    pub(crate) blocking: Blocking,
+    /// Set where it would have to wait for a disk, and must not.
     pub(crate) would_wait: &'m Cell<bool>,
 }
 
@@ -385,13 +385,13 @@ impl GuestWriter<'_> {
         flags: Option<ReadvFlags>,
         read: impl Fn(Option<ReadvFlags>) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        match self.patience {
-            Patience::Any => read(flags),
-            _ => self.read_now(flags, read),
+        match self.blocking {
+            Blocking::Allowed => read(flags),
+            Blocking::IfUnknown => self.read_now(flags, read),
         }
     }
 
-    /// Reads what needs no waiting for; where the file system can't tell what does, all or nothing.
+    /// Reads what needs no waiting for; where the file system can't tell what does, all.
     fn read_now(
         &self,
         flags: Option<ReadvFlags>,
@@ -399,9 +399,7 @@ impl GuestWriter<'_> {
     ) -> io::Result<usize> {
         match read(Some(flags.unwrap_or(ReadvFlags::empty()) | ReadvFlags::RWF_NOWAIT)) {
             Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
-                if self.patience == Patience::None {
-                    return read(flags);
-                }
+                return read(flags);
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             other => return other,
@@ -501,33 +499,4 @@ impl ZeroCopyReader for GuestReader<'_> {
         let count = count.min(self.buffers.bytes());
         step_by_step(count, off, |left, off| self.step(f, left, off, flags))
     }
-}
-
-/// Copies the first `most` bytes of `segments` out of guest memory.
-///
-/// # Errors
-/// EFAULT for what is no RAM: no driver puts the head of a request there.
-pub(crate) fn copy_in(
-    ram: &GuestMemoryMmap,
-    segments: &[Segment],
-    most: usize,
-) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::with_capacity(most.min(BOUNCE_BYTES));
-    for segment in segments {
-        let now = (most - bytes.len()).min(segment.bytes as usize);
-        if now == 0 {
-            continue;
-        }
-        let start = bytes.len();
-        for slice in GuestMemoryBackend::get_slices(ram, segment.at, now) {
-            let slice = slice.map_err(|_| Errno::EFAULT)?;
-            let end = bytes.len();
-            bytes.resize(end + slice.len(), 0);
-            if let Some(to) = bytes.get_mut(end..) {
-                slice.copy_to(to);
-            }
-        }
-        debug_assert_eq!(bytes.len() - start, now);
-    }
-    Ok(bytes)
 }

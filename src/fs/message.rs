@@ -7,12 +7,18 @@ use std::ffi::CStr;
 use std::io;
 
 use nix::errno::Errno;
-use virtiofsd::filesystem::{Extensions, SecContext};
-use virtiofsd::fuse::{ExtHeader, ForgetOne, InHeader, Opcode, OutHeader, Secctx, SuppGroups};
+use virtiofsd::filesystem::{Context, Extensions, SecContext};
+use virtiofsd::fuse::{
+    ExtHeader, ForgetOne, InHeader, Opcode, OutHeader, Secctx, SuppGroups, WriteIn,
+};
 use virtiofsd::soft_idmap::Id;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vm_memory_of_virtiofsd::ByteValued;
 
-use crate::device::request::Header;
+use crate::device::chain::{Chain, Segment};
+use crate::device::request::{Header, Request};
+
+use super::lives::Life;
 
 /// `max_write`, and the most that one READ brings: what virtiofsd takes, too.
 pub(crate) const MAX_DATA_BYTES: u32 = 1 << 20;
@@ -46,6 +52,9 @@ const EXT_GROUPS: u32 = 32;
 
 /// NGROUPS_MAX of Linux.
 const MAX_GROUPS: u32 = 65536;
+
+/// So much of a request is copied before its length is known.
+const SHORT_BYTES: usize = 256;
 
 /// The error that a malformed request gets.
 pub(crate) fn invalid() -> io::Error {
@@ -213,6 +222,154 @@ impl Reply {
     pub(crate) fn object<T: ByteValued>(object: T) -> Self {
         Self::Bytes(object.as_slice().to_vec())
     }
+}
+
+/// The head of a message, copied out of the guest's memory: what it says can't change any more.
+pub(crate) struct Message {
+    pub(crate) header: InHeader,
+    /// The header and what follows it, of a WRITE without its data. Empty if there is a fault.
+    copied: Vec<u8>,
+    /// How many bytes the whole request has.
+    pub(crate) bytes: usize,
+    /// Of the driver that sent it.
+    pub(crate) life: Life,
+    /// It lies about its length, or is longer than such a request can be.
+    pub(crate) fault: Option<Errno>,
+}
+
+impl Message {
+    /// Reads it. Called under the ring's lock, when the ring runs: what is read later might be another
+    /// driver's memory by then; and so `life` is that of the driver which sent it.
+    pub(crate) fn read(request: &Request, life: Life) -> Result<Self, Unanswerable> {
+        let chain = request.chain().map_err(|_| Unanswerable)?;
+        let ram = request.ram();
+        let room = bytes_of(chain.writable());
+        // The head of a reply goes to the first buffers.
+        if !in_ram(&ram, chain.writable(), OUT_HEADER_BYTES) {
+            return Err(Unanswerable);
+        }
+        let readable = bytes_of(chain.readable());
+        // Most requests are short, and copied at once; what is none of it may lie in the window.
+        let begin = copy_in(&ram, chain.readable(), SHORT_BYTES.min(readable))
+            .or_else(|_| copy_in(&ram, chain.readable(), IN_HEADER_BYTES));
+        let begin = begin.map_err(|_| Unanswerable)?;
+        let header: InHeader = object(&begin).ok_or(Unanswerable)?;
+        if room < OUT_HEADER_BYTES && !takes_no_reply(header.opcode) {
+            return Err(Unanswerable);
+        }
+        let (bytes, head) = match extent(&header, readable) {
+            Ok(extent) => extent,
+            Err(fault) => return Ok(Self::faulty(header, life, fault)),
+        };
+        let copied = match begin.get(..head) {
+            Some(_) => Ok(begin),
+            None => copy_in(&ram, chain.readable(), head),
+        };
+        match copied {
+            Ok(mut copied) if copied.len() >= head => {
+                copied.truncate(head);
+                Ok(Self { header, copied, bytes, life, fault: None })
+            }
+            _ => Ok(Self::faulty(header, life, Errno::EINVAL)),
+        }
+    }
+
+    fn faulty(header: InHeader, life: Life, fault: Errno) -> Self {
+        Self { header, copied: Vec::new(), bytes: 0, life, fault: Some(fault) }
+    }
+
+    /// What follows the header; of a WRITE without its data.
+    pub(crate) fn args(&self) -> &[u8] {
+        self.copied.get(IN_HEADER_BYTES..).unwrap_or_default()
+    }
+
+    pub(crate) fn opcode(&self) -> Option<Opcode> {
+        Opcode::try_from(self.header.opcode).ok()
+    }
+
+    pub(crate) fn context(&self) -> Context {
+        Context::from(self.header)
+    }
+
+    pub(crate) fn nodeid(&self) -> u64 {
+        self.header.nodeid
+    }
+}
+
+/// How many bytes a request has, and how many of them are kept until it is served.
+fn extent(header: &InHeader, readable: usize) -> Result<(usize, usize), Errno> {
+    let bytes = request_bytes(header, readable).map_err(|_| Errno::EINVAL)?;
+    let opcode = Opcode::try_from(header.opcode).ok();
+    if matches!(opcode, Some(Opcode::Write)) {
+        return Ok((bytes, bytes.min(IN_HEADER_BYTES + size_of::<WriteIn>())));
+    }
+    match most_args(opcode) {
+        None => Ok((bytes, IN_HEADER_BYTES)),
+        Some(most) if bytes - IN_HEADER_BYTES <= most => Ok((bytes, bytes)),
+        Some(_) => Err(too_much(opcode)),
+    }
+}
+
+fn bytes_of(segments: &[Segment]) -> usize {
+    segments.iter().map(|segment| segment.bytes as usize).sum()
+}
+
+/// Whether the first `bytes` of `segments` are RAM, as far as they go.
+pub(crate) fn in_ram(ram: &GuestMemoryMmap, segments: &[Segment], bytes: usize) -> bool {
+    let mut left = bytes;
+    for segment in segments {
+        let now = left.min(segment.bytes as usize);
+        if now > 0 && !GuestMemoryBackend::check_range(ram, segment.at, now) {
+            return false;
+        }
+        left -= now;
+    }
+    true
+}
+
+/// A chain that holds no message: it goes back as it came.
+pub(crate) struct Unanswerable;
+
+pub(crate) fn takes_no_reply(opcode: u32) -> bool {
+    [Opcode::Forget, Opcode::BatchForget, Opcode::Interrupt].iter().any(|o| *o as u32 == opcode)
+}
+
+pub(crate) fn writable(request: &Request) -> &[Segment] {
+    request.chain().map(Chain::writable).unwrap_or_default()
+}
+
+/// The room behind the header of the reply.
+pub(crate) fn room(request: &Request) -> usize {
+    bytes_of(writable(request)).saturating_sub(OUT_HEADER_BYTES)
+}
+
+/// Copies the first `most` bytes of `segments` out of guest memory.
+///
+/// # Errors
+/// EFAULT for what is no RAM: no driver puts the head of a request there.
+pub(crate) fn copy_in(
+    ram: &GuestMemoryMmap,
+    segments: &[Segment],
+    most: usize,
+) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(most.min(MAX_DATA_BYTES as usize));
+    for segment in segments {
+        let now = (most - bytes.len()).min(segment.bytes as usize);
+        if now == 0 {
+            continue;
+        }
+        let start = bytes.len();
+        for slice in GuestMemoryBackend::get_slices(ram, segment.at, now) {
+            let slice = slice.map_err(|_| Errno::EFAULT)?;
+            let end = bytes.len();
+            bytes.resize(end + slice.len(), 0);
+            if let Some(to) = bytes.get_mut(end..) {
+                slice.copy_to(to);
+            }
+        }
+        debug_assert_eq!(bytes.len() - start, now);
+    }
+    Ok(bytes)
 }
 
 /// The header of a reply that has `bytes` behind it.

@@ -19,6 +19,7 @@ mod message;
 mod open_flags;
 mod ops;
 mod pool;
+mod schedule;
 mod server;
 mod sync_errors;
 pub mod user_namespace;
@@ -30,7 +31,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use log::{debug, info, warn};
+use log::{info, warn};
 use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
 use virtiofsd::filesystem::FileSystem;
@@ -47,9 +48,11 @@ use crate::window::{MapError, ShmemMapper, WindowBytes};
 use self::dax::Dax;
 use self::descriptors::Descriptors;
 use self::lives::Lives;
+use self::message::Message;
 use self::open_flags::OpenFlags;
-use self::pool::{Pace, Pool};
-use self::server::{Message, Patience, Serve, Server, Tally, is_copy, is_quick, pace};
+use self::pool::Pool;
+use self::schedule::JobClass;
+use self::server::{Serve, Server, Tally};
 use crate::fs::sync_errors::Opened;
 use crate::passthrough::{Stretch, Unavailable};
 
@@ -157,47 +160,6 @@ impl Fs {
             _root: root,
         }))
     }
-}
-
-impl Fs {
-    /// Serves the request in the thread that took it, unless it would have to wait: then in another one.
-    fn at_once(&self, request: Request, message: Message) -> InlineWork {
-        let (pool, server, here) = (self.pool.clone(), self.server.clone(), self.pool.here());
-        Box::new(move || {
-            if let Err(e) = pool::own_directory() {
-                debug!("a ring's thread serves nothing itself: {e}");
-                submit(&pool, &server, request, message);
-                return drop(here);
-            }
-            pool::guarded(|| {
-                if let Some((request, message)) = server.serve(request, message, Patience::None) {
-                    submit_patient(&pool, &server, request, message);
-                }
-            });
-            drop(here);
-        })
-    }
-}
-
-/// Has a request served by another thread: first, if it is a copy, as one that waits for nothing.
-fn submit(pool: &Arc<Pool>, server: &Arc<dyn Serve>, request: Request, message: Message) {
-    if !is_copy(&message, &request) {
-        return submit_patient(pool, server, request, message);
-    }
-    let (again, server) = (pool.clone(), server.clone());
-    pool.submit(Pace::Busy, move || {
-        if let Some((request, message)) = server.serve(request, message, Patience::Least) {
-            submit_patient(&again, &server, request, message);
-        }
-    });
-}
-
-fn submit_patient(pool: &Pool, server: &Arc<dyn Serve>, request: Request, message: Message) {
-    let (pace, server) = (pace(message.opcode()), server.clone());
-    pool.submit(pace, move || {
-        let left = server.serve(request, message, Patience::Any);
-        debug_assert!(left.is_none(), "a request that may wait is served");
-    });
 }
 
 /// The share, whatever becomes of its path.
@@ -348,13 +310,13 @@ impl Device for Fs {
         match Message::read(&request, self.server.life()) {
             Ok(message) => {
                 let here = match drained {
-                    Drained::ByServer { more } => is_quick(&message, &request, more),
+                    Drained::ByServer { more } => schedule::is_inline(&message, &request, more),
                     Drained::ByRelief => false,
                 };
                 if here {
-                    return Some(self.at_once(request, message));
+                    return Some(schedule::inline(&self.pool, &self.server, request, message));
                 }
-                submit(&self.pool, &self.server, request, message);
+                schedule::submit(&self.pool, &self.server, request, message);
             }
             Err(_) => {
                 self.server.tally().malformed.add(1);
@@ -364,7 +326,8 @@ impl Device for Fs {
                          ({held_back} more such lines held back)"
                     );
                 }
-                self.pool.submit(Pace::Quick, move || request.complete_with(None, Vec::new(), 0));
+                self.pool
+                    .submit(JobClass::Quick, move || request.complete_with(None, Vec::new(), 0));
             }
         }
         None

@@ -8,12 +8,14 @@ use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread::{Builder, available_parallelism, sleep};
+use std::thread::{Builder, sleep};
 use std::time::Duration;
 
 use log::error;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
+
+use super::schedule::JobClass;
 
 /// An idle thread goes away after this long.
 const IDLE: Duration = Duration::from_secs(10);
@@ -23,28 +25,14 @@ const KEPT_FREE: usize = 4;
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// How long a request may take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Pace {
-    /// It waits for no disk, or not for long.
-    Quick,
-    /// It may wait for a disk or a network as long as that likes.
-    Slow,
-    /// It keeps a processor busy, and waits for nothing: no more of these run at once than there are
-    /// processors, so that they end in the order in which they came.
-    Busy,
-}
-
 #[derive(Default)]
 struct State {
     quick: VecDeque<Job>,
     slow: VecDeque<Job>,
-    busy: VecDeque<Job>,
     threads: usize,
     idle: usize,
     running: usize,
     slow_running: usize,
-    busy_running: usize,
     /// Who waits until nothing runs.
     finishing: usize,
     stopping: bool,
@@ -56,15 +44,7 @@ impl State {
     }
 
     fn is_empty(&self) -> bool {
-        self.quick.is_empty() && self.slow.is_empty() && self.busy.is_empty()
-    }
-
-    fn counted(&mut self, pace: Pace) -> Option<&mut usize> {
-        match pace {
-            Pace::Quick => None,
-            Pace::Slow => Some(&mut self.slow_running),
-            Pace::Busy => Some(&mut self.busy_running),
-        }
+        self.quick.is_empty() && self.slow.is_empty()
     }
 }
 
@@ -74,7 +54,6 @@ struct Shared {
     /// Nothing runs and nothing waits.
     still: Condvar,
     most: usize,
-    most_busy: usize,
 }
 
 impl Shared {
@@ -86,28 +65,16 @@ impl Shared {
         self.most - self.most / KEPT_FREE
     }
 
-    fn next(&self, state: &mut State) -> Option<(Pace, Job)> {
-        let (pace, job) = if let Some(job) = state.quick.pop_front() {
-            (Pace::Quick, job)
-        } else if state.busy_running < self.most_busy
-            && let Some(job) = state.busy.pop_front()
-        {
-            (Pace::Busy, job)
-        } else if state.slow_running < self.most_slow() {
-            (Pace::Slow, state.slow.pop_front()?)
-        } else {
-            return None;
-        };
-        if let Some(running) = state.counted(pace) {
-            *running += 1;
+    fn next(&self, state: &mut State) -> Option<(JobClass, Job)> {
+        if let Some(job) = state.quick.pop_front() {
+            return Some((JobClass::Quick, job));
         }
-        Some((pace, job))
-    }
-
-    /// How many jobs wait for a thread, and for nothing else.
-    fn waiting(&self, state: &State) -> usize {
-        let busy = state.busy.len().min(self.most_busy - state.busy_running);
-        state.quick.len() + state.slow.len() + busy
+        if state.slow_running >= self.most_slow() {
+            return None;
+        }
+        let job = state.slow.pop_front()?;
+        state.slow_running += 1;
+        Some((JobClass::Slow, job))
     }
 
     /// Something that was running has ended.
@@ -134,7 +101,6 @@ impl Pool {
             changed: Condvar::new(),
             still: Condvar::new(),
             most: most.max(2),
-            most_busy: available_parallelism().map_or(1, usize::from),
         };
         let pool = Self(Arc::new(shared));
         pool.start_one(&mut pool.0.lock())?;
@@ -142,14 +108,13 @@ impl Pool {
     }
 
     /// Runs `job` in some thread, soon. Never blocks.
-    pub(crate) fn submit(&self, pace: Pace, job: impl FnOnce() + Send + 'static) {
+    pub(crate) fn submit(&self, class: JobClass, job: impl FnOnce() + Send + 'static) {
         let mut state = self.0.lock();
-        match pace {
-            Pace::Quick => state.quick.push_back(Box::new(job)),
-            Pace::Slow => state.slow.push_back(Box::new(job)),
-            Pace::Busy => state.busy.push_back(Box::new(job)),
+        match class {
+            JobClass::Quick => state.quick.push_back(Box::new(job)),
+            JobClass::Slow => state.slow.push_back(Box::new(job)),
         }
-        if self.0.waiting(&state) > state.idle
+        if state.quick.len() + state.slow.len() > state.idle
             && state.threads < self.0.most
             && let Err(e) = self.start_one(&mut state)
         {
@@ -245,13 +210,13 @@ pub(crate) fn guarded(job: impl FnOnce()) {
 fn run(shared: &Shared) {
     let mut state = shared.lock();
     loop {
-        if let Some((pace, job)) = shared.next(&mut state) {
+        if let Some((class, job)) = shared.next(&mut state) {
             state.running += 1;
             drop(state);
             guarded(job);
             state = shared.lock();
-            if let Some(running) = state.counted(pace) {
-                *running -= 1;
+            if class == JobClass::Slow {
+                state.slow_running -= 1;
             }
             shared.ended(&mut state);
             continue;
@@ -274,7 +239,6 @@ fn run(shared: &Shared) {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
     use std::sync::mpsc::channel;
 
     use super::*;
@@ -287,44 +251,14 @@ mod tests {
         let held = Arc::new(Mutex::new(held));
         for _ in 0..20 {
             let held = held.clone();
-            pool.submit(Pace::Slow, move || {
+            pool.submit(JobClass::Slow, move || {
                 let _ = held.lock().unwrap().recv();
             });
         }
         let (done, seen) = channel();
-        pool.submit(Pace::Quick, move || done.send(()).unwrap());
+        pool.submit(JobClass::Quick, move || done.send(()).unwrap());
         seen.recv().unwrap();
         drop(release);
-    }
-
-    /// Shows: no more busy requests run at once than there are processors, whatever the threads, and they begin
-    /// in order; others run beside them.
-    #[test]
-    fn busy_requests_are_few_at_once() {
-        let processors = available_parallelism().unwrap().get();
-        let pool = Pool::new(2 * processors + 2).unwrap();
-        let (began, seen) = channel();
-        let (release, held) = channel::<()>();
-        let held = Arc::new(Mutex::new(held));
-        for i in 0..4 * processors {
-            let (began, held) = (began.clone(), held.clone());
-            pool.submit(Pace::Busy, move || {
-                began.send(Some(i)).unwrap();
-                let _ = held.lock().unwrap().recv();
-            });
-        }
-        let first: BTreeSet<_> = seen.iter().take(processors).flatten().collect();
-        assert_eq!(first, (0..processors).collect());
-        for pace in [Pace::Quick, Pace::Slow] {
-            let began = began.clone();
-            pool.submit(pace, move || began.send(None).unwrap());
-            assert_eq!(seen.recv().unwrap(), None, "it runs before the next busy one");
-        }
-        release.send(()).unwrap();
-        assert_eq!(seen.recv().unwrap(), Some(processors));
-        drop(release);
-        pool.finish();
-        assert_eq!(seen.try_iter().count(), 3 * processors - 1);
     }
 
     /// Shows: finish() returns when everything has ended, and not before.
@@ -334,7 +268,7 @@ mod tests {
         let ended = Arc::new(Mutex::new(0));
         for _ in 0..100 {
             let ended = ended.clone();
-            pool.submit(Pace::Slow, move || *ended.lock().unwrap() += 1);
+            pool.submit(JobClass::Slow, move || *ended.lock().unwrap() += 1);
         }
         pool.finish();
         assert_eq!(*ended.lock().unwrap(), 100);
@@ -348,8 +282,8 @@ mod tests {
         let (done, seen) = channel();
         for i in 0..100 {
             let done = done.clone();
-            let pace = if i % 2 == 0 { Pace::Slow } else { Pace::Quick };
-            pool.submit(pace, move || {
+            let class = if i % 2 == 0 { JobClass::Slow } else { JobClass::Quick };
+            pool.submit(class, move || {
                 done.send(i).unwrap();
                 assert!(i % 7 != 0, "on purpose");
             });

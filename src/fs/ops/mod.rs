@@ -4,8 +4,9 @@
 //! file system, or by the engine where a file may be granted.
 
 mod attributes;
+mod mapping;
 mod readdir;
-pub(crate) mod transfer;
+mod transfer;
 
 use std::ffi::CStr;
 use std::io;
@@ -26,8 +27,8 @@ use super::dax::{Dax, MAP_ALIGNMENT_LOG2};
 use super::descriptors::Want;
 use super::identity::{FileId, Subject, Which};
 use super::lives::Life;
-use super::message::{Args, MAX_DATA_BYTES, Reply, invalid};
-use super::server::{Message, Server};
+use super::message::{Args, MAX_DATA_BYTES, Message, Reply, invalid};
+use super::server::Server;
 
 /// FUSE_MAP_ALIGNMENT and FUSE_HAS_INODE_DAX.
 const MAP_ALIGNMENT: u64 = 1 << 26;

@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! READ and WRITE, which move bytes between a file and the guest's memory, and SETUPMAPPING and
-//! REMOVEMAPPING, which save them the way.
+//! READ and WRITE: bytes between a file and the guest's memory.
 
 use std::cell::Cell;
-use std::fs::File;
 use std::io;
 
 use nix::errno::Errno;
-use virtiofsd::filesystem::{Context, FileSystem};
+use virtiofsd::filesystem::FileSystem;
 use virtiofsd::fuse;
 
 use crate::dax::engine::Engine;
@@ -16,18 +14,21 @@ use crate::device::request::Request;
 use crate::persist::Direct;
 
 use crate::fs::buffers::{Buffers, GuestReader, GuestWriter, WindowPlace};
-use crate::fs::dax::{Dax, MAX_REMOVALS};
-use crate::fs::message::{Args, IN_HEADER_BYTES, MAX_DATA_BYTES, OUT_HEADER_BYTES, Reply, invalid};
+use crate::fs::dax::Dax;
+use crate::fs::message::{
+    Args, IN_HEADER_BYTES, MAX_DATA_BYTES, Message, OUT_HEADER_BYTES, Reply, invalid,
+};
 use crate::fs::ops::{open_flag, written};
-use crate::fs::server::{Message, Patience, Server};
+use crate::fs::schedule::Blocking;
+use crate::fs::server::Server;
 
-/// Takes guest memory in hand.
-fn touch(request: &mut Request, patience: Patience) -> io::Result<()> {
-    match patience {
-        Patience::Any if request.pin() => Ok(()),
-        Patience::Any => Err(Errno::EIO.into()),
-        Patience::None | Patience::Least if request.pin_now() => Ok(()),
-        Patience::None | Patience::Least => Err(Errno::EAGAIN.into()),
+/// Keeps the ring from being stopped while guest memory is read or written.
+fn pin(request: &mut Request, blocking: Blocking) -> io::Result<()> {
+    match blocking {
+        Blocking::Allowed if request.pin() => Ok(()),
+        Blocking::Allowed => Err(Errno::EIO.into()),
+        Blocking::IfUnknown if request.pin_now() => Ok(()),
+        Blocking::IfUnknown => Err(Errno::EAGAIN.into()),
     }
 }
 
@@ -41,7 +42,7 @@ where
         request: &mut Request,
         message: &Message,
         args: &mut Args<'_>,
-        patience: Patience,
+        blocking: Blocking,
     ) -> io::Result<Reply> {
         let asked: fuse::ReadIn = args.take()?;
         // No driver asks for more than INIT has told it; and a stop waits for what copies.
@@ -54,10 +55,10 @@ where
         if buffers.bytes() < asked.size as usize {
             return Err(invalid());
         }
-        touch(request, patience)?;
+        pin(request, blocking)?;
         let (mem, ram) = (request.memory(), request.ram());
         let would_wait = Cell::new(false);
-        let to = GuestWriter { mem: &mem, ram: &ram, buffers, patience, would_wait: &would_wait };
+        let to = GuestWriter { mem: &mem, ram: &ram, buffers, blocking, would_wait: &would_wait };
         let (ctx, nodeid) = (message.context(), message.nodeid());
         let (fh, size, from) = (asked.fh, asked.size, asked.offset);
         let done = self.fs.read(ctx, nodeid, fh, to, size, from, owner, asked.flags)?;
@@ -74,7 +75,7 @@ where
         request: &mut Request,
         message: &Message,
         args: &mut Args<'_>,
-        patience: Patience,
+        blocking: Blocking,
     ) -> io::Result<Reply> {
         let asked: fuse::WriteIn = args.take()?;
         let owner = (asked.write_flags & fuse::WRITE_LOCKOWNER != 0).then_some(asked.lock_owner);
@@ -92,13 +93,13 @@ where
         let file = |dax: &Dax| dax.find(self.open_file(nodeid, fh));
         let file = self.dax.as_deref().map(file).transpose()?;
         let granted = file.as_ref().is_some_and(|file| file.node.is_some());
-        if granted && patience != Patience::Any {
+        if granted && blocking != Blocking::Allowed {
             return Err(Errno::EAGAIN.into());
         }
         // What the kernel does beside writing is missed past the cache.
         let plain = !kill_priv && !open_flag(flags, libc::O_DSYNC);
         let write = |past_cache: Option<&Direct>| {
-            touch(request, patience)?;
+            pin(request, blocking)?;
             let (mem, ram) = (request.memory(), request.ram());
             let past_cache = past_cache.filter(|_| plain);
             let data = GuestReader { mem: &mem, ram: &ram, buffers, past_cache };
@@ -122,39 +123,5 @@ where
     fn window(&self) -> Option<(WindowPlace, &Engine)> {
         let dax = self.dax.as_deref()?;
         Some((dax.place()?, dax.engine()))
-    }
-
-    pub(crate) fn setup_mapping(
-        &self,
-        ctx: Context,
-        nodeid: u64,
-        args: &mut Args<'_>,
-    ) -> io::Result<Reply> {
-        let dax = self.dax.as_deref().filter(|dax| dax.is_there()).ok_or(Errno::ENOSYS)?;
-        let asked: fuse::SetupmappingIn = args.take()?;
-        // `fh` is always -1: the inode is what counts.
-        dax.setup(nodeid, &asked, || self.file_of(ctx, nodeid)).and(Reply::DONE)
-    }
-
-    /// The file of an inode, readable and writable: QEMU wants it so, also for a guest that only reads
-    /// (Q7, Q8). The file system gives it to whoever reads from it.
-    fn file_of(&self, ctx: Context, nodeid: u64) -> io::Result<File> {
-        let flags = libc::O_RDWR.cast_unsigned();
-        let (handle, _) = self.fs.open(ctx, nodeid, false, flags)?;
-        let handle = handle.ok_or(Errno::EBADF)?;
-        let file = self.with_file(ctx, nodeid, handle, File::try_clone);
-        self.fs.release(ctx, nodeid, flags, handle, false, false, None)?;
-        file
-    }
-
-    pub(crate) fn remove_mapping(&self, args: &mut Args<'_>) -> io::Result<Reply> {
-        let dax = self.dax.as_deref().filter(|dax| dax.is_there()).ok_or(Errno::ENOSYS)?;
-        let fuse::RemovemappingIn { count } = args.take()?;
-        if count > MAX_REMOVALS {
-            return Err(invalid());
-        }
-        let removals: io::Result<Vec<_>> =
-            (0..count).map(|_| args.take::<fuse::RemovemappingOne>()).collect();
-        dax.remove(&removals?).and(Reply::DONE)
     }
 }

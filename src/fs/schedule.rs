@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Which thread serves a request, and what it may wait for: the whole policy is in this file.
+//!
+//! A request that is expected to be quick is served inline, by the thread that took it out of the ring: to wake
+//! another thread costs more than most requests do. The others go to the pool. An inline READ or WRITE that would
+//! block goes to the pool after all.
+//!
+//! | request | inline | in the pool |
+//! |---|---|---|
+//! | FSYNC, FSYNCDIR, SYNCFS, FALLOCATE, COPY_FILE_RANGE, DESTROY | never | slow |
+//! | SETUPMAPPING, REMOVEMAPPING, READDIRPLUS | if no other request waits in the ring | quick |
+//! | SETATTR | if no other request waits in the ring | slow |
+//! | READ | if no other request waits in the ring, or it has up to 64 KiB | slow |
+//! | WRITE, OPEN, CREATE, FLUSH, RELEASE, UNLINK, RENAME ... | always | slow |
+//! | LOOKUP, GETATTR, FORGET, and all others | always | quick |
+
+use std::sync::Arc;
+
+use log::debug;
+use virtiofsd::fuse::Opcode;
+
+use crate::device::InlineWork;
+use crate::device::request::Request;
+
+use super::message::{Message, room};
+use super::pool::{self, Pool};
+use super::server::Serve;
+
+/// How long a request may take in the pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum JobClass {
+    /// It waits for no disk, or not for long.
+    Quick,
+    /// It may wait for a disk or a network as long as that likes.
+    Slow,
+}
+
+impl JobClass {
+    /// That of an operation.
+    pub(crate) fn of(opcode: Option<Opcode>) -> Self {
+        use Opcode::*;
+        match opcode {
+            Some(
+                Fsync | Fsyncdir | Flush | Fallocate | Syncfs | CopyFileRange | Open | Opendir
+                | Create | Release | Releasedir | Setattr | Unlink | Rmdir | Rename | Rename2
+                | Read | Write | Destroy,
+            ) => Self::Slow,
+            _ => Self::Quick,
+        }
+    }
+}
+
+/// Whether a READ or WRITE may block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Blocking {
+    /// In the pool.
+    Allowed,
+    /// Inline: only where the file system can't tell whether it will (RWF_NOWAIT is EOPNOTSUPP).
+    IfUnknown,
+}
+
+/// More data than this is better moved beside other requests than before them.
+const MUCH_DATA: usize = 64 << 10;
+
+/// Whether a request is served inline. `more`: other requests wait behind it in the ring.
+pub(crate) fn is_inline(message: &Message, request: &Request, more: bool) -> bool {
+    use Opcode::*;
+    match message.opcode() {
+        Some(Fsync | Fsyncdir | Syncfs | Fallocate | CopyFileRange | Destroy) => false,
+        Some(SetupMapping | RemoveMapping | Setattr | Readdirplus) => !more,
+        Some(Read) => !more || room(request) <= MUCH_DATA,
+        _ => true,
+    }
+}
+
+/// Serves `request` in the thread that calls what this returns, or in the pool if it would block.
+pub(crate) fn inline(
+    pool: &Arc<Pool>,
+    server: &Arc<dyn Serve>,
+    request: Request,
+    message: Message,
+) -> InlineWork {
+    let (pool, server, here) = (pool.clone(), server.clone(), pool.here());
+    Box::new(move || {
+        if let Err(e) = pool::own_directory() {
+            debug!("a ring's thread serves nothing itself: {e}");
+            submit(&pool, &server, request, message);
+            return drop(here);
+        }
+        pool::guarded(|| {
+            let left = server.serve(request, message, Blocking::IfUnknown);
+            if let Some((request, message)) = left {
+                submit(&pool, &server, request, message);
+            }
+        });
+        drop(here);
+    })
+}
+
+/// Serves `request` in the pool.
+pub(crate) fn submit(pool: &Pool, server: &Arc<dyn Serve>, request: Request, message: Message) {
+    let (class, server) = (JobClass::of(message.opcode()), server.clone());
+    pool.submit(class, move || {
+        let left = server.serve(request, message, Blocking::Allowed);
+        debug_assert!(left.is_none(), "a request that may block is served");
+    });
+}
