@@ -91,7 +91,11 @@ impl World {
         }
         let still = shown_pages(&self.strict.maps());
         let no_room = matches!(&done, Err(GrantError::Window(ShowError::TooMany(_))));
-        let mut refused = false;
+        // A range that was refused may be removed as a part of a later one: the error stays.
+        let overlap = |(i, &(at, pages, _)): (usize, &(u64, u64, _))| {
+            ranges[i + 1..].iter().any(|(other, more, _)| at < other + more && *other < at + pages)
+        };
+        let mut refused = no_room && ranges.iter().enumerate().any(overlap);
         for (at, pages, _) in ranges {
             let range = at as usize..(at + pages) as usize;
             if done.is_err() && range.clone().any(|page| shown[page] && still[page]) {
