@@ -30,7 +30,8 @@ use crate::dax::engine::{Engine, Space};
 use crate::device::chain::Segment;
 use crate::persist::Direct;
 use crate::support::units::PAGE_BYTES;
-use crate::window::{FileOffset, WindowBytes, WindowOffset};
+use crate::window::locate::WindowLocation;
+use crate::window::{FileOffset, WindowOffset};
 
 use super::message::MAX_DATA_BYTES;
 use super::schedule::Blocking;
@@ -44,29 +45,21 @@ const BOUNCE_BYTES: usize = MAX_DATA_BYTES as usize;
 /// What O_DIRECT wants the place, the offset and the length of a buffer to be a multiple of, at most.
 const ALIGN: usize = PAGE_BYTES as usize;
 
-/// Where the window is in the guest's memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct WindowPlace {
-    /// Its first byte's guest physical address.
-    pub(crate) base: u64,
-    /// Its length.
-    pub(crate) bytes: WindowBytes,
-}
-
-impl WindowPlace {
-    /// Where in the window `segment` begins. None if it is not in it; an error if it is in part.
-    fn of(self, segment: Segment) -> io::Result<Option<WindowOffset>> {
-        let (start, bytes) = (segment.at.0, u64::from(segment.bytes));
-        let end = start.checked_add(bytes).ok_or(Errno::EFAULT)?;
-        let window_end = self.base.saturating_add(self.bytes.0);
-        if bytes == 0 || end <= self.base || start >= window_end {
-            return Ok(None);
-        }
-        if start < self.base || end > window_end {
-            return Err(Errno::EFAULT.into());
-        }
-        Ok(Some(WindowOffset(start - self.base)))
+/// Where in the window `segment` begins. None if it is not in it.
+///
+/// # Errors
+/// EFAULT if it is in it in part.
+fn offset_in(window: WindowLocation, segment: Segment) -> io::Result<Option<WindowOffset>> {
+    let (start, bytes) = (segment.at.0, u64::from(segment.bytes));
+    let end = start.checked_add(bytes).ok_or(Errno::EFAULT)?;
+    let window_end = window.gpa.saturating_add(window.bytes.0);
+    if bytes == 0 || end <= window.gpa || start >= window_end {
+        return Ok(None);
     }
+    if start < window.gpa || end > window_end {
+        return Err(Errno::EFAULT.into());
+    }
+    Ok(Some(WindowOffset(start - window.gpa)))
 }
 
 #[derive(Clone)]
@@ -108,14 +101,16 @@ impl Buffers {
     pub(crate) fn find(
         segments: &[Segment],
         skip: usize,
-        window: Option<(WindowPlace, &Engine)>,
+        window: Option<(WindowLocation, &Engine)>,
     ) -> io::Result<Self> {
         let mut pieces = VecDeque::with_capacity(segments.len());
         for segment in segments {
-            let place =
-                window.map(|(place, engine)| Ok::<_, io::Error>((place.of(*segment)?, engine)));
-            match place.transpose()? {
-                Some((Some(at), engine)) => {
+            let in_window = match window {
+                Some((window, engine)) => offset_in(window, *segment)?.map(|at| (at, engine)),
+                None => None,
+            };
+            match in_window {
+                Some((at, engine)) => {
                     granted_pieces(engine, at, segment.bytes as usize, &mut pieces)?;
                 }
                 _ => pieces

@@ -202,7 +202,7 @@ impl Device for Pmem {
         Arc::new(Shown {
             engine: self.engine.clone(),
             front_end: self.front_end.clone(),
-            window: Arc::new(WholeFile::new(self.file.clone(), self.window_bytes())),
+            window: Arc::new(WholeFile::new(&self.file, self.window_bytes())),
         })
     }
 
@@ -265,6 +265,9 @@ impl SessionWindow for Shown {
     /// message under way that a quick second pause turns into a crash of QEMU (Q1). After a reset
     /// it is sent whatever was told: refused is better than believed.
     fn started(&self, afresh: bool) -> bool {
+        if afresh {
+            self.window.reset();
+        }
         !afresh && self.window.is_shown()
     }
 
@@ -315,7 +318,7 @@ mod tests {
         let file = Arc::new(tempfile::tempfile().unwrap());
         file.set_len(2 << 20).unwrap();
         let device = Pmem::new(file.clone(), Box::new(Fdatasync(file.clone()))).unwrap();
-        let window = Arc::new(WholeFile::new(file, device.window_bytes()));
+        let window = Arc::new(WholeFile::new(&file, device.window_bytes()));
         let (engine, front_end) = (device.engine.clone(), device.front_end.clone());
         let left = Arc::downgrade(&window);
         let session = Shown { engine, front_end, window };

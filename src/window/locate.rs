@@ -1,149 +1,296 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Where the window is in the guest's memory. No message says it: it is read off the memory table, in which
-//! QEMU lists each of our maps (row Q3 of our notes). But other devices' maps stand there, too, and a share
-//! of the same directory may have mapped the same piece of the same file. Ours is what was not there before
-//! the map was asked for, and is there when it has been made: in the last table before the ack, or, as with
-//! QEMU, in the first one after it.
+//! Which regions of the front-end's memory table are maps of ours, and so where the window is.
+//!
+//! No message says where the guest sees the window. It is read off the memory table, in which QEMU lists each map of
+//! a window (docs/front-ends.md Q3). But other devices' maps stand there, too: another share of the same directory,
+//! or QEMU's own memory, may show the same piece of the same file. A map of ours is a region that was not there
+//! before the map was requested, and is there when it was made: in the last table before the ack or, as with QEMU,
+//! in the first one after it. Only an unambiguous candidate is believed.
+//!
+//! virtio-pmem is the case of one map, at offset 0 of the window, which is looked for at any time.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vm_memory::{
-    FileOffset as Backing, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-};
+use vm_memory::{FileOffset as Backing, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::window::{FileOffset, Inode, WindowBytes, WindowOffset, inode_of};
+use super::telling::{Freshness, Telling};
+use super::{FileOffset, Inode, MapError, WindowBytes, WindowOffset, inode_of};
 
-/// A map that the front-end was asked for, or has made, while the base was not known.
-struct Asked {
-    made: bool,
+/// Where the guest sees the window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct WindowLocation {
+    /// The guest physical address of its first byte.
+    pub(crate) gpa: u64,
+    /// Its length.
+    pub(crate) bytes: WindowBytes,
+}
+
+/// One map: where it is in the window, and what it shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct WindowMap {
+    pub(crate) at: WindowOffset,
+    pub(crate) inode: Inode,
+    pub(crate) from: FileOffset,
+    pub(crate) bytes: WindowBytes,
+}
+
+impl WindowMap {
+    fn piece(&self) -> Piece {
+        (self.from, self.bytes)
+    }
+}
+
+/// Which part of a file a map shows.
+type Piece = (FileOffset, WindowBytes);
+
+/// What became of a request for a map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// The front-end has made it.
+    Made,
+    /// It was refused: something is mapped there (Q4).
+    AlreadyThere,
+    /// It was not made.
+    Failed,
+}
+
+impl Outcome {
+    /// That of an answer.
+    pub(crate) fn of(answer: &Result<(), MapError>) -> Self {
+        match answer {
+            Ok(()) => Self::Made,
+            Err(MapError::Refused) => Self::AlreadyThere,
+            Err(_) => Self::Failed,
+        }
+    }
+}
+
+/// A region that has the piece of a map that is looked for.
+struct Candidate {
+    start: u64,
     inode: Inode,
-    from: FileOffset,
-    bytes: WindowBytes,
+    piece: Piece,
+}
+
+impl Candidate {
+    fn may_be(&self, map: &WindowMap) -> bool {
+        (self.inode, self.piece) == (map.inode, map.piece())
+    }
+
+    /// Where the window begins, if this is `map`.
+    fn base(&self, map: &WindowMap) -> Option<u64> {
+        self.start.checked_sub(map.at.0).filter(|_| self.may_be(map))
+    }
+}
+
+/// What is looked for in a table.
+pub(crate) struct Look(Vec<Piece>);
+
+/// What was found in a table.
+pub(crate) struct Found(Vec<Candidate>);
+
+impl Look {
+    /// Looks through a table: a system call for each region that may be a map of ours, so call it without a lock.
+    pub(crate) fn through(&self, mem: &GuestMemoryMmap) -> Found {
+        let pieces = &self.0;
+        let candidate = |start: u64, backing: &Backing, bytes: u64| {
+            let piece = (FileOffset(backing.start()), WindowBytes(bytes));
+            let inode = pieces.contains(&piece).then(|| inode_of(backing.file())).flatten()?;
+            Some(Candidate { start, inode, piece })
+        };
+        let of_region = |region: &vm_memory::GuestRegionMmap| {
+            candidate(region.start_addr().0, region.file_offset()?, region.len())
+        };
+        Found(mem.iter().filter_map(of_region).collect())
+    }
+}
+
+/// A map that was requested while the base was not known.
+struct Requested {
+    map: WindowMap,
+    made: bool,
     /// Where the window would begin, by each new region that might be this map.
     bases: Vec<u64>,
 }
 
-impl Asked {
-    fn may_be(&self, region: &GuestRegionMmap, backing: &Backing) -> bool {
-        (backing.start(), region.len()) == (self.from.0, self.bytes.0)
-            && inode_of(backing.file()) == Some(self.inode)
-    }
-}
-
-/// The window's guest physical address, and what is known on the way to it.
-pub(crate) struct Base {
-    /// The length of the window.
+/// What memory tables and answers have said of the maps of one window.
+pub(crate) struct MapLocator {
     window: WindowBytes,
-    /// It, once it is known.
-    pub(crate) found: Option<u64>,
-    /// No table can change that any more.
+    /// A map that is looked for even when the base is known.
+    watched: Option<WindowMap>,
+    telling: Telling,
+    /// The last table does not hold any more, and no other one has come.
+    outdated: bool,
+    /// The guest physical address of the window, once it is known.
+    base: Option<u64>,
+    /// No table can change the base any more.
     settled: bool,
+    /// The base before the last reset: it counts only where a map is there that nobody has made since.
+    before_reset: Option<u64>,
     /// Where the regions of the last table begin, in order.
     starts: Vec<u64>,
-    asked: BTreeMap<u64, Asked>,
+    /// Those of them that have the piece of a map.
+    candidates: Vec<Candidate>,
+    requested: BTreeMap<u64, Requested>,
 }
 
-impl Base {
-    pub(crate) fn new(window: WindowBytes) -> Self {
-        let (starts, asked) = (Vec::new(), BTreeMap::new());
-        Self { window, found: None, settled: false, starts, asked }
-    }
-
-    /// A map is about to be asked for.
-    pub(crate) fn asked_for(
-        &mut self,
-        at: WindowOffset,
-        file: &File,
-        from: FileOffset,
-        bytes: WindowBytes,
-    ) {
-        if !self.settled
-            && let Some(inode) = inode_of(file)
-        {
-            self.asked.insert(at.0, Asked { made: false, inode, from, bytes, bases: Vec::new() });
+impl MapLocator {
+    /// Of a window of `window` bytes; `watched` is its only map, if it has but one.
+    pub(crate) fn new(window: WindowBytes, watched: Option<WindowMap>) -> Self {
+        Self {
+            window,
+            watched,
+            telling: Telling::default(),
+            outdated: false,
+            base: None,
+            settled: false,
+            before_reset: None,
+            starts: Vec::new(),
+            candidates: Vec::new(),
+            requested: BTreeMap::new(),
         }
     }
 
-    /// The front-end has answered: whether the map was made.
-    pub(crate) fn answered(&mut self, at: WindowOffset, made: bool) {
-        match self.asked.get_mut(&at.0) {
-            Some(asked) if made => {
-                asked.made = true;
-                self.found = self.found.or(self.only_candidate());
+    /// The guest physical address of the window, once it is known.
+    pub(crate) fn base(&self) -> Option<u64> {
+        self.base
+    }
+
+    /// A map is about to be requested: a table may show it before the ack comes or after it.
+    pub(crate) fn requested(&mut self, map: WindowMap) {
+        if self.watched == Some(map) {
+            self.settled = false;
+        }
+        if !self.settled {
+            self.requested.insert(map.at.0, Requested { map, made: false, bases: Vec::new() });
+        }
+    }
+
+    /// The front-end has answered.
+    pub(crate) fn answered(&mut self, at: WindowOffset, outcome: Outcome) {
+        if outcome == Outcome::Made {
+            if let Some(requested) = self.requested.get_mut(&at.0) {
+                requested.made = true;
             }
-            _ => self.removed(at),
+            self.base = self.only_candidate().or(self.base);
+            return;
+        }
+        let requested = self.requested.remove(&at.0);
+        if outcome == Outcome::AlreadyThere
+            && let Some(requested) = requested
+        {
+            self.base = self.base.or_else(|| self.base_of_old(&requested.map));
+        }
+    }
+
+    /// What is there although nobody has made it: an earlier session, or a driver before the last reset has.
+    fn base_of_old(&self, map: &WindowMap) -> Option<u64> {
+        let bases: Vec<_> = self.candidates.iter().filter_map(|it| it.base(map)).collect();
+        match (self.before_reset, &bases[..]) {
+            _ if self.outdated => None,
+            (Some(before), bases) if bases.contains(&before) => Some(before),
+            (_, [base]) => Some(*base),
+            _ => None,
         }
     }
 
     /// A map was removed.
     pub(crate) fn removed(&mut self, at: WindowOffset) {
-        self.asked.remove(&at.0);
+        self.requested.remove(&at.0);
     }
 
     /// What a map that was made says. Where there are several candidates for it (another device has mapped the
     /// same piece meanwhile) none is believed: the next map will tell.
     fn only_candidate(&self) -> Option<u64> {
-        self.asked.values().find_map(|asked| match asked.bases[..] {
-            [base] if asked.made => Some(base),
+        self.requested.values().find_map(|requested| match requested.bases[..] {
+            [base] if requested.made => Some(base),
             _ => None,
         })
     }
 
-    /// Reads a new memory table. How many of its regions are not ours, as far as that is known.
-    pub(crate) fn table_came(&mut self, mem: &GuestMemoryMmap) -> usize {
-        if !self.asked.is_empty() {
-            self.look_for_maps(mem);
-            self.found = self.only_candidate();
-            self.settled = self.found.is_some();
-            self.asked.retain(|_, asked| !self.settled && asked.bases.len() < 2);
+    /// What a table that comes is to be looked through for.
+    pub(crate) fn look(&self) -> Look {
+        let requested = self.requested.values().map(|requested| requested.map.piece());
+        Look(requested.chain(self.watched.map(|map| map.piece())).collect())
+    }
+
+    /// A new memory table. Returns the number of its regions that are not maps of ours, as far as that is known.
+    pub(crate) fn table(&mut self, mem: &GuestMemoryMmap, Found(candidates): Found) -> usize {
+        self.telling.came(mem);
+        self.outdated = false;
+        let is_new = |it: &&Candidate| self.starts.binary_search(&it.start).is_err();
+        for candidate in candidates.iter().filter(is_new) {
+            for Requested { map, bases, .. } in self.requested.values_mut() {
+                bases.extend(candidate.base(map));
+            }
         }
+        if !self.requested.is_empty() {
+            self.find_base();
+        }
+        self.candidates = candidates;
         self.starts = mem.iter().map(|region| region.start_addr().0).collect();
         let is_ours = |start: &&u64| {
-            let at = self.found.and_then(|base| start.checked_sub(base));
+            let at = self.base.and_then(|base| start.checked_sub(base));
             at.is_some_and(|at| at < self.window.0)
         };
         self.starts.len() - self.starts.iter().filter(is_ours).count()
     }
 
-    fn look_for_maps(&mut self, mem: &GuestMemoryMmap) {
-        let is_new =
-            |region: &&GuestRegionMmap| self.starts.binary_search(&region.start_addr().0).is_err();
-        for region in mem.iter().filter(is_new) {
-            let Some(backing) = region.file_offset() else { continue };
-            for (at, asked) in &mut self.asked {
-                let base = region.start_addr().0.checked_sub(*at);
-                asked.bases.extend(base.filter(|_| asked.may_be(region, backing)));
-            }
-        }
+    fn find_base(&mut self) {
+        let is_ambiguous = |base: &u64| {
+            self.requested.values().any(|it| it.bases.len() > 1 && it.bases.contains(base))
+        };
+        let found = self.only_candidate();
+        self.base = found.or(self.base.filter(|base| !is_ambiguous(base)));
+        self.settled = found.is_some();
+        let settled = self.settled;
+        self.requested.retain(|_, it| !settled && it.bases.len() < 2);
     }
 
-    /// The front-end has dropped all maps, and the guest may move the window (Q10).
-    pub(crate) fn forget(&mut self) {
-        self.found = None;
+    /// Whether a table that still holds shows `map` where it was made.
+    pub(crate) fn shows(&self, map: &WindowMap) -> bool {
+        // Not answered yet, but in the table: it will be.
+        let candidate = self.requested.get(&map.at.0).and_then(|it| match it.bases[..] {
+            [base] => Some(base),
+            _ => None,
+        });
+        let base = candidate.or(self.base);
+        !self.outdated
+            && base.is_some_and(|base| self.candidates.iter().any(|it| it.base(map) == Some(base)))
+    }
+
+    /// The device was stopped. A whole table does not hold over a stop: a reset may follow, and would drop the maps
+    /// without a word (Q10). Of differences, the next start brings those that a reset has made, or none (Q17).
+    pub(crate) fn stopped(&mut self) {
+        self.outdated |= self.telling.freshness == Freshness::WholeTables;
+    }
+
+    /// The driver has reset the device: the front-end has dropped all maps, and the guest may move the window (Q10).
+    pub(crate) fn reset(&mut self) {
+        self.before_reset = self.base.take();
         self.settled = false;
-        self.asked.clear();
+        self.requested.clear();
     }
 }
 
-/// The base, for all who ask for it with each request.
-pub(crate) struct Place(AtomicU64);
+/// The base, for all requests that ask for it.
+pub(crate) struct SharedBase(AtomicU64);
 
-impl Place {
+impl SharedBase {
     const UNKNOWN: u64 = u64::MAX;
 
     pub(crate) fn publish(&self, base: Option<u64>) {
         self.0.store(base.unwrap_or(Self::UNKNOWN), Ordering::Release);
     }
 
-    pub(crate) fn base(&self) -> Option<u64> {
+    pub(crate) fn get(&self) -> Option<u64> {
         Some(self.0.load(Ordering::Acquire)).filter(|base| *base != Self::UNKNOWN)
     }
 }
 
-impl Default for Place {
+impl Default for SharedBase {
     fn default() -> Self {
         Self(AtomicU64::new(Self::UNKNOWN))
     }
@@ -151,7 +298,9 @@ impl Default for Place {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{GuestAddress, MmapRegion};
+    use std::fs::File;
+
+    use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion};
 
     use super::*;
 
@@ -178,18 +327,29 @@ mod tests {
         GuestMemoryMmap::from_regions(regions.iter().map(region).collect()).unwrap()
     }
 
-    fn base() -> Base {
-        Base::new(WindowBytes(8 * BYTES))
+    fn locator() -> MapLocator {
+        MapLocator::new(WindowBytes(8 * BYTES), None)
     }
 
     /// Maps a range of `file` at its own place in the window, while these tables come.
-    fn map(base: &mut Base, range: u64, file: &File, tables: &[&GuestMemoryMmap]) {
+    fn map(locator: &mut MapLocator, range: u64, file: &File, tables: &[&GuestMemoryMmap]) {
         let at = WindowOffset(range * BYTES);
-        base.asked_for(at, file, FileOffset(range * BYTES), WindowBytes(BYTES));
+        locator.requested(shown(range, file, at));
         for table in tables {
-            base.table_came(table);
+            tell(locator, table);
         }
-        base.answered(at, true);
+        locator.answered(at, Outcome::Made);
+    }
+
+    fn shown(range: u64, file: &File, at: WindowOffset) -> WindowMap {
+        let inode = inode_of(file).unwrap();
+        WindowMap { at, inode, from: FileOffset(range * BYTES), bytes: WindowBytes(BYTES) }
+    }
+
+    /// A table comes: the number of regions that are not ours.
+    fn tell(locator: &mut MapLocator, table: &GuestMemoryMmap) -> usize {
+        let found = locator.look().through(table);
+        locator.table(table, found)
     }
 
     /// Where range 1 and range 2 come up.
@@ -202,18 +362,18 @@ mod tests {
     fn the_base_is_read_off_the_first_map() {
         let file = file();
         let (without, with) = (table(&file, &[(0, 0)]), table(&file, &[(0, 0), FIRST]));
-        let mut early = base();
-        assert_eq!(early.table_came(&without), 1);
+        let mut early = locator();
+        assert_eq!(tell(&mut early, &without), 1);
         map(&mut early, 1, &file, &[&with]);
-        assert_eq!(early.found, Some(OURS));
-        let mut late = base();
-        late.table_came(&without);
+        assert_eq!(early.base(), Some(OURS));
+        let mut late = locator();
+        tell(&mut late, &without);
         map(&mut late, 1, &file, &[]);
-        assert_eq!(late.found, None);
-        for base in [&mut early, &mut late] {
-            assert_eq!((base.table_came(&with), base.found), (1, Some(OURS)));
-            base.forget();
-            assert_eq!((base.table_came(&with), base.found), (2, None));
+        assert_eq!(late.base(), None);
+        for locator in [&mut early, &mut late] {
+            assert_eq!((tell(locator, &with), locator.base()), (1, Some(OURS)));
+            locator.reset();
+            assert_eq!((tell(locator, &with), locator.base()), (2, None));
         }
     }
 
@@ -228,45 +388,45 @@ mod tests {
             let both = table(&file, &[theirs, FIRST]);
             let all = table(&file, &[theirs, FIRST, SECOND]);
 
-            let (mut early, mut late) = (base(), base());
-            early.table_came(&alone);
+            let (mut early, mut late) = (locator(), locator());
+            tell(&mut early, &alone);
             map(&mut early, 1, &file, &[&both]);
-            late.table_came(&alone);
+            tell(&mut late, &alone);
             map(&mut late, 1, &file, &[]);
-            late.table_came(&both);
-            assert_eq!((early.found, late.found), (Some(OURS), Some(OURS)), "before us");
+            tell(&mut late, &both);
+            assert_eq!((early.base(), late.base()), (Some(OURS), Some(OURS)), "before us");
 
-            let (mut early, mut late) = (base(), base());
+            let (mut early, mut late) = (locator(), locator());
             map(&mut early, 1, &file, &[&alone, &both]);
             map(&mut late, 1, &file, &[&alone]);
-            late.table_came(&both);
-            assert_eq!((early.found, late.found), (None, None), "one of two, nobody knows which");
+            tell(&mut late, &both);
+            assert_eq!((early.base(), late.base()), (None, None), "one of two, nobody knows which");
             map(&mut early, 2, &file, &[&all]);
             map(&mut late, 2, &file, &[]);
-            late.table_came(&all);
-            assert_eq!((early.found, late.found), (Some(OURS), Some(OURS)), "the next map tells");
+            tell(&mut late, &all);
+            assert_eq!((early.base(), late.base()), (Some(OURS), Some(OURS)), "the next map tells");
 
-            let mut later = base();
+            let mut later = locator();
             map(&mut later, 1, &file, &[]);
-            later.table_came(&ours);
-            later.table_came(&both);
-            assert_eq!(later.found, Some(OURS), "later");
+            tell(&mut later, &ours);
+            tell(&mut later, &both);
+            assert_eq!(later.base(), Some(OURS), "later");
         }
     }
 
     /// Shows: a map that was refused or removed, and regions that are another piece or another file, say nothing.
     #[test]
     fn what_is_no_map_of_ours_says_nothing() {
-        let (file, mut base) = (file(), base());
-        map(&mut base, 1, &self::file(), &[]);
-        base.table_came(&table(&file, &[FIRST]));
-        map(&mut base, 2, &file, &[]);
-        base.table_came(&table(&file, &[FIRST, (OURS + 2 * BYTES, 3)]));
-        base.asked_for(WindowOffset(0), &file, FileOffset(0), WindowBytes(BYTES));
-        base.answered(WindowOffset(0), false);
-        map(&mut base, 4, &file, &[]);
-        base.removed(WindowOffset(4 * BYTES));
-        base.table_came(&table(&file, &[(OURS * 2, 0), (OURS * 3, 4)]));
-        assert_eq!(base.found, None);
+        let (file, mut locator) = (file(), locator());
+        map(&mut locator, 1, &self::file(), &[]);
+        tell(&mut locator, &table(&file, &[FIRST]));
+        map(&mut locator, 2, &file, &[]);
+        tell(&mut locator, &table(&file, &[FIRST, (OURS + 2 * BYTES, 3)]));
+        locator.requested(shown(0, &file, WindowOffset(0)));
+        locator.answered(WindowOffset(0), Outcome::Failed);
+        map(&mut locator, 4, &file, &[]);
+        locator.removed(WindowOffset(4 * BYTES));
+        tell(&mut locator, &table(&file, &[(OURS * 2, 0), (OURS * 3, 4)]));
+        assert_eq!(locator.base(), None);
     }
 }

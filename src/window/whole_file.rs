@@ -6,73 +6,11 @@ use std::fs::File;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use log::{debug, warn};
-use vm_memory::{
-    FileOffset as Backing, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
-use super::telling::{Freshness, Telling};
+use super::locate::{MapLocator, Outcome, WindowMap};
 use super::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset, inode_of};
 use crate::support::lock::lock;
-
-/// What memory tables have said.
-///
-/// QEMU lists its live maps in the memory that it tells of (row Q3 of our notes), so a table that
-/// shows our map proves that it outlived a pause (Q10), as long as the table holds. But the file
-/// may be there for another device as well, as memory of QEMU's own or as a piece of a shared
-/// directory: ours is the one that came with our map.
-#[derive(Default)]
-struct Tables {
-    telling: Telling,
-    /// Where the guest sees the file, by the last table.
-    places: Vec<GuestAddress>,
-    /// The last table does not hold any more, and no other one has come.
-    outdated: bool,
-    /// Where the file was when a map was asked for that no table has shown yet.
-    before: Option<Vec<GuestAddress>>,
-    /// Where our map is, once that is known.
-    ours: Option<GuestAddress>,
-}
-
-impl Tables {
-    fn show_ours(&self) -> bool {
-        !self.outdated && self.ours.is_some_and(|ours| self.places.contains(&ours))
-    }
-
-    /// A map is about to be asked for: a table may show it before the ack comes or after it. Returns what was known
-    /// of an earlier one.
-    fn asked(&mut self) -> Option<GuestAddress> {
-        self.before = Some(self.places.clone());
-        self.ours
-    }
-
-    fn came(&mut self, mem: &GuestMemoryMmap, places: Vec<GuestAddress>) {
-        self.telling.came(mem);
-        let is_new = |place: &&GuestAddress| {
-            self.before.as_ref().is_some_and(|before| !before.contains(place))
-        };
-        if let Some(new) = places.iter().find(is_new).copied() {
-            self.ours = Some(new);
-            self.before = None;
-        }
-        self.places = places;
-        self.outdated = false;
-    }
-
-    /// A whole table does not hold over a stop: a reset may follow, and would drop the map without
-    /// a word (Q10). Of differences, the next start brings those that a reset has made, or none
-    /// (Q17).
-    fn stopped(&mut self) {
-        self.outdated |= self.telling.freshness == Freshness::WholeTables;
-    }
-
-    /// The map was not made. If it was refused, something is there: if an earlier session made it, it is what
-    /// shows the file.
-    fn failed(&mut self, known: Option<GuestAddress>, refused: bool) {
-        self.before = None;
-        let any = self.places.first().copied().filter(|_| !self.outdated);
-        self.ours = known.or(any.filter(|_| refused));
-    }
-}
 
 /// A mapper that can find out what its acks are worth.
 pub(crate) trait Channel: Mapper {
@@ -95,15 +33,19 @@ impl Channel for ShmemMapper {
 
 /// The window of one session.
 pub(crate) struct WholeFile {
-    file: Arc<File>,
-    bytes: WindowBytes,
+    /// None if the system does not say which file it is: then no table shows it.
+    map: Option<WindowMap>,
     channel: OnceLock<Arc<dyn Channel>>,
-    tables: Mutex<Tables>,
+    locator: Mutex<MapLocator>,
 }
 
 impl WholeFile {
-    pub(crate) fn new(file: Arc<File>, bytes: WindowBytes) -> Self {
-        Self { file, bytes, channel: OnceLock::new(), tables: Mutex::default() }
+    /// The window of `bytes` bytes that shows all of `file`.
+    pub(crate) fn new(file: &File, bytes: WindowBytes) -> Self {
+        let (at, from) = (WindowOffset(0), FileOffset(0));
+        let map = inode_of(file).map(|inode| WindowMap { at, inode, from, bytes });
+        let locator = Mutex::new(MapLocator::new(bytes, map));
+        Self { map, channel: OnceLock::new(), locator }
     }
 
     /// The channel to the front-end, which a session gets once.
@@ -122,26 +64,25 @@ impl WholeFile {
 
     /// Reads a new memory table.
     pub(crate) fn table_came(&self, mem: &GuestMemoryMmap) {
-        let inode = inode_of(&self.file);
-        let is_whole = |backing: &Backing| {
-            backing.start() == 0 && inode.is_some() && inode_of(backing.file()) == inode
-        };
-        let regions = mem.iter().filter(|region| {
-            region.len() == self.bytes.0 && region.file_offset().is_some_and(is_whole)
-        });
-        let places: Vec<_> = regions.map(GuestMemoryRegion::start_addr).collect();
-        debug!("memory table of {} regions, the file is at {places:x?}", mem.num_regions());
-        lock(&self.tables).came(mem, places);
+        let look = lock(&self.locator).look();
+        let found = look.through(mem);
+        lock(&self.locator).table(mem, found);
+        debug!("memory table of {} regions, shown: {}", mem.num_regions(), self.is_shown());
     }
 
     /// The device was stopped.
     pub(crate) fn stopped(&self) {
-        lock(&self.tables).stopped();
+        lock(&self.locator).stopped();
+    }
+
+    /// The driver has reset the device.
+    pub(crate) fn reset(&self) {
+        lock(&self.locator).reset();
     }
 
     /// Whether our map is known to be there: a table that still holds shows it.
     pub(crate) fn is_shown(&self) -> bool {
-        lock(&self.tables).show_ours()
+        self.map.is_some_and(|map| lock(&self.locator).shows(&map))
     }
 }
 
@@ -160,19 +101,18 @@ impl Mapper for WholeFile {
         if acks == Acks::Missing {
             return lacks("protocol feature REPLY_ACK");
         }
-        let known = lock(&self.tables).asked();
-        let done = channel.map(at, file, from, bytes);
-        let mut tables = lock(&self.tables);
-        if let Err(e) = &done {
-            tables.failed(known, matches!(e, MapError::Refused));
+        if let Some(map) = self.map {
+            lock(&self.locator).requested(map);
         }
+        let done = channel.map(at, file, from, bytes);
+        lock(&self.locator).answered(at, Outcome::of(&done));
         match done {
             // A front-end that can't be asked whether it acks: its table is the proof.
-            Ok(()) if acks == Acks::Unknown && !tables.show_ours() => {
+            Ok(()) if acks == Acks::Unknown && !self.is_shown() => {
                 lacks("protocol feature REPLY_ACK")
             }
             // Q4: refused because it is still there.
-            Err(MapError::Refused) if tables.show_ours() => Ok(()),
+            Err(MapError::Refused) if self.is_shown() => Ok(()),
             other => other,
         }
     }
@@ -189,7 +129,7 @@ impl Mapper for WholeFile {
 mod tests {
     use std::sync::Weak;
 
-    use vm_memory::{GuestRegionMmap, MmapRegion};
+    use vm_memory::{FileOffset as Backing, GuestAddress, GuestRegionMmap, MmapRegion};
 
     use super::*;
 
@@ -251,9 +191,8 @@ mod tests {
         GuestMemoryMmap::from_regions(regions.iter().map(region).collect()).unwrap()
     }
 
-    fn map(window: &WholeFile) -> Result<(), String> {
-        let file = window.file.clone();
-        let done = window.map(WindowOffset(0), &file, FileOffset(0), window.bytes);
+    fn map(window: &WholeFile, file: &File) -> Result<(), String> {
+        let done = window.map(WindowOffset(0), file, FileOffset(0), WindowBytes(BYTES));
         done.map_err(|e| e.to_string())
     }
 
@@ -264,7 +203,7 @@ mod tests {
         acks: Acks,
         table: Option<GuestMemoryMmap>,
     ) -> Arc<WholeFile> {
-        let window = Arc::new(WholeFile::new(file.clone(), WindowBytes(BYTES)));
+        let window = Arc::new(WholeFile::new(file, WindowBytes(BYTES)));
         let back = Arc::downgrade(&window);
         window.set_channel(Scripted { window: back, table, map: answer, acks });
         window
@@ -277,7 +216,7 @@ mod tests {
     ) -> Result<(), String> {
         let file = file();
         let table = shown.then(|| table(&[(OURS, &file, 0, BYTES)]));
-        map(&window(&file, answer, acks, table))
+        map(&window(&file, answer, acks, table), &file)
     }
 
     /// Shows: only a table that came since the stop, with the whole of this very file where our map was made,
@@ -290,7 +229,7 @@ mod tests {
         window.table_came(&table(&[ours]));
         assert!(!window.is_shown(), "no map was made");
         window.table_came(&GuestMemoryMmap::new());
-        map(&window).unwrap();
+        map(&window, &file).unwrap();
         assert!(window.is_shown());
         window.stopped();
         assert!(!window.is_shown(), "a reset may have dropped the map since");
@@ -330,7 +269,7 @@ mod tests {
         let with = plus(&before, (OURS, &file));
         let window = window(&file, || Ok(()), Acks::Real, Some(with.clone()));
         window.table_came(&before);
-        map(&window).unwrap();
+        map(&window, &file).unwrap();
         for _ in 0..3 {
             window.stopped();
             assert!(window.is_shown(), "a pause");
@@ -366,9 +305,9 @@ mod tests {
             let window = window(&file, refused, Acks::Real, None);
             window.table_came(&before);
             window.table_came(&with);
-            map(&window).unwrap();
+            map(&window, &file).unwrap();
             window.stopped();
-            assert_eq!(map(&window).is_ok(), holds);
+            assert_eq!(map(&window, &file).is_ok(), holds);
         }
     }
 
@@ -379,7 +318,7 @@ mod tests {
         let both = [(OURS / 2, &*file, 0, BYTES), (OURS, &*file, 0, BYTES)];
         let window = window(&file, || Ok(()), Acks::Real, None);
         window.table_came(&table(&both[..1]));
-        map(&window).unwrap();
+        map(&window, &file).unwrap();
         assert!(!window.is_shown());
         window.table_came(&table(&both));
         assert!(window.is_shown());
@@ -400,7 +339,7 @@ mod tests {
             let window = window(&file, || Ok(()), Acks::Real, Some(table(&both)));
             window.table_came(&table(&[theirs]));
             assert!(!window.is_shown());
-            map(&window).unwrap();
+            map(&window, &file).unwrap();
             assert!(window.is_shown());
             window.stopped();
             window.table_came(&table(&both));
@@ -435,15 +374,15 @@ mod tests {
         let file = file();
         let window = window(&file, refused, Acks::Real, None);
         window.table_came(&table(&[(OURS, &file, 0, BYTES)]));
-        map(&window).unwrap();
+        map(&window, &file).unwrap();
         window.table_came(&table(&[(OURS * 2, &file, 0, BYTES)]));
-        assert_eq!(map(&window), Err(MapError::Refused.to_string()), "another device's");
+        assert_eq!(map(&window, &file), Err(MapError::Refused.to_string()), "another device's");
     }
 
     /// Shows: a session without a back-end channel is told apart.
     #[test]
     fn a_channel_is_needed() {
-        let no_channel = WholeFile::new(file(), WindowBytes(BYTES));
-        assert_eq!(map(&no_channel), Err("the front-end lacks a back-end channel".into()));
+        let no_channel = WholeFile::new(&file(), WindowBytes(BYTES));
+        assert_eq!(map(&no_channel, &file()), Err("the front-end lacks a back-end channel".into()));
     }
 }

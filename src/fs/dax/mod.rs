@@ -29,7 +29,6 @@ use crate::support::units::{PAGE_BYTES, PMD_BYTES, PageIndex};
 use crate::window::layout::ShowError;
 use crate::window::{FileOffset, FrontEnd, WindowBytes, WindowOffset};
 
-use super::buffers::WindowPlace;
 use super::config::DaxPolicy;
 use super::dax::nodes::{Found, Node, Nodes};
 use super::dax::times::Occasion;
@@ -37,7 +36,7 @@ use super::dax::window::FsWindow;
 use super::identity::Subject;
 use super::message::invalid;
 use crate::passthrough::Stretch;
-use crate::window::locate::Place;
+use crate::window::locate::{SharedBase, WindowLocation};
 
 /// FUSE_SETUPMAPPING_FLAG_WRITE and _READ.
 const FLAG_WRITE: u64 = 1 << 0;
@@ -61,7 +60,7 @@ pub(crate) struct Dax {
     nodes: Nodes,
     front_end: Arc<FrontEnd>,
     current: Mutex<Option<Arc<FsWindow>>>,
-    place: Arc<Place>,
+    base: Arc<SharedBase>,
     /// How many memory regions the VM has.
     regions: Arc<AtomicUsize>,
     bytes: WindowBytes,
@@ -105,7 +104,7 @@ impl Dax {
             engine,
             front_end,
             current: Mutex::default(),
-            place: Arc::default(),
+            base: Arc::default(),
             regions,
             bytes,
             policy,
@@ -136,7 +135,7 @@ impl Dax {
     /// A new front-end's window.
     pub(crate) fn open_window(&self) -> Arc<FsWindow> {
         let (engine, most_maps) = (self.engine.clone(), most_maps(self.bytes));
-        let shared = (self.place.clone(), self.regions.clone());
+        let shared = (self.base.clone(), self.regions.clone());
         let window = Arc::new(FsWindow::new(engine, self.bytes, most_maps, shared));
         self.front_end.set(Some(window.clone()));
         self.set_current(Some(window.clone()));
@@ -149,9 +148,9 @@ impl Dax {
     }
 
     /// Where the window is in the guest's memory, if that is known.
-    pub(crate) fn place(&self) -> Option<WindowPlace> {
-        let base = self.place.base()?;
-        Some(WindowPlace { base, bytes: self.bytes })
+    pub(crate) fn location(&self) -> Option<WindowLocation> {
+        let gpa = self.base.get()?;
+        Some(WindowLocation { gpa, bytes: self.bytes })
     }
 
     /// INIT agreed on whether the guest may map files, and whether it wants a flag on each.

@@ -12,9 +12,11 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use crate::dax::engine::Engine;
 use crate::device::SessionWindow;
 use crate::support::lock::lock;
-use crate::window::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset};
+use crate::window::{
+    Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset, inode_of,
+};
 
-use crate::window::locate::{Base, Place};
+use crate::window::locate::{MapLocator, Outcome, SharedBase, WindowMap};
 
 /// Maps and memory regions of one VM, of all its devices together, of which QEMU 11.1 does not die (Q2:
 /// 512; the library itself stops at 509), less what other devices may map while we are not looking.
@@ -31,7 +33,7 @@ struct State {
     phase: Phase,
     /// Counts the resets: what was to be mapped before one is not wanted any more.
     generation: u64,
-    base: Base,
+    locator: MapLocator,
 }
 
 /// The window of one session.
@@ -44,8 +46,8 @@ pub(crate) struct FsWindow {
     channel: OnceLock<ShmemMapper>,
     state: Mutex<State>,
     changed: Condvar,
-    /// Where all requests look up the base.
-    place: Arc<Place>,
+    /// Where all requests look up the window's guest physical address.
+    base: Arc<SharedBase>,
     /// How many memory regions the VM has.
     regions: Arc<AtomicUsize>,
     /// That there is too little room for all maps has been said.
@@ -57,10 +59,11 @@ impl FsWindow {
         engine: Arc<Engine>,
         bytes: WindowBytes,
         most_maps: usize,
-        (place, regions): (Arc<Place>, Arc<AtomicUsize>),
+        (base, regions): (Arc<SharedBase>, Arc<AtomicUsize>),
     ) -> Self {
-        place.publish(None);
-        let state = State { phase: Phase::Stopped, generation: 0, base: Base::new(bytes) };
+        base.publish(None);
+        let state =
+            State { phase: Phase::Stopped, generation: 0, locator: MapLocator::new(bytes, None) };
         Self {
             engine,
             most_maps,
@@ -68,7 +71,7 @@ impl FsWindow {
             channel: OnceLock::new(),
             state: Mutex::new(state),
             changed: Condvar::new(),
-            place,
+            base,
             regions,
             said_full: AtomicBool::new(false),
         }
@@ -93,7 +96,7 @@ impl FsWindow {
         let mut state = self.lock();
         let done = work(&mut state);
         // Under the lock: what was found last is what is said last.
-        self.place.publish(state.base.found);
+        self.base.publish(state.locator.base());
         done
     }
 
@@ -101,7 +104,7 @@ impl FsWindow {
     pub(crate) fn reset(&self) {
         self.with_base(|state| {
             state.generation += 1;
-            state.base.forget();
+            state.locator.reset();
         });
         self.changed.notify_all();
     }
@@ -138,7 +141,9 @@ impl FsWindow {
     /// Looks for our maps in a memory table: how many regions are not ours, and where the window is.
     fn read_table(&self, mem: &GuestMemoryMmap) {
         self.regions.store(mem.num_regions(), Ordering::Relaxed);
-        let others = self.with_base(|state| state.base.table_came(mem));
+        let look = self.lock().locator.look();
+        let found = look.through(mem);
+        let others = self.with_base(|state| state.locator.table(mem, found));
         let most = MOST_REGIONS.saturating_sub(others).min(self.most_maps);
         if most < self.most_maps && !self.said_full.swap(true, Ordering::Relaxed) {
             warn!(
@@ -161,9 +166,12 @@ impl Mapper for FsWindow {
         bytes: WindowBytes,
     ) -> Result<(), MapError> {
         // Before it is sent: the memory table that shows it comes before the ack (Q3).
-        self.lock().base.asked_for(at, file, from, bytes);
+        if let Some(inode) = inode_of(file) {
+            self.lock().locator.requested(WindowMap { at, inode, from, bytes });
+        }
         let done = self.while_started(|channel| channel.map(at, file, from, bytes));
-        self.with_base(|state| state.base.answered(at, matches!(done, Ok(true))));
+        let outcome = if matches!(done, Ok(true)) { Outcome::Made } else { Outcome::Failed };
+        self.with_base(|state| state.locator.answered(at, outcome));
         if done? {
             return Ok(());
         }
@@ -174,7 +182,7 @@ impl Mapper for FsWindow {
 
     fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
         self.while_started(|channel| channel.unmap(at, bytes))?;
-        self.lock().base.removed(at);
+        self.lock().locator.removed(at);
         Ok(())
     }
 }

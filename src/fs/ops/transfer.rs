@@ -12,8 +12,9 @@ use virtiofsd::fuse;
 use crate::dax::engine::Engine;
 use crate::device::request::Request;
 use crate::persist::Direct;
+use crate::window::locate::WindowLocation;
 
-use crate::fs::buffers::{Buffers, GuestReader, GuestWriter, WindowPlace};
+use crate::fs::buffers::{Buffers, GuestReader, GuestWriter};
 use crate::fs::dax::Dax;
 use crate::fs::message::{
     Args, IN_HEADER_BYTES, MAX_DATA_BYTES, Message, OUT_HEADER_BYTES, Reply, invalid,
@@ -120,8 +121,8 @@ where
         Ok(written(done))
     }
 
-    fn window(&self) -> Option<(WindowPlace, &Engine)> {
+    fn window(&self) -> Option<(WindowLocation, &Engine)> {
         let dax = self.dax.as_deref()?;
-        Some((dax.place()?, dax.engine()))
+        Some((dax.location()?, dax.engine()))
     }
 }
