@@ -266,7 +266,8 @@ fn a_loss_by_any_name_is_remembered() {
         let host = on_a_disk();
         let (mut guest, node, fh) = rig(&host);
         assert!(guest.vmm.store(0, &[3]));
-        let strace = Strace::attach(host.pid(), "sync_file_range", &format!("error={errno}:when=1"));
+        let strace =
+            Strace::attach(host.pid(), "sync_file_range", &format!("error={errno}:when=1"));
         guest.flush(node, fh).unwrap();
         drop(strace);
         // One that is too new for the kernel to tell it anything.
@@ -542,4 +543,117 @@ fn sigterm_while_the_claim_is_taken() {
         drop(held);
     }
     assert!(hang.is_empty(), "SIGTERM does not end a daemon that is {hang:?}");
+}
+
+/// A map that was refused for another reason than that it is there, of a VM in which another device shows the
+/// same file: no flush succeeds, since what the guest stores is nowhere.
+#[test]
+fn a_refusal_beside_another_devices_map_is_no_window() {
+    use common::driver::DriverOptions;
+    use common::memory::{GuestMem, RAM_REGION_BYTES, guest_ram};
+    use common::strict_vmm::VmmOptions;
+    use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+    for mem_slots in [false, true] {
+        let host = if mem_slots { Host::with_mem_slots() } else { Host::new() };
+        let ram = guest_ram(1);
+        let rings = ram.iter().next().unwrap().file_offset().unwrap().file().try_clone().unwrap();
+        let theirs = FileOffset::new(host.file.try_clone().unwrap(), 0);
+        let ram = GuestMem::from_ranges_with_files(&[
+            (GuestAddress(0), RAM_REGION_BYTES as usize, Some(FileOffset::new(rings, 0))),
+            (GuestAddress(1 << 33), common::FILE_BYTES as usize, Some(theirs)),
+        ])
+        .unwrap();
+        let mut guest = host.plug_with(DriverOptions::default(), VmmOptions::default(), ram);
+        guest.vmm.refuse_maps(true);
+        guest.start();
+        let done = guest.driver.flush_and_wait();
+        assert!(!guest.vmm.store(0, &[1]), "there is no window");
+        assert_eq!(done, Answer::FAILED, "slots {mem_slots}: a success without a window");
+        guest.power_off();
+    }
+}
+
+/// A stat that comes while another one closes: what was stored before it was sent is in its times.
+#[test]
+fn a_stat_beside_a_close_has_new_times() {
+    if !Strace::is_here() {
+        return skip("a_stat_beside_a_close_has_new_times", "no strace");
+    }
+    let host = on_a_disk();
+    let (mut guest, node, fh) = rig(&host);
+    assert!(guest.vmm.store(0, &[3]));
+    make_old(&host, "file");
+    assert!(guest.vmm.store(0, &[4]));
+    assert_eq!(mtime(&host, "file").0, OLD as i64, "the host's kernel sees it after all");
+    let mut strace = Strace::attach(host.pid(), "sync_file_range", "delay_enter=500000");
+    let flush = guest.send(op::FLUSH, node, &abi::flush(fh), 0);
+    strace.wait_begun(1);
+    let during = seen(&mut guest, node);
+    guest.result(flush).unwrap();
+    assert!(
+        during.0 > OLD,
+        "stored, stat, and old: {during:?}; on the host {:?}",
+        mtime(&host, "file")
+    );
+}
+
+/// SIGTERM ends a daemon that makes its file, and whose stderr nobody reads.
+#[test]
+fn sigterm_while_nobody_reads_stderr() {
+    use std::os::fd::AsRawFd;
+
+    let dir = tempfile::tempdir().unwrap();
+    let (reader, mut full) = std::io::pipe().unwrap();
+    let flags = nix::fcntl::OFlag::O_NONBLOCK;
+    nix::fcntl::fcntl(&full, nix::fcntl::FcntlArg::F_SETFL(flags)).unwrap();
+    while full.write(&[b'x'; 4096]).is_ok() {}
+    while full.write(b"x").is_ok() {}
+    nix::fcntl::fcntl(&full, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty())).unwrap();
+    let _ = reader.as_raw_fd();
+    let mut daemon = Command::new(env!("CARGO_BIN_EXE_vhost-user-dax"))
+        .args(["pmem", "--size", "4M", "--socket-path"])
+        .arg(dir.path().join("sock"))
+        .arg("--file")
+        .arg(dir.path().join("file"))
+        .stderr(full)
+        .spawn()
+        .unwrap();
+    eventually("the file", || dir.path().join("file").exists());
+    thread::sleep(Duration::from_millis(300));
+    kill(Pid::from_raw(daemon.id() as i32), Signal::SIGTERM).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(8);
+    while daemon.try_wait().unwrap().is_none() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(20));
+    }
+    let ended = daemon.try_wait().unwrap().is_some();
+    let _ = daemon.kill();
+    daemon.wait().unwrap();
+    assert!(
+        ended,
+        "8 s after SIGTERM it had to be killed; {:?}",
+        fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect::<Vec<_>>()
+    );
+}
+
+/// A driver that has sent no flush is bound anew, the front-end drops the map, and does not say so at the start: no
+/// flush succeeds while nothing is mapped.
+#[test]
+fn a_reset_of_an_unused_ring_that_goes_untold() {
+    let host = Host::with_mem_slots();
+    let mut guest = host.plug_with(
+        common::driver::DriverOptions::default(),
+        common::strict_vmm::VmmOptions::default(),
+        common::memory::guest_ram(2),
+    );
+    guest.start();
+    guest.vmm.wait_live(1);
+    guest.vmm.start_untold();
+    guest.vmm.reset();
+    guest.driver.reset(guest.driver.options());
+    guest.start();
+    let done = guest.driver.flush_and_wait();
+    let stored = guest.vmm.store(0, &[1]);
+    assert!(stored || done == Answer::FAILED, "a success without a window");
+    guest.power_off();
 }

@@ -171,11 +171,13 @@ impl Machine {
     /// All regions in the order of their guest addresses, as QEMU's flat view has them: RAM first.
     pub fn regions(&self) -> Vec<Region> {
         let ram = self.ram.iter().skip(usize::from(self.bends.hide_rings)).copied();
-        let mut regions: Vec<_> = ram.chain(self.live.iter().map(|live| {
-            let mut region = live.region();
-            region.guest += self.bends.moved;
-            region
-        })).collect();
+        let mut regions: Vec<_> = ram
+            .chain(self.live.iter().map(|live| {
+                let mut region = live.region();
+                region.guest += self.bends.moved;
+                region
+            }))
+            .collect();
         regions.sort_by_key(|region| region.guest);
         regions
     }
