@@ -101,6 +101,10 @@ pub(super) struct Bends {
     pub start_at_once: bool,
     /// Nor is anything told at that start: what the reset took away goes unsaid until the next map.
     pub start_untold: bool,
+    /// A reset leaves the maps where they are (crosvm).
+    pub keep_maps: bool,
+    /// So many bytes away from where it was the guest has put the BAR.
+    pub moved: u64,
 }
 
 pub(super) struct Machine {
@@ -167,7 +171,13 @@ impl Machine {
     /// All regions in the order of their guest addresses, as QEMU's flat view has them: RAM first.
     pub fn regions(&self) -> Vec<Region> {
         let ram = self.ram.iter().skip(usize::from(self.bends.hide_rings)).copied();
-        let mut regions: Vec<_> = ram.chain(self.live.iter().map(LiveMap::region)).collect();
+        let mut regions: Vec<_> = ram
+            .chain(self.live.iter().map(|live| {
+                let mut region = live.region();
+                region.guest += self.bends.moved;
+                region
+            }))
+            .collect();
         regions.sort_by_key(|region| region.guest);
         regions
     }
@@ -255,6 +265,9 @@ impl Machine {
 
     /// A virtio reset: the maps go, and the back-end is told nothing (Q10).
     pub fn drop_maps(&mut self) {
+        if self.bends.keep_maps {
+            return;
+        }
         // Q12: with CONFIGURE_MEM_SLOTS, QEMU keeps pointers to the regions that it told about.
         self.told_freed_region |= self.slots && !self.live.is_empty();
         self.live.clear();

@@ -316,6 +316,16 @@ impl StrictVmm {
         self.bend(|b| b.hide_rings = hide);
     }
 
+    /// See `Bends::keep_maps`.
+    pub fn keep_maps(&mut self) {
+        self.bend(|b| b.keep_maps = true);
+    }
+
+    /// See `Bends::moved`.
+    pub fn move_window(&mut self) {
+        self.bend(|b| b.moved += 1 << 32);
+    }
+
     /// See `Bends::deaf`.
     pub fn turn_deaf(&mut self) {
         self.bend(|b| b.deaf = true);
