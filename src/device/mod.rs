@@ -40,6 +40,17 @@ pub enum InflightPolicy {
     Retain,
 }
 
+/// From where a ring was started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RingStart {
+    /// From where it was stopped: the driver is the same.
+    Resumed,
+    /// From where it was stopped, which is where a new ring starts, too: the driver may have reset the device.
+    Unknown,
+    /// From somewhere else: the driver has reset the device.
+    Afresh,
+}
+
 /// What a virtio device offers to its session.
 ///
 /// A device gets a request and answers it with a status; it never touches a ring.
@@ -109,10 +120,9 @@ pub trait SessionWindow: Send + Sync {
     /// A new memory table.
     fn table_came(&self, mem: &GuestMemoryMmap);
 
-    /// A ring was started, `afresh` if the driver has reset the device since. True if all is well;
-    /// false if [`bring_up`](Self::bring_up) must be called, from a thread that may block, before
-    /// requests leave the ring.
-    fn started(&self, afresh: bool) -> bool;
+    /// A ring was started. True if all is well; false if [`bring_up`](Self::bring_up) must be called,
+    /// from a thread that may block, before requests leave the ring.
+    fn started(&self, start: RingStart) -> bool;
 
     /// Shows what must be shown from the start.
     ///

@@ -40,7 +40,7 @@ use virtiofsd::passthrough::{self, CachePolicy, NegotiationMode, PassthroughFs};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::device::request::Request;
-use crate::device::{Device, Drained, InflightPolicy, InlineWork, SessionWindow};
+use crate::device::{Device, Drained, InflightPolicy, InlineWork, RingStart, SessionWindow};
 use crate::persist::{Backing, Durability, PersistError};
 use crate::support::log_limit::RateLimit;
 use crate::window::{MapError, ShmemMapper, WindowBytes};
@@ -386,7 +386,7 @@ impl SessionWindow for NoWindow {
         self.0.store(mem.num_regions(), Ordering::Relaxed);
     }
 
-    fn started(&self, _: bool) -> bool {
+    fn started(&self, _: RingStart) -> bool {
         true
     }
 

@@ -19,7 +19,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::dax::engine::{Engine, Space};
 use crate::dax::extent::{Access, FileExtents};
 use crate::device::request::Request;
-use crate::device::{Device, Drained, InflightPolicy, InlineWork, SessionWindow};
+use crate::device::{Device, Drained, InflightPolicy, InlineWork, RingStart, SessionWindow};
 use crate::persist::{Backing, GroupSync, Persist, Waiter};
 use crate::support::counter::Counter;
 use crate::support::log_limit::RateLimit;
@@ -261,14 +261,13 @@ impl SessionWindow for Shown {
         self.window.table_came(mem);
     }
 
-    /// Q10: a map that outlived a pause is not sent again. It would be refused, and would be a
-    /// message under way that a quick second pause turns into a crash of QEMU (Q1). After a reset
-    /// it is sent whatever was told: refused is better than believed.
-    fn started(&self, afresh: bool) -> bool {
-        if afresh {
+    /// Q10: a map that outlives a pause is not sent again. It would be refused, and would be a message under way
+    /// that a quick second pause turns into a crash of QEMU (Q1).
+    fn started(&self, start: RingStart) -> bool {
+        if start == RingStart::Afresh {
             self.window.reset();
         }
-        !afresh && self.window.is_shown()
+        start == RingStart::Resumed && self.window.outlives_stop()
     }
 
     fn bring_up(&self) -> Result<(), MapError> {

@@ -24,7 +24,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::device::memory::Memory;
 use crate::device::request::{Answer, Epoch, PinGuard, RequestOwner};
-use crate::device::{Device, InflightPolicy};
+use crate::device::{Device, InflightPolicy, RingStart};
 use crate::ring::poll::Poll;
 use crate::support::lock::lock;
 use crate::support::log_limit::RateLimit;
@@ -57,8 +57,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(100);
 pub struct Started {
     /// To be named when the ring is released.
     pub epoch: Epoch,
-    /// It does not go on where it was stopped: the driver has reset the device.
-    pub afresh: bool,
+    /// From where.
+    pub start: RingStart,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -188,7 +188,12 @@ impl Ring {
         self.vring.get_or_init(|| vring.clone());
         state.phase = Phase::Held;
         state.window_lost = false;
-        Some(Started { epoch: state.epoch, afresh: !goes_on })
+        let start = match (goes_on, from) {
+            (false, _) => RingStart::Afresh,
+            (true, 0) => RingStart::Unknown,
+            (true, _) => RingStart::Resumed,
+        };
+        Some(Started { epoch: state.epoch, start })
     }
 
     /// Whether the library has set the ring up to start, and not where it was stopped.

@@ -26,7 +26,7 @@ use vmm_sys_util::event::{
 
 use crate::device::memory::{GuestMemory, Memory};
 use crate::device::request::Epoch;
-use crate::device::{Device, SessionWindow};
+use crate::device::{Device, RingStart, SessionWindow};
 use crate::ring::{Ring, Started, Vring, Wake, Watchdog};
 use crate::session::lifecycle::Life;
 use crate::session::restart::Restarts;
@@ -154,7 +154,9 @@ impl Session {
         self.0.life.start(|| {
             let started = ring.start(vring)?;
             let afresh = || self.0.rings.iter().any(|ring| ring.is_afresh());
-            if (started.afresh || afresh()) && !self.0.restarted.swap(true, Ordering::SeqCst) {
+            if (started.start == RingStart::Afresh || afresh())
+                && !self.0.restarted.swap(true, Ordering::SeqCst)
+            {
                 self.0.restarts.begun();
             }
             Some(started)
@@ -179,7 +181,7 @@ impl Session {
     fn go_on(&self, ring: &Arc<Ring>, started: Started, serves: bool) {
         // Stopped again at once: then it must not be told; and bring_up() finds out by itself, and so does
         // a ring that goes on although another one was stopped.
-        if self.0.life.if_started(|| self.0.window.started(started.afresh)) == Some(true) {
+        if self.0.life.if_started(|| self.0.window.started(started.start)) == Some(true) {
             debug!("ring {} started", ring.index());
             return ring.release(started.epoch, serves);
         }

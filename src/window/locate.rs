@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::{FileOffset as Backing, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::telling::{Freshness, Telling};
-use super::{FileOffset, Inode, MapError, WindowBytes, WindowOffset, inode_of};
+use super::{FileOffset, Inode, WindowBytes, WindowOffset, inode_of};
 
 /// Where the guest sees the window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,21 +50,8 @@ type Piece = (FileOffset, WindowBytes);
 pub(crate) enum Outcome {
     /// The front-end has made it.
     Made,
-    /// It was refused: something is mapped there (Q4).
-    AlreadyThere,
     /// It was not made.
     Failed,
-}
-
-impl Outcome {
-    /// That of an answer.
-    pub(crate) fn of(answer: &Result<(), MapError>) -> Self {
-        match answer {
-            Ok(()) => Self::Made,
-            Err(MapError::Refused) => Self::AlreadyThere,
-            Err(_) => Self::Failed,
-        }
-    }
 }
 
 /// A region that has the piece of a map that is looked for.
@@ -118,8 +105,10 @@ struct Requested {
 /// What memory tables and answers have said of the maps of one window.
 pub(crate) struct MapLocator {
     window: WindowBytes,
-    /// A map that is looked for even when the base is known.
-    watched: Option<WindowMap>,
+    /// The window's only map, if it has but one. It is looked for even when the base is known.
+    only: Option<WindowMap>,
+    /// A map was made since the last reset.
+    made: bool,
     telling: Telling,
     /// The last table does not hold any more, and no other one has come.
     outdated: bool,
@@ -127,8 +116,6 @@ pub(crate) struct MapLocator {
     base: Option<u64>,
     /// No table can change the base any more.
     settled: bool,
-    /// The base before the last reset: it counts only where a map is there that nobody has made since.
-    before_reset: Option<u64>,
     /// Where the regions of the last table begin, in order.
     starts: Vec<u64>,
     /// Those of them that have the piece of a map.
@@ -137,16 +124,16 @@ pub(crate) struct MapLocator {
 }
 
 impl MapLocator {
-    /// Of a window of `window` bytes; `watched` is its only map, if it has but one.
-    pub(crate) fn new(window: WindowBytes, watched: Option<WindowMap>) -> Self {
+    /// Of a window of `window` bytes; `only` is its map, if it has but one.
+    pub(crate) fn new(window: WindowBytes, only: Option<WindowMap>) -> Self {
         Self {
             window,
-            watched,
+            only,
+            made: false,
             telling: Telling::default(),
             outdated: false,
             base: None,
             settled: false,
-            before_reset: None,
             starts: Vec::new(),
             candidates: Vec::new(),
             requested: BTreeMap::new(),
@@ -160,7 +147,7 @@ impl MapLocator {
 
     /// A map is about to be requested: a table may show it before the ack comes or after it.
     pub(crate) fn requested(&mut self, map: WindowMap) {
-        if self.watched == Some(map) {
+        if self.only == Some(map) {
             self.settled = false;
         }
         if !self.settled {
@@ -175,25 +162,10 @@ impl MapLocator {
                 requested.made = true;
             }
             self.base = self.only_candidate().or(self.base);
+            self.made = true;
             return;
         }
-        let requested = self.requested.remove(&at.0);
-        if outcome == Outcome::AlreadyThere
-            && let Some(requested) = requested
-        {
-            self.base = self.base.or_else(|| self.base_of_old(&requested.map));
-        }
-    }
-
-    /// What is there although nobody has made it: an earlier session, or a driver before the last reset has.
-    fn base_of_old(&self, map: &WindowMap) -> Option<u64> {
-        let bases: Vec<_> = self.candidates.iter().filter_map(|it| it.base(map)).collect();
-        match (self.before_reset, &bases[..]) {
-            _ if self.outdated => None,
-            (Some(before), bases) if bases.contains(&before) => Some(before),
-            (_, [base]) => Some(*base),
-            _ => None,
-        }
+        self.requested.remove(&at.0);
     }
 
     /// A map was removed.
@@ -213,7 +185,7 @@ impl MapLocator {
     /// What a table that comes is to be looked through for.
     pub(crate) fn look(&self) -> Look {
         let requested = self.requested.values().map(|requested| requested.map.piece());
-        Look(requested.chain(self.watched.map(|map| map.piece())).collect())
+        Look(requested.chain(self.only.map(|map| map.piece())).collect())
     }
 
     /// A new memory table. Returns the number of its regions that are not maps of ours, as far as that is known.
@@ -229,6 +201,7 @@ impl MapLocator {
         if !self.requested.is_empty() {
             self.find_base();
         }
+        self.follow(&candidates);
         self.candidates = candidates;
         self.starts = mem.iter().map(|region| region.start_addr().0).collect();
         let is_ours = |start: &&u64| {
@@ -247,6 +220,34 @@ impl MapLocator {
         self.settled = found.is_some();
         let settled = self.settled;
         self.requested.retain(|_, it| !settled && it.bases.len() < 2);
+    }
+
+    /// The guest may move the window while the only map is in it: the map has gone from where it was, and has come
+    /// up elsewhere.
+    fn follow(&mut self, candidates: &[Candidate]) {
+        let Some(only) = self.only.filter(|_| self.made && self.requested.is_empty()) else {
+            return;
+        };
+        let bases: Vec<_> = candidates.iter().filter_map(|it| it.base(&only)).collect();
+        if self.base.is_some_and(|base| bases.contains(&base)) {
+            return;
+        }
+        let was_there = |base: &u64| self.starts.binary_search(&(base + only.at.0)).is_ok();
+        let new: Vec<_> = bases.into_iter().filter(|base| !was_there(base)).collect();
+        if let [base] = new[..] {
+            self.base = Some(base);
+        }
+    }
+
+    /// Whether the only map, which was made since the last reset, is there behind a stop that no reset followed
+    /// (Q10). Only a table that came since the stop says otherwise.
+    pub(crate) fn outlives_stop(&self) -> bool {
+        self.made && (self.outdated || self.only.is_some_and(|only| self.shows(&only)))
+    }
+
+    /// Whether a map was made since the last reset.
+    pub(crate) fn is_made(&self) -> bool {
+        self.made
     }
 
     /// Whether a table that still holds shows `map` where it was made.
@@ -269,7 +270,8 @@ impl MapLocator {
 
     /// The driver has reset the device: the front-end has dropped all maps, and the guest may move the window (Q10).
     pub(crate) fn reset(&mut self) {
-        self.before_reset = self.base.take();
+        self.base = None;
+        self.made = false;
         self.settled = false;
         self.requested.clear();
     }

@@ -3,6 +3,7 @@
 //! A window that shows one whole file in one map, as virtio-pmem does.
 
 use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use log::{debug, warn};
@@ -37,6 +38,8 @@ pub(crate) struct WholeFile {
     map: Option<WindowMap>,
     channel: OnceLock<Arc<dyn Channel>>,
     locator: Mutex<MapLocator>,
+    /// A map was made before the last reset, and none since.
+    before_reset: AtomicBool,
 }
 
 impl WholeFile {
@@ -45,7 +48,7 @@ impl WholeFile {
         let (at, from) = (WindowOffset(0), FileOffset(0));
         let map = inode_of(file).map(|inode| WindowMap { at, inode, from, bytes });
         let locator = Mutex::new(MapLocator::new(bytes, map));
-        Self { map, channel: OnceLock::new(), locator }
+        Self { map, channel: OnceLock::new(), locator, before_reset: AtomicBool::new(false) }
     }
 
     /// The channel to the front-end, which a session gets once.
@@ -77,11 +80,20 @@ impl WholeFile {
 
     /// The driver has reset the device.
     pub(crate) fn reset(&self) {
-        lock(&self.locator).reset();
+        let mut locator = lock(&self.locator);
+        if locator.is_made() {
+            self.before_reset.store(true, Ordering::SeqCst);
+        }
+        locator.reset();
     }
 
-    /// Whether our map is known to be there: a table that still holds shows it.
-    pub(crate) fn is_shown(&self) -> bool {
+    /// Whether the map is there behind a stop that no reset followed.
+    pub(crate) fn outlives_stop(&self) -> bool {
+        lock(&self.locator).outlives_stop()
+    }
+
+    /// Whether a table that still holds shows the map where it was made.
+    fn is_shown(&self) -> bool {
         self.map.is_some_and(|map| lock(&self.locator).shows(&map))
     }
 }
@@ -101,18 +113,32 @@ impl Mapper for WholeFile {
         if acks == Acks::Missing {
             return lacks("protocol feature REPLY_ACK");
         }
-        if let Some(map) = self.map {
-            lock(&self.locator).requested(map);
+        let send = || {
+            if let Some(map) = self.map {
+                lock(&self.locator).requested(map);
+            }
+            let done = channel.map(at, file, from, bytes);
+            let outcome = if done.is_ok() { Outcome::Made } else { Outcome::Failed };
+            lock(&self.locator).answered(at, outcome);
+            done
+        };
+        let mut done = send();
+        if matches!(done, Err(MapError::Refused)) {
+            // Q4: an overlap, with a map that this session made. No other refusal is a window.
+            if self.outlives_stop() {
+                return Ok(());
+            }
+            // The front-end has kept it over the reset. No driver uses the window yet.
+            if self.before_reset.swap(false, Ordering::SeqCst) {
+                channel.unmap(at, bytes)?;
+                done = send();
+            }
         }
-        let done = channel.map(at, file, from, bytes);
-        lock(&self.locator).answered(at, Outcome::of(&done));
         match done {
             // A front-end that can't be asked whether it acks: its table is the proof.
             Ok(()) if acks == Acks::Unknown && !self.is_shown() => {
                 lacks("protocol feature REPLY_ACK")
             }
-            // Q4: refused because it is still there.
-            Err(MapError::Refused) if self.is_shown() => Ok(()),
             other => other,
         }
     }
@@ -233,17 +259,19 @@ mod tests {
         assert!(window.is_shown());
         window.stopped();
         assert!(!window.is_shown(), "a reset may have dropped the map since");
+        assert!(window.outlives_stop(), "if none has, it is there");
         for other in [
             (OURS, &*file, 4096, BYTES),
             (OURS, &*file, 0, BYTES / 2),
             (OURS, &*self::file(), 0, BYTES),
-            (2 * OURS, &*file, 0, BYTES),
         ] {
             window.table_came(&table(&[other]));
-            assert!(!window.is_shown());
+            assert!(!window.is_shown() && !window.outlives_stop());
         }
         window.table_came(&table(&[(OURS / 2, &file, 0, BYTES), ours]));
         assert!(window.is_shown());
+        window.reset();
+        assert!(!window.is_shown() && !window.outlives_stop());
     }
 
     /// The table with one region more, as ADD_MEM_REG tells of it.
@@ -279,10 +307,13 @@ mod tests {
         assert!(window.is_shown(), "memory that has nothing to do with it");
         let gone = less(&with, OURS);
         window.table_came(&gone);
-        assert!(!window.is_shown(), "a reset, in which QEMU told of the map's going");
+        assert!(!window.outlives_stop(), "QEMU has told of the map's going");
         window.stopped();
+        window.reset();
         window.table_came(&plus(&gone, (OURS * 2, &file)));
-        assert!(!window.is_shown(), "another device's");
+        assert!(!window.outlives_stop(), "another device's");
+        window.table_came(&gone);
+        map(&window, &file).unwrap();
         window.table_came(&with);
         window.stopped();
         assert!(window.is_shown());
@@ -292,22 +323,46 @@ mod tests {
         assert!(!window.is_shown(), "and holds until a stop");
     }
 
-    /// Shows: a map that is refused after a stop counts as there only where a table that holds
-    /// shows it.
+    /// Shows: a guest may move the window while the map is in it, whether the front-end tells of that by one
+    /// table or by two.
     #[test]
-    fn a_refusal_behind_a_stop() {
-        let refused = || Err(MapError::Refused);
+    fn a_window_that_moves() {
         let (file, ram) = (file(), file());
         let before = plus(&GuestMemoryMmap::new(), (0, &ram));
         let with = plus(&before, (OURS, &file));
-        let whole = table(&[(0, &ram, 0, BYTES), (OURS, &file, 0, BYTES)]);
-        for (with, holds) in [(with, true), (whole, false)] {
-            let window = window(&file, refused, Acks::Real, None);
+        for steps in [vec![], vec![before.clone()]] {
+            let window = window(&file, || Ok(()), Acks::Real, Some(with.clone()));
             window.table_came(&before);
-            window.table_came(&with);
             map(&window, &file).unwrap();
+            steps.iter().for_each(|table| window.table_came(table));
+            window.table_came(&plus(&before, (OURS * 2, &file)));
             window.stopped();
-            assert_eq!(map(&window, &file).is_ok(), holds);
+            assert!(window.outlives_stop());
+        }
+    }
+
+    /// Shows: a refusal is a window only where this session has made the map, and no reset came since; and where
+    /// a table that holds does not say that the map is gone.
+    #[test]
+    fn a_refusal_behind_a_stop() {
+        static REFUSES: AtomicBool = AtomicBool::new(false);
+        let answer = || match REFUSES.load(Ordering::SeqCst) {
+            true => Err(MapError::Refused),
+            false => Ok(()),
+        };
+        let (file, ram) = (file(), file());
+        let (without, with) = (table(&[(0, &ram, 0, BYTES)]), [(0, &*ram, 0, BYTES)]);
+        let with = table(&[with[0], (OURS, &file, 0, BYTES)]);
+        for (table, is_window) in [(None, true), (Some(&with), true), (Some(&without), false)] {
+            REFUSES.store(false, Ordering::SeqCst);
+            let window = window(&file, answer, Acks::Real, None);
+            window.table_came(&without);
+            map(&window, &file).unwrap();
+            window.table_came(&with);
+            window.stopped();
+            table.into_iter().for_each(|table| window.table_came(table));
+            REFUSES.store(true, Ordering::SeqCst);
+            assert_eq!(map(&window, &file).is_ok(), is_window);
         }
     }
 
@@ -364,19 +419,27 @@ mod tests {
         }
     }
 
-    /// Shows: a refused map is fine only where the window shows the file all the same (Q4, Q10): where ours
-    /// was, or, for a session that has made none, where an earlier one's is.
+    /// Shows: the refusal of a session's first map is no window, whatever the table shows: another device may show
+    /// the file.
     #[test]
-    fn a_refusal_is_checked() {
+    fn a_first_refusal_is_no_window() {
         let refused = || Err(MapError::Refused);
-        assert_eq!(bring_up(refused, Acks::Real, true), Ok(()));
-        assert_eq!(bring_up(refused, Acks::Real, false), Err(MapError::Refused.to_string()));
+        for shown in [true, false] {
+            assert_eq!(bring_up(refused, Acks::Real, shown), Err(MapError::Refused.to_string()));
+        }
+    }
+
+    /// Shows: a map that the front-end keeps over a reset makes room for the next one.
+    #[test]
+    fn a_map_that_outlives_a_reset_is_made_anew() {
         let file = file();
-        let window = window(&file, refused, Acks::Real, None);
-        window.table_came(&table(&[(OURS, &file, 0, BYTES)]));
+        let window = window(&file, || Ok(()), Acks::Real, None);
         map(&window, &file).unwrap();
-        window.table_came(&table(&[(OURS * 2, &file, 0, BYTES)]));
-        assert_eq!(map(&window, &file), Err(MapError::Refused.to_string()), "another device's");
+        window.reset();
+        // The front-end of this test has no second answer: strict_frontend has one.
+        assert!(window.before_reset.load(Ordering::SeqCst));
+        map(&window, &file).unwrap();
+        assert!(window.outlives_stop());
     }
 
     /// Shows: a session without a back-end channel is told apart.

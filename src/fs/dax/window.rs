@@ -10,7 +10,7 @@ use log::{debug, warn};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::dax::engine::Engine;
-use crate::device::SessionWindow;
+use crate::device::{RingStart, SessionWindow};
 use crate::support::lock::lock;
 use crate::window::{
     Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset, inode_of,
@@ -202,7 +202,7 @@ impl SessionWindow for FsWindow {
         self.read_table(mem);
     }
 
-    fn started(&self, _: bool) -> bool {
+    fn started(&self, _: RingStart) -> bool {
         self.lock().phase = Phase::Running;
         self.changed.notify_all();
         true
