@@ -249,6 +249,12 @@ impl MapLocator {
         self.made && (self.outdated || !self.told || says_so)
     }
 
+    /// Whether a table that came since the last stop shows the only map.
+    pub(crate) fn is_proved(&self) -> bool {
+        self.telling.freshness == Freshness::WholeTables
+            && self.only.is_some_and(|only| self.shows(&only))
+    }
+
     /// Whether a map was made since the last reset.
     pub(crate) fn is_made(&self) -> bool {
         self.made
