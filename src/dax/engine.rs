@@ -92,6 +92,11 @@ impl Space {
         Ok(next > last)
     }
 
+    /// While what this returns is there, no request makes the file shorter. None if one does.
+    pub(crate) fn keep_length(&self) -> Option<impl Drop + '_> {
+        self.gate.try_share()
+    }
+
     /// Forgets that a writeback has failed: all who were promised something have been told.
     pub fn forgive(&self) {
         *lock(&self.failed) = false;
@@ -191,6 +196,9 @@ pub enum GrantError {
     /// The front-end's.
     #[error("{0}")]
     Window(#[from] ShowError),
+    /// Whoever asked for it does not want it any more.
+    #[error("nobody wants it any more")]
+    Unwanted,
 }
 
 impl GrantError {
@@ -202,7 +210,7 @@ impl GrantError {
             Self::Tail => Errno::EOPNOTSUPP,
             Self::Source(e) => e.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
             Self::Window(ShowError::TooMany(_)) => Errno::ENOMEM,
-            Self::Window(_) => Errno::EIO,
+            Self::Window(_) | Self::Unwanted => Errno::EIO,
         }
     }
 }
@@ -308,7 +316,22 @@ impl Engine {
         span: Span,
         access: Access,
     ) -> Result<(), GrantError> {
-        let done = self.try_grant(space, from, span, access);
+        self.grant_if(space, from, span, access, || true)
+    }
+
+    /// The same, if `may` says so in the moment in which nothing else can be granted.
+    ///
+    /// # Errors
+    /// See [`GrantError`].
+    pub fn grant_if(
+        &self,
+        space: &Arc<Space>,
+        from: FileOffset,
+        span: Span,
+        access: Access,
+        may: impl Fn() -> bool,
+    ) -> Result<(), GrantError> {
+        let done = self.try_grant(space, from, span, access, may);
         match &done {
             Ok(()) => self.counters.grants.add(1),
             Err(_) => self.counters.grants_failed.add(1),
@@ -322,6 +345,7 @@ impl Engine {
         from: FileOffset,
         span: Span,
         access: Access,
+        may: impl Fn() -> bool,
     ) -> Result<(), GrantError> {
         let end = from.0.checked_add(span.bytes).filter(|end| *end <= i64::MAX as u64);
         if !from.0.is_multiple_of(PAGE_BYTES) || end.is_none() {
@@ -340,7 +364,7 @@ impl Engine {
         let shown = self
             .fault(space, grant.first(), last, access, span.at.wrapping_sub(from.0))
             .map_err(GrantError::from)
-            .and_then(|()| self.show(span, &grant, mapped));
+            .and_then(|()| self.show(span, &grant, mapped, may));
         drop(shared);
         match shown {
             Ok(replaced) => {
@@ -354,8 +378,17 @@ impl Engine {
         }
     }
 
-    fn show(&self, span: Span, grant: &Grant, mapped: u64) -> Result<Vec<Grant>, GrantError> {
+    fn show(
+        &self,
+        span: Span,
+        grant: &Grant,
+        mapped: u64,
+        may: impl Fn() -> bool,
+    ) -> Result<Vec<Grant>, GrantError> {
         let mut window = self.window.take();
+        if !may() {
+            return Err(GrantError::Unwanted);
+        }
         self.show_piece(&mut window, span, Some((grant, mapped)))?;
         let replaced = cut_out(&mut window.grants, span);
         window.grants.insert(span.at, grant.clone());

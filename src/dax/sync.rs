@@ -4,6 +4,8 @@
 
 #[cfg(loom)]
 pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
+#[cfg(not(loom))]
+use std::time::{Duration, Instant};
 // Not loom's: it can't hold a trait object, and counting references is not what is checked.
 pub(crate) use std::sync::Arc;
 #[cfg(not(loom))]
@@ -47,6 +49,25 @@ impl<T> Turn<T> {
             }
             place.waiting += 1;
             place = wait(&self.returned, place);
+            place.waiting -= 1;
+        }
+    }
+}
+
+#[cfg(not(loom))]
+impl<T> Turn<T> {
+    /// Takes it, if it is there within `most`.
+    pub(crate) fn take_within(&self, most: Duration) -> Option<Taken<'_, T>> {
+        let until = Instant::now() + most;
+        let mut place = lock(&self.place);
+        loop {
+            if let Some(value) = place.value.take() {
+                return Some(Taken { turn: self, value: Some(value) });
+            }
+            let left = until.checked_duration_since(Instant::now()).filter(|it| !it.is_zero())?;
+            place.waiting += 1;
+            let waited = self.returned.wait_timeout(place, left);
+            place = waited.unwrap_or_else(|e| e.into_inner()).0;
             place.waiting -= 1;
         }
     }
@@ -112,6 +133,16 @@ impl Gate {
         }
         state.shared += 1;
         Passed { gate: self, alone: false }
+    }
+
+    /// The same, unless somebody is alone or waits to be.
+    pub(crate) fn try_share(&self) -> Option<Passed<'_>> {
+        let mut state = lock(&self.state);
+        if state.alone || state.waiting_alone > 0 {
+            return None;
+        }
+        state.shared += 1;
+        Some(Passed { gate: self, alone: false })
     }
 
     pub(crate) fn alone(&self) -> Passed<'_> {

@@ -242,7 +242,12 @@ fn load(space: &Space, from: FileOffset, to: &mut [u8]) -> io::Result<()> {
 }
 
 /// Stores as the window would: what lies behind the end of the file is lost, and makes it no longer.
+///
+/// # Errors
+/// EFAULT while the file is being made shorter. This does not wait for that, which may wait for the front-end, and
+/// that for the stop of a ring that this request holds up.
 fn store(space: &Space, to: FileOffset, bytes: &[u8]) -> io::Result<()> {
+    let _stays = space.keep_length().ok_or(Errno::EFAULT)?;
     let left = space.source().file_bytes()?.saturating_sub(to.0);
     let within = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
     let mut done = 0;

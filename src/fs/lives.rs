@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use crate::support::lock::lock;
 
-/// One driver's time, from a reset of the device to the next.
+/// What one driver has mounted, or is about to: a life ends with a reset of the device, with DESTROY, and with
+/// an INIT that finds something mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Life(u64);
 
@@ -51,17 +52,19 @@ impl Lives {
         drop(lock(&self.turn));
     }
 
-    /// It has nothing mounted from now on; `clear` throws away what was. False, and nothing is
-    /// done, if it is over.
-    pub(crate) fn unmount(&self, life: Life, clear: impl FnOnce()) -> bool {
+    /// What was mounted is over: no request of `life` changes anything from now on. Returns the life that
+    /// follows; none if `life` was over already.
+    pub(crate) fn unmount(&self, life: Life) -> Option<Life> {
+        let next = Life(life.0.wrapping_add(2));
+        let end = |state: u64| (state & !MOUNTED == life.0).then_some(next.0);
+        self.state.fetch_update(SeqCst, SeqCst, end).ok().map(|_| next)
+    }
+
+    /// Throws away by `clear` what was mounted before `life`, unless that is over.
+    pub(crate) fn clear(&self, life: Life, clear: impl FnOnce()) {
         let _turn = lock(&self.turn);
-        let mounted = life.0 | MOUNTED;
-        match self.state.compare_exchange(mounted, life.0, SeqCst, SeqCst) {
-            Err(other) if other != life.0 => false,
-            _ => {
-                clear();
-                true
-            }
+        if self.is_current(life) {
+            clear();
         }
     }
 }
@@ -84,11 +87,16 @@ mod tests {
         lives.mount(first);
         assert!(!lives.is_mounted(second), "mounted by another driver");
         lives.mount(second);
-        assert!(!lives.unmount(first, || unreachable!("another driver's")));
+        assert_eq!(lives.unmount(first), None, "another driver's");
         assert!(lives.is_mounted(second));
+        let third = lives.unmount(second).unwrap();
+        assert!(lives.is_current(third) && !lives.is_mounted(second) && !lives.is_mounted(third));
+        lives.clear(second, || unreachable!("it is over"));
         let mut cleared = 0;
-        assert!(lives.unmount(second, || cleared += 1));
-        assert!(lives.unmount(second, || cleared += 1), "INIT unmounts what may be left");
-        assert_eq!((cleared, lives.is_mounted(second)), (2, false));
+        lives.clear(third, || cleared += 1);
+        let fourth = lives.unmount(third).unwrap();
+        assert_eq!(cleared, 1);
+        lives.mount(third);
+        assert!(!lives.is_mounted(fourth), "INIT ends a life, too");
     }
 }

@@ -9,8 +9,8 @@
 //! | request | inline | in the pool |
 //! |---|---|---|
 //! | FSYNC, FSYNCDIR, SYNCFS, FALLOCATE, COPY_FILE_RANGE, DESTROY | never | slow |
-//! | SETUPMAPPING, REMOVEMAPPING, READDIRPLUS | if no other request waits in the ring | quick |
-//! | SETATTR | if no other request waits in the ring | slow |
+//! | REMOVEMAPPING, READDIRPLUS | if no other request waits in the ring | quick |
+//! | SETUPMAPPING (opens a file), SETATTR | if no other request waits in the ring | slow |
 //! | READ | if no other request waits in the ring, or it has up to 64 KiB | slow |
 //! | WRITE, OPEN, CREATE, FLUSH, RELEASE, UNLINK, RENAME ... | always | slow |
 //! | LOOKUP, GETATTR, FORGET, and all others | always | quick |
@@ -44,7 +44,7 @@ impl JobClass {
             Some(
                 Fsync | Fsyncdir | Flush | Fallocate | Syncfs | CopyFileRange | Open | Opendir
                 | Create | Release | Releasedir | Setattr | Unlink | Rmdir | Rename | Rename2
-                | Read | Write | Destroy,
+                | Read | Write | Destroy | SetupMapping,
             ) => Self::Slow,
             _ => Self::Quick,
         }

@@ -44,6 +44,12 @@ pub(crate) fn is_loss(e: &io::Error) -> bool {
     !matches!(e.raw_os_error(), Some(EBADF | EINTR | EINVAL | ENOSYS | EOPNOTSUPP | ESPIPE))
 }
 
+/// Whether a SYNCFS that ended with `e` could not even open the file system.
+fn is_not_begun(e: &io::Error) -> bool {
+    use libc::{EACCES, EMFILE, ENFILE, ENOENT, ENOMEM, EPERM, ESTALE};
+    matches!(e.raw_os_error(), Some(EACCES | EMFILE | ENFILE | ENOENT | ENOMEM | EPERM | ESTALE))
+}
+
 /// Files whose data was lost by a write-out of our own, or by one of a file that is not mapped any more, and
 /// whose guest has not been told of it by an FSYNC. The kernel tells of a loss once: whoever asked it has to
 /// pass that on.
@@ -198,7 +204,7 @@ impl Opened {
             }
         }
         let done = sync();
-        if done.as_ref().is_err_and(is_loss) {
+        if done.as_ref().is_err_and(|e| is_loss(e) && !is_not_begun(e)) {
             self.lock().all_failed = true;
         }
         done

@@ -224,8 +224,10 @@ impl Dax {
         let written = self.engine.written_in(&[self.engine.whole()]);
         take_away();
         self.removed(&written);
-        // Does not wait for pages under writeback: a driver that begins anew waits for this.
-        self.settle_all();
+        // A driver that begins anew waits for this.
+        for node in self.nodes.all() {
+            node.times.settle(&self.engine, &node.space, Occasion::End);
+        }
     }
 
     /// Looks whether anything was stored to what was granted, and is not any more.
@@ -344,7 +346,8 @@ impl Dax {
         Ok(done)
     }
 
-    /// SETUPMAPPING. `open` gives the file, readable and writable.
+    /// SETUPMAPPING. `open` gives the file, readable and writable. `is_current` says whether the guest still
+    /// wants it, in the moment in which nothing else can be granted.
     ///
     /// # Errors
     /// What the guest is told; never EAGAIN.
@@ -352,6 +355,7 @@ impl Dax {
         &self,
         nodeid: u64,
         asked: &SetupmappingIn,
+        is_current: impl Fn() -> bool,
         open: impl FnOnce() -> io::Result<File>,
     ) -> io::Result<()> {
         let access = match asked.flags {
@@ -375,7 +379,8 @@ impl Dax {
             }
         }
         let replaced = self.engine.written_in(&[span]);
-        let granted = self.engine.grant(&node.space, FileOffset(asked.foffset), span, access);
+        let from = FileOffset(asked.foffset);
+        let granted = self.engine.grant_if(&node.space, from, span, access, is_current);
         if granted.is_ok() && access == Access::Write {
             node.times.granted();
         }

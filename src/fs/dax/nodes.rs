@@ -277,10 +277,12 @@ impl Nodes {
         same.map(|(_, entry)| entry.node.clone()).collect()
     }
 
-    /// The nodes of which nothing is granted.
+    /// The nodes of which nothing is granted, and which nobody uses at the moment.
     pub(crate) fn idle(&self) -> Vec<Arc<Node>> {
         let table = self.lock();
-        let idle = table.files.values().filter(|entry| entry.node.space.is_idle());
+        let is_idle =
+            |entry: &&Entry| Arc::strong_count(&entry.node) == 1 && entry.node.space.is_idle();
+        let idle = table.files.values().filter(is_idle);
         idle.map(|entry| entry.node.clone()).collect()
     }
 

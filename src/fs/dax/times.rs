@@ -49,7 +49,14 @@ pub(crate) enum Occasion {
     Close,
     /// The guest is about to set mtime by itself.
     Given,
+    /// The driver is over. Waits for nothing: the next one waits for this.
+    End,
 }
+
+/// How long a look waits for a request that is changing the attributes of the same file: a truncation may wait for
+/// the front-end, and looks must not take all threads. One that has waited in vain tells of the attributes as they
+/// are.
+const LOOK_WAIT: Duration = Duration::from_millis(100);
 
 /// No kernel's clock ticks sooner (HZ is at most 1000), so so many changes in this time meet fewer ticks.
 const TICK: Duration = Duration::from_millis(1);
@@ -152,10 +159,20 @@ impl Times {
         if !self.is_watched() {
             return None;
         }
-        if occasion != Occasion::Look {
-            self.wait_for_writeback(engine, space);
-        }
-        self.settle_now(&mut self.seen.take(), engine, space, occasion)
+        let seen = match occasion {
+            Occasion::Look => self.seen.take_within(LOOK_WAIT),
+            Occasion::End => self.seen.take_within(Duration::ZERO),
+            Occasion::Close | Occasion::Given => {
+                self.wait_for_writeback(engine, space);
+                Some(self.seen.take())
+            }
+        };
+        let Some(mut seen) = seen else {
+            // Whoever has it may have looked before the last store.
+            self.stored.store(true, Ordering::SeqCst);
+            return None;
+        };
+        self.settle_now(&mut seen, engine, space, occasion)
     }
 
     /// Whether the guest may store to the file.
@@ -193,8 +210,9 @@ impl Times {
         if !self.is_watched() || self.stored.load(Ordering::SeqCst) {
             return;
         }
-        let mut seen = self.seen.take();
-        if self.is_stored(&mut seen, &[bytes], Occasion::Close) {
+        // Whoever has it may have looked before the last store.
+        let seen = self.seen.take_within(Duration::ZERO);
+        if seen.is_none_or(|mut seen| self.is_stored(&mut seen, &[bytes], Occasion::Close)) {
             self.stored.store(true, Ordering::SeqCst);
         }
     }
@@ -246,7 +264,7 @@ impl Times {
             seen.moved = true;
             return false;
         }
-        if seen.moved && occasion == Occasion::Close {
+        if seen.moved && matches!(occasion, Occasion::Close | Occasion::End) {
             return true;
         }
         // Else it would have moved, unless somebody on the host has set it since. To ask costs 90 ns for each page

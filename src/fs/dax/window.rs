@@ -33,6 +33,9 @@ struct State {
     phase: Phase,
     /// Counts the resets: what was to be mapped before one is not wanted any more.
     generation: u64,
+    /// From a reset to the next start. A request of the last driver must not wait for that: the start waits
+    /// until the device has forgotten that driver.
+    forgetting: bool,
     locator: MapLocator,
 }
 
@@ -62,8 +65,12 @@ impl FsWindow {
         (base, regions): (Arc<SharedBase>, Arc<AtomicUsize>),
     ) -> Self {
         base.publish(None);
-        let state =
-            State { phase: Phase::Stopped, generation: 0, locator: MapLocator::new(bytes, None) };
+        let state = State {
+            phase: Phase::Stopped,
+            generation: 0,
+            forgetting: false,
+            locator: MapLocator::new(bytes, None),
+        };
         Self {
             engine,
             most_maps,
@@ -104,6 +111,7 @@ impl FsWindow {
     pub(crate) fn reset(&self) {
         self.with_base(|state| {
             state.generation += 1;
+            state.forgetting = true;
             state.locator.reset();
         });
         self.changed.notify_all();
@@ -123,10 +131,14 @@ impl FsWindow {
         loop {
             {
                 let mut state = self.lock();
-                while state.phase == Phase::Stopped && state.generation == generation {
+                while state.phase == Phase::Stopped
+                    && state.generation == generation
+                    && !state.forgetting
+                {
                     state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
                 }
-                if state.phase == Phase::Ended || state.generation != generation {
+                let is_over = state.phase == Phase::Ended || state.forgetting;
+                if is_over || state.generation != generation {
                     return Err(MapError::Stopped);
                 }
             }
@@ -203,7 +215,10 @@ impl SessionWindow for FsWindow {
     }
 
     fn started(&self, _: RingStart) -> bool {
-        self.lock().phase = Phase::Running;
+        {
+            let mut state = self.lock();
+            (state.phase, state.forgetting) = (Phase::Running, false);
+        }
         self.changed.notify_all();
         true
     }

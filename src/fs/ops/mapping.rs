@@ -10,6 +10,7 @@ use virtiofsd::filesystem::{Context, FileSystem};
 use virtiofsd::fuse;
 
 use crate::fs::dax::MAX_REMOVALS;
+use crate::fs::lives::Life;
 use crate::fs::message::{Args, Reply, invalid};
 use crate::fs::server::Server;
 
@@ -19,6 +20,7 @@ where
 {
     pub(crate) fn setup_mapping(
         &self,
+        life: Life,
         ctx: Context,
         nodeid: u64,
         args: &mut Args<'_>,
@@ -26,7 +28,8 @@ where
         let dax = self.dax.as_deref().filter(|dax| dax.is_there()).ok_or(Errno::ENOSYS)?;
         let asked: fuse::SetupmappingIn = args.take()?;
         // `fh` is always -1: the inode is what counts.
-        dax.setup(nodeid, &asked, || self.file_of(ctx, nodeid)).and(Reply::DONE)
+        let is_current = || self.lives.is_mounted(life);
+        dax.setup(nodeid, &asked, is_current, || self.file_of(ctx, nodeid)).and(Reply::DONE)
     }
 
     /// The file of an inode, readable and writable: QEMU wants it so, also for a guest that only reads

@@ -14,12 +14,14 @@ use std::sync::atomic::Ordering;
 
 use log::{info, warn};
 use nix::errno::Errno;
+use nix::unistd::{getegid, getgid};
 use virtiofsd::filesystem::{
     Context, Entry, Extensions, FileSystem, GetxattrReply, ListxattrReply, OpenOptions,
     SetxattrFlags,
 };
 use virtiofsd::fuse::{self, Attr, AttrOut, EntryOut, FsOptions, Opcode};
 use virtiofsd::oslib;
+use virtiofsd::soft_idmap::HostGid;
 use vm_memory_of_virtiofsd::ByteValued;
 
 use super::dax::times::Occasion;
@@ -78,10 +80,11 @@ where
         // Before anything is made: a file without a descriptor for it could not be taken back.
         let _leave = descriptors_for(opcode).map(|want| self.descriptors.ask(want)).transpose()?;
         let (fs, ctx, nodeid) = (&self.fs, message.context(), message.nodeid());
+        let life = message.life;
         match opcode {
-            Opcode::Init => self.init(message.life, args),
-            Opcode::Destroy => self.destroy(message.life),
-            Opcode::Lookup => self.entry(ctx, fs.lookup(ctx, nodeid, args.name()?)),
+            Opcode::Init => self.init(life, args),
+            Opcode::Destroy => self.destroy(life),
+            Opcode::Lookup => self.entry(life, ctx, fs.lookup(ctx, nodeid, args.name()?)),
             Opcode::Forget => {
                 let asked: fuse::ForgetIn = args.take()?;
                 // The root is looked up by nobody, and can't be forgotten.
@@ -102,7 +105,7 @@ where
             Opcode::Setattr => self.setattr(ctx, nodeid, args),
             Opcode::Readlink => Ok(Reply::Bytes(fs.readlink(ctx, nodeid)?)),
             Opcode::Symlink | Opcode::Mknod | Opcode::Mkdir | Opcode::Link => {
-                self.make(opcode, ctx, nodeid, args)
+                self.make(life, opcode, ctx, nodeid, args)
             }
             Opcode::Unlink => fs.unlink(ctx, nodeid, args.name()?).and(Reply::DONE),
             Opcode::Rmdir => fs.rmdir(ctx, nodeid, args.name()?).and(Reply::DONE),
@@ -115,8 +118,8 @@ where
                 self.rename(ctx, nodeid, asked.newdir, asked.flags, args)
             }
             Opcode::Statfs => Ok(Reply::object(fuse::Kstatfs::from(fs.statfs(ctx, nodeid)?))),
-            Opcode::Open => self.open(ctx, nodeid, args),
-            Opcode::Create => self.create(ctx, nodeid, args),
+            Opcode::Open => self.open(life, ctx, nodeid, args),
+            Opcode::Create => self.create(life, ctx, nodeid, args),
             Opcode::Release => self.release(ctx, nodeid, args),
             Opcode::Flush => {
                 let asked: fuse::FlushIn = args.take()?;
@@ -144,7 +147,12 @@ where
             }
             Opcode::Opendir => {
                 let asked: fuse::OpenIn = args.take()?;
-                Ok(open_out(fs.opendir(ctx, nodeid, self.flags(asked.flags)?)?))
+                let opened = fs.opendir(ctx, nodeid, self.flags(asked.flags)?)?;
+                self.unless_over(life, || {
+                    let handle = opened.0.unwrap_or_default();
+                    let _ = fs.releasedir(ctx, nodeid, asked.flags, handle);
+                })?;
+                Ok(open_out(opened))
             }
             Opcode::Readdir | Opcode::Readdirplus => {
                 let plus = matches!(opcode, Opcode::Readdirplus);
@@ -162,7 +170,7 @@ where
                 let datasync = asked.fsync_flags & FSYNC_FDATASYNC != 0;
                 fs.fsyncdir(ctx, nodeid, datasync, asked.fh).and(Reply::DONE)
             }
-            Opcode::SetupMapping => self.setup_mapping(ctx, nodeid, args),
+            Opcode::SetupMapping => self.setup_mapping(life, ctx, nodeid, args),
             Opcode::RemoveMapping => self.remove_mapping(args),
             // What virtiofsd does not do, either: locks, ioctl, bmap, poll, tmpfile.
             _ => Err(Errno::ENOSYS.into()),
@@ -197,7 +205,7 @@ where
             return Err(Errno::EPROTO.into());
         }
         // A guest that was reset, or is hostile, may have left grants and open files.
-        self.forget_guest(life);
+        let life = self.forget_guest(life).ok_or(Errno::EIO)?;
         let dax_options = self.dax_options();
         // virtiofsd's code writes to stderr by itself where a guest knows no submounts: see `without_submounts`.
         let mut offered = FsOptions::from_bits_truncate(capable) | FsOptions::SUBMOUNTS;
@@ -231,16 +239,15 @@ where
         if there { MAP_ALIGNMENT | HAS_INODE_DAX } else { 0 }
     }
 
-    /// Takes away what the guest has, unless the driver is over, and another one has it.
-    fn forget_guest(&self, life: Life) {
-        if !self.lives.unmount(life, || ()) {
-            return;
-        }
+    /// Takes away what the guest has mounted in `life`. Returns the life that follows; none, and nothing is done,
+    /// if `life` is over and another driver has mounted.
+    fn forget_guest(&self, life: Life) -> Option<Life> {
+        let life = self.lives.unmount(life)?;
         if let Some(dax) = &self.dax {
             // It may take a disk's time, and so more than the driver's.
             dax.release_all(|| self.lives.is_current(life));
         }
-        self.lives.unmount(life, || {
+        self.lives.clear(life, || {
             if let Some(dax) = &self.dax {
                 dax.clear_nodes();
             }
@@ -248,11 +255,26 @@ where
             self.fs.destroy();
             self.descriptors.guest_has_none();
         });
+        Some(life)
+    }
+
+    /// Undoes by `undo` what a request of `life` has just made for the guest, if `life` was over by then: nobody
+    /// else would. What ends a life throws away what was made before.
+    ///
+    /// # Errors
+    /// EIO if it was.
+    fn unless_over(&self, life: Life, undo: impl FnOnce()) -> io::Result<()> {
+        if self.lives.is_mounted(life) {
+            return Ok(());
+        }
+        undo();
+        Err(Errno::EIO.into())
     }
 
     fn destroy(&self, life: Life) -> io::Result<Reply> {
-        self.forget_guest(life);
-        info!("unmounted");
+        if self.forget_guest(life).is_some() {
+            info!("unmounted");
+        }
         Reply::DONE
     }
 
@@ -263,8 +285,10 @@ where
         }
     }
 
-    fn entry(&self, ctx: Context, entry: io::Result<Entry>) -> io::Result<Reply> {
-        Ok(Reply::object(self.entry_out(ctx, entry?)))
+    fn entry(&self, life: Life, ctx: Context, entry: io::Result<Entry>) -> io::Result<Reply> {
+        let entry = entry?;
+        self.unless_over(life, || self.fs.forget(ctx, entry.inode, 1))?;
+        Ok(Reply::object(self.entry_out(ctx, entry)))
     }
 
     fn batch_forget(&self, ctx: Context, args: &mut Args<'_>) -> io::Result<Reply> {
@@ -303,6 +327,7 @@ where
 
     fn make(
         &self,
+        life: Life,
         opcode: Opcode,
         ctx: Context,
         parent: u64,
@@ -332,7 +357,7 @@ where
                 fs.link(ctx, asked.oldnodeid, parent, args.name()?)
             }
         };
-        self.entry(ctx, made)
+        self.entry(life, ctx, made)
     }
 
     fn extensions(&self, args: &mut Args<'_>) -> io::Result<Extensions> {
@@ -352,15 +377,22 @@ where
         self.fs.rename(ctx, from, old, to, new, flags & known).and(Reply::DONE)
     }
 
-    fn open(&self, ctx: Context, nodeid: u64, args: &mut Args<'_>) -> io::Result<Reply> {
+    fn open(
+        &self,
+        life: Life,
+        ctx: Context,
+        nodeid: u64,
+        args: &mut Args<'_>,
+    ) -> io::Result<Reply> {
         let asked: fuse::OpenIn = args.take()?;
         // The file is there.
         let flags = self.flags(asked.flags)? & !libc::O_EXCL.cast_unsigned();
-        self.open_handle(ctx, nodeid, flags, asked.open_flags).map(open_out)
+        self.open_handle(life, ctx, nodeid, flags, asked.open_flags).map(open_out)
     }
 
     fn open_handle(
         &self,
+        life: Life,
         ctx: Context,
         nodeid: u64,
         flags: u32,
@@ -371,13 +403,14 @@ where
         // ATOMIC_O_TRUNC: the window must let go before the file shrinks.
         let opened =
             if open_flag(flags, libc::O_TRUNC) { self.empty(ctx, nodeid, open)? } else { open()? };
-        self.note_open(ctx, nodeid, flags, opened.0)?;
+        self.note_open(life, ctx, nodeid, flags, opened.0)?;
         Ok(opened)
     }
 
     /// A file was opened: notes which. If that can't be found out, it is closed again.
     fn note_open(
         &self,
+        life: Life,
         ctx: Context,
         nodeid: u64,
         flags: u32,
@@ -386,14 +419,21 @@ where
         let Some(handle) = handle else { return Ok(()) };
         let noted = self
             .with_file(ctx, nodeid, handle, FileId::of)
-            .and_then(|file| self.count_open(nodeid, flags, handle, file));
+            .and_then(|file| self.count_open(nodeid, flags, handle, file))
+            .and_then(|()| self.unless_over(life, || drop(self.opened.release(handle))));
         if noted.is_err() {
             self.fs.release(ctx, nodeid, 0, handle, false, false, None)?;
         }
         noted
     }
 
-    fn create(&self, ctx: Context, parent: u64, args: &mut Args<'_>) -> io::Result<Reply> {
+    fn create(
+        &self,
+        life: Life,
+        ctx: Context,
+        parent: u64,
+        args: &mut Args<'_>,
+    ) -> io::Result<Reply> {
         let asked: fuse::CreateIn = args.take()?;
         let (name, more) = (args.name()?, self.extensions(args)?);
         let (flags, excl) = (self.flags(asked.flags)?, libc::O_EXCL.cast_unsigned());
@@ -404,12 +444,12 @@ where
         });
         let (entry, opened) = match made {
             Ok((entry, handle, options)) => {
-                let noted = self.note_open(ctx, entry.inode, flags, handle);
+                let noted = self.note_open(life, ctx, entry.inode, flags, handle);
                 noted.inspect_err(|_| self.fs.forget(ctx, entry.inode, 1))?;
                 (entry, (handle, options))
             }
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists && flags & excl == 0 => {
-                self.open_entry(ctx, parent, name, flags, asked.open_flags)?
+                self.open_entry(life, ctx, parent, name, flags, asked.open_flags)?
             }
             Err(e) => return Err(e),
         };
@@ -423,6 +463,7 @@ where
     /// Looks `name` up and opens it: both, or neither.
     fn open_entry(
         &self,
+        life: Life,
         ctx: Context,
         parent: u64,
         name: &CStr,
@@ -430,7 +471,7 @@ where
         open_flags: u32,
     ) -> io::Result<(Entry, (Option<u64>, OpenOptions))> {
         let mut entry = self.fs.lookup(ctx, parent, name)?;
-        let opened = self.open_handle(ctx, entry.inode, flags, open_flags);
+        let opened = self.open_handle(life, ctx, entry.inode, flags, open_flags);
         // The guest hears of no look-up that ends in an error, and so forgets none.
         let opened = opened.inspect_err(|_| self.fs.forget(ctx, entry.inode, 1))?;
         if open_flag(flags, libc::O_TRUNC)
@@ -470,7 +511,10 @@ where
         let Some(dax) = &self.dax else { return change().and(Reply::DONE) };
         let has = |flag| open_flag(mode, flag);
         let file = dax.find(self.open_file(nodeid, asked.fh))?;
-        if has(libc::FALLOC_FL_PUNCH_HOLE) && dax.punch(&file, from, bytes)? {
+        let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // A handle of this file that can write, and no other mode: else the file system refuses it.
+        let may = self.opened.file(nodeid, asked.fh).is_some() && self.opened.is_writer(asked.fh);
+        if may && mode == hole.cast_unsigned() && dax.punch(&file, from, bytes)? {
             return Reply::DONE;
         }
         let shorter_by = if has(libc::FALLOC_FL_COLLAPSE_RANGE) { bytes } else { 0 };
@@ -568,6 +612,10 @@ fn with_groups<T>(
 ) -> io::Result<T> {
     let groups = !more.sup_gids.is_empty();
     let made = make(more);
+    if made.is_err() && getegid() != getgid() {
+        // virtiofsd's code leaves it so where it may set the group and not the user.
+        oslib::seteffgid(HostGid::from(getgid().as_raw()))?;
+    }
     if groups {
         // Who may not drop them could not take them.
         let _ = oslib::dropsupgroups();
