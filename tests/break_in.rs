@@ -11,22 +11,18 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use common::Host;
 use common::driver::Answer;
-use common::eventually;
 use common::fs::{FsHost, FsOptions, RANGE};
 use common::fuse::FsGuest;
 use common::fuse_abi::{self as abi, MAP_READ, MAP_WRITE, op, u32_at, u64_at};
 use common::slow::{Strace, skip};
-use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
 const BOTH: u64 = MAP_READ | MAP_WRITE;
 const OLD: u64 = 1000;
@@ -445,106 +441,6 @@ fn a_pause_of_a_pmem_whose_window_has_moved() {
     assert!(failed.is_empty(), "the file is shown, and the flush fails: {failed:#?}");
 }
 
-/// A front-end that has no SHARED_OBJECT, and does not answer a map: SIGTERM ends the daemon.
-#[test]
-fn sigterm_with_a_map_that_is_never_answered() {
-    for lacks in [Protocol::empty(), Protocol::SHARED_OBJECT] {
-        let mut host = on_a_disk();
-        host.put("file", &vec![1; RANGE as usize]);
-        let mut guest = host.plug_lacking(lacks);
-        guest.start();
-        guest.init();
-        let (node, _) = guest.opened("file");
-        guest.vmm.hang_in_map();
-        let _never = guest.send_setup(node, 0, RANGE, BOTH, 0);
-        guest.vmm.wait_map_requests(1);
-        kill(Pid::from_raw(host.pid() as i32), Signal::SIGTERM).unwrap();
-        let (tell, told) = channel();
-        let pid = host.pid();
-        thread::spawn(move || {
-            thread::sleep(Duration::from_secs(10));
-            if told.recv_timeout(Duration::ZERO).is_err() {
-                let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
-            }
-        });
-        let ended = host.wait_end();
-        let _ = tell.send(());
-        assert!(ended.success(), "{lacks:?}: 10 s after SIGTERM it had to be killed");
-        drop(guest);
-    }
-}
-
-/// The same front-end hangs up and keeps the back-end channel: the next one is served.
-#[test]
-fn the_next_vm_behind_a_map_that_is_never_answered() {
-    for lacks in [Protocol::empty(), Protocol::SHARED_OBJECT] {
-        let host = FsHost::with(FsOptions { keep_listening: true, ..FsOptions::default() });
-        host.put("file", &vec![1; RANGE as usize]);
-        let mut guest = host.plug_lacking(lacks);
-        guest.start();
-        guest.init();
-        let (node, _) = guest.opened("file");
-        guest.vmm.hang_in_map();
-        let _never = guest.send_setup(node, 0, RANGE, BOTH, 0);
-        guest.vmm.wait_map_requests(1);
-        guest.vmm.hang_up();
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !host.said().contains("session ended") {
-            assert!(Instant::now() < deadline, "{lacks:?}: the session does not end");
-            thread::sleep(Duration::from_millis(20));
-        }
-        let next = host.boot();
-        next.power_off();
-    }
-}
-
-/// Another process of the same user holds on to PATH.lock (one that was stopped in the moment in which it had
-/// it): SIGTERM ends the daemon all the same, whether it starts or serves.
-#[test]
-fn sigterm_while_the_claim_is_taken() {
-    let mut hang = Vec::new();
-    for serving in [false, true] {
-        let dir = tempfile::tempdir().unwrap();
-        let (socket, lock) = (dir.path().join("sock"), dir.path().join("sock.lock"));
-        let file = dir.path().join("file");
-        fs::write(&file, vec![7; 4 << 20]).unwrap();
-        let hold = || {
-            use std::os::unix::fs::OpenOptionsExt;
-            let file =
-                OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&lock);
-            Flock::lock(file.unwrap(), FlockArg::LockExclusive).unwrap()
-        };
-        let mut held = (!serving).then(hold);
-        let mut daemon = Command::new(env!("CARGO_BIN_EXE_vhost-user-dax"))
-            .args(["pmem", "--socket-path"])
-            .arg(&socket)
-            .arg("--file")
-            .arg(&file)
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        if serving {
-            eventually("the socket", || socket.exists() && !lock.exists());
-            thread::sleep(Duration::from_millis(300));
-            held = Some(hold());
-        } else {
-            thread::sleep(Duration::from_millis(500));
-        }
-        kill(Pid::from_raw(daemon.id() as i32), Signal::SIGTERM).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(8);
-        while daemon.try_wait().unwrap().is_none() && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(20));
-        }
-        if daemon.try_wait().unwrap().is_none() {
-            hang.push(if serving { "serving" } else { "starting" });
-            daemon.kill().unwrap();
-        }
-        daemon.wait().unwrap();
-        drop(held);
-    }
-    assert!(hang.is_empty(), "SIGTERM does not end a daemon that is {hang:?}");
-}
-
 /// A map that was refused for another reason than that it is there, of a VM in which another device shows the
 /// same file: no flush succeeds, since what the guest stores is nowhere.
 #[test]
@@ -595,44 +491,6 @@ fn a_stat_beside_a_close_has_new_times() {
         during.0 > OLD,
         "stored, stat, and old: {during:?}; on the host {:?}",
         mtime(&host, "file")
-    );
-}
-
-/// SIGTERM ends a daemon that makes its file, and whose stderr nobody reads.
-#[test]
-fn sigterm_while_nobody_reads_stderr() {
-    use std::os::fd::AsRawFd;
-
-    let dir = tempfile::tempdir().unwrap();
-    let (reader, mut full) = std::io::pipe().unwrap();
-    let flags = nix::fcntl::OFlag::O_NONBLOCK;
-    nix::fcntl::fcntl(&full, nix::fcntl::FcntlArg::F_SETFL(flags)).unwrap();
-    while full.write(&[b'x'; 4096]).is_ok() {}
-    while full.write(b"x").is_ok() {}
-    nix::fcntl::fcntl(&full, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty())).unwrap();
-    let _ = reader.as_raw_fd();
-    let mut daemon = Command::new(env!("CARGO_BIN_EXE_vhost-user-dax"))
-        .args(["pmem", "--size", "4M", "--socket-path"])
-        .arg(dir.path().join("sock"))
-        .arg("--file")
-        .arg(dir.path().join("file"))
-        .stderr(full)
-        .spawn()
-        .unwrap();
-    eventually("the file", || dir.path().join("file").exists());
-    thread::sleep(Duration::from_millis(300));
-    kill(Pid::from_raw(daemon.id() as i32), Signal::SIGTERM).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(8);
-    while daemon.try_wait().unwrap().is_none() && Instant::now() < deadline {
-        thread::sleep(Duration::from_millis(20));
-    }
-    let ended = daemon.try_wait().unwrap().is_some();
-    let _ = daemon.kill();
-    daemon.wait().unwrap();
-    assert!(
-        ended,
-        "8 s after SIGTERM it had to be killed; {:?}",
-        fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect::<Vec<_>>()
     );
 }
 
