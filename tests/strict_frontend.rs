@@ -146,6 +146,7 @@ fn front_end_that_keeps_its_channel() {
     deaf.session.ended().unwrap();
 
     // Without SHARED_OBJECT the library sends the map.
+    let mut kept = Vec::new();
     for lacks in [Protocol::empty(), Protocol::SHARED_OBJECT] {
         let options = VmmOptions { lacks, ..VmmOptions::default() };
         let mut mute = host.plug_with(DriverOptions::default(), options, guest_ram(1));
@@ -158,6 +159,7 @@ fn front_end_that_keeps_its_channel() {
         mute.vmm.wait_map_requests(seen + 1);
         mute.vmm.hang_up();
         mute.session.ended().unwrap();
+        kept.push(mute.vmm);
     }
 
     // The same, perhaps before it even said whether it acks.

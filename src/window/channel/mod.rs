@@ -73,7 +73,7 @@ struct Asked {
 enum Route {
     /// No stop can cross it.
     Committed(Arc<CommittedChannel>),
-    /// By the library, which nobody can interrupt: the channel's thread sends. A stop may come between
+    /// The channel's thread sends by the library, which nothing interrupts. A stop may come between
     /// that thread's last look and QEMU's reading it.
     Library(mpsc::Sender<Order>),
     /// Not at all.
@@ -103,8 +103,9 @@ impl ShmemMapper {
     ///
     /// In a thread of its own, the front-end is asked whether it acks; a map waits for the answer,
     /// so this is best called long before the first one. The front-end answers only when the caller,
-    /// its message thread, is done (Q3). That thread ends with the channel; a front-end that leaves a
-    /// message unanswered holds that thread, and nobody else, until it closes its own end.
+    /// its message thread, is done (Q3). The thread ends with the channel. A front-end that leaves
+    /// a message unanswered holds only that thread after the session's end, until it closes its
+    /// own end.
     pub fn new(channel: Backend, started: impl Fn() -> bool + Send + Sync + 'static) -> Self {
         let shared = Arc::new(Shared {
             started: Box::new(started),
@@ -174,8 +175,8 @@ impl Drop for ShmemMapper {
 }
 
 impl Shared {
-    /// The channel's thread: asks the front-end, takes the channel over if it is one that can be used,
-    /// and sends by the library if it is not.
+    /// The channel's thread: asks the front-end, takes the channel over if it can, and sends by the
+    /// library if it can't.
     fn run(&self, library: Backend) {
         let acks = match sort(library.shared_object_remove(&unknown_object())) {
             Ok(()) => Acks::Missing,
@@ -199,7 +200,7 @@ impl Shared {
         }
     }
 
-    /// Or gives the library's channel back, unless it is lost.
+    /// The channel taken over; the error gives the library's channel back, unless it is lost.
     fn commit(&self, library: Backend) -> Result<CommittedChannel, Option<Backend>> {
         take_over(library, &unknown_object()).map(CommittedChannel::new).map_err(|failed| {
             if !self.is_closed() {
@@ -238,8 +239,8 @@ impl Shared {
         }
     }
 
-    /// Looks in the last moment: a map must not reach a stopped device (Q1), and another order may
-    /// have kept this one waiting for long.
+    /// Looks at the device's state right before the system call: a map must not reach a stopped
+    /// device (Q1), and this order may have waited long for another one.
     fn send_by(
         &self,
         library: &Backend,
@@ -524,8 +525,8 @@ mod tests {
         assert_eq!(mapper.probe_acks(), Acks::Unknown);
     }
 
-    /// Shows: a request by the library that is never answered holds no caller beyond the session's end:
-    /// neither the one that was sent, nor the one that waits for its turn.
+    /// Shows: the session's end returns the caller of a request by the library that is never
+    /// answered, and the caller whose request waits behind it.
     #[test]
     fn an_order_without_an_answer() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
