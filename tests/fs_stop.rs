@@ -284,7 +284,7 @@ fn the_next_vm_need_not_wait_for_the_last_ones_disk() {
     next.power_off();
 }
 
-/// What decides who sends a map: a front-end without SHARED_OBJECT leaves that to the library.
+/// What the front-end lacks decides who sends a map: without SHARED_OBJECT the library does.
 const LACKS: [Protocol; 2] = [Protocol::empty(), Protocol::SHARED_OBJECT];
 
 /// A VM whose front-end has read a map, and never answers it.
@@ -312,8 +312,8 @@ fn sigterm_with_a_map_that_is_never_answered() {
     }
 }
 
-/// Shows that a front-end which leaves a map unanswered, hangs up and keeps the back-end channel is in
-/// the next one's way no longer than its session, whoever sends the map.
+/// Shows that the next front-end is served behind one that left a map unanswered, hung up and kept
+/// the back-end channel, whoever sends the map.
 #[test]
 fn the_next_vm_behind_a_map_that_is_never_answered() {
     for lacks in LACKS {
