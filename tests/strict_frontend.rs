@@ -151,7 +151,8 @@ fn front_end_that_keeps_its_channel() {
         let options = VmmOptions { lacks, ..VmmOptions::default() };
         let mut mute = host.plug_with(DriverOptions::default(), options, guest_ram(1));
         mute.start();
-        mute.vmm.wait_live(1);
+        // The answer comes after the daemon has read the ack of the first map.
+        assert_eq!(mute.driver.flush_and_wait(), Answer::OK);
         reboot(&mut mute);
         mute.vmm.hang_in_map();
         let seen = mute.vmm.map_requests();
