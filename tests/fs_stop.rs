@@ -7,12 +7,14 @@
 
 mod common;
 
+use common::eventually;
 use common::fs::{FsHost, FsOptions, RANGE};
 use common::fuse::FsGuest;
 use common::fuse_abi::{MAP_READ, MAP_WRITE, ROOT};
 use common::slow::{DELAY, SYNCS, Strace, skip};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
 const BOTH: u64 = MAP_READ | MAP_WRITE;
 
@@ -280,4 +282,49 @@ fn the_next_vm_need_not_wait_for_the_last_ones_disk() {
     many_requests(&mut next);
     drop(strace);
     next.power_off();
+}
+
+/// What the front-end lacks decides who sends a map: without SHARED_OBJECT the library does.
+const LACKS: [Protocol; 2] = [Protocol::empty(), Protocol::SHARED_OBJECT];
+
+/// A VM whose front-end has read a map, and never answers it.
+fn hung_in_a_map(host: &FsHost, lacks: Protocol) -> FsGuest {
+    host.put("file", &vec![b'f'; RANGE as usize]);
+    let mut guest = host.plug_lacking(lacks);
+    guest.start();
+    guest.init();
+    let (node, _) = guest.opened("file");
+    guest.vmm.hang_in_map();
+    let _never_answered = guest.send_setup(node, 0, RANGE, BOTH, 0);
+    guest.vmm.wait_map_requests(1);
+    guest
+}
+
+/// Shows that SIGTERM ends a daemon whose front-end leaves a map unanswered, whoever sends the map.
+#[test]
+fn sigterm_with_a_map_that_is_never_answered() {
+    for lacks in LACKS {
+        let mut host = FsHost::new();
+        let guest = hung_in_a_map(&host, lacks);
+        kill(Pid::from_raw(host.pid() as i32), Signal::SIGTERM).unwrap();
+        assert!(host.wait_end().success(), "{lacks:?}");
+        drop(guest);
+    }
+}
+
+/// Shows that the next front-end is served behind one that left a map unanswered, hung up and kept
+/// the back-end channel, whoever sends the map.
+#[test]
+fn the_next_vm_behind_a_map_that_is_never_answered() {
+    for lacks in LACKS {
+        let host = FsHost::with(FsOptions { keep_listening: true, ..FsOptions::default() });
+        let first = hung_in_a_map(&host, lacks);
+        first.vmm.hang_up();
+        eventually("the session to end", || host.said().contains("session ended"));
+        let mut next = host.boot();
+        let (node, _) = next.opened("file");
+        next.setup(node, 0, RANGE, BOTH, 0).unwrap();
+        next.power_off();
+        drop(first);
+    }
 }

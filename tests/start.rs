@@ -8,18 +8,24 @@
 mod common;
 
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::thread;
 
+use common::driver::{Answer, Driver, DriverOptions};
+use common::eventually;
 use common::fs::FsHost;
+use common::memory::guest_ram;
 use common::slow::{Strace, skip};
+use common::strict_vmm::{StrictVmm, VmmOptions};
+use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Gid, Group, Pid, Uid, mkfifo};
 use tempfile::TempDir;
+use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-dax");
 const NOBODY: u32 = 65534;
@@ -61,8 +67,37 @@ impl Place {
         command
     }
 
+    /// The lock beside the socket, as another process that hangs holds it.
+    fn held_lock(&self) -> Flock<File> {
+        let mut options = File::options();
+        options.write(true).create(true).truncate(false).mode(0o600);
+        let file = options.open(self.path("sock.lock")).unwrap();
+        Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap()
+    }
+
     fn pmem(&self, file: &Path) -> Command {
         self.pmem_behind(&[], file)
+    }
+}
+
+/// A daemon that nobody listens to.
+struct Silent(Child);
+
+impl Silent {
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.0.id() as i32), signal).unwrap();
+    }
+
+    fn ended(&mut self) -> Option<i32> {
+        eventually("the daemon to end", || self.0.try_wait().unwrap().is_some());
+        self.0.wait().unwrap().code()
+    }
+}
+
+impl Drop for Silent {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -107,8 +142,21 @@ impl Daemon {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
+    /// Waits until the daemon has blocked SIGTERM.
+    fn wait_until_signals_are_blocked(&self) {
+        let status = format!("/proc/{}/status", self.child.id());
+        let is_blocked = || {
+            let status = fs::read_to_string(&status).unwrap();
+            let mut lines = status.lines();
+            let mask = lines.find_map(|line| line.strip_prefix("SigBlk:")).unwrap();
+            u64::from_str_radix(mask.trim(), 16).unwrap() & 1 << (Signal::SIGTERM as i32 - 1) != 0
+        };
+        eventually("SIGTERM to be blocked", is_blocked);
+    }
+
     /// Its exit code, and all that it has said.
     fn ended(&mut self) -> (Option<i32>, String) {
+        eventually("the daemon to end", || self.child.try_wait().unwrap().is_some());
         while self.stderr.read_line(&mut self.said).unwrap() > 0 {}
         (self.child.wait().unwrap().code(), self.said.clone())
     }
@@ -280,7 +328,7 @@ fn the_next_socket_is_left_alone() {
         first.must_say("a front-end has connected");
         // It serves one, and closes its socket: that is dead then, and is replaced.
         let sock = place.path("sock");
-        common::eventually("the socket to be dead", || UnixStream::connect(&sock).is_err());
+        eventually("the socket to be dead", || UnixStream::connect(&sock).is_err());
         let second = Daemon::waiting(&mut place.pmem(&two));
         drop(front_end);
         assert_eq!(first.ended().0, Some(0));
@@ -303,6 +351,125 @@ fn a_left_lock_is_no_obstacle() {
     daemon.terminated();
     mkfifo(&place.path("sock.lock"), nix::sys::stat::Mode::S_IRWXU).unwrap();
     Daemon::refuses(&mut place.pmem(&file), &["sock.lock"]);
+}
+
+/// Shows: a start whose lock beside the socket another process keeps ends with one line and code 2;
+/// SIGTERM ends it with code 0. Nothing is made in both cases.
+#[test]
+fn a_lock_that_is_kept_holds_no_start_for_ever() {
+    let place = Place::new();
+    let file = place.file("file");
+    let _held = place.held_lock();
+    for device in ["pmem", "fs"] {
+        let command = || match device {
+            "pmem" => place.pmem(&file),
+            _ => {
+                let mut command = Command::new(BINARY);
+                command.args(["fs", "--tag", "t", "--shared-dir"]).arg(place.0.path());
+                command.arg("--socket-path").arg(place.path("sock")).env_remove("RUST_LOG");
+                command
+            }
+        };
+        let mut told = Daemon::spawn(&mut command());
+        told.wait_until_signals_are_blocked();
+        told.signal(Signal::SIGTERM);
+        assert_eq!(told.ended(), (Some(0), String::new()));
+        Daemon::refuses(&mut command(), &["another process has held", "sock.lock"]);
+        assert_eq!(place.names(), ["file", "sock.lock"]);
+    }
+}
+
+/// Shows: a daemon ends although another process keeps that lock: the socket stays, and a line says
+/// why.
+#[test]
+fn a_lock_that_is_kept_holds_no_end_up() {
+    let place = Place::new();
+    let file = place.file("file");
+    for sigterm in [true, false] {
+        let mut daemon = Daemon::waiting(&mut place.pmem(&file));
+        let held = place.held_lock();
+        if sigterm {
+            daemon.signal(Signal::SIGTERM);
+        } else {
+            drop(UnixStream::connect(place.path("sock")).unwrap());
+        }
+        let (code, said) = daemon.ended();
+        assert_eq!(code, Some(0), "{said}");
+        assert!(said.contains("the socket stays: another process has held"), "{said}");
+        assert_eq!(place.names(), ["file", "sock", "sock.lock"]);
+        drop(held);
+    }
+    Daemon::waiting(&mut place.pmem(&file)).terminated();
+    assert_eq!(place.names(), ["file"]);
+}
+
+// --- a stderr that nobody reads ---
+
+/// A pipe whose buffer is full. The caller keeps the reader.
+fn full_pipe() -> (io::PipeReader, io::PipeWriter) {
+    let (reader, writer) = io::pipe().unwrap();
+    let set = |flags| fcntl(&writer, FcntlArg::F_SETFL(flags)).unwrap();
+    set(OFlag::O_NONBLOCK);
+    // A write of at most PIPE_BUF (4096) bytes goes as a whole, or not at all.
+    for bytes in [4096, 1] {
+        while (&writer).write(&vec![b'x'; bytes]).is_ok() {}
+    }
+    set(OFlag::empty());
+    (reader, writer)
+}
+
+/// Shows: SIGTERM ends a daemon that makes its file, and whose stderr nobody reads.
+#[test]
+fn a_full_stderr_keeps_no_signal_away() {
+    let place = Place::new();
+    let (_reader, full) = full_pipe();
+    let mut command = place.pmem(&place.path("new"));
+    let child = command.args(["--size", "4M"]).stderr(full).spawn().unwrap();
+    let mut daemon = Silent(child);
+    eventually("the file", || place.path("new").exists());
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.ended(), Some(0));
+    assert!(!place.path("sock").exists());
+}
+
+/// Shows: a start that is refused ends with code 2, also if nobody reads its stderr.
+#[test]
+fn a_full_stderr_holds_no_refusal_up() {
+    let place = Place::new();
+    let (_reader, full) = full_pipe();
+    let child = place.pmem(&place.path("missing")).stderr(full).spawn().unwrap();
+    assert_eq!(Silent(child).ended(), Some(2));
+}
+
+// --- a front-end that does not answer ---
+
+/// Shows: SIGTERM ends a daemon whose front-end has read a map and never answers it, whoever sends
+/// the map.
+#[test]
+fn a_map_without_an_answer_keeps_no_signal_away() {
+    let place = Place::new();
+    let file = place.file("file");
+    for lacks in [Protocol::empty(), Protocol::SHARED_OBJECT] {
+        let mut command = place.pmem(&file);
+        let daemon = Daemon::waiting(command.args(["--mem-slots", "off"]));
+        let ram = guest_ram(1);
+        let options = VmmOptions { lacks, ..VmmOptions::default() };
+        let mut vmm = StrictVmm::connect(&place.path("sock"), &ram, options).unwrap();
+        let mut driver = Driver::new(ram, DriverOptions::default());
+        vmm.start(&mut driver);
+        vmm.wait_live(1);
+        assert_eq!(driver.flush_and_wait(), Answer::OK);
+        vmm.reset();
+        driver.reset(driver.options());
+        vmm.hang_in_map();
+        let seen = vmm.map_requests();
+        vmm.start(&mut driver);
+        vmm.wait_map_requests(seen + 1);
+        let _never_answered = driver.flush();
+        daemon.terminated();
+        assert_eq!(place.names(), ["file"]);
+        drop(vmm);
+    }
 }
 
 // --- a start that is broken off ---
@@ -514,7 +681,7 @@ fn who_waits_is_told_of() {
     drop(second);
     // Those that come in one second share a line.
     let threads = || fs::read_dir(format!("/proc/{}/task", daemon.child.id())).unwrap().count();
-    common::eventually("the session's threads to end", || threads() <= 4);
+    eventually("the session's threads to end", || threads() <= 4);
     daemon.terminated();
 }
 

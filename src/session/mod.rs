@@ -26,9 +26,9 @@ use crate::persist::{Durability, FilePersist};
 use crate::pmem::{FoundFile, Pmem, PmemFile, PmemFileError, file_bytes};
 use crate::session::backend::Session;
 use crate::session::config::{ConfigError, FsRunConfig, PmemConfig};
-use crate::session::listener::SocketError;
 use crate::session::listener::accept::{Retries, Waiting, room_for_a_session, wait_for_front_end};
-use crate::session::signals::Stop;
+use crate::session::listener::{BoundSocket, SocketError};
+use crate::session::signals::{Blocked, Stop};
 use crate::support::stderr;
 
 /// How a session ended that did not end well.
@@ -89,8 +89,6 @@ impl From<FsError> for DaemonError {
 /// # Errors
 /// With [`DaemonError::Config`] nothing is left that was created, and nothing was changed.
 pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
-    // Before any thread starts: all of them must leave the signals to the one that waits.
-    let signals = signals::block()?;
     let checked = listener::check(&config.socket)?;
     let path = &config.file.path;
     let found = FoundFile::look(&config.file)?;
@@ -100,10 +98,13 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
         return Err(PmemFileError::SparseLines(path.clone()).into());
     }
     found.claim()?;
+    // Before any thread starts: all of them must leave the signals to the one that waits.
+    let signals = signals::block()?;
     // All that can be refused by looking has been. The socket comes first: nothing that takes long, or
     // that two daemons must not both make, lies between the look and it.
-    let (listener, bound) = checked.listen()?;
-    let stop = Stop::start(signals, bound)?;
+    let listening = checked.listen(&|| signals.is_asked())?;
+    let Some((listener, bound)) = listening else { return Ok(()) };
+    let stop = begin(signals, bound)?;
     let is_asked = || stop.is_asked();
     let made = stop.making(|| make_file(found, chosen, &is_asked))?;
     let Some((file, FilePersist { persist, .. })) = made else { return Ok(()) };
@@ -131,7 +132,6 @@ fn make_file(
 /// # Errors
 /// With [`DaemonError::Config`] nothing is left that was created, and nothing was changed.
 pub fn run_fs(config: &FsRunConfig) -> Result<(), DaemonError> {
-    let signals = signals::block()?;
     let checked = listener::check(&config.socket)?;
     check_shared_dir(&config.fs.shared_dir)?;
     let (uids, gids) = (&config.fs.uid_map, &config.fs.gid_map);
@@ -139,17 +139,26 @@ pub fn run_fs(config: &FsRunConfig) -> Result<(), DaemonError> {
     if mapped {
         user_namespace::check().map_err(FsError::from)?;
     }
+    let signals = signals::block()?;
     // First of all: the share's code clears the umask, and whom the socket belongs to is told from outside
     // the user namespace.
-    let (listener, bound) = checked.listen()?;
+    let listening = checked.listen(&|| signals.is_asked())?;
+    let Some((listener, bound)) = listening else { return Ok(()) };
     if mapped {
         // Before any thread starts: the kernel moves only a process that has none.
         user_namespace::enter(uids, gids).map_err(FsError::from)?;
     }
-    let stop = Stop::start(signals, bound)?;
+    let stop = begin(signals, bound)?;
     let fs = Fs::new(&config.fs)?;
     let what = format!("{}: tag {}", config.fs.shared_dir.display(), config.fs.tag);
     run(stop, listener, fs, &what, config.keep_listening)
+}
+
+/// From here on a signal ends the daemon, and only the stderr thread waits for stderr's reader.
+fn begin(signals: Blocked, bound: BoundSocket) -> io::Result<Stop> {
+    let stop = Stop::start(signals, bound)?;
+    stderr::detach()?;
+    Ok(stop)
 }
 
 fn check_shared_dir(path: &Path) -> Result<(), FsError> {
@@ -164,7 +173,6 @@ fn run(
     what: &str,
     keep_listening: bool,
 ) -> Result<(), DaemonError> {
-    stderr::detach()?;
     stop.serving(device.clone());
     info!("{what}, waiting for a front-end");
     let ended =

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 1 of 6: what a signal does, from the first moment of the daemon on. Knows no session.
+//! Step 1 of 6: what a signal does from the moment on in which the daemon may create something.
+//! Knows no session.
 //!
 //! SIGTERM and SIGINT end the daemon with exit code 0, whatever it does: see [`Stop`]. SIGHUP does
 //! nothing: a VM must not lose its device with a terminal. SIGXFSZ does nothing either: a file that would
@@ -14,31 +15,48 @@ use std::thread::{self, Builder};
 
 use log::info;
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::device::Device;
 use crate::session::listener::BoundSocket;
 use crate::support::lock::lock;
 
 /// Signals that a thread waits for.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Blocked(SigSet);
+#[derive(Debug)]
+pub(crate) struct Blocked {
+    signals: SigSet,
+    /// Reads those that end the daemon.
+    ends: SignalFd,
+}
+
+impl Blocked {
+    /// Takes a signal that ends the daemon, if one has come: the caller must end it. Only before
+    /// [`Stop::start`], whose thread takes all signals.
+    pub(crate) fn is_asked(&self) -> bool {
+        matches!(self.ends.read_signal(), Ok(Some(_)))
+    }
+}
 
 /// Leaves all signals named above to the thread of [`Stop::start`]. To be called before any thread is
 /// started: those inherit it. (Programs that are run do not: the standard library sees to that.)
+/// To be called right before something is created: until then the default action of a signal ends
+/// the process, also one that waits for a file system or a name service.
 ///
 /// # Errors
 /// The system's.
 pub(crate) fn block() -> io::Result<Blocked> {
-    let mut waited_for = SigSet::empty();
-    waited_for.add(Signal::SIGTERM);
-    waited_for.add(Signal::SIGINT);
+    let mut ending = SigSet::empty();
+    ending.add(Signal::SIGTERM);
+    ending.add(Signal::SIGINT);
+    let mut waited_for = ending;
     waited_for.add(Signal::SIGHUP);
     waited_for.thread_block()?;
     // Nobody waits for it. A write past the limit sends it, and fails with EFBIG if it is not taken.
     let mut pending = SigSet::empty();
     pending.add(Signal::SIGXFSZ);
     pending.thread_block()?;
-    Ok(Blocked(waited_for))
+    let ends = SignalFd::with_flags(&ending, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+    Ok(Blocked { signals: waited_for, ends })
 }
 
 enum Phase {
@@ -76,7 +94,7 @@ impl Stop {
         let theirs = stop.0.clone();
         Builder::new().name("signals".into()).spawn(move || {
             loop {
-                match signals.0.wait() {
+                match signals.signals.wait() {
                     Ok(Signal::SIGHUP) => info!("SIGHUP: there is nothing to do"),
                     Ok(signal) => theirs.end(signal),
                     Err(_) => {}
@@ -134,7 +152,11 @@ impl Inner {
         state.asked = true;
         let device = match &state.phase {
             Phase::Starting => None,
-            Phase::Making => return info!("{signal}: taking back what is unfinished"),
+            Phase::Making => {
+                // The main thread takes this lock to look at `asked`: no line is written under it.
+                drop(state);
+                return info!("{signal}: taking back what is unfinished");
+            }
             Phase::Serving(device) => Some(device.clone()),
         };
         drop(state);

@@ -263,11 +263,14 @@ pub(crate) fn detach() -> io::Result<()> {
     Ok(())
 }
 
-/// Says why the process ends, behind all that was said before.
+/// Says why the process ends, behind all that was said before. Waits 1 second at most for stderr,
+/// unless the system refuses a thread.
 pub fn last_words(text: &str) {
     let line = format!("vhost-user-dax: {text}");
     match STDERR.get() {
         Some(stderr) => {
+            // After an error this thread writes.
+            let _ = detach();
             stderr.say(stderr.lock(), line);
             stderr.flush();
         }

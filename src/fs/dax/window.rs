@@ -215,10 +215,13 @@ impl SessionWindow for FsWindow {
     }
 
     fn started(&self, _: RingStart) -> bool {
-        {
-            let mut state = self.lock();
-            (state.phase, state.forgetting) = (Phase::Running, false);
+        let mut state = self.lock();
+        state.forgetting = false;
+        // The end is final: the front-end may continue and pause the VM after SIGTERM.
+        if state.phase == Phase::Stopped {
+            state.phase = Phase::Running;
         }
+        drop(state);
         self.changed.notify_all();
         true
     }
@@ -240,5 +243,31 @@ impl SessionWindow for FsWindow {
         if let Some(channel) = self.channel.get() {
             channel.close();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use vhost::vhost_user::Backend;
+
+    use crate::window::FrontEnd;
+
+    use super::*;
+
+    /// Shows: no request waits for a stopped VM after the end, also if the VM starts and stops
+    /// once more.
+    #[test]
+    fn the_end_is_final() {
+        let (bytes, front_end) = (WindowBytes(2 << 20), Arc::new(FrontEnd::default()));
+        let engine = Arc::new(Engine::new(bytes, front_end, 1));
+        let window = FsWindow::new(engine, bytes, 1, Default::default());
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        window.set_channel(ShmemMapper::new(Backend::from_stream(ours), || true));
+        window.ended();
+        window.started(false);
+        window.stopped();
+        assert!(matches!(window.unmap(WindowOffset(0), bytes), Err(MapError::Stopped)));
     }
 }

@@ -6,10 +6,19 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use log::debug;
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;
+
+/// Another process holds the claim for some milliseconds, unless it hangs or was stopped (SIGSTOP).
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The time between two tries. flock(2) has no deadline, and a blocked signal does not end it.
+const PAUSE: Duration = Duration::from_millis(2);
 
 /// Held by one process at a time for each path. The file goes when it is dropped. One that a killed process
 /// has left behind is taken.
@@ -19,21 +28,27 @@ pub(super) struct Claim {
 }
 
 impl Claim {
-    /// Waits for the others, who have it for a moment each.
+    /// Waits for the other processes, each of which holds it for a moment. None if `is_asked` said
+    /// that the daemon is to end.
     ///
     /// # Errors
-    /// The system's; AlreadyExists where the file is not one of ours.
-    pub(super) fn take(socket: &Path) -> io::Result<Self> {
+    /// The system's; AlreadyExists where the file is not one of ours; TimedOut where another
+    /// process kept it for [`PATIENCE`].
+    pub(super) fn take(socket: &Path, is_asked: &dyn Fn() -> bool) -> io::Result<Option<Self>> {
         let mut name = socket.as_os_str().to_owned();
         name.push(".lock");
         let path = PathBuf::from(name);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let file = open(&path)?;
-            let lock =
-                Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| io::Error::from(e))?;
-            // Whoever had it has removed the file: then it is a lock on nothing.
-            if is_at(&path, &lock)? {
-                return Ok(Self { path, _lock: lock });
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) if is_at(&path, &lock)? => return Ok(Some(Self { path, _lock: lock })),
+                // Whoever had it has removed the file: then it is a lock on nothing.
+                Ok(_) | Err((_, Errno::EINTR)) => {}
+                Err((_, Errno::EWOULDBLOCK)) if is_asked() => return Ok(None),
+                Err((_, Errno::EWOULDBLOCK)) if Instant::now() < deadline => thread::sleep(PAUSE),
+                Err((_, Errno::EWOULDBLOCK)) => return Err(kept(&path)),
+                Err((_, e)) => return Err(e.into()),
             }
         }
     }
@@ -46,6 +61,12 @@ impl Drop for Claim {
             debug!("{}: {e}", self.path.display());
         }
     }
+}
+
+fn kept(path: &Path) -> io::Error {
+    let (path, seconds) = (path.display(), PATIENCE.as_secs());
+    let line = format!("another process has held {path} for {seconds} s, end it ('fuser {path}')");
+    io::Error::new(io::ErrorKind::TimedOut, line)
 }
 
 /// Others can't hold the lock: they can't open the file.

@@ -66,6 +66,8 @@ pub enum SocketError {
     Group(String),
     #[error("--socket-group: {path} can't be given to that group ({error}); run the daemon as root or as a member of it", path = .path.display())]
     GroupOwner { path: PathBuf, error: io::Error },
+    #[error("--socket-path {path}: {error}", path = .path.display())]
+    Kept { path: PathBuf, error: io::Error },
     #[error("--socket-path {path}: {error}; the directory must exist and be writable", path = .path.display())]
     Path { path: PathBuf, error: io::Error },
     #[error(
@@ -165,30 +167,35 @@ struct Bound {
 impl CheckedSocket {
     /// Binds the path, replacing a dead socket there; an inherited listener just listens on. From the first
     /// moment on nobody can connect but this user, and whom `--socket-group` names. No other thread may make
-    /// files meanwhile: the umask is the process's.
+    /// files meanwhile: the umask is the process's. None if `is_asked` said that the daemon is to
+    /// end while another process held the claim; nothing has been created or changed then.
     ///
     /// # Errors
     /// One line for the user; nothing has been created or changed then.
-    pub fn listen(self) -> Result<(UnixListener, BoundSocket), SocketError> {
+    pub fn listen(
+        self,
+        is_asked: &dyn Fn() -> bool,
+    ) -> Result<Option<(UnixListener, BoundSocket)>, SocketError> {
         let (listener, bound) = match self {
             Self::Inherited(listener) => (listener, None),
-            Self::Path { path, group } => {
-                let (listener, bound) = bind(path, group)?;
-                (listener, Some(bound))
-            }
+            Self::Path { path, group } => match bind(path, group, is_asked)? {
+                Some((listener, bound)) => (listener, Some(bound)),
+                None => return Ok(None),
+            },
         };
-        Ok((listener, BoundSocket(Mutex::new(bound))))
+        Ok(Some((listener, BoundSocket(Mutex::new(bound)))))
     }
 }
 
 impl BoundSocket {
-    /// Removes the file, if it is still the one that was made here. Callable more than once.
+    /// Removes the file, if it is still the one that was made here. Callable more than once; each
+    /// caller returns after the removal.
     pub fn remove(&self) {
-        let bound = lock(&self.0).take();
-        if let Some(bound) = bound
+        let mut bound = lock(&self.0);
+        if let Some(bound) = bound.take()
             && let Err(e) = bound.remove()
         {
-            warn!("{}: can't remove the socket: {e}", bound.path.display());
+            warn!("{}: the socket stays: {e}", bound.path.display());
         }
     }
 }
@@ -205,7 +212,7 @@ impl Bound {
             return Ok(());
         }
         // Who replaces it, since it is dead, has the claim.
-        let _claim = Claim::take(&self.path)?;
+        let _claim = Claim::take(&self.path, &|| false)?;
         if self.is_in_place() { fs::remove_file(&self.path) } else { Ok(()) }
     }
 
@@ -221,8 +228,16 @@ impl Bound {
     }
 }
 
-fn bind(path: PathBuf, group: Option<Gid>) -> Result<(UnixListener, Bound), SocketError> {
-    let _claim = Claim::take(&path).map_err(|e| socket_error(&path, e))?;
+fn bind(
+    path: PathBuf,
+    group: Option<Gid>,
+    is_asked: &dyn Fn() -> bool,
+) -> Result<Option<(UnixListener, Bound)>, SocketError> {
+    let claim = Claim::take(&path, is_asked).map_err(|error| match error.kind() {
+        io::ErrorKind::TimedOut => SocketError::Kept { path: path.clone(), error },
+        _ => socket_error(&path, error),
+    })?;
+    let Some(_claim) = claim else { return Ok(None) };
     // Once more, now that nobody else is about to bind it.
     if look(&path)? == Found::DeadSocket
         && let Err(e) = fs::remove_file(&path)
@@ -244,7 +259,7 @@ fn bind(path: PathBuf, group: Option<Gid>) -> Result<(UnixListener, Bound), Sock
             Ok(bound)
         });
     match made {
-        Ok(bound) => Ok((listener, bound)),
+        Ok(bound) => Ok(Some((listener, bound))),
         Err(e) => {
             let _ = fs::remove_file(&path);
             Err(match group {

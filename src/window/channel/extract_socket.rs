@@ -13,15 +13,14 @@ use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
-use std::sync::Mutex;
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, TryLockError};
+use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 use vhost::vhost_user::message::VhostUserSharedMsg;
 use vhost::vhost_user::{Backend, VhostUserFrontendReqHandler};
 
-use crate::support::lock::lock;
 use crate::window::channel::raw::{duplicate, unread};
 
 /// So many volleys must point at the same socket, and one more for each that pointed at another.
@@ -37,6 +36,10 @@ const MOST: u32 = 48;
 /// Between two volleys, and a little more each time: the peer should have read the first, or the
 /// second says nothing. 0.5 s in all.
 const PAUSE: Duration = Duration::from_micros(400);
+
+/// A session holds its turn for 0.5 s at most, unless the front-end reads nothing and has made the
+/// socket's send buffer smaller.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why the library keeps its socket.
 pub(super) struct Failed {
@@ -58,9 +61,10 @@ pub(super) fn take_over(
     library: Backend,
     harmless: &VhostUserSharedMsg,
 ) -> Result<UnixStream, Failed> {
-    // Two at a time would take each other's copies for sockets. A leaf.
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _one = lock(&ONE_AT_A_TIME);
+    let Some(_turn) = turn(PATIENCE) else {
+        let why = "another session does not find its own".to_string();
+        return Err(Failed { library: Some(library), why });
+    };
 
     let found = candidates().and_then(|mut candidates| {
         // The messages that follow are not answered.
@@ -77,6 +81,22 @@ pub(super) fn take_over(
                 .is_ok_and(|inode| numbers.iter().any(|fd| inode_behind(*fd) != Some(inode)));
             let why = "a socket that is not the channel's was taken for it".to_string();
             if is_it { Ok(copy) } else { Err(Failed { library: None, why }) }
+        }
+    }
+}
+
+/// Two sessions at a time would take each other's copies for sockets. None if another session held
+/// its turn for `patience`.
+fn turn(patience: Duration) -> Option<MutexGuard<'static, ()>> {
+    // A leaf.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let deadline = Instant::now() + patience;
+    loop {
+        match ONE_AT_A_TIME.try_lock() {
+            Ok(turn) => return Some(turn),
+            Err(TryLockError::Poisoned(e)) => return Some(e.into_inner()),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(PAUSE),
+            Err(TryLockError::WouldBlock) => return None,
         }
     }
 }
@@ -220,6 +240,15 @@ mod tests {
         drop(peer);
         let failed = take_over(library, &VhostUserSharedMsg::default()).unwrap_err();
         assert!(failed.library.is_some());
+    }
+
+    /// Shows: the wait for another session's search has a limit.
+    #[test]
+    fn a_turn_is_not_waited_for_for_ever() {
+        let held = turn(PATIENCE).unwrap();
+        assert!(turn(Duration::ZERO).is_none());
+        drop(held);
+        assert!(turn(PATIENCE).is_some());
     }
 
     /// Shows: a channel that somebody else has a handle to, too, is not taken.

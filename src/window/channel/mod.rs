@@ -9,7 +9,7 @@ mod raw;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, mpsc};
 use std::thread::Builder;
@@ -40,7 +40,6 @@ const GLANCE: Duration = Duration::from_millis(1);
 /// Sends SHMEM_MAP (back-end message 9) and SHMEM_UNMAP (10), and waits for the acks.
 pub struct ShmemMapper {
     shared: Arc<Shared>,
-    started: Box<dyn Fn() -> bool + Send + Sync>,
 }
 
 /// Whether an ack from this front-end is one.
@@ -54,8 +53,9 @@ pub enum Acks {
     Unknown,
 }
 
-/// What is shared with the thread that asks.
+/// What is shared with the channel's thread, which asks, and may send.
 struct Shared {
+    started: Box<dyn Fn() -> bool + Send + Sync>,
     /// `None` until the front-end has been asked. A leaf; held for moments only.
     asked: Mutex<Option<Asked>>,
     answered: Condvar,
@@ -73,10 +73,27 @@ struct Asked {
 enum Route {
     /// No stop can cross it.
     Committed(Arc<CommittedChannel>),
-    /// As the library sends it: a stop may come between the last look and QEMU's reading it.
-    Library(Backend),
+    /// The channel's thread sends by the library, which nothing interrupts. A stop may come between
+    /// that thread's last look and QEMU's reading it.
+    Library(mpsc::Sender<Order>),
     /// Not at all.
     Lost,
+}
+
+impl Route {
+    /// The library's channel ends with its last order.
+    fn close(self) {
+        if let Self::Committed(channel) = self {
+            channel.close();
+        }
+    }
+}
+
+/// A request that the channel's thread sends: a map if there is a file. It may outlast its caller.
+struct Order {
+    body: VhostUserMMap,
+    file: Option<File>,
+    done: mpsc::Sender<Result<(), MapError>>,
 }
 
 impl ShmemMapper {
@@ -86,29 +103,32 @@ impl ShmemMapper {
     ///
     /// In a thread of its own, the front-end is asked whether it acks; a map waits for the answer,
     /// so this is best called long before the first one. The front-end answers only when the caller,
-    /// its message thread, is done (Q3).
+    /// its message thread, is done (Q3). The thread ends with the channel. A front-end that leaves
+    /// a message unanswered holds only that thread after the session's end, until it closes its
+    /// own end.
     pub fn new(channel: Backend, started: impl Fn() -> bool + Send + Sync + 'static) -> Self {
         let shared = Arc::new(Shared {
+            started: Box::new(started),
             asked: Mutex::new(None),
             answered: Condvar::new(),
             closed: AtomicBool::new(false),
         });
         // Not cloned: the thread needs the only handle.
         let (hand, over) = mpsc::channel();
-        let asking = shared.clone();
-        let asked = Builder::new().name("acks".into()).spawn(move || {
+        let theirs = shared.clone();
+        let thread = Builder::new().name("channel".into()).spawn(move || {
             if let Ok(channel) = over.recv() {
-                asking.ask(channel);
+                theirs.run(channel);
             }
         });
-        match asked {
+        match thread {
             Ok(_) => drop(hand.send(channel)),
             Err(e) => {
-                warn!("can't ask whether the front-end acks: {e}");
-                shared.answer(Acks::Unknown, Route::Library(channel));
+                warn!("the back-end channel can't be used, so nothing is mapped: {e}");
+                shared.answer(Acks::Unknown, Route::Lost);
             }
         }
-        Self { shared, started: Box::new(started) }
+        Self { shared }
     }
 
     /// Finds out whether the front-end answers: the library does not tell. It is asked to forget a
@@ -120,7 +140,7 @@ impl ShmemMapper {
 
     /// The same, but only while the device is started.
     pub(super) fn acks(&self) -> Result<Acks, MapError> {
-        Ok(self.shared.wait(&*self.started)?.acks)
+        Ok(self.shared.wait(&*self.shared.started)?.acks)
     }
 
     /// The session is over: whatever waits for the front-end returns [`MapError::Broken`], now and
@@ -135,78 +155,130 @@ impl ShmemMapper {
         body: &VhostUserMMap,
         file: Option<&File>,
     ) -> Result<(), MapError> {
-        if !(self.started)() {
+        let started = &*self.shared.started;
+        if !started() {
             return Err(MapError::Stopped);
         }
-        match self.shared.wait(&*self.started)?.route {
-            Route::Committed(channel) => channel.request(request, body, file, &*self.started),
-            Route::Library(library) => self.by_library(&library, body, file),
+        match self.shared.wait(started)?.route {
+            Route::Committed(channel) => channel.request(request, body, file, started),
+            Route::Library(orders) => self.shared.order(&orders, body, file),
             Route::Lost => Err(closed()),
         }
-    }
-
-    /// The way before [`CommittedChannel`], for a front-end that does not let us have that.
-    fn by_library(
-        &self,
-        library: &Backend,
-        body: &VhostUserMMap,
-        file: Option<&File>,
-    ) -> Result<(), MapError> {
-        let Some(file) = file else { return sort(library.shmem_unmap(body)) };
-        let file = AtLastMoment { file, mapper: self, held_back: AtomicBool::new(false) };
-        let sent = sort(library.shmem_map(body, &file));
-        if file.held_back.load(Ordering::Relaxed) { Err(MapError::Stopped) } else { sent }
     }
 }
 
 impl Drop for ShmemMapper {
     fn drop(&mut self) {
-        // The asking thread may outlive us.
+        // The channel's thread may outlive us.
         self.close();
     }
 }
 
 impl Shared {
-    /// Asks the front-end, and takes the channel over if it is one that can be used.
-    fn ask(&self, library: Backend) {
+    /// The channel's thread: asks the front-end, takes the channel over if it can, and sends by the
+    /// library if it can't.
+    fn run(&self, library: Backend) {
         let acks = match sort(library.shared_object_remove(&unknown_object())) {
             Ok(()) => Acks::Missing,
             Err(MapError::Refused) => Acks::Real,
             Err(_) => Acks::Unknown,
         };
-        let route = if acks == Acks::Real && !self.is_closed() && knows_shmem(&library) {
+        let committed = if acks == Acks::Real && !self.is_closed() && knows_shmem(&library) {
             self.commit(library)
         } else {
             debug!("the library's channel is used as it is (acks: {acks:?})");
-            Route::Library(library)
+            Err(Some(library))
         };
-        self.answer(acks, route);
-    }
-
-    fn commit(&self, library: Backend) -> Route {
-        match take_over(library, &unknown_object()) {
-            Ok(socket) => Route::Committed(Arc::new(CommittedChannel::new(socket))),
-            Err(failed) => {
-                if !self.is_closed() {
-                    let why = failed.why;
-                    warn!(
-                        "the back-end channel's socket can't be had ({why}): a map that a stop \
-                           crosses may kill QEMU"
-                    );
-                }
-                failed.library.map_or(Route::Lost, Route::Library)
+        match committed {
+            Ok(channel) => self.answer(acks, Route::Committed(Arc::new(channel))),
+            Err(None) => self.answer(acks, Route::Lost),
+            Err(Some(library)) => {
+                let (orders, theirs) = mpsc::channel();
+                self.answer(acks, Route::Library(orders));
+                self.send(&library, theirs);
             }
         }
+    }
+
+    /// The channel taken over; the error gives the library's channel back, unless it is lost.
+    fn commit(&self, library: Backend) -> Result<CommittedChannel, Option<Backend>> {
+        take_over(library, &unknown_object()).map(CommittedChannel::new).map_err(|failed| {
+            if !self.is_closed() {
+                let why = failed.why;
+                warn!(
+                    "the back-end channel's socket can't be had ({why}): a map that a stop \
+                       crosses may kill QEMU"
+                );
+            }
+            failed.library
+        })
     }
 
     fn answer(&self, acks: Acks, route: Route) {
         let mut asked = self.lock();
         // Under the lock: a close() that comes later finds the route, one that came before is seen.
-        if let (true, Route::Committed(channel)) = (self.is_closed(), &route) {
-            channel.close();
-        }
+        let route = if self.is_closed() {
+            route.close();
+            Route::Lost
+        } else {
+            route
+        };
         *asked = Some(Asked { acks, route });
         self.answered.notify_all();
+    }
+
+    /// Sends one order after the other, until the channel is closed.
+    fn send(&self, library: &Backend, orders: mpsc::Receiver<Order>) {
+        for Order { body, file, done } in orders {
+            let sent = self.send_by(library, &body, file.as_ref());
+            let asked = self.lock();
+            // An error: the caller has gone.
+            let _ = done.send(sent);
+            drop(asked);
+            self.answered.notify_all();
+        }
+    }
+
+    /// Looks at the device's state right before the system call: a map must not reach a stopped
+    /// device (Q1), and this order may have waited long for another one.
+    fn send_by(
+        &self,
+        library: &Backend,
+        body: &VhostUserMMap,
+        file: Option<&File>,
+    ) -> Result<(), MapError> {
+        if self.is_closed() {
+            return Err(closed());
+        }
+        if !(self.started)() {
+            return Err(MapError::Stopped);
+        }
+        sort(match file {
+            Some(file) => library.shmem_map(body, file),
+            None => library.shmem_unmap(body),
+        })
+    }
+
+    /// Has the channel's thread send a request, and waits for its answer or for the channel's end.
+    fn order(
+        &self,
+        orders: &mpsc::Sender<Order>,
+        body: &VhostUserMMap,
+        file: Option<&File>,
+    ) -> Result<(), MapError> {
+        let file = file.map(File::try_clone).transpose().map_err(MapError::Broken)?;
+        let (done, answer) = mpsc::channel();
+        // An error: the thread has ended, and `done` with it.
+        let _ = orders.send(Order { body: *body, file, done });
+        let mut asked = self.lock();
+        loop {
+            match answer.try_recv() {
+                Ok(done) => return done,
+                Err(mpsc::TryRecvError::Empty) if !self.is_closed() => {}
+                Err(_) => return Err(closed()),
+            }
+            asked = self.answered.wait(asked).unwrap_or_else(|e| e.into_inner());
+        }
     }
 
     /// Waits for the answer as long as it makes sense.
@@ -230,10 +302,10 @@ impl Shared {
     }
 
     fn close(&self) {
-        let asked = self.lock();
+        let mut asked = self.lock();
         self.closed.store(true, Ordering::Relaxed);
-        if let Some(Asked { route: Route::Committed(channel), .. }) = &*asked {
-            channel.close();
+        if let Some(asked) = &mut *asked {
+            std::mem::replace(&mut asked.route, Route::Lost).close();
         }
         self.answered.notify_all();
     }
@@ -261,25 +333,6 @@ fn unknown_object() -> VhostUserSharedMsg {
 fn knows_shmem(library: &Backend) -> bool {
     let asked = library.shmem_map(&VhostUserMMap::default(), &NO_FD);
     !matches!(sort(asked), Err(MapError::Unsupported(_)))
-}
-
-/// The library asks for the descriptor at the last moment, with its channel locked and nothing but
-/// the system call to come. That is when to look whether the device is still started: a map must
-/// not reach a stopped one (Q1), and another map may have kept this one waiting for long.
-struct AtLastMoment<'a> {
-    file: &'a File,
-    mapper: &'a ShmemMapper,
-    held_back: AtomicBool,
-}
-
-impl AsRawFd for AtLastMoment<'_> {
-    fn as_raw_fd(&self) -> RawFd {
-        if (self.mapper.started)() {
-            return self.file.as_raw_fd();
-        }
-        self.held_back.store(true, Ordering::Relaxed);
-        NO_FD
-    }
 }
 
 fn message(at: WindowOffset, from: FileOffset, bytes: WindowBytes) -> VhostUserMMap {
@@ -321,7 +374,8 @@ impl Mapper for ShmemMapper {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
+    use std::io::{Read, Write};
+    use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixStream;
     use std::sync::atomic::AtomicUsize;
     use std::thread;
@@ -442,7 +496,7 @@ mod tests {
         assert_eq!(theirs.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
     }
 
-    /// Shows: the same for the library's way, in the last moment before the system call.
+    /// Shows: the same for the library's way, by a look of the thread that sends.
     #[test]
     fn the_library_looks_in_the_last_moment() {
         let looks = Arc::new(AtomicUsize::new(0));
@@ -469,6 +523,34 @@ mod tests {
         assert!(matches!(mapping.join().unwrap(), Err(MapError::Broken(_))));
         assert!(matches!(map(&mapper), Err(MapError::Broken(_))));
         assert_eq!(mapper.probe_acks(), Acks::Unknown);
+    }
+
+    /// Shows: the session's end returns the caller of a request by the library that is never
+    /// answered, and the caller whose request waits behind it.
+    #[test]
+    fn an_order_without_an_answer() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let channel = Backend::from_stream(ours);
+        channel.set_reply_ack_flag(true);
+        channel.set_shmem_flag(true);
+        let mapper = Arc::new(ShmemMapper::new(channel, || true));
+        assert!(matches!(route(&mapper), Route::Library(_)));
+        let ask = || {
+            let mapper = mapper.clone();
+            thread::spawn(move || mapper.unmap(AT, BYTES))
+        };
+        let sent = ask();
+        // Header and body.
+        theirs.read_exact(&mut [0; 52]).unwrap();
+        let waits = ask();
+        mapper.close();
+        for asked in [sent, waits] {
+            assert!(matches!(asked.join().unwrap(), Err(MapError::Broken(_))));
+        }
+        // The answer comes too late: the channel's thread ends, and sends nothing else.
+        drop(mapper);
+        theirs.write_all(&[0; 20]).unwrap();
+        assert_eq!(theirs.read_to_end(&mut Vec::new()).unwrap(), 0);
     }
 
     /// Shows: after the session's end the channel is closed, whichever of the two came first.
