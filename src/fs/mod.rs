@@ -32,11 +32,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
+use nix::errno::Errno;
 use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
 use virtiofsd::filesystem::FileSystem;
 use virtiofsd::passthrough::read_only::PassthroughFsRo;
-use virtiofsd::passthrough::{self, CachePolicy, NegotiationMode, PassthroughFs};
+use virtiofsd::passthrough::{
+    self, CachePolicy, InodeFileHandlesMode, NegotiationMode, PassthroughFs,
+};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::device::request::Request;
@@ -75,13 +78,19 @@ pub enum FsError {
     },
     /// `--dax=always` where no window can be had.
     #[error(
-        "--dax=always: {0}; run the daemon as root on Linux 6.9 or newer, or take --dax=inode, \
-         which goes without a window where it must"
+        "--dax=always: {0}; {advice}, or take --dax=inode, which goes without a window where it must",
+        advice = .0.advice()
     )]
     NoWindow(Unavailable),
     /// The shared directory can't be served.
     #[error("--shared-dir: {0}")]
     Share(io::Error),
+    /// `--inode-file-handles=mandatory` where there are none.
+    #[error(
+        "--inode-file-handles=mandatory: {}; take prefer, which holds inodes by descriptors where it must",
+        no_handles(.0)
+    )]
+    NoHandles(io::Error),
     /// `--uid-map` or `--gid-map` where that can't be.
     #[error("--uid-map, --gid-map: {0}")]
     Namespace(#[from] user_namespace::NamespaceError),
@@ -106,6 +115,8 @@ pub struct Fs {
     pool: Arc<Pool>,
     log_limit: RateLimit,
     closing: AtomicBool,
+    /// There is a session of which nothing was reported yet.
+    in_session: AtomicBool,
     /// What the passthrough file system opens at each INIT.
     _root: OwnedFd,
 }
@@ -117,10 +128,12 @@ impl Fs {
     /// See [`FsError`].
     pub fn new(config: &FsConfig) -> Result<Arc<Self>, FsError> {
         let regions = Arc::<AtomicUsize>::default();
+        let inode_file_handles = inode_file_handles(config)?;
         let dax = make_dax(config, &regions)?;
         let descriptors = Descriptors::new(config, dax.clone(), regions.clone());
         let root = open_root(&config.shared_dir).map_err(FsError::Share)?;
         let mut passthrough = passthrough_config(config, &root);
+        passthrough.inode_file_handles = inode_file_handles;
         if passthrough.killpriv_v2 && dax.is_some() {
             // A store through the window makes no request that we could clear the bits at.
             warn!(
@@ -157,8 +170,41 @@ impl Fs {
             pool: Arc::new(Pool::new(config.threads).map_err(FsError::Start)?),
             log_limit: RateLimit::default(),
             closing: AtomicBool::new(false),
+            in_session: AtomicBool::new(false),
             _root: root,
         }))
+    }
+}
+
+/// How inodes are held, by what is asked for and what can be had. virtiofsd's code finds out the same, with lines that
+/// name no option.
+fn inode_file_handles(config: &FsConfig) -> Result<InodeFileHandlesMode, FsError> {
+    let asked = config.inode_file_handles;
+    if asked == InodeFileHandlesMode::Never {
+        return Ok(asked);
+    }
+    let Err(e) = descriptors::handles_work(&config.shared_dir) else { return Ok(asked) };
+    if asked == InodeFileHandlesMode::Mandatory {
+        return Err(FsError::NoHandles(e));
+    }
+    warn!(
+        "--inode-file-handles=prefer: {}; each inode that the guest knows holds a descriptor, as with \
+         --inode-file-handles=never",
+        no_handles(&e)
+    );
+    Ok(InodeFileHandlesMode::Never)
+}
+
+/// Why inodes can't be held by file handles.
+fn no_handles(e: &io::Error) -> String {
+    match e.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EPERM) => {
+            format!("file handles can't be opened without CAP_DAC_READ_SEARCH ({e})")
+        }
+        Some(Errno::EOPNOTSUPP | Errno::EOVERFLOW) => {
+            format!("the file system of the share has no file handles ({e})")
+        }
+        _ => format!("file handles can't be had ({e})"),
     }
 }
 
@@ -209,8 +255,8 @@ fn make_dax(config: &FsConfig, regions: &Arc<AtomicUsize>) -> Result<Option<Arc<
         Err(e) if config.dax == DaxPolicy::Always => return Err(FsError::NoWindow(e)),
         Err(e) => {
             warn!(
-                "no window: the end of a file could not be mapped: {e}. Run the daemon as root on \
-                 Linux 6.9 or newer to have one"
+                "no window: the end of a file could not be mapped: {e}; {} to have one",
+                e.advice()
             );
             return Ok(None);
         }
@@ -246,7 +292,6 @@ fn passthrough_config(config: &FsConfig, root: &OwnedFd) -> passthrough::Config 
         xattr,
         xattrmap: config.xattrmap.clone(),
         announce_submounts: config.announce_submounts,
-        inode_file_handles: config.inode_file_handles,
         readdirplus: config.readdirplus && !matches!(config.cache, CachePolicy::Never),
         allow_direct_io: config.allow_direct_io,
         killpriv_v2: config.killpriv_v2,
@@ -293,6 +338,7 @@ impl Device for Fs {
     }
 
     fn open_window(&self) -> Arc<dyn SessionWindow> {
+        self.in_session.store(true, Ordering::Relaxed);
         match &self.dax {
             Some(dax) => dax.open_window(),
             None => Arc::new(NoWindow(self.regions.clone())),
@@ -320,11 +366,8 @@ impl Device for Fs {
             }
             Err(_) => {
                 self.server.tally().malformed.add(1);
-                if let Some(held_back) = self.log_limit.allow(Instant::now()) {
-                    warn!(
-                        "the guest sent a chain that holds no FUSE message \
-                         ({held_back} more such lines held back)"
-                    );
+                if let Some(held_back) = self.log_limit.told(Instant::now()) {
+                    warn!("the guest sent a chain that holds no FUSE message{held_back}");
                 }
                 self.pool
                     .submit(JobClass::Quick, move || request.complete_with(None, Vec::new(), 0));
@@ -344,6 +387,9 @@ impl Device for Fs {
     }
 
     fn report(&self) {
+        if !self.in_session.swap(false, Ordering::Relaxed) {
+            return;
+        }
         let Tally { requests, errors, malformed } = self.server.tally();
         let (requests, errors, malformed) = (requests.get(), errors.get(), malformed.get());
         let window = self.dax.as_ref().map_or(String::from("none"), |dax| {

@@ -79,7 +79,10 @@ impl From<SocketError> for DaemonError {
 
 impl From<FsError> for DaemonError {
     fn from(e: FsError) -> Self {
-        Self::Config(e.into())
+        match e {
+            FsError::Start(e) => Self::Start(e),
+            e => Self::Config(e.into()),
+        }
     }
 }
 
@@ -91,6 +94,7 @@ impl From<FsError> for DaemonError {
 pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
     // Before any thread starts: all of them must leave the signals to the one that waits.
     let signals = signals::block()?;
+    config.check_paths()?;
     let checked = listener::check(&config.socket)?;
     let path = &config.file.path;
     let found = FoundFile::look(&config.file)?;
