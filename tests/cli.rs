@@ -159,7 +159,8 @@ fn bad_files_are_refused() {
     place.refuses(&mut place.pmem("good/new"), &["Not a directory"]);
 }
 
-/// Shows: a file that is the socket, or the lock beside it that the daemon removes, is refused, whatever it is called.
+/// Shows: a file that is the socket, or the lock beside it that the daemon removes, is refused under
+/// any name.
 #[test]
 fn a_file_is_not_the_socket() {
     let place = Place::new();
@@ -177,7 +178,8 @@ fn a_file_is_not_the_socket() {
     }
 }
 
-/// Shows: where RLIMIT_FSIZE permits no window, the line names the limit. (A window wants root in the first place.)
+/// Shows: where RLIMIT_FSIZE permits no window, the line names the limit. (Without root the line
+/// names root.)
 #[test]
 fn a_limit_of_the_length_is_named() {
     let place = Place::new();
@@ -253,6 +255,10 @@ fn bad_shares_are_refused() {
     place.refuses(&mut command, &["--shared-dir", "try 'vhost-user-dax fs --help'"]);
     command.arg("--shared-dir").arg(place.path("good"));
     place.refuses(&mut command, &["good: Not a directory", "name a directory"]);
+    let mut command = Command::new(BINARY);
+    command.args(["fs", "--tag", "t", "--shared-dir", "/proc", "--inode-file-handles=mandatory"]);
+    let words = ["--inode-file-handles=mandatory", "no file handles", "take prefer"];
+    place.refuses(command.arg("--socket-path").arg(place.path("sock")), &words);
     let long = "x".repeat(37);
     let mut command = Command::new(BINARY);
     command.args(["fs", "--tag", &long, "--shared-dir", "/", "--socket-path", "s"]);
@@ -568,7 +574,8 @@ fn capabilities_are_json() {
     assert_eq!(json["type"], "pmem");
 }
 
-/// Shows: a stream that takes nothing is no panic: 2 for a bad option, 1 where stdout was what was asked for.
+/// Shows: a stream that takes nothing is no panic: the exit code is 2 for a bad option, and 1 where
+/// stdout was asked for.
 #[test]
 fn full_streams_are_no_panic() {
     let full = || File::options().write(true).open("/dev/full").unwrap();
@@ -603,8 +610,7 @@ fn arguments_that_are_no_text_are_refused() {
     }
 }
 
-/// Shows: both devices have --version, and of an option that is repeated the last one counts, as with virtiofsd;
-/// rules are all kept.
+/// Shows: both devices have --version; the last one of a repeated option counts, as with virtiofsd.
 #[test]
 fn versions_and_repeated_options() {
     for arguments in [&["--version"][..], &["fs", "--version"], &["pmem", "--version"]] {

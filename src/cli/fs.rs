@@ -142,19 +142,23 @@ pub struct FsArgs {
     no_killpriv_v2: bool,
 
     /// Translate user numbers, for example 'map:0:100000:65536' (guest 0 is host 100000, and so on)
-    #[arg(long, value_name = "RULE", value_parser = id_rule, help_heading = "Attributes and owners")]
+    #[arg(long, value_name = "RULE", value_parser = id_rule,
+          help_heading = "Attributes and owners")]
     translate_uid: Vec<IdMap>,
 
     /// Translate group numbers, the same way
-    #[arg(long, value_name = "RULE", value_parser = id_rule, help_heading = "Attributes and owners")]
+    #[arg(long, value_name = "RULE", value_parser = id_rule,
+          help_heading = "Attributes and owners")]
     translate_gid: Vec<IdMap>,
 
     /// Not as root: enter a user namespace with this map, ':inside:outside:count:'; there is no window then
-    #[arg(long, value_name = "MAP", value_parser = user_map::<UidMap>, help_heading = "Attributes and owners")]
+    #[arg(long, value_name = "MAP", value_parser = user_map::<UidMap>,
+          help_heading = "Attributes and owners")]
     uid_map: Vec<UidMap>,
 
     /// The same for groups
-    #[arg(long, value_name = "MAP", value_parser = user_map::<GidMap>, help_heading = "Attributes and owners")]
+    #[arg(long, value_name = "MAP", value_parser = user_map::<GidMap>,
+          help_heading = "Attributes and owners")]
     gid_map: Vec<GidMap>,
 
     #[arg(long, hide = true, default_value = "none")]
@@ -176,8 +180,8 @@ pub struct FsArgs {
     #[arg(long)]
     preserve_noatime: bool,
 
-    /// How many descriptors the daemon may have open: 1000000 or the hard limit unless set; 0 leaves the limit
-    /// as it is
+    /// How many descriptors the daemon may have open: 1000000 or the hard limit unless set; 0 leaves
+    /// the limit as it is
     #[arg(long, value_name = "N")]
     rlimit_nofile: Option<u64>,
 }
@@ -193,7 +197,8 @@ Example:
 
 The window needs QEMU 11.1 or newer, Linux 6.9 or newer on the host, and root.
 Without a window: -device vhost-user-fs-pci,chardev=c0,tag=share, or cloud-hypervisor's --fs.
-Exit codes: 0 the VM has gone, or SIGTERM or SIGINT came; 1 the session failed; 2 a bad option.";
+Exit codes: 0 the VM has gone, or SIGTERM or SIGINT came; 1 a session or the start failed;
+2 a bad option.";
 
 fn cache_policy(text: &str) -> Result<CachePolicy, &'static str> {
     text.parse().map_err(|_| "take auto, always, never or metadata")

@@ -78,7 +78,8 @@ pub enum FsError {
     },
     /// `--dax=always` where no window can be had.
     #[error(
-        "--dax=always: {0}; {advice}, or take --dax=inode, which goes without a window where it must",
+        "--dax=always: {0}; {advice}, or take --dax=inode, which goes without a window where it \
+         must",
         advice = .0.advice()
     )]
     NoWindow(Unavailable),
@@ -87,7 +88,8 @@ pub enum FsError {
     Share(io::Error),
     /// `--inode-file-handles=mandatory` where there are none.
     #[error(
-        "--inode-file-handles=mandatory: {}; take prefer, which holds inodes by descriptors where it must",
+        "--inode-file-handles=mandatory: {}; take prefer, which holds inodes by descriptors where \
+         it must",
         no_handles(.0)
     )]
     NoHandles(io::Error),
@@ -176,8 +178,8 @@ impl Fs {
     }
 }
 
-/// How inodes are held, by what is asked for and what can be had. virtiofsd's code finds out the same, with lines that
-/// name no option.
+/// How inodes are held, by what is asked for and what can be had. virtiofsd's code finds out the
+/// same, with lines that name no option.
 fn inode_file_handles(config: &FsConfig) -> Result<InodeFileHandlesMode, FsError> {
     let asked = config.inode_file_handles;
     if asked == InodeFileHandlesMode::Never {
@@ -188,8 +190,8 @@ fn inode_file_handles(config: &FsConfig) -> Result<InodeFileHandlesMode, FsError
         return Err(FsError::NoHandles(e));
     }
     warn!(
-        "--inode-file-handles=prefer: {}; each inode that the guest knows holds a descriptor, as with \
-         --inode-file-handles=never",
+        "--inode-file-handles=prefer: {}; each inode that the guest knows holds a descriptor, as \
+         with --inode-file-handles=never",
         no_handles(&e)
     );
     Ok(InodeFileHandlesMode::Never)

@@ -83,9 +83,13 @@ pub fn file_bytes(file: &File) -> io::Result<u64> {
 pub enum PmemFileError {
     #[error("--file {path}: no such file; create it by adding --size, for example --size 1G", path = .0.display())]
     MissingFile(PathBuf),
-    #[error("--file {path}: no such device; 'daxctl list' names those that there are", path = .0.display())]
+    #[error("--file {path}: no such device; 'daxctl list' names the devices", path = .0.display())]
     MissingNode(PathBuf),
-    #[error("--file {path} is a symbolic link to {target}, which does not exist; name {target} itself, or remove the link", path = .path.display(), target = .target.display())]
+    #[error(
+        "--file {path} is a symbolic link to {target}, which does not exist; name {target} itself, \
+         or remove the link",
+        path = .path.display(), target = .target.display()
+    )]
     DanglingLink { path: PathBuf, target: PathBuf },
     #[error("--file {path}: no such directory; create {dir} first", path = .path.display(), dir = .dir.display())]
     MissingDirectory { path: PathBuf, dir: PathBuf },
@@ -95,7 +99,10 @@ pub enum PmemFileError {
     NotRegular(PathBuf),
     #[error("--file {path}: {error}; the daemon (uid {uid}) must be able to read and write it", path = .path.display())]
     NoAccess { path: PathBuf, uid: u32, error: io::Error },
-    #[error("--file {path}: {error}; grow it with 'fallocate -l {wanted} {path}'", path = .path.display(), wanted = enough(.error))]
+    #[error(
+        "--file {path}: {error}; grow it with 'fallocate -l {wanted} {path}'",
+        path = .path.display(), wanted = enough(.error)
+    )]
     FileSize { path: PathBuf, error: SizeError },
     #[error("--file {path}: {error}; make its namespace anew with 'ndctl create-namespace --align 2M --size SIZE'", path = .path.display())]
     NodeSize { path: PathBuf, error: SizeError },
@@ -111,7 +118,10 @@ pub enum PmemFileError {
     SizeDiffers { path: PathBuf, actual: PmemSize, wanted: PmemSize },
     #[error("--file {path}: no room for {size} ({error}); free some space, take a smaller --size, or add --sparse and never let the disk fill up", path = .path.display())]
     NoSpace { path: PathBuf, size: PmemSize, error: io::Error },
-    #[error("--file {path}: {size} is longer than a file may be here ({error}); {advice}", path = .path.display(), advice = too_long(*.size))]
+    #[error(
+        "--file {path}: {size} is longer than a file may be here ({error}); {advice}",
+        path = .path.display(), advice = too_long(*.size)
+    )]
     TooLong { path: PathBuf, size: PmemSize, error: io::Error },
     #[error("--file {path}: this file system can't allocate ahead ({error}); add --sparse and never let the disk fill up", path = .path.display())]
     NoAllocate { path: PathBuf, error: io::Error },
@@ -440,7 +450,8 @@ fn enough(error: &SizeError) -> String {
 fn too_long(size: PmemSize) -> String {
     match getrlimit(Resource::RLIMIT_FSIZE) {
         Ok((limit, _)) if limit < size.bytes() => format!(
-            "the limit is RLIMIT_FSIZE, {} here: raise it ('ulimit -f unlimited') or take a smaller --size",
+            "the limit is RLIMIT_FSIZE, {} here: raise it ('ulimit -f unlimited') or take a \
+             smaller --size",
             Size(limit)
         ),
         _ => "the limit is the file system's: take a smaller --size, or another file system".into(),

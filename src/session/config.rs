@@ -41,7 +41,8 @@ impl PmemConfig {
             format!("--file and --socket-path are both {}; take two paths", file.display())
         } else if is_one(file, Path::new(&lock)) {
             format!(
-                "--file {} is the lock of --socket-path, which the daemon removes; take another path",
+                "--file {} is the lock of --socket-path, which the daemon removes; take another \
+                 path",
                 file.display()
             )
         } else {

@@ -60,7 +60,8 @@ impl Retries {
     pub(crate) fn after(&self, cause: &dyn std::fmt::Display) {
         if let Some(held_back) = self.0.told(Instant::now()) {
             error!(
-                "a front-end can't be served yet: {cause}; it is tried again every {} ms{held_back}",
+                "a front-end can't be served yet: {cause}; it is tried again every {} ms\
+                 {held_back}",
                 RETRY.as_millis()
             );
         }

@@ -58,7 +58,10 @@ pub enum SocketError {
         "--socket-path has {0} bytes; the system allows {PATH_MAX_BYTES}, so take a shorter one"
     )]
     PathLength(usize),
-    #[error("--socket-path {path} exists and is no socket, but {what}; {advice}", path = .path.display())]
+    #[error(
+        "--socket-path {path} exists and is no socket, but {what}; {advice}",
+        path = .path.display()
+    )]
     NotASocket { path: PathBuf, what: &'static str, advice: &'static str },
     #[error("--socket-path {path}: another process listens there; stop it or take another path", path = .0.display())]
     InUse(PathBuf),
@@ -66,7 +69,10 @@ pub enum SocketError {
     Group(String),
     #[error("--socket-group: {path} can't be given to that group ({error}); run the daemon as root or as a member of it", path = .path.display())]
     GroupOwner { path: PathBuf, error: io::Error },
-    #[error("--socket-path {path}: {error}{advice}", path = .path.display(), advice = advice(.error))]
+    #[error(
+        "--socket-path {path}: {error}{advice}",
+        path = .path.display(), advice = advice(.error)
+    )]
     Path { path: PathBuf, error: io::Error },
     #[error(
         "--fd {fd} {why}; pass a listening Unix stream socket, as systemd's socket activation does"
