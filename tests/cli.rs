@@ -159,8 +159,8 @@ fn bad_files_are_refused() {
     place.refuses(&mut place.pmem("good/new"), &["Not a directory"]);
 }
 
-/// Shows: a file that is the socket, or the lock beside it that the daemon removes, is refused under
-/// any name.
+/// Shows: a file that is the socket, or the lock beside it that the daemon removes, is refused
+/// under any name.
 #[test]
 fn a_file_is_not_the_socket() {
     let place = Place::new();

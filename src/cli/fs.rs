@@ -180,8 +180,8 @@ pub struct FsArgs {
     #[arg(long)]
     preserve_noatime: bool,
 
-    /// How many descriptors the daemon may have open: 1000000 or the hard limit unless set; 0 leaves
-    /// the limit as it is
+    /// How many descriptors the daemon may have open: 1000000 or the hard limit unless set; 0
+    /// leaves the limit as it is
     #[arg(long, value_name = "N")]
     rlimit_nofile: Option<u64>,
 }

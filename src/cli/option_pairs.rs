@@ -81,7 +81,7 @@ pub fn warn_of_idle(matches: &ArgMatches) {
         (
             named.any("allow_mmap")
                 && !(named.is("cache", "never") || named.is("cache", "metadata")),
-            "--allow-mmap does nothing without --cache=never or metadata: the guest may mmap anyway",
+            "--allow-mmap does nothing without --cache=never or metadata: the guest always may",
         ),
         (
             named.any("writeback") && named.any("readonly"),
