@@ -8,7 +8,12 @@
 
 mod common;
 
-use common::fs::{FsHost, RANGE};
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use common::fs::{FsHost, FsOptions, RANGE};
 use common::fuse::FsGuest;
 use common::fuse_abi::{self as abi, MAP_READ, MAP_WRITE, op};
 use common::slow::{DELAY, SYNCS, Strace, skip};
@@ -178,4 +183,108 @@ fn an_error_of_either_open_file_is_an_error() {
         guest.power_off();
         assert!(host.ended().success());
     }
+}
+
+fn on_a_disk() -> FsHost {
+    FsHost::with(FsOptions { below: std::env::temp_dir(), ..FsOptions::default() })
+}
+
+/// A file of a range on a disk, granted for writing, opened for writing, stored to and settled.
+fn rig(host: &FsHost) -> (FsGuest, u64, u64) {
+    host.put("file", &vec![1; RANGE as usize]);
+    File::open(host.path("file")).unwrap().sync_all().unwrap();
+    let mut guest = host.boot();
+    let (node, fh) = guest.opened("file");
+    guest.setup(node, 0, RANGE, BOTH, 0).unwrap();
+    assert!(guest.vmm.store(0, &[2]));
+    guest.flush(node, fh).unwrap();
+    guest.fsync(node, fh).unwrap();
+    (guest, node, fh)
+}
+
+/// A medium error is ENODATA, a path error ENOLINK, a time-out ETIMEDOUT (blk_status_to_errno): who asks for
+/// it with WAIT_BEFORE is the last who is told, so it must be remembered like EIO.
+#[test]
+fn a_loss_by_any_name_is_remembered() {
+    if !Strace::is_here() {
+        return skip("a_loss_by_any_name_is_remembered", "no strace");
+    }
+    let mut forgotten = Vec::new();
+    for errno in ["EIO", "ENODATA", "ENOLINK", "ETIMEDOUT", "EILSEQ"] {
+        let host = on_a_disk();
+        let (mut guest, node, fh) = rig(&host);
+        assert!(guest.vmm.store(0, &[3]));
+        let strace =
+            Strace::attach(host.pid(), "sync_file_range", &format!("error={errno}:when=1"));
+        assert_eq!(guest.flush(node, fh), Err(libc::EIO), "{errno}");
+        drop(strace);
+        // One that is too new for the kernel to tell it anything.
+        let late = guest.open(node, libc::O_RDWR).unwrap();
+        if guest.fsync(node, late).is_ok() {
+            forgotten.push(errno);
+        }
+    }
+    assert!(forgotten.is_empty(), "pages were lost, and the fsync succeeds: {forgotten:?}");
+}
+
+/// An ext4 on a loop device whose blocks fail that were never written: a guest stores, closes, unmaps; another
+/// program opens the file and syncs it. Somebody must be told (Linux tells the first who asks).
+#[test]
+fn a_loss_that_a_close_has_seen_is_told_to_who_syncs() {
+    let script = "mkdir \"$SHARE.t\" && mount -t tmpfs -o size=24M tmpfs \"$SHARE.t\" \
+        && truncate -s 128M \"$SHARE.t/img\" \
+        && mkfs.ext4 -q -F -O ^has_journal -E lazy_itable_init=0 \"$SHARE.t/img\" \
+        && mount -o loop \"$SHARE.t/img\" \"$SHARE\"";
+    let options = FsOptions { below: std::env::temp_dir(), ..FsOptions::default() };
+    let Some(host) = FsHost::with_mounts(options, script) else {
+        return skip("a_loss_that_a_close_has_seen_is_told_to_who_syncs", "no mounts");
+    };
+    // The first half is on the disk.
+    let file = File::create(host.path("file")).unwrap();
+    file.write_all_at(&vec![1; RANGE as usize / 2], 0).unwrap();
+    file.set_len(RANGE).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    let mut guest = host.boot();
+    let (node, fh) = guest.opened("file");
+    guest.setup(node, 0, RANGE, BOTH, 0).unwrap();
+    assert!(guest.vmm.store(0, &[2]));
+    guest.fsync(node, fh).unwrap();
+    // The disk breaks.
+    let filler = host.dir.path().join("share.t/filler");
+    let filler = filler.strip_prefix("/").unwrap();
+    let filler = PathBuf::from(format!("/proc/{}/root", host.pid())).join(filler);
+    let mut filler = File::create(filler).unwrap();
+    while filler.write(&[1; 4096]).is_ok() {}
+    assert!(guest.vmm.store(RANGE / 2 + 4096, b"lost"));
+    // The first FLUSH writes the page out; a later one waits for it, and is told.
+    let mut told = Ok(());
+    for round in 0..8 {
+        told = told.and(guest.flush(node, fh));
+        assert!(guest.vmm.store(0, &[round]));
+    }
+    assert_eq!(told, Err(libc::EIO));
+    guest.release(node, fh).unwrap();
+    guest.remove(&[(0, RANGE)]).unwrap();
+    let late = guest.open(node, libc::O_RDWR).unwrap();
+    assert_eq!(guest.fsync(node, late), Err(libc::EIO), "pages were lost, and nobody was told");
+}
+
+/// README: a sync that failed fails again "until everybody in the guest has closed it". A Linux guest keeps its
+/// ranges when it closes a file.
+#[test]
+fn a_failed_sync_ends_with_the_last_close() {
+    if !Strace::is_here() {
+        return skip("a_failed_sync_ends_with_the_last_close", "no strace");
+    }
+    let host = on_a_disk();
+    let (mut guest, node, fh) = rig(&host);
+    assert!(guest.vmm.store(0, &[3]));
+    let strace = Strace::attach(host.pid(), "fsync,fdatasync", "error=EIO:when=1");
+    assert_eq!(guest.fsync(node, fh), Err(libc::EIO));
+    drop(strace);
+    guest.release(node, fh).unwrap();
+    let again = guest.open(node, libc::O_RDWR).unwrap();
+    guest.write(node, again, 0, &[1; 4096]).unwrap();
+    assert_eq!(guest.fsync(node, again), Ok(()), "everybody has closed it");
 }

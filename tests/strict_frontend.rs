@@ -464,6 +464,8 @@ fn q4_refused_overlap_with_the_file_in_the_table_is_alive() {
 fn refused_overlap_without_the_file_in_the_table_fails() {
     let host = Host::new();
     let mut guest = host.boot();
+    // Behind the answer to the first map.
+    assert_eq!(guest.driver.flush_and_wait(), Answer::OK);
     guest.vmm.hide_maps_at_start(false);
     guest.vmm.stop();
     guest.start();

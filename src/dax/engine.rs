@@ -92,6 +92,11 @@ impl Space {
         Ok(next > last)
     }
 
+    /// Forgets that a writeback has failed: all who were promised something have been told.
+    pub fn forgive(&self) {
+        *lock(&self.failed) = false;
+    }
+
     /// Whether a writeback has failed, or what is dirty is no longer known: every later one fails.
     pub fn has_failed(&self) -> bool {
         *lock(&self.failed)

@@ -56,7 +56,7 @@ use self::open_flags::OpenFlags;
 use self::pool::Pool;
 use self::schedule::JobClass;
 use self::server::{Serve, Server, Tally};
-use crate::fs::sync_errors::Opened;
+use crate::fs::sync_errors::{Losses, Opened};
 use crate::passthrough::{Stretch, Unavailable};
 
 pub use crate::fs::config::{DaxPolicy, FsConfig, Tag, WindowSize};
@@ -131,7 +131,8 @@ impl Fs {
     pub fn new(config: &FsConfig) -> Result<Arc<Self>, FsError> {
         let regions = Arc::<AtomicUsize>::default();
         let inode_file_handles = inode_file_handles(config)?;
-        let dax = make_dax(config, &regions)?;
+        let losses = Losses::default();
+        let dax = make_dax(config, &regions, &losses)?;
         let descriptors = Descriptors::new(config, dax.clone(), regions.clone());
         let root = open_root(&config.shared_dir).map_err(FsError::Share)?;
         let mut passthrough = passthrough_config(config, &root);
@@ -152,10 +153,10 @@ impl Fs {
             OpenFlags { direct_io: config.allow_direct_io, noatime: config.preserve_noatime };
         let server: Arc<dyn Serve> = if config.readonly {
             let fs = PassthroughFsRo::new(passthrough).map_err(FsError::Share)?;
-            serve(fs, dax.clone(), flags, descriptors)
+            serve(fs, dax.clone(), Opened::new(losses), flags, descriptors)
         } else {
             let fs = PassthroughFs::new(passthrough).map_err(FsError::Share)?;
-            serve(fs, dax.clone(), flags, descriptors)
+            serve(fs, dax.clone(), Opened::new(losses), flags, descriptors)
         };
         let queues = u32::from(config.request_queues);
         let mut space = config.tag.padded().to_vec();
@@ -219,6 +220,7 @@ fn open_root(path: &Path) -> io::Result<OwnedFd> {
 fn serve<F>(
     fs: F,
     dax: Option<Arc<Dax>>,
+    opened: Opened,
     open_flags: OpenFlags,
     descriptors: Descriptors,
 ) -> Arc<dyn Serve>
@@ -228,7 +230,7 @@ where
     Arc::new(Server {
         fs,
         dax,
-        opened: Opened::default(),
+        opened,
         open_flags,
         descriptors,
         options: Default::default(),
@@ -238,7 +240,11 @@ where
 }
 
 /// The window, or a line that says why there is none.
-fn make_dax(config: &FsConfig, regions: &Arc<AtomicUsize>) -> Result<Option<Arc<Dax>>, FsError> {
+fn make_dax(
+    config: &FsConfig,
+    regions: &Arc<AtomicUsize>,
+    losses: &Losses,
+) -> Result<Option<Arc<Dax>>, FsError> {
     let durability = Durability::choose(Backing::of_dir(&config.shared_dir), config.persist);
     let durability = durability.map_err(FsError::Persist)?;
     if config.window == WindowSize::NONE || config.dax == DaxPolicy::Never {
@@ -268,7 +274,14 @@ fn make_dax(config: &FsConfig, regions: &Arc<AtomicUsize>) -> Result<Option<Arc<
         warn!("the share {warning}");
     }
     info!("a window of {}; the ends of files are mapped by FUSE passthrough", config.window);
-    let dax = Dax::new(config.window.bytes(), config.dax, stretch, config.persist, regions.clone());
+    let dax = Dax::new(
+        config.window.bytes(),
+        config.dax,
+        stretch,
+        config.persist,
+        regions.clone(),
+        losses.clone(),
+    );
     Ok(Some(Arc::new(dax.map_err(FsError::Start)?)))
 }
 
@@ -417,6 +430,9 @@ impl Device for Fs {
             dax.close();
         }
         self.pool.finish();
+        if let Some(dax) = &self.dax {
+            dax.settle_all();
+        }
     }
 
     fn is_closing(&self) -> bool {

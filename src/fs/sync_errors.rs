@@ -7,7 +7,7 @@
 use crate::support::lock::lock;
 use std::collections::{HashMap, HashSet};
 use std::io;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
 
@@ -37,22 +37,62 @@ impl State {
     }
 }
 
-/// Whether a sync failed; one that the file system would not even try has lost nothing.
-fn lost_data(done: &io::Result<()>) -> bool {
-    let errno = done.as_ref().err().map(io::Error::raw_os_error);
-    !matches!(
-        errno,
-        None | Some(Some(libc::EBADF | libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP))
-    )
+/// Whether a sync or a write-out that ended with `e` may have lost data. One that the file system did not even
+/// try has not. (The kernel makes errnos of a disk's errors: EIO, ENOSPC, ENODATA, ENOLINK, ETIMEDOUT, EILSEQ ...)
+pub(crate) fn is_loss(e: &io::Error) -> bool {
+    use libc::{EBADF, EINTR, EINVAL, ENOSYS, EOPNOTSUPP, ESPIPE};
+    !matches!(e.raw_os_error(), Some(EBADF | EINTR | EINVAL | ENOSYS | EOPNOTSUPP | ESPIPE))
+}
+
+/// Files whose data was lost by a write-out of our own, or by one of a file that is not mapped any more, and
+/// whose guest has not been told of it by an FSYNC. The kernel tells of a loss once: whoever asked it has to
+/// pass that on.
+#[derive(Clone, Default)]
+pub(crate) struct Losses(Arc<Mutex<HashSet<FileId>>>);
+
+impl Losses {
+    /// Data of the file was lost.
+    pub(crate) fn note(&self, file: FileId) {
+        lock(&self.0).insert(file);
+    }
+
+    fn has(&self, file: FileId) -> bool {
+        lock(&self.0).contains(&file)
+    }
+
+    fn has_any(&self) -> bool {
+        !lock(&self.0).is_empty()
+    }
+
+    /// Whether data of the file was lost. The caller tells the guest of it.
+    fn take(&self, file: FileId) -> bool {
+        lock(&self.0).remove(&file)
+    }
+}
+
+/// What a RELEASE leaves.
+pub(crate) struct Released {
+    /// Another handle of the file can write.
+    pub(crate) writer_left: bool,
+    /// It was the file's last handle, and the guest has been told by it, or one before it, that data was lost:
+    /// what is opened from now on starts anew.
+    pub(crate) forgiven: bool,
 }
 
 /// The guest's open files.
-#[derive(Default)]
-pub(crate) struct Opened(Mutex<State>);
+pub(crate) struct Opened {
+    state: Mutex<State>,
+    losses: Losses,
+}
 
 impl Opened {
+    /// With the losses that others find.
+    pub(crate) fn new(losses: Losses) -> Self {
+        Self { state: Mutex::default(), losses }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.0)
+        lock(&self.state)
     }
 
     /// A file was opened by the guest's number `nodeid`.
@@ -78,18 +118,20 @@ impl Opened {
         self.lock().open(handle).is_some_and(|open| open.writers.contains(&handle))
     }
 
-    /// A handle was released. Whether another one of its file that can write is left.
-    pub(crate) fn release(&self, handle: u64) -> bool {
+    /// A handle was released.
+    pub(crate) fn release(&self, handle: u64) -> Released {
+        let none = Released { writer_left: false, forgiven: false };
         let mut state = self.lock();
-        let Some((_, file)) = state.handles.remove(&handle) else { return false };
-        let Some(open) = state.files.get_mut(&file) else { return false };
+        let Some((_, file)) = state.handles.remove(&handle) else { return none };
+        let Some(open) = state.files.get_mut(&file) else { return none };
         open.handles -= 1;
         open.writers.remove(&handle);
-        let left = !open.writers.is_empty();
-        if open.handles == 0 {
+        let (is_last, writer_left) = (open.handles == 0, !open.writers.is_empty());
+        let forgiven = is_last && open.failed;
+        if is_last {
             state.files.remove(&file);
         }
-        left
+        Released { writer_left, forgiven }
     }
 
     /// Which file the handle is of.
@@ -104,8 +146,9 @@ impl Opened {
     /// EIO if it has.
     pub(crate) fn check(&self, handle: u64) -> io::Result<()> {
         let mut state = self.lock();
+        let lost = state.handles.get(&handle).is_some_and(|(_, file)| self.losses.has(*file));
         let failed = state.open(handle).is_some_and(|open| open.failed);
-        if state.all_failed || failed { Err(Errno::EIO.into()) } else { Ok(()) }
+        if state.all_failed || failed || lost { Err(Errno::EIO.into()) } else { Ok(()) }
     }
 
     /// Lets `sync` make the file durable, if that can still be said of it.
@@ -117,14 +160,29 @@ impl Opened {
         handle: u64,
         sync: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
-        self.check(handle)?;
+        self.tell(handle)?;
         let done = sync();
-        if lost_data(&done)
+        if done.as_ref().is_err_and(is_loss)
             && let Some(open) = self.lock().open(handle)
         {
             open.failed = true;
         }
-        done
+        // A write-out that this sync began, or that another thread did meanwhile, may have met the error.
+        done.and_then(|()| self.tell(handle))
+    }
+
+    /// Tells the guest of a loss, from now on each time.
+    fn tell(&self, handle: u64) -> io::Result<()> {
+        {
+            let mut state = self.lock();
+            let file = state.handles.get(&handle).map(|(_, file)| *file);
+            if file.is_some_and(|file| self.losses.take(file))
+                && let Some(open) = state.open(handle)
+            {
+                open.failed = true;
+            }
+        }
+        self.check(handle)
     }
 
     /// The same for all files.
@@ -134,18 +192,19 @@ impl Opened {
     pub(crate) fn sync_all(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         {
             let state = self.lock();
-            if state.all_failed || state.files.values().any(|open| open.failed) {
+            let failed = state.files.values().any(|open| open.failed);
+            if state.all_failed || failed || self.losses.has_any() {
                 return Err(Errno::EIO.into());
             }
         }
         let done = sync();
-        if lost_data(&done) {
+        if done.as_ref().is_err_and(is_loss) {
             self.lock().all_failed = true;
         }
         done
     }
 
-    /// The guest has gone, and all its handles with it.
+    /// The guest has gone, and all its handles with it. What it was not told of, the next one is.
     pub(crate) fn clear(&self) {
         *self.lock() = State::default();
     }
@@ -169,7 +228,7 @@ mod tests {
     /// Shows: after one failure no sync of the file succeeds, until it was closed as often as opened.
     #[test]
     fn a_failure_stays_until_the_file_is_opened_anew() {
-        let opened = Opened::default();
+        let opened = Opened::new(Losses::default());
         opened.open(5, 0, FILE);
         opened.open(5, 1, FILE);
         opened.open(6, 2, OTHER);
@@ -188,7 +247,7 @@ mod tests {
     /// opens it later, until all have closed it.
     #[test]
     fn a_failure_is_the_files_whatever_led_to_it() {
-        let opened = Opened::default();
+        let opened = Opened::new(Losses::default());
         opened.open(5, 0, FILE);
         opened.open(7, 1, FILE);
         assert_eq!(errno(opened.sync(1, fails)), Some(libc::ENOSPC));
@@ -210,7 +269,7 @@ mod tests {
     /// Shows: a sync of what can't be synced is an error, and says nothing about later ones.
     #[test]
     fn what_was_not_tried_has_not_failed() {
-        let opened = Opened::default();
+        let opened = Opened::new(Losses::default());
         opened.open(5, 0, FILE);
         assert_eq!(errno(opened.sync(0, || Err(Errno::EBADF.into()))), Some(libc::EBADF));
         assert_eq!(errno(opened.sync_all(|| Err(Errno::EINVAL.into()))), Some(libc::EINVAL));
@@ -220,12 +279,33 @@ mod tests {
     /// Shows: when all were to be synced and that failed, no file is vouched for.
     #[test]
     fn a_failure_of_all_is_everyones() {
-        let opened = Opened::default();
+        let opened = Opened::new(Losses::default());
         opened.open(5, 0, FILE);
         assert_eq!(errno(opened.sync_all(fails)), Some(libc::ENOSPC));
         assert_eq!(errno(opened.sync(0, || Ok(()))), Some(libc::EIO));
         opened.clear();
         opened.open(5, 1, FILE);
         assert_eq!(errno(opened.sync(1, || Ok(()))), None);
+    }
+
+    /// Shows: a loss that was found before the file was opened, or by somebody else, is told by a FLUSH each time, and
+    /// by an FSYNC until all have closed the file; a file that was told of it starts anew then.
+    #[test]
+    fn a_loss_is_told_of_by_an_fsync() {
+        let losses = Losses::default();
+        let opened = Opened::new(losses.clone());
+        losses.note(FILE);
+        opened.open(5, 0, FILE);
+        assert_eq!(errno(opened.check(0)), Some(libc::EIO));
+        assert!(!opened.release(0).forgiven, "a FLUSH is easily missed");
+        opened.clear();
+        opened.open(5, 1, FILE);
+        assert_eq!(errno(opened.sync_all(|| Ok(()))), Some(libc::EIO));
+        for _ in 0..2 {
+            assert_eq!(errno(opened.sync(1, || Ok(()))), Some(libc::EIO));
+        }
+        assert!(opened.release(1).forgiven);
+        opened.open(5, 2, FILE);
+        assert_eq!(errno(opened.sync(2, || Ok(losses.note(FILE)))), Some(libc::EIO), "meanwhile");
     }
 }

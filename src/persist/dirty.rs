@@ -50,19 +50,27 @@ pub fn dirty_pages(file: &File, from: u64, bytes: u64) -> io::Result<u64> {
 }
 
 /// Starts to write the dirty pages of the range to the disk. When it returns they are clean, and the next
-/// store to one is seen by the file system; they are not durable. A page that is on its way to the disk and
-/// was made dirty anew meanwhile is left out, unless `wait` is set: then that is waited for.
+/// store to one is seen by the file system; they are not durable. A page that is under writeback and was made
+/// dirty anew meanwhile is left out: see [`wait_for_writeback`].
 ///
 /// # Errors
 /// The file system's. Pages may be lost then, and the kernel may have told nobody else.
-pub fn write_out(file: &File, from: u64, bytes: u64, wait: bool) -> io::Result<()> {
-    let before = if wait { libc::SYNC_FILE_RANGE_WAIT_BEFORE } else { 0 };
+pub fn write_out(file: &File, from: u64, bytes: u64) -> io::Result<()> {
+    sync_file_range(file, from, bytes, libc::SYNC_FILE_RANGE_WRITE)
+}
+
+/// Waits until no page of the range is under writeback.
+///
+/// # Errors
+/// See [`write_out`].
+pub fn wait_for_writeback(file: &File, from: u64, bytes: u64) -> io::Result<()> {
+    sync_file_range(file, from, bytes, libc::SYNC_FILE_RANGE_WAIT_BEFORE)
+}
+
+fn sync_file_range(file: &File, from: u64, bytes: u64, flags: libc::c_uint) -> io::Result<()> {
     let (from, bytes) = (from.cast_signed(), bytes.cast_signed());
     // SAFETY: a descriptor that is open for as long as it is borrowed, and three numbers.
-    let done = unsafe {
-        let flags = before | libc::SYNC_FILE_RANGE_WRITE;
-        libc::sync_file_range(file.as_raw_fd(), from, bytes, flags)
-    };
+    let done = unsafe { libc::sync_file_range(file.as_raw_fd(), from, bytes, flags) };
     Ok(Errno::result(done).map(drop)?)
 }
 
@@ -80,9 +88,9 @@ mod tests {
         let dirty = |page: u64, pages: u64| dirty_pages(&file, page * 4096, pages * 4096).unwrap();
         file.write_all_at(&[1; 3 * 4096], 512 * 4096).unwrap();
         assert!(dirty(512, 3) >= 3 && dirty(0, 512) == 0 && dirty(1024, 512) == 0);
-        write_out(&file, 0, 512 * 4096, true).unwrap();
+        write_out(&file, 0, 512 * 4096).unwrap();
         assert!(dirty(512, 3) >= 3, "another range was written out");
-        write_out(&file, 0, 1 << 30, true).unwrap();
+        write_out(&file, 0, 1 << 30).unwrap();
         assert_eq!(dirty(0, 1024), 0);
     }
 }

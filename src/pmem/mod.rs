@@ -272,10 +272,14 @@ impl SessionWindow for Shown {
     /// Q10: a map that outlives a pause is not sent again. It would be refused, and would be a message under way
     /// that a quick second pause turns into a crash of QEMU (Q1).
     fn started(&self, start: RingStart) -> bool {
-        if start == RingStart::Afresh {
-            self.window.reset();
+        match start {
+            RingStart::Resumed => self.window.outlives_stop(),
+            RingStart::Unknown => self.window.is_proved(),
+            RingStart::Afresh => {
+                self.window.reset();
+                false
+            }
         }
-        start == RingStart::Resumed && self.window.outlives_stop()
     }
 
     fn bring_up(&self) -> Result<(), MapError> {

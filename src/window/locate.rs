@@ -109,6 +109,8 @@ pub(crate) struct MapLocator {
     only: Option<WindowMap>,
     /// A map was made since the last reset.
     made: bool,
+    /// A table has come since.
+    told: bool,
     telling: Telling,
     /// The last table does not hold any more, and no other one has come.
     outdated: bool,
@@ -130,6 +132,7 @@ impl MapLocator {
             window,
             only,
             made: false,
+            told: false,
             telling: Telling::default(),
             outdated: false,
             base: None,
@@ -162,7 +165,7 @@ impl MapLocator {
                 requested.made = true;
             }
             self.base = self.only_candidate().or(self.base);
-            self.made = true;
+            (self.made, self.told) = (true, false);
             return;
         }
         self.requested.remove(&at.0);
@@ -191,7 +194,7 @@ impl MapLocator {
     /// A new memory table. Returns the number of its regions that are not maps of ours, as far as that is known.
     pub(crate) fn table(&mut self, mem: &GuestMemoryMmap, Found(candidates): Found) -> usize {
         self.telling.came(mem);
-        self.outdated = false;
+        (self.outdated, self.told) = (false, true);
         let is_new = |it: &&Candidate| self.starts.binary_search(&it.start).is_err();
         for candidate in candidates.iter().filter(is_new) {
             for Requested { map, bases, .. } in self.requested.values_mut() {
@@ -240,9 +243,16 @@ impl MapLocator {
     }
 
     /// Whether the only map, which was made since the last reset, is there behind a stop that no reset followed
-    /// (Q10). Only a table that came since the stop says otherwise.
+    /// (Q10). Only a table that came since it was made, and still holds, says otherwise.
     pub(crate) fn outlives_stop(&self) -> bool {
-        self.made && (self.outdated || self.only.is_some_and(|only| self.shows(&only)))
+        let says_so = self.only.is_some_and(|only| self.shows(&only));
+        self.made && (self.outdated || !self.told || says_so)
+    }
+
+    /// Whether a table that came since the last stop shows the only map.
+    pub(crate) fn is_proved(&self) -> bool {
+        self.telling.freshness == Freshness::WholeTables
+            && self.only.is_some_and(|only| self.shows(&only))
     }
 
     /// Whether a map was made since the last reset.

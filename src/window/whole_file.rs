@@ -92,6 +92,11 @@ impl WholeFile {
         lock(&self.locator).outlives_stop()
     }
 
+    /// Whether a table that came since the last stop shows the map.
+    pub(crate) fn is_proved(&self) -> bool {
+        lock(&self.locator).is_proved()
+    }
+
     /// Whether a table that still holds shows the map where it was made.
     fn is_shown(&self) -> bool {
         self.map.is_some_and(|map| lock(&self.locator).shows(&map))

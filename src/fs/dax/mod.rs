@@ -35,6 +35,7 @@ use super::dax::times::Occasion;
 use super::dax::window::FsWindow;
 use super::identity::Subject;
 use super::message::invalid;
+use super::sync_errors::Losses;
 use crate::passthrough::Stretch;
 use crate::window::locate::{SharedBase, WindowLocation};
 
@@ -96,11 +97,12 @@ impl Dax {
         stretch: Stretch,
         persist: PersistMode,
         regions: Arc<AtomicUsize>,
+        losses: Losses,
     ) -> io::Result<Self> {
         let front_end = Arc::new(FrontEnd::default());
         let engine = Arc::new(Engine::new(bytes, front_end.clone(), most_maps(bytes)));
         Ok(Self {
-            nodes: Nodes::new(engine.clone(), stretch, persist)?,
+            nodes: Nodes::new(engine.clone(), stretch, persist, losses)?,
             engine,
             front_end,
             current: Mutex::default(),
@@ -255,12 +257,15 @@ impl Dax {
     }
 
     /// Settles the times of the guest's inode `nodeid`, which has the inode number `ino` on the host. Whether
-    /// they may have become new.
+    /// they may have become new: by this, or by a thread that settled them meanwhile.
     pub(crate) fn settle_inode(&self, nodeid: u64, ino: u64) -> bool {
-        let settle =
-            |node: &Arc<Node>| node.times.settle(&self.engine, &node.space, Occasion::Look);
+        let settle = |node: &Arc<Node>| {
+            node.times.settle(&self.engine, &node.space, Occasion::Look);
+        };
         // Of two files on two devices both are settled, which does no harm.
-        self.nodes.of_inode(nodeid, ino).iter().filter_map(settle).count() > 0
+        let nodes = self.nodes.of_inode(nodeid, ino);
+        nodes.iter().for_each(settle);
+        nodes.iter().any(|node| node.times.may_be_stored_to())
     }
 
     /// Settles the times of all files.
@@ -283,6 +288,13 @@ impl Dax {
         match &file.node {
             Some(node) => node.times.change(&self.engine, &node.space, given, change),
             None => change(),
+        }
+    }
+
+    /// All have closed the file, and were told that data was lost: it starts anew.
+    pub(crate) fn forgive(&self, file: &Found<'_>) {
+        if let Some(node) = &file.node {
+            node.space.forgive();
         }
     }
 

@@ -20,6 +20,7 @@ use crate::support::log_limit::RateLimit;
 use crate::fs::dax::times::Times;
 use crate::fs::dax::watch::{Watch, Watching};
 use crate::fs::identity::{FileId, Subject};
+use crate::fs::sync_errors::Losses;
 use crate::passthrough::{Stretch, StretchedFile};
 
 /// So many of the guest's numbers are remembered for one file. (One file has several by bind mounts, and by
@@ -122,6 +123,7 @@ pub(crate) struct Nodes {
     stretch: Stretch,
     watch: Watch,
     persist: PersistMode,
+    losses: Losses,
     unwatched: RateLimit,
 }
 
@@ -132,10 +134,11 @@ impl Nodes {
         engine: Arc<Engine>,
         stretch: Stretch,
         persist: PersistMode,
+        losses: Losses,
     ) -> io::Result<Self> {
         let watch = Watch::new(engine.clone())?;
         let (table, unwatched) = (Mutex::default(), RateLimit::default());
-        Ok(Self { table, engine, stretch, watch, persist, unwatched })
+        Ok(Self { table, engine, stretch, watch, persist, losses, unwatched })
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -218,7 +221,8 @@ impl Nodes {
         };
         let space = self.engine.space(source, persist);
         let watching = OnceLock::new();
-        let times = Times::new(file.clone(), durability.backing);
+        let (id, losses) = (FileId::of(&file)?, self.losses.clone());
+        let times = Times::new(file.clone(), id, durability.backing, losses);
         Ok(Node { space, direct, times, file, _stretched: stretched, watching })
     }
 
@@ -239,7 +243,17 @@ impl Nodes {
     /// Lets go of the nodes of which nothing is granted and which nobody uses at the moment.
     pub(crate) fn drop_idle(&self) {
         let idle = self.lock().take_idle();
-        drop(idle); // Closes files: not under the lock.
+        self.close(idle);
+    }
+
+    /// Closes the files of what is not used any more: not under the lock.
+    fn close(&self, idle: Vec<Entry>) {
+        for Entry { node, .. } in idle {
+            if node.space.has_failed() {
+                // The node can't tell any more.
+                node.times.has_lost();
+            }
+        }
     }
 
     /// The guest has forgotten a number, which is never given again.
@@ -284,6 +298,6 @@ impl Nodes {
             table.files.values_mut().for_each(|entry| entry.numbers.clear());
             table.take_idle()
         };
-        drop(idle);
+        self.close(idle);
     }
 }

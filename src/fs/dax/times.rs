@@ -35,8 +35,10 @@ use nix::sys::time::TimeSpec;
 use crate::dax::engine::{Engine, Space};
 use crate::dax::sync::{Taken, Turn};
 use crate::dax::written::Bytes;
+use crate::fs::identity::FileId;
+use crate::fs::sync_errors::{Losses, is_loss};
 use crate::persist::Backing;
-use crate::persist::dirty::{dirty_pages, write_out};
+use crate::persist::dirty::{dirty_pages, wait_for_writeback, write_out};
 
 /// When times are settled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,8 +65,10 @@ struct Seen {
     times: Option<(Stamp, Stamp)>,
     /// In memory: there may be stores that can't be seen.
     unseen: bool,
-    /// A page may have been left dirty: it was on its way to the disk.
+    /// A page may have been left dirty: it was under writeback, or a store met the write-out.
     left: bool,
+    /// Stores have moved mtime, and mtime was not set since: a close sets it.
+    moved: bool,
     /// Whether two changes never have the same time, once one of them was looked at (Linux 6.13, ext4, xfs,
     /// btrfs, tmpfs); else the kernel's clock has ticks.
     fine: Option<bool>,
@@ -74,14 +78,11 @@ fn stamps(found: &Metadata) -> (Stamp, Stamp) {
     ((found.mtime(), found.mtime_nsec()), (found.ctime(), found.ctime_nsec()))
 }
 
-/// What the guest may have lost by a write-back that failed.
-fn is_loss(e: &io::Error) -> bool {
-    matches!(e.raw_os_error(), Some(libc::EIO | libc::ENOSPC | libc::EDQUOT))
-}
-
 /// The times of one file.
 pub(crate) struct Times {
     file: Arc<File>,
+    id: FileId,
+    losses: Losses,
     in_memory: bool,
     /// The guest may store, or has stored since the times were settled last.
     watched: AtomicBool,
@@ -92,9 +93,12 @@ pub(crate) struct Times {
 }
 
 impl Times {
-    pub(crate) fn new(file: Arc<File>, backing: Backing) -> Self {
+    /// Of `file`, whose losses of data are noted in `losses`.
+    pub(crate) fn new(file: Arc<File>, id: FileId, backing: Backing, losses: Losses) -> Self {
         Self {
             file,
+            id,
+            losses,
             in_memory: backing == Backing::Memory,
             watched: AtomicBool::new(false),
             stored: AtomicBool::new(false),
@@ -119,9 +123,8 @@ impl Times {
         let written = space.written();
         if !count() && !written.is_empty() {
             // What came since it was closed is not this guest's.
-            self.clean(engine, space, &written, false);
+            self.clean(engine, space, &written);
             self.remember(&mut seen);
-            seen.left = true;
             seen.unseen = self.in_memory;
         }
         if !written.is_empty() {
@@ -149,7 +152,15 @@ impl Times {
         if !self.is_watched() {
             return None;
         }
+        if occasion != Occasion::Look {
+            self.wait_for_writeback(engine, space);
+        }
         self.settle_now(&mut self.seen.take(), engine, space, occasion)
+    }
+
+    /// Whether the guest may store to the file.
+    pub(crate) fn may_be_stored_to(&self) -> bool {
+        self.is_watched()
     }
 
     /// Lets `change` change attributes of the file, mtime among them if it is `given`.
@@ -162,6 +173,9 @@ impl Times {
     ) -> io::Result<T> {
         if !self.is_watched() {
             return change();
+        }
+        if given {
+            self.wait_for_writeback(engine, space);
         }
         let mut seen = self.seen.take();
         let occasion = if given { Occasion::Given } else { Occasion::Look };
@@ -180,7 +194,7 @@ impl Times {
             return;
         }
         let mut seen = self.seen.take();
-        if self.is_stored(&mut seen, &[bytes]) {
+        if self.is_stored(&mut seen, &[bytes], Occasion::Close) {
             self.stored.store(true, Ordering::SeqCst);
         }
     }
@@ -197,24 +211,22 @@ impl Times {
         let written = space.written();
         seen.unseen |= granted && self.in_memory;
         let unseen = seen.unseen && occasion == Occasion::Close;
-        if !(granted || unseen || self.is_stored(seen, &written)) {
+        if !(granted || unseen || self.is_stored(seen, &written, occasion)) {
             return None;
         }
-        let wait = occasion != Occasion::Look;
-        self.clean(engine, space, &written, wait);
-        seen.left = !wait;
+        self.clean(engine, space, &written);
         if occasion == Occasion::Given {
             return None;
         }
-        // Behind the cleaning: a store that came before it is older than the new times.
+        // Behind the write-out: a store that came before it is older than the new times.
         let found = self.renew(seen);
         // What was stored meanwhile has moved mtime on from what is remembered.
-        self.clean(engine, space, &written, false);
+        self.clean(engine, space, &written);
         found
     }
 
-    /// Whether something was stored since the times were settled, as far as can be told.
-    fn is_stored(&self, seen: &mut Seen, written: &[Bytes]) -> bool {
+    /// Whether something was stored since the times were settled, as far as can be told, that mtime does not tell of.
+    fn is_stored(&self, seen: &mut Seen, written: &[Bytes], occasion: Occasion) -> bool {
         if written.is_empty() {
             return false;
         }
@@ -222,13 +234,25 @@ impl Times {
         let (mtime, ctime) = stamps(&found);
         let Some((seen_mtime, seen_ctime)) = seen.times else { return true };
         // One that was set by somebody is older, or lies in the future.
-        if mtime != seen_mtime && mtime >= seen_ctime && mtime <= ctime {
+        let moved = mtime != seen_mtime && mtime >= seen_ctime && mtime <= ctime;
+        if moved {
+            // A look sees that mtime has moved; it need not be later than the last store. To set it would look
+            // like a store to a daemon of another VM that has mapped the file, which would set it in its turn.
+            let is_clean = self.in_memory || self.is_dirty(written) == Some(false);
+            if occasion != Occasion::Look || !is_clean {
+                return true;
+            }
+            seen.times = Some((mtime, ctime));
+            seen.moved = true;
+            return false;
+        }
+        if seen.moved && occasion == Occasion::Close {
             return true;
         }
         // Else it would have moved, unless somebody on the host has set it since. To ask costs 90 ns for each page
         // that is cached.
         let may_be_missed = seen.left || seen.fine != Some(true) || mtime != seen_mtime;
-        if may_be_missed && self.is_dirty(written) {
+        if may_be_missed && self.is_dirty(written) == Some(true) {
             return true;
         }
         seen.left = false;
@@ -236,28 +260,63 @@ impl Times {
         false
     }
 
-    fn is_dirty(&self, written: &[Bytes]) -> bool {
-        let dirty = |bytes: &Bytes| dirty_pages(&self.file, bytes.from.0, bytes.bytes);
-        !self.in_memory && written.iter().any(|bytes| dirty(bytes).is_ok_and(|pages| pages > 0))
+    /// None where the system does not tell, or all pages count as dirty.
+    fn is_dirty(&self, written: &[Bytes]) -> Option<bool> {
+        if self.in_memory {
+            return None;
+        }
+        for Bytes { from, bytes } in written {
+            if dirty_pages(&self.file, from.0, *bytes).ok()? > 0 {
+                return Some(true);
+            }
+        }
+        Some(false)
     }
 
-    /// So that the next store to each page is seen.
-    fn clean(&self, engine: &Engine, space: &Space, written: &[Bytes], wait: bool) {
+    /// Waits until no page is under writeback: a write-out leaves those out. Nobody else waits meanwhile.
+    fn wait_for_writeback(&self, engine: &Engine, space: &Space) {
+        for Bytes { from, bytes } in self.written_out(space) {
+            self.note(engine, space, wait_for_writeback(&self.file, from.0, bytes));
+        }
+    }
+
+    fn written_out(&self, space: &Space) -> Vec<Bytes> {
+        if self.in_memory { Vec::new() } else { space.written() }
+    }
+
+    /// Writes the dirty pages out, so that the next store to each is seen.
+    fn clean(&self, engine: &Engine, space: &Space, written: &[Bytes]) {
         if self.in_memory {
             return;
         }
         for bytes in written {
-            match write_out(&self.file, bytes.from.0, bytes.bytes, wait) {
-                Err(e) if is_loss(&e) => return engine.lost(space, e),
-                Err(e) => debug!("pages can't be written out: {e}"),
-                Ok(()) => {}
+            self.note(engine, space, write_out(&self.file, bytes.from.0, bytes.bytes));
+        }
+    }
+
+    /// Data of the file was lost, and the guest may not have been told.
+    pub(crate) fn has_lost(&self) {
+        self.losses.note(self.id);
+    }
+
+    /// The kernel tells of lost pages once, and has now told us.
+    fn note(&self, engine: &Engine, space: &Space, done: io::Result<()>) {
+        match done {
+            Err(e) if is_loss(&e) => {
+                self.has_lost();
+                engine.lost(space, e);
             }
+            Err(e) => debug!("pages can't be written out: {e}"),
+            Ok(()) => {}
         }
     }
 
     fn remember(&self, seen: &mut Seen) -> Option<Metadata> {
         let found = self.file.metadata().ok();
         seen.times = found.as_ref().map(stamps);
+        seen.moved = false;
+        // A store that met the write-out may have left its page dirty.
+        seen.left = true;
         found
     }
 

@@ -131,12 +131,25 @@ where
         let unlock = asked.release_flags & fuse::RELEASE_FLOCK_UNLOCK != 0;
         let owner = (flush || unlock).then_some(asked.lock_owner);
         self.fs.release(ctx, nodeid, asked.flags, asked.fh, flush, unlock, owner)?;
-        let count = || self.opened.release(asked.fh);
-        match &self.dax {
-            Some(dax) if self.opened.is_writer(asked.fh) => {
-                dax.closed(&dax.find(self.open_file(nodeid, asked.fh))?, count);
-            }
-            _ => drop(count()),
+        let Some(dax) = &self.dax else {
+            self.opened.release(asked.fh);
+            return Reply::DONE;
+        };
+        let is_writer = self.opened.is_writer(asked.fh);
+        let file = dax.find(self.open_file(nodeid, asked.fh))?;
+        let mut forgiven = false;
+        let mut count = || {
+            let released = self.opened.release(asked.fh);
+            forgiven = released.forgiven;
+            released.writer_left
+        };
+        if is_writer {
+            dax.closed(&file, count);
+        } else {
+            count();
+        }
+        if forgiven {
+            dax.forgive(&file);
         }
         Reply::DONE
     }

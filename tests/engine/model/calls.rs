@@ -89,23 +89,21 @@ impl World {
                 return self.as_before(&done, before);
             }
         }
+        // A list goes on behind a range for which there is no room, and ends at one that the front-end refuses:
+        // each range is removed as a whole or not at all, and a later one may have removed it after all.
         let still = shown_pages(&self.strict.maps());
-        let no_room = matches!(&done, Err(GrantError::Window(ShowError::TooMany(_))));
-        // A range that was refused may be removed as a part of a later one: the error stays.
-        let overlap = |(i, &(at, pages, _)): (usize, &(u64, u64, _))| {
-            ranges[i + 1..].iter().any(|(other, more, _)| at < other + more && *other < at + pages)
-        };
-        let mut refused = no_room && ranges.iter().enumerate().any(overlap);
-        for (at, pages, _) in ranges {
+        let mut refused = false;
+        for (i, &(at, pages, _)) in ranges.iter().enumerate() {
             let range = at as usize..(at + pages) as usize;
-            if done.is_err() && range.clone().any(|page| shown[page] && still[page]) {
-                if no_room {
-                    // Those behind it may need no room.
-                    refused = true;
-                    continue;
-                }
-                return Ok(());
+            let granted =
+                |page: u64| self.engine.granted_at(WindowOffset(page * PAGE_BYTES)).is_some();
+            if done.is_err() && (at..at + pages).any(granted) {
+                refused |= range.clone().any(|page| shown[page] && still[page]);
+                continue;
             }
+            refused |= ranges[i + 1..]
+                .iter()
+                .any(|(other, more, _)| at < other + more && *other < at + pages);
             lock(&self.guest).set_cells(at, pages, |_| None);
             self.loose[range].fill(false);
         }
