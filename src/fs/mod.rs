@@ -4,10 +4,11 @@
 //! vhost-user.
 //!
 //! The files are the business of virtiofsd's passthrough file system. Ours are the FUSE messages
-//! (`message`, `server`, `operations`, `attributes`, `transfers`, `readdir`), the way between guest memory and files
-//! (`guest_io`), the threads (`pool`), [`descriptors`], and the window: `dax` joins the guest's requests to the
-//! engine, `nodes` knows which file has an address space there (`identity`: which file that is), `times` sees to it
-//! that stores move a file's times, `window` is what a front-end shows, and [`stretch`] lets it show the end of a file.
+//! (`message`, `server`, `ops`), the way between guest memory and files (`buffers`), the threads
+//! (`pool`), [`descriptors`], and the window: `dax` joins the guest's requests to the engine,
+//! `dax::nodes` knows which file has an address space there (`identity`: which file that is),
+//! `dax::times` sees to it that stores move a file's times, `dax::window` is what a front-end shows,
+//! and [`passthrough`](crate::passthrough) lets it show the end of a file.
 
 mod buffers;
 pub mod config;
