@@ -6,8 +6,8 @@
 //!
 //! 1. [`session`]: one session per front-end, the stop order. `backend`: what the front-end asks:
 //!    features, config space, window size. `lifecycle`: whether the device is started.
-//!    `listener`: the socket, and front-ends that come while one is served. `signals`: what ends the
-//!    daemon, at any time. [`session::config`]: all that is refused before anything is made.
+//!    `listener`: the socket, and front-ends that come while one is served. `signals`: what ends
+//!    the daemon, at any time. [`session::config`]: all that is refused before anything is made.
 //! 2. [`ring`]: drains one ring into requests. [`device::request`]: one chain, checked.
 //!    `device::memory`: the memory that they may be in.
 //! 3. [`device`]: the seam a device stands behind. [`pmem`]: virtio-pmem, the flush.

@@ -7,8 +7,8 @@
 //! (`message`, `server`, `ops`), the way between guest memory and files (`buffers`), the threads
 //! (`pool`), [`descriptors`], and the window: `dax` joins the guest's requests to the engine,
 //! `dax::nodes` knows which file has an address space there (`identity`: which file that is),
-//! `dax::times` sees to it that stores move a file's times, `dax::window` is what a front-end shows,
-//! and [`passthrough`](crate::passthrough) lets it show the end of a file.
+//! `dax::times` sees to it that stores move a file's times, `dax::window` is what a front-end
+//! shows, and [`passthrough`](crate::passthrough) lets it show the end of a file.
 
 mod buffers;
 pub mod config;
