@@ -12,8 +12,6 @@ use vhost_user_dax::support::stderr;
 
 use cli::Command;
 
-const EXIT_FAILURE: u8 = 1;
-
 fn main() -> ExitCode {
     let (command, matches) = match cli::parse() {
         Ok(parsed) => parsed,
@@ -21,8 +19,7 @@ fn main() -> ExitCode {
     };
     let (common, capabilities) = command.common();
     if common.print_capabilities {
-        println!("{capabilities}");
-        return ExitCode::SUCCESS;
+        return cli::print_line(capabilities);
     }
     stderr::init(common.log_level);
     if let Command::Fs(_) = command
@@ -52,6 +49,6 @@ fn failure(e: &DaemonError) -> ExitCode {
     stderr::last_words(&e.to_string());
     ExitCode::from(match e {
         DaemonError::Config(_) => cli::EXIT_USAGE,
-        DaemonError::Start(_) | DaemonError::Session(_) => EXIT_FAILURE,
+        DaemonError::Start(_) | DaemonError::Session(_) => cli::EXIT_FAILURE,
     })
 }

@@ -5,10 +5,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -122,6 +124,10 @@ impl Drop for Daemon {
     }
 }
 
+fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
 /// Says loudly that a test can't run here; ci/test counts these lines.
 fn skip(test: &str, why: &str) {
     // Not eprintln!: the test runner would swallow it.
@@ -138,11 +144,50 @@ fn bad_files_are_refused() {
     nix::unistd::mkfifo(&place.path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
     place.refuses(&mut place.pmem("fifo"), &["neither a regular file nor a device-DAX node"]);
     fs::write(place.path("odd"), vec![0; 5 << 20]).unwrap();
-    place.refuses(&mut place.pmem("odd"), &["no multiple of 2 MiB", "4M or 6M", "truncate"]);
+    place.refuses(&mut place.pmem("odd"), &["no multiple of 2 MiB", "4M or 6M", "fallocate -l 6M"]);
     fs::write(place.path("empty"), b"").unwrap();
-    place.refuses(&mut place.pmem("empty"), &["2M or 4M"]);
+    place.refuses(&mut place.pmem("empty"), &["2M or 4M", "fallocate -l 2M"]);
+    std::os::unix::fs::symlink("nowhere", place.path("link")).unwrap();
+    for size in [&[][..], &["--size", "2M"]] {
+        let words = ["is a symbolic link to nowhere", "does not exist"];
+        place.refuses(place.pmem("link").args(size), &words);
+    }
+    let mut node = Command::new(BINARY);
+    node.args(["pmem", "--file", "/dev/dax9.9", "--socket-path"]).arg(place.path("sock"));
+    place.refuses(&mut node, &["no such device", "daxctl"]);
     place.refuses(place.pmem("nodir/new").args(["--size", "2M"]), &["no such directory"]);
     place.refuses(&mut place.pmem("good/new"), &["Not a directory"]);
+}
+
+/// Shows: a file that is the socket, or the lock beside it that the daemon removes, is refused
+/// under any name.
+#[test]
+fn a_file_is_not_the_socket() {
+    let place = Place::new();
+    fs::create_dir(place.path("dir")).unwrap();
+    for name in ["sock", "dir/../sock"] {
+        let mut command = place.pmem(name);
+        place.refuses(command.args(["--size", "2M"]), &["--file and --socket-path", "two paths"]);
+    }
+    place.refuses(place.pmem("sock.lock").args(["--size", "2M"]), &["lock of --socket-path"]);
+    fs::write(place.path("sock.lock"), vec![7; 2 << 20]).unwrap();
+    fs::set_permissions(place.path("sock.lock"), fs::Permissions::from_mode(0o600)).unwrap();
+    std::os::unix::fs::symlink("sock.lock", place.path("link")).unwrap();
+    for name in ["sock.lock", "link"] {
+        place.refuses(&mut place.pmem(name), &["lock of --socket-path", "take another path"]);
+    }
+}
+
+/// Shows: where RLIMIT_FSIZE permits no window, the line names the limit. (Without root the line
+/// names root.)
+#[test]
+fn a_limit_of_the_length_is_named() {
+    let place = Place::new();
+    let fs = place.fs(&["--dax=always", "--log-level", "error"]);
+    let mut command = Command::new("prlimit");
+    command.args(["--fsize=1", "--"]).arg(BINARY).args(fs.get_args()).env_remove("RUST_LOG");
+    let words = ["--dax=always", if is_root() { "RLIMIT_FSIZE" } else { "as root" }];
+    place.refuses(&mut command, &words);
 }
 
 /// Shows: what an fs device can't be is refused, with what would do.
@@ -156,10 +201,27 @@ fn bad_shares_are_refused() {
         (&["--dax", "sometimes"], &["inode", "always", "never"]),
         (&["--mem-slots", "maybe"], &["on", "off"]),
         (&["--num-request-queues", "0"], &["1..=31"]),
-        (&["--cache", "some"], &["cache"]),
-        (&["--xattrmap", "nonsense"], &["--xattrmap"]),
+        (&["--cache", "some"], &["--cache", "auto, always, never or metadata"]),
+        (&["--posix-acl=some"], &["--posix-acl", "never, auto, always"]),
+        (&["--xattrmap", "foo"], &["--xattrmap", "lacks a field", "':map::user.virtiofs.:'"]),
+        (&["--xattrmap", ":all:all:::"], &["--xattrmap", "rule 1", "'all' is no type"]),
+        (&["--xattrmap", ":ok:some:::"], &["--xattrmap", "rule 1", "'some' is no scope"]),
+        (&["--xattrmap", ":ok:client:::"], &["--xattrmap", "must take all names"]),
+        (&["--xattrmap", ":ok:server:::"], &["--xattrmap", "must take all names"]),
         (&["--posix-acl", "--translate-uid", "map:0:1000:1"], &["--posix-acl", "leave one out"]),
-        (&["--translate-uid", "nonsense"], &["--translate-uid"]),
+        (&["--translate-uid", "nonsense"], &["--translate-uid", "map:0:100000:65536"]),
+        (
+            &["--translate-uid", "map:0:1000:10", "--translate-uid", "map:9:5000:10"],
+            &["--translate-uid map:0:1000:10", "--translate-uid map:9:5000:10", "the guest's ids"],
+        ),
+        (
+            &["--translate-gid=host:1000:0:10", "--translate-gid=squash-host:1009:0:1"],
+            &["--translate-gid host:1000:0:10", "squash-host:1009:0:1", "the host's ids"],
+        ),
+        (
+            &["--translate-gid=forbid-guest:0:9", "--translate-gid=guest:8:0:1"],
+            &["--translate-gid forbid-guest:0:9", "guest:8:0:1", "the guest's ids"],
+        ),
         (
             &["--translate-uid", "guest:0:4294967000:65536"],
             &["--translate-uid", "past the last id"],
@@ -171,7 +233,8 @@ fn bad_shares_are_refused() {
         (&["--translate-gid", "forbid-guest:9:4294967295"], &["--translate-gid", "past the last"]),
         (&["--sandbox", "chroot"], &["--sandbox none"]),
         (&["--rlimit-nofile", "100"], &["take more than"]),
-        (&["--uid-map", "nonsense"], &["--uid-map"]),
+        (&["--uid-map", "nonsense"], &["--uid-map", "':0:1000:1:'"]),
+        (&["--gid-map", ":0:1:"], &["--gid-map", "':0:1000:1:'"]),
         (&["--dax=always", "--window-size=0"], &["--dax=always and --window-size 0"]),
         (&["--dax=always", "--readonly"], &["--dax=always and --readonly"]),
         (&["--dax=always", "--uid-map", ":0:0:1:"], &["--dax=always and --uid-map"]),
@@ -192,11 +255,15 @@ fn bad_shares_are_refused() {
     place.refuses(&mut command, &["--shared-dir", "try 'vhost-user-dax fs --help'"]);
     command.arg("--shared-dir").arg(place.path("good"));
     place.refuses(&mut command, &["good: Not a directory", "name a directory"]);
+    let mut command = Command::new(BINARY);
+    command.args(["fs", "--tag", "t", "--shared-dir", "/proc", "--inode-file-handles=mandatory"]);
+    let words = ["--inode-file-handles=mandatory", "no file handles", "take prefer"];
+    place.refuses(command.arg("--socket-path").arg(place.path("sock")), &words);
     let long = "x".repeat(37);
     let mut command = Command::new(BINARY);
     command.args(["fs", "--tag", &long, "--shared-dir", "/", "--socket-path", "s"]);
     place.refuses(&mut command, &["1 to 36 bytes"]);
-    if nix::unistd::geteuid().is_root() {
+    if is_root() {
         let uid_map = ["--uid-map", ":0:0:1:"];
         place.refuses(&mut place.fs(&uid_map), &["not root", "--translate-uid"]);
     } else {
@@ -211,6 +278,8 @@ fn idle_options_are_told_of() {
     for (arguments, words) in [
         (&["--writeback", "--cache=never"][..], "--writeback does nothing with --cache=never"),
         (&["--writeback", "--readonly"], "--writeback does nothing with --readonly"),
+        (&["--allow-mmap"], "--allow-mmap does nothing without --cache=never or metadata"),
+        (&["--allow-mmap", "--cache", "always"], "--allow-mmap does nothing"),
     ] {
         let daemon = place.start(&mut place.fs(arguments));
         assert!(daemon.said.contains(words), "{}", daemon.said);
@@ -239,7 +308,7 @@ fn a_share_says_what_is_in_force() {
 /// Shows: a daemon that is not root serves from a user namespace, in which the numbers are as told.
 #[test]
 fn an_ordinary_user_has_a_map_of_users() {
-    if !nix::unistd::geteuid().is_root() {
+    if !is_root() {
         return skip("an_ordinary_user_has_a_map_of_users", "not root, so can't become nobody");
     }
     // The kernel lets nobody make one in a chroot.
@@ -280,7 +349,12 @@ fn bad_options_are_refused() {
     place.refuses(Command::new(BINARY).arg("pmem"), &["--socket-path", "--file"]);
     place.refuses(place.pmem("good").arg("--frobnicate"), &["--frobnicate"]);
     place.refuses(place.pmem("good").args(["--fd", "3"]), &["cannot be used with"]);
-    place.refuses(place.pmem("good").args(["--log-level", "loud"]), &["loud"]);
+    let levels = "off, error, warn, info, debug or trace";
+    place.refuses(place.pmem("good").args(["--log-level", "loud"]), &["loud", levels]);
+    let help = "(try 'vhost-user-dax --help')";
+    place.refuses(Command::new(BINARY).arg("foo"), &["foo", help]);
+    place.refuses(Command::new(BINARY).arg("--print-capabilities"), &[help]);
+    place.refuses(Command::new(BINARY).args(["fs", "--bogus"]), &["'vhost-user-dax fs --help'"]);
 }
 
 /// Shows: a file that this user may not write is refused, not opened read-only.
@@ -288,7 +362,7 @@ fn bad_options_are_refused() {
 fn a_file_without_permission_is_refused() {
     let place = Place::new();
     let mut command = place.pmem("good");
-    if nix::unistd::geteuid().is_root() {
+    if is_root() {
         command = Command::new(place.program());
         command.uid(NOBODY).gid(NOBODY).arg("pmem").arg("--socket-path").arg("/tmp/never");
         command.arg("--file").arg(place.path("good"));
@@ -397,9 +471,15 @@ fn a_second_daemon_on_one_file_is_refused() {
 fn bad_socket_paths_are_refused() {
     let place = Place::new();
     fs::write(place.path("sock"), b"mine").unwrap();
-    place.refuses(&mut place.pmem("good"), &["is no socket"]);
+    place.refuses(&mut place.pmem("good"), &["is no socket, but a file"]);
     // A file to create must not appear either when the socket is bad.
     place.refuses(place.pmem("new").args(["--size", "2M"]), &["is no socket"]);
+    fs::remove_file(place.path("sock")).unwrap();
+    fs::create_dir(place.path("sock")).unwrap();
+    place.refuses(&mut place.pmem("good"), &["is no socket, but a directory", "name a path in it"]);
+    fs::remove_dir(place.path("sock")).unwrap();
+    std::os::unix::fs::symlink("good", place.path("sock")).unwrap();
+    place.refuses(&mut place.pmem("good"), &["is no socket, but a symbolic link"]);
     fs::remove_file(place.path("sock")).unwrap();
 
     let with_socket = |path: PathBuf| {
@@ -492,6 +572,119 @@ fn capabilities_are_json() {
     assert!(output.status.success());
     let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(json["type"], "pmem");
+}
+
+/// Shows: a stream that takes nothing is no panic: the exit code is 2 for a bad option, and 1 where
+/// stdout was asked for.
+#[test]
+fn full_streams_are_no_panic() {
+    let full = || File::options().write(true).open("/dev/full").unwrap();
+    for arguments in [&["fs", "--bogus"][..], &["foo"], &[]] {
+        let status = Command::new(BINARY).args(arguments).stderr(full()).status().unwrap();
+        assert_eq!(status.code(), Some(2), "{arguments:?}");
+    }
+    let closed = || Stdio::from(std::io::pipe().unwrap().1);
+    for arguments in [
+        &["fs", "--print-capabilities"][..],
+        &["pmem", "--print-capabilities"],
+        &["--help"],
+        &["fs", "--version"],
+    ] {
+        for stdout in [full().into(), closed()] {
+            let output = Command::new(BINARY).args(arguments).stdout(stdout).output().unwrap();
+            let line = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(1), "{arguments:?}: {line}");
+            assert_eq!(line.lines().count(), 1, "{line}");
+            assert!(line.contains("stdout can't be written"), "{line}");
+        }
+    }
+}
+
+/// Shows: arguments that are no text are refused in one line.
+#[test]
+fn arguments_that_are_no_text_are_refused() {
+    let place = Place::new();
+    for before in [&[][..], &["fs"], &["fs", "--tag"]] {
+        let mut command = Command::new(BINARY);
+        place.refuses(command.args(before).arg(OsStr::from_bytes(b"\xff")), &["--help"]);
+    }
+}
+
+/// Shows: both devices have --version; the last one of a repeated option counts, as with virtiofsd.
+#[test]
+fn versions_and_repeated_options() {
+    for arguments in [&["--version"][..], &["fs", "--version"], &["pmem", "--version"]] {
+        let output = Command::new(BINARY).args(arguments).output().unwrap();
+        assert!(output.status.success());
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert!(said.trim_end().ends_with(env!("CARGO_PKG_VERSION")), "{said}");
+    }
+    let place = Place::new();
+    let last = ["--tag", "last", "--window-size", "2M", "--window-size", "0", "--readonly"];
+    let share = place.start(place.fs(&last).arg("--readonly"));
+    assert!(share.said.contains("tag last"), "{}", share.said);
+    assert!(share.said.contains("no window: every access"), "{}", share.said);
+    assert!(share.end_with(Signal::SIGTERM).success());
+    let pmem = place.start(place.pmem("missing").arg("--file").arg(place.path("good")));
+    assert!(pmem.said.contains("good: 4M"), "{}", pmem.said);
+    assert!(pmem.end_with(Signal::SIGTERM).success());
+}
+
+/// Shows: where a limit or a capability is missing, one line names the option and what would do.
+#[test]
+fn options_that_want_more_than_one_may() {
+    let name = "options_that_want_more_than_one_may";
+    if !is_root() {
+        return skip(name, "not root, so has no capability to drop");
+    }
+    let place = Place::new();
+    let without = |capability: &str, arguments: &[&str]| {
+        let fs = place.fs(arguments);
+        let mut command = Command::new("setpriv");
+        command.arg(format!("--bounding-set=-{capability}")).arg("--inh-caps=-all");
+        command.args(["prlimit", "--nofile=4096:4096"]).arg(BINARY).args(fs.get_args());
+        command.env_remove("RUST_LOG");
+        command
+    };
+    place.refuses(
+        &mut without("sys_resource", &["--rlimit-nofile", "5000"]),
+        &["--rlimit-nofile 5000", "hard limit of 4096 descriptors", "take at most 4096"],
+    );
+    place.refuses(
+        &mut without("dac_read_search", &["--inode-file-handles=mandatory"]),
+        &["--inode-file-handles=mandatory", "CAP_DAC_READ_SEARCH", "take prefer"],
+    );
+    let daemon = place.start(&mut without("dac_read_search", &["--window-size", "0"]));
+    let warned: Vec<_> = daemon.said.lines().filter(|line| line.contains("warn:")).collect();
+    assert_eq!(warned.len(), 1, "{}", daemon.said);
+    assert!(warned[0].contains("--inode-file-handles=prefer"), "{}", daemon.said);
+    assert!(daemon.end_with(Signal::SIGTERM).success());
+}
+
+/// Shows: a session has one line at its end, and a SIGTERM when there is none has none.
+#[test]
+fn a_session_is_reported_once() {
+    let place = Place::new();
+    for command in [&mut place.pmem("good"), &mut place.fs(&["--window-size", "0"])] {
+        let mut child = command.arg("--keep-listening").stderr(Stdio::piped()).spawn().unwrap();
+        let mut stderr = BufReader::new(child.stderr.take().unwrap());
+        let mut said = String::new();
+        for sessions in 0..3 {
+            while !said.contains("waiting for a front-end")
+                || said.matches("session ended").count() < sessions
+            {
+                assert_ne!(stderr.read_line(&mut said).unwrap(), 0, "the daemon ended: {said}");
+            }
+            if sessions < 2 {
+                drop(UnixStream::connect(place.path("sock")).unwrap());
+            }
+        }
+        kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+        stderr.read_to_string(&mut said).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        assert_eq!(said.matches("session ended").count(), 2, "{said}");
+        assert_eq!(said.matches("held back").count(), 0, "{said}");
+    }
 }
 
 /// Shows: a front-end that just goes ends a one-shot daemon with 0; --keep-listening waits on.

@@ -169,8 +169,13 @@ impl Daemon {
 
     /// Must end with code 2 and one line with all of `words` in it, beside those that only tell.
     fn refuses(command: &mut Command, words: &[&str]) {
-        let (code, said) = Self::spawn(command).ended();
-        assert_eq!(code, Some(2), "{said}");
+        Self::fails(command, 2, words);
+    }
+
+    /// Must end with `code`, and with such a line.
+    fn fails(command: &mut Command, code: i32, words: &[&str]) {
+        let (ended, said) = Self::spawn(command).ended();
+        assert_eq!(ended, Some(code), "{said}");
         let lines: Vec<_> = said.lines().filter(|line| !line.contains(": info: ")).collect();
         assert_eq!(lines.len(), 1, "{said}");
         assert!(words.iter().all(|word| said.contains(word)), "{words:?} are not in: {said}");
@@ -349,6 +354,11 @@ fn a_left_lock_is_no_obstacle() {
     let daemon = Daemon::waiting(&mut place.pmem(&file));
     assert_eq!(place.names(), ["file", "sock"]);
     daemon.terminated();
+    fs::write(place.path("sock.lock"), "precious").unwrap();
+    fs::set_permissions(place.path("sock.lock"), fs::Permissions::from_mode(0o600)).unwrap();
+    Daemon::refuses(&mut place.pmem(&file), &["sock.lock", "remove it"]);
+    assert_eq!(fs::read(place.path("sock.lock")).unwrap(), b"precious");
+    fs::remove_file(place.path("sock.lock")).unwrap();
     mkfifo(&place.path("sock.lock"), nix::sys::stat::Mode::S_IRWXU).unwrap();
     Daemon::refuses(&mut place.pmem(&file), &["sock.lock"]);
 }
@@ -590,7 +600,10 @@ fn a_limit_of_file_sizes_refuses_a_new_file() {
     let before = ["prlimit", "--fsize=1048576", "--"];
     for more in [&["--size", "4M"][..], &["--size", "4M", "--sparse"]] {
         let mut command = place.pmem_behind(&before, &place.path("new"));
-        Daemon::refuses(command.args(more), &["no room for 4M"]);
+        Daemon::refuses(
+            command.args(more),
+            &["4M is longer than a file may be here", "RLIMIT_FSIZE, 1M here"],
+        );
         assert!(place.names().is_empty());
     }
 }
@@ -608,7 +621,7 @@ fn without_unshare_no_share_is_served() {
     command.args(["-e", "inject=unshare:error=EPERM", BINARY, "fs", "--tag", "t"]);
     command.arg("--socket-path").arg(place.path("sock")).args(["--window-size", "0"]);
     command.arg("--shared-dir").arg(place.0.path()).env_remove("RUST_LOG");
-    Daemon::refuses(&mut command, &["unshare(CLONE_FS)", "permit unshare"]);
+    Daemon::fails(&mut command, 1, &["unshare(CLONE_FS)", "permit unshare"]);
     assert!(place.names().is_empty());
 }
 

@@ -31,7 +31,7 @@ pub const FILES: usize = 100;
 /// Which daemon, and how it is run.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Each inode held by a descriptor, as the virtiofsd of Debian does.
+    /// Each inode held by a descriptor (not the default), as the virtiofsd of Debian does.
     Ours {
         window_mib: u64,
         queues: usize,

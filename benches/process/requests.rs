@@ -17,7 +17,7 @@ const KINDS: [Kind; 6] = [
     Kind::Virtiofsd { threads: 64 },
     Kind::ByHandle,
 ];
-/// Whose figures the ratios are of, and to: each as it is by default.
+/// Whose figures the ratios are of, and to: both hold each inode by a descriptor.
 const OURS: usize = 0;
 const PEER: usize = 3;
 

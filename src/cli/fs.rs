@@ -3,11 +3,13 @@
 //! The command line of `vhost-user-dax fs`. Options of virtiofsd have its names and its meaning.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
+use nix::sys::resource::{Resource, getrlimit};
 use virtiofsd::idmap::{GidMap, UidMap};
 use virtiofsd::limits::setup_rlimit_nofile;
-use virtiofsd::passthrough::xattrmap::XattrMap;
+use virtiofsd::passthrough::xattrmap::{ErrorKind, XattrMap};
 use virtiofsd::passthrough::{CachePolicy, InodeFileHandlesMode, NegotiationMode};
 use virtiofsd::soft_idmap::cmdline::IdMap;
 
@@ -60,7 +62,7 @@ pub struct FsArgs {
     #[arg(long, value_name = "PATH", required_unless_present = "print_capabilities")]
     shared_dir: Option<PathBuf>,
 
-    /// The name by which the guest mounts it
+    /// The name by which the guest mounts it: 1 to 36 bytes
     #[arg(long, value_name = "NAME", required_unless_present = "print_capabilities")]
     tag: Option<Tag>,
 
@@ -81,11 +83,11 @@ pub struct FsArgs {
     #[arg(long, value_name = "on|off", default_value = "on", help_heading = "Window")]
     mem_slots: OnOff,
 
-    /// Request queues; the front-end's num_vqs is this and 1
+    /// Request queues, 1 to 31; the front-end's num_vqs is this and 1
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=31))]
     num_request_queues: u16,
 
-    /// The most threads that serve requests; they come and go as needed
+    /// The most threads that serve requests, at least 2; they come and go as needed
     #[arg(long, value_name = "N", default_value_t = DEFAULT_THREADS)]
     thread_pool_size: usize,
 
@@ -95,7 +97,7 @@ pub struct FsArgs {
 
     /// How much the guest may cache of what it does not map: auto, always, never or metadata. Attributes of
     /// files that it may map (with -o dax all, with -o dax=inode large ones) are asked for each time
-    #[arg(long, value_name = "POLICY", default_value = "auto")]
+    #[arg(long, value_name = "POLICY", default_value = "auto", value_parser = cache_policy)]
     cache: CachePolicy,
 
     /// Let the guest collect writes before it sends them, if it maps no files
@@ -106,7 +108,7 @@ pub struct FsArgs {
     #[arg(long)]
     allow_direct_io: bool,
 
-    /// With --cache=never or metadata: let the guest mmap shared files
+    /// With --cache=never or metadata: let the guest mmap files as shared
     #[arg(long)]
     allow_mmap: bool,
 
@@ -140,19 +142,23 @@ pub struct FsArgs {
     no_killpriv_v2: bool,
 
     /// Translate user numbers, for example 'map:0:100000:65536' (guest 0 is host 100000, and so on)
-    #[arg(long, value_name = "RULE", help_heading = "Attributes and owners")]
+    #[arg(long, value_name = "RULE", value_parser = id_rule,
+          help_heading = "Attributes and owners")]
     translate_uid: Vec<IdMap>,
 
     /// Translate group numbers, the same way
-    #[arg(long, value_name = "RULE", help_heading = "Attributes and owners")]
+    #[arg(long, value_name = "RULE", value_parser = id_rule,
+          help_heading = "Attributes and owners")]
     translate_gid: Vec<IdMap>,
 
     /// Not as root: enter a user namespace with this map, ':inside:outside:count:'; there is no window then
-    #[arg(long, value_name = "MAP", help_heading = "Attributes and owners")]
+    #[arg(long, value_name = "MAP", value_parser = user_map::<UidMap>,
+          help_heading = "Attributes and owners")]
     uid_map: Vec<UidMap>,
 
     /// The same for groups
-    #[arg(long, value_name = "MAP", help_heading = "Attributes and owners")]
+    #[arg(long, value_name = "MAP", value_parser = user_map::<GidMap>,
+          help_heading = "Attributes and owners")]
     gid_map: Vec<GidMap>,
 
     #[arg(long, hide = true, default_value = "none")]
@@ -174,7 +180,8 @@ pub struct FsArgs {
     #[arg(long)]
     preserve_noatime: bool,
 
-    /// How many files the daemon may have open; 0 leaves the limit as it is
+    /// How many descriptors the daemon may have open: 1000000 or the hard limit unless set; 0
+    /// leaves the limit as it is
     #[arg(long, value_name = "N")]
     rlimit_nofile: Option<u64>,
 }
@@ -190,10 +197,105 @@ Example:
 
 The window needs QEMU 11.1 or newer, Linux 6.9 or newer on the host, and root.
 Without a window: -device vhost-user-fs-pci,chardev=c0,tag=share, or cloud-hypervisor's --fs.
-Exit codes: 0 the VM has gone, or SIGTERM or SIGINT came; 1 the session failed; 2 a bad option.";
+Exit codes: 0 the VM has gone, or SIGTERM or SIGINT came; 1 a session or the start failed;
+2 a bad option.";
 
+fn cache_policy(text: &str) -> Result<CachePolicy, &'static str> {
+    text.parse().map_err(|_| "take auto, always, never or metadata")
+}
+
+fn id_rule(text: &str) -> Result<IdMap, String> {
+    text.parse().map_err(|e| format!("{e}; write a rule like map:0:100000:65536"))
+}
+
+fn user_map<T: FromStr>(text: &str) -> Result<T, &'static str> {
+    text.parse().map_err(|_| "write ':INSIDE:OUTSIDE:COUNT:', for example ':0:1000:1:'")
+}
+
+/// virtiofsd's own text is a structure of the program.
 fn xattrmap(text: &str) -> Result<XattrMap, String> {
-    XattrMap::try_from(text).map_err(|e| e.to_string())
+    // Names that only a rule for all names takes: where there is none, virtiofsd's code panics.
+    let is_terminated = |map: XattrMap| {
+        map.map_client_xattr(c"\x01")?;
+        map.map_server_xattrlist(b"\x01\0".to_vec())?;
+        Ok(map)
+    };
+    XattrMap::try_from(text).and_then(is_terminated).map_err(|e| {
+        let at = e.rule.map_or_else(String::new, |rule| format!("rule {rule}: "));
+        let what = match e.cause {
+            ErrorKind::InvalidScope { got, .. } => {
+                format!("'{got}' is no scope, which is all, server or client")
+            }
+            ErrorKind::InvalidType { got, .. } => {
+                format!("'{got}' is no type, which is prefix, ok, bad, unsupported or map")
+            }
+            ErrorKind::InvalidDelimiter => "it does not begin and end with one delimiter".into(),
+            ErrorKind::IncompleteRule => "it lacks a field".into(),
+            ErrorKind::MapRuleViolation => "a map rule must be the only one, and the last".into(),
+            ErrorKind::NoRulesProvided => "there is no rule".into(),
+            ErrorKind::UnterminatedMapping => {
+                "the last rule must take all names, as ':ok:all:::' does".into()
+            }
+        };
+        format!("{at}{what}; write rules like ':map::user.virtiofs.:'")
+    })
+}
+
+/// Sets the limit, and returns what is in force.
+fn limit_descriptors(wanted: Option<u64>) -> Result<u64, String> {
+    let hard = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(_, hard)| hard);
+    setup_rlimit_nofile(wanted).map_err(|e| match wanted {
+        Some(wanted) if e.starts_with(NOT_PERMITTED) => format!(
+            "--rlimit-nofile {wanted}: more than the hard limit of {hard} descriptors takes \
+             CAP_SYS_RESOURCE; take at most {hard}, or 0, which leaves the limit as it is"
+        ),
+        _ => format!("--rlimit-nofile: {e}; take a smaller number, or 0"),
+    })
+}
+
+/// How virtiofsd's text of a setrlimit(2) that failed begins. A debug text of the error follows.
+const NOT_PERMITTED: &str = "Failed to increase the limit";
+
+/// The numbers of guest users or host users that a rule is for.
+type Ids = Option<(u32, u32)>;
+
+/// The first number and the count, of the guest's and of the host's, that no other rule may have.
+fn sources(rule: &IdMap) -> (Ids, Ids) {
+    match *rule {
+        IdMap::Guest { from_guest, count, .. }
+        | IdMap::SquashGuest { from_guest, count, .. }
+        | IdMap::ForbidGuest { from_guest, count } => (Some((from_guest, count)), None),
+        IdMap::Host { from_host, count, .. } | IdMap::SquashHost { from_host, count, .. } => {
+            (None, Some((from_host, count)))
+        }
+        IdMap::Bidirectional { guest, host, count } => (Some((guest, count)), Some((host, count))),
+    }
+}
+
+fn meet(one: Ids, other: Ids) -> bool {
+    one.zip(other).is_some_and(|((one, count), (other, others))| {
+        count > 0 && others > 0 && one < other + others && other < one + count
+    })
+}
+
+/// Two rules for one number: virtiofsd's code would refuse them, and name no option.
+fn check_overlaps(option: &str, rules: &[IdMap]) -> Result<(), String> {
+    for (at, rule) in rules.iter().enumerate() {
+        let (guest, host) = sources(rule);
+        for earlier in rules.iter().take(at) {
+            let (guests, hosts) = sources(earlier);
+            let side = match (meet(guest, guests), meet(host, hosts)) {
+                (true, _) => "the guest's",
+                (_, true) => "the host's",
+                _ => continue,
+            };
+            return Err(format!(
+                "{option} {earlier} and {option} {rule}: both translate some of {side} ids; \
+                 leave one out, or let their ranges not overlap"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// virtiofsd's code adds without a look: past the last id it would begin at 0 again, which is root. And -1 is nobody.
@@ -214,7 +316,8 @@ fn check_rules(option: &str, rules: &[IdMap]) -> Result<(), String> {
         Some(rule) => Err(format!(
             "{option} {rule}: goes past the last id, 4294967294; take a smaller number"
         )),
-        None => Ok(()),
+        // The sums of the ranges are known to end by now.
+        None => check_overlaps(option, rules),
     }
 }
 
@@ -247,8 +350,7 @@ impl FsArgs {
                     .into(),
             );
         }
-        let files = setup_rlimit_nofile(self.rlimit_nofile)
-            .map_err(|e| format!("--rlimit-nofile: {e}; take a smaller number, or 0"))?;
+        let files = limit_descriptors(self.rlimit_nofile)?;
         let config = FsConfig {
             dax: match self.dax {
                 Dax::Never => DaxPolicy::Never,

@@ -6,6 +6,7 @@ mod fs;
 mod option_pairs;
 mod pmem;
 
+use std::io::{self, Write};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -16,6 +17,7 @@ use log::LevelFilter;
 
 use vhost_user_dax::persist::PersistMode;
 use vhost_user_dax::session::listener::SocketSpec;
+use vhost_user_dax::support::stderr;
 
 pub use fs::FsArgs;
 pub use option_pairs::{contradiction, warn_of_idle};
@@ -24,9 +26,12 @@ pub use pmem::PmemArgs;
 /// The exit code for a bad option.
 pub const EXIT_USAGE: u8 = 2;
 
+/// The exit code for everything else that fails.
+pub const EXIT_FAILURE: u8 = 1;
+
 /// Host files, mapped straight into virtual machines: a vhost-user daemon.
 #[derive(Parser)]
-#[command(version, max_term_width = 100)]
+#[command(version, propagate_version = true, args_override_self = true, max_term_width = 100)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -72,13 +77,17 @@ pub struct Common {
     #[arg(long)]
     pub keep_listening: bool,
 
-    /// How much to say on stderr: error, warn, info, debug or trace; RUST_LOG overrides it
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    /// How much to say on stderr: off, error, warn, info, debug or trace; RUST_LOG overrides it
+    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = log_level)]
     pub log_level: LevelFilter,
 
     /// Print what this back-end is, as QEMU's conventions want it (JSON), and exit
     #[arg(long)]
     pub print_capabilities: bool,
+}
+
+fn log_level(text: &str) -> Result<LevelFilter, &'static str> {
+    text.parse().map_err(|_| "take off, error, warn, info, debug or trace")
 }
 
 impl Common {
@@ -128,8 +137,7 @@ pub fn parse() -> Result<(Command, ArgMatches), clap::Error> {
 /// One line, not clap's usual page; help and version are not errors.
 pub fn usage_error(e: &clap::Error) -> ExitCode {
     if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
-        let _ = e.print();
-        return ExitCode::SUCCESS;
+        return printed(e.print());
     }
     if e.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         let _ = e.print();
@@ -139,8 +147,26 @@ pub fn usage_error(e: &clap::Error) -> ExitCode {
     let what: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
     let what = what.join(" ");
     let what = what.strip_prefix("error: ").unwrap_or(&what);
-    let asked = std::env::args().nth(1).filter(|word| word == "fs");
-    let command = asked.as_deref().unwrap_or("pmem");
-    eprintln!("vhost-user-dax: {what} (try 'vhost-user-dax {command} --help')");
+    let first = std::env::args_os().nth(1).unwrap_or_default();
+    let of_command =
+        [("pmem", "pmem "), ("fs", "fs ")].into_iter().find(|(name, _)| first == *name);
+    let of_command = of_command.map_or("", |(_, word)| word);
+    stderr::last_words(&format!("{what} (try 'vhost-user-dax {of_command}--help')"));
     ExitCode::from(EXIT_USAGE)
+}
+
+/// Prints what was asked for on stdout.
+pub fn print_line(line: &str) -> ExitCode {
+    printed(writeln!(io::stdout(), "{line}"))
+}
+
+/// The exit code of what goes to stdout.
+fn printed(written: io::Result<()>) -> ExitCode {
+    match written.and_then(|()| io::stdout().flush()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            stderr::last_words(&format!("stdout can't be written: {e}"));
+            ExitCode::from(EXIT_FAILURE)
+        }
+    }
 }

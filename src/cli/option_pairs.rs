@@ -79,6 +79,11 @@ pub fn warn_of_idle(matches: &ArgMatches) {
             "--writeback does nothing with --cache=never: no write is held back",
         ),
         (
+            named.any("allow_mmap")
+                && !(named.is("cache", "never") || named.is("cache", "metadata")),
+            "--allow-mmap does nothing without --cache=never or metadata: the guest always may",
+        ),
+        (
             named.any("writeback") && named.any("readonly"),
             "--writeback does nothing with --readonly: there are no writes",
         ),

@@ -30,7 +30,7 @@ pub struct PmemArgs {
     #[arg(long, value_name = "SIZE")]
     size: Option<PmemSize>,
 
-    /// Don't allocate the blocks of a new file; a full disk then kills the VM
+    /// Leave holes in a new file, and accept them in an old one; a full disk then kills the VM
     #[arg(long)]
     sparse: bool,
 
@@ -49,7 +49,8 @@ Example:
   guest# mkfs.ext4 -b 4096 /dev/pmem0 && mount -o dax /dev/pmem0 /mnt
 
 QEMU must be 11.1 or newer.
-Exit codes: 0 the VM has gone, or SIGTERM or SIGINT came; 1 the session failed; 2 a bad option.";
+Exit codes: 0 the VM has gone, or SIGTERM or SIGINT came; 1 a session or the start failed;
+2 a bad option.";
 
 /// `{"type": ...}` of QEMU's back-end program conventions (docs/interop/vhost-user.json).
 pub const CAPABILITIES: &str = r#"{"type": "pmem", "features": []}"#;

@@ -92,7 +92,8 @@ pub trait Device: Send + Sync + 'static {
     /// Called once when a session is over, to let go of all that was its own.
     fn session_ended(&self) {}
 
-    /// Says in one line what a session that is over has done.
+    /// Says in one line what a session that is over has done: once for each session, however often
+    /// it is called.
     fn report(&self);
 
     /// The process is about to end: what runs may finish, and nobody is answered after that.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One request, and its way back. Knows no ring: a request goes back to its [owner](RequestOwner).
+//! One request, and its way back. Knows no ring: a request goes back to its owner (`RequestOwner`).
 
 use std::sync::Arc;
 

@@ -139,7 +139,7 @@ impl Descriptors {
         Self {
             most,
             kept: (config.guest_fds / 8).min(KEPT) as i64,
-            by_handle: asked_for_handles && handles_work(&config.shared_dir).unwrap_or(false),
+            by_handle: asked_for_handles && handles_work(&config.shared_dir).is_ok(),
             asked_for_handles,
             table,
             own: AtomicU64::new(0),
@@ -227,10 +227,13 @@ impl Descriptors {
 }
 
 /// Whether the file system has file handles, and we may open them: as the library finds out.
-fn handles_work(dir: &Path) -> io::Result<bool> {
+///
+/// # Errors
+/// The system's, where not.
+pub(crate) fn handles_work(dir: &Path) -> io::Result<()> {
     let (dir, mut handle, mut mount) = (File::open(dir)?, CFileHandle::default(), 0);
     name_to_handle_at(&dir, c"", &mut handle, &mut mount, libc::AT_EMPTY_PATH)?;
-    open_by_handle_at(&dir, &handle, libc::O_PATH).map(|_| true)
+    open_by_handle_at(&dir, &handle, libc::O_PATH).map(drop)
 }
 
 /// How many descriptors the process has.

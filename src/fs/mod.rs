@@ -4,10 +4,11 @@
 //! vhost-user.
 //!
 //! The files are the business of virtiofsd's passthrough file system. Ours are the FUSE messages
-//! (`message`, `server`, `operations`, `attributes`, `transfers`, `readdir`), the way between guest memory and files
-//! (`guest_io`), the threads (`pool`), [`descriptors`], and the window: `dax` joins the guest's requests to the
-//! engine, `nodes` knows which file has an address space there (`identity`: which file that is), `times` sees to it
-//! that stores move a file's times, `window` is what a front-end shows, and [`stretch`] lets it show the end of a file.
+//! (`message`, `server`, `ops`), the way between guest memory and files (`buffers`), the threads
+//! (`pool`), [`descriptors`], and the window: `dax` joins the guest's requests to the engine,
+//! `dax::nodes` knows which file has an address space there (`identity`: which file that is),
+//! `dax::times` sees to it that stores move a file's times, `dax::window` is what a front-end
+//! shows, and [`passthrough`](crate::passthrough) lets it show the end of a file.
 
 mod buffers;
 pub mod config;
@@ -32,11 +33,15 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
+use nix::errno::Errno;
+use nix::sys::statvfs::{FsFlags, statvfs};
 use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
 use virtiofsd::filesystem::FileSystem;
 use virtiofsd::passthrough::read_only::PassthroughFsRo;
-use virtiofsd::passthrough::{self, CachePolicy, NegotiationMode, PassthroughFs};
+use virtiofsd::passthrough::{
+    self, CachePolicy, InodeFileHandlesMode, NegotiationMode, PassthroughFs,
+};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::device::request::Request;
@@ -75,13 +80,27 @@ pub enum FsError {
     },
     /// `--dax=always` where no window can be had.
     #[error(
-        "--dax=always: {0}; run the daemon as root on Linux 6.9 or newer, or take --dax=inode, \
-         which goes without a window where it must"
+        "--dax=always: {0}; {advice}, or take --dax=inode, which goes without a window where it \
+         must",
+        advice = .0.advice()
     )]
     NoWindow(Unavailable),
+    /// `--dax=always` on a share that is mounted read-only.
+    #[error(
+        "--dax=always: the share is mounted read-only, and a window shows only files that can be \
+         written; take --dax=inode, which goes without a window where it must"
+    )]
+    ReadOnly,
     /// The shared directory can't be served.
     #[error("--shared-dir: {0}")]
     Share(io::Error),
+    /// `--inode-file-handles=mandatory` where there are none.
+    #[error(
+        "--inode-file-handles=mandatory: {}; take prefer, which holds inodes by descriptors where \
+         it must",
+        no_handles(.0)
+    )]
+    NoHandles(io::Error),
     /// `--uid-map` or `--gid-map` where that can't be.
     #[error("--uid-map, --gid-map: {0}")]
     Namespace(#[from] user_namespace::NamespaceError),
@@ -106,6 +125,8 @@ pub struct Fs {
     pool: Arc<Pool>,
     log_limit: RateLimit,
     closing: AtomicBool,
+    /// There is a session of which nothing was reported yet.
+    in_session: AtomicBool,
     /// What the passthrough file system opens at each INIT.
     _root: OwnedFd,
 }
@@ -117,11 +138,13 @@ impl Fs {
     /// See [`FsError`].
     pub fn new(config: &FsConfig) -> Result<Arc<Self>, FsError> {
         let regions = Arc::<AtomicUsize>::default();
+        let inode_file_handles = inode_file_handles(config)?;
         let losses = Losses::default();
         let dax = make_dax(config, &regions, &losses)?;
         let descriptors = Descriptors::new(config, dax.clone(), regions.clone());
         let root = open_root(&config.shared_dir).map_err(FsError::Share)?;
         let mut passthrough = passthrough_config(config, &root);
+        passthrough.inode_file_handles = inode_file_handles;
         if passthrough.killpriv_v2 && dax.is_some() {
             // A store through the window makes no request that we could clear the bits at.
             warn!(
@@ -158,8 +181,41 @@ impl Fs {
             pool: Arc::new(Pool::new(config.threads).map_err(FsError::Start)?),
             log_limit: RateLimit::default(),
             closing: AtomicBool::new(false),
+            in_session: AtomicBool::new(false),
             _root: root,
         }))
+    }
+}
+
+/// How inodes are held, by what is asked for and what can be had. virtiofsd's code finds out the
+/// same, with lines that name no option.
+fn inode_file_handles(config: &FsConfig) -> Result<InodeFileHandlesMode, FsError> {
+    let asked = config.inode_file_handles;
+    if asked == InodeFileHandlesMode::Never {
+        return Ok(asked);
+    }
+    let Err(e) = descriptors::handles_work(&config.shared_dir) else { return Ok(asked) };
+    if asked == InodeFileHandlesMode::Mandatory {
+        return Err(FsError::NoHandles(e));
+    }
+    warn!(
+        "--inode-file-handles=prefer: {}; each inode that the guest knows holds a descriptor, as \
+         with --inode-file-handles=never",
+        no_handles(&e)
+    );
+    Ok(InodeFileHandlesMode::Never)
+}
+
+/// Why inodes can't be held by file handles.
+fn no_handles(e: &io::Error) -> String {
+    match e.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EPERM) => {
+            format!("file handles can't be opened without CAP_DAC_READ_SEARCH ({e})")
+        }
+        Some(Errno::EOPNOTSUPP | Errno::EOVERFLOW) => {
+            format!("the file system of the share has no file handles ({e})")
+        }
+        _ => format!("file handles can't be had ({e})"),
     }
 }
 
@@ -210,13 +266,21 @@ fn make_dax(
         );
         return Ok(None);
     }
+    if statvfs(&config.shared_dir).is_ok_and(|fs| fs.flags().contains(FsFlags::ST_RDONLY)) {
+        // Q8: a file that can't be opened for writing can't be mapped.
+        if config.dax == DaxPolicy::Always {
+            return Err(FsError::ReadOnly);
+        }
+        warn!("no window: the share is mounted read-only; --readonly says so, too");
+        return Ok(None);
+    }
     let stretch = match Stretch::new() {
         Ok(stretch) => stretch,
         Err(e) if config.dax == DaxPolicy::Always => return Err(FsError::NoWindow(e)),
         Err(e) => {
             warn!(
-                "no window: the end of a file could not be mapped: {e}. Run the daemon as root on \
-                 Linux 6.9 or newer to have one"
+                "no window: the end of a file could not be mapped: {e}; {} to have one",
+                e.advice()
             );
             return Ok(None);
         }
@@ -259,7 +323,6 @@ fn passthrough_config(config: &FsConfig, root: &OwnedFd) -> passthrough::Config 
         xattr,
         xattrmap: config.xattrmap.clone(),
         announce_submounts: config.announce_submounts,
-        inode_file_handles: config.inode_file_handles,
         readdirplus: config.readdirplus && !matches!(config.cache, CachePolicy::Never),
         allow_direct_io: config.allow_direct_io,
         killpriv_v2: config.killpriv_v2,
@@ -306,6 +369,7 @@ impl Device for Fs {
     }
 
     fn open_window(&self) -> Arc<dyn SessionWindow> {
+        self.in_session.store(true, Ordering::Relaxed);
         match &self.dax {
             Some(dax) => dax.open_window(),
             None => Arc::new(NoWindow(self.regions.clone())),
@@ -333,11 +397,8 @@ impl Device for Fs {
             }
             Err(_) => {
                 self.server.tally().malformed.add(1);
-                if let Some(held_back) = self.log_limit.allow(Instant::now()) {
-                    warn!(
-                        "the guest sent a chain that holds no FUSE message \
-                         ({held_back} more such lines held back)"
-                    );
+                if let Some(held_back) = self.log_limit.told(Instant::now()) {
+                    warn!("the guest sent a chain that holds no FUSE message{held_back}");
                 }
                 self.pool
                     .submit(JobClass::Quick, move || request.complete_with(None, Vec::new(), 0));
@@ -357,6 +418,9 @@ impl Device for Fs {
     }
 
     fn report(&self) {
+        if !self.in_session.swap(false, Ordering::Relaxed) {
+            return;
+        }
         let Tally { requests, errors, malformed } = self.server.tally();
         let (requests, errors, malformed) = (requests.get(), errors.get(), malformed.get());
         let window = self.dax.as_ref().map_or(String::from("none"), |dax| {

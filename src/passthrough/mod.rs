@@ -84,6 +84,9 @@ pub enum Unavailable {
         /// Of the protocol. 40 is the first that can have it.
         minor: u32,
     },
+    /// RLIMIT_FSIZE.
+    #[error("the limit of the length of files (RLIMIT_FSIZE) permits no file of {0} bytes")]
+    FileSizeLimit(usize),
     /// All was granted, but a file that was opened in trial is not the file behind it.
     #[error("FUSE passthrough was granted, but does not pass through: {0}")]
     NotPassedThrough(io::Error),
@@ -98,6 +101,14 @@ pub enum Unavailable {
 }
 
 impl Unavailable {
+    /// What helps.
+    pub fn advice(&self) -> &'static str {
+        match self {
+            Self::FileSizeLimit(_) => "raise the limit ('ulimit -f unlimited')",
+            _ => "run the daemon as root on Linux 6.9 or newer",
+        }
+    }
+
     /// What a step's failure means.
     fn at(step: &'static str) -> impl Fn(io::Error) -> Self {
         move |cause| match cause.raw_os_error() {
@@ -229,6 +240,9 @@ impl PrivateMount {
             Ok(_) => Err(Unavailable::NotPassedThrough(Errno::EIO.into())),
             Err(e) if e.raw_os_error() == Some(Errno::EPERM as i32) => {
                 Err(Unavailable::NotPermitted("FUSE_DEV_IOC_BACKING_OPEN"))
+            }
+            Err(e) if e.raw_os_error() == Some(Errno::EFBIG as i32) => {
+                Err(Unavailable::FileSizeLimit(TOLD.len()))
             }
             Err(e) => Err(Unavailable::NotPassedThrough(e)),
         }

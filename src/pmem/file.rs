@@ -14,6 +14,7 @@ use log::{info, warn};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 use nix::libc;
+use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
 
 use crate::persist::{Backing, DaxNode, Direct, Durability, PersistError};
@@ -82,6 +83,14 @@ pub fn file_bytes(file: &File) -> io::Result<u64> {
 pub enum PmemFileError {
     #[error("--file {path}: no such file; create it by adding --size, for example --size 1G", path = .0.display())]
     MissingFile(PathBuf),
+    #[error("--file {path}: no such device; 'daxctl list' names the devices", path = .0.display())]
+    MissingNode(PathBuf),
+    #[error(
+        "--file {path} is a symbolic link to {target}, which does not exist; name {target} itself, \
+         or remove the link",
+        path = .path.display(), target = .target.display()
+    )]
+    DanglingLink { path: PathBuf, target: PathBuf },
     #[error("--file {path}: no such directory; create {dir} first", path = .path.display(), dir = .dir.display())]
     MissingDirectory { path: PathBuf, dir: PathBuf },
     #[error("--file {path} is a directory; name a file in it, for example --file {example}", path = .0.display(), example = .0.join("pmem.img").display())]
@@ -90,7 +99,10 @@ pub enum PmemFileError {
     NotRegular(PathBuf),
     #[error("--file {path}: {error}; the daemon (uid {uid}) must be able to read and write it", path = .path.display())]
     NoAccess { path: PathBuf, uid: u32, error: io::Error },
-    #[error("--file {path}: {error}; grow it with 'truncate -s SIZE FILE'", path = .path.display())]
+    #[error(
+        "--file {path}: {error}; grow it with 'fallocate -l {wanted} {path}'",
+        path = .path.display(), wanted = enough(.error)
+    )]
     FileSize { path: PathBuf, error: SizeError },
     #[error("--file {path}: {error}; make its namespace anew with 'ndctl create-namespace --align 2M --size SIZE'", path = .path.display())]
     NodeSize { path: PathBuf, error: SizeError },
@@ -106,6 +118,11 @@ pub enum PmemFileError {
     SizeDiffers { path: PathBuf, actual: PmemSize, wanted: PmemSize },
     #[error("--file {path}: no room for {size} ({error}); free some space, take a smaller --size, or add --sparse and never let the disk fill up", path = .path.display())]
     NoSpace { path: PathBuf, size: PmemSize, error: io::Error },
+    #[error(
+        "--file {path}: {size} is longer than a file may be here ({error}); {advice}",
+        path = .path.display(), advice = too_long(*.size)
+    )]
+    TooLong { path: PathBuf, size: PmemSize, error: io::Error },
     #[error("--file {path}: this file system can't allocate ahead ({error}); add --sparse and never let the disk fill up", path = .path.display())]
     NoAllocate { path: PathBuf, error: io::Error },
     #[error("--file {path} is in use by another process (a daemon, or a VM that still maps it); stop that first", path = .0.display())]
@@ -140,7 +157,15 @@ impl<'a> FoundFile<'a> {
         let found = match name {
             Ok(name) => open_found(path, &name)?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                let size = spec.size.ok_or_else(|| PmemFileError::MissingFile(path.clone()))?;
+                if let Ok(target) = fs::read_link(path) {
+                    return Err(PmemFileError::DanglingLink { path: path.clone(), target });
+                }
+                let size = spec.size.ok_or_else(|| match path.parent() {
+                    Some(dir) if dir == Path::new("/dev") => {
+                        PmemFileError::MissingNode(path.clone())
+                    }
+                    _ => PmemFileError::MissingFile(path.clone()),
+                })?;
                 let dir = spec.dir();
                 if !dir.is_dir() {
                     let dir = dir.to_owned();
@@ -296,9 +321,8 @@ impl PmemFile {
         // Last: before that nobody takes the file for a whole one.
         made.and_then(|()| self.file.set_len(size.bytes())).map_err(|error| {
             match error.raw_os_error().map(Errno::from_raw) {
-                Some(Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG) => {
-                    PmemFileError::NoSpace { path, size, error }
-                }
+                Some(Errno::ENOSPC | Errno::EDQUOT) => PmemFileError::NoSpace { path, size, error },
+                Some(Errno::EFBIG) => PmemFileError::TooLong { path, size, error },
                 Some(Errno::EOPNOTSUPP) => PmemFileError::NoAllocate { path, error },
                 _ => PmemFileError::File { path, error },
             }
@@ -408,6 +432,29 @@ fn lock(file: &File, path: &Path) -> Result<(), PmemFileError> {
         Ok(_) => Ok(()),
         Err(Errno::EAGAIN | Errno::EACCES) => Err(PmemFileError::Locked(path.to_owned())),
         Err(e) => Err(PmemFileError::File { path: path.to_owned(), error: e.into() }),
+    }
+}
+
+/// The length that a file is to grow to, as fallocate(1) takes it.
+fn enough(error: &SizeError) -> String {
+    match error {
+        SizeError::Unaligned { bytes: 0, below, .. } => below.to_string(),
+        SizeError::Unaligned { bytes, below, above } => {
+            (if *bytes < below.0 { below } else { above }).to_string()
+        }
+        SizeError::Syntax | SizeError::TooLarge => "SIZE".into(),
+    }
+}
+
+/// What helps where a file can't have `size`.
+fn too_long(size: PmemSize) -> String {
+    match getrlimit(Resource::RLIMIT_FSIZE) {
+        Ok((limit, _)) if limit < size.bytes() => format!(
+            "the limit is RLIMIT_FSIZE, {} here: raise it ('ulimit -f unlimited') or take a \
+             smaller --size",
+            Size(limit)
+        ),
+        _ => "the limit is the file system's: take a smaller --size, or another file system".into(),
     }
 }
 

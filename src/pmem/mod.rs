@@ -11,6 +11,7 @@ mod size;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use log::{error, info, warn};
@@ -73,6 +74,8 @@ pub struct Pmem {
     sync: GroupSync<Pending>,
     tally: Arc<Tally>,
     log_limit: RateLimit,
+    /// There is a session of which nothing was reported yet.
+    in_session: AtomicBool,
 }
 
 impl Pmem {
@@ -117,6 +120,7 @@ impl Pmem {
             front_end,
             tally: Arc::default(),
             log_limit: RateLimit::default(),
+            in_session: AtomicBool::new(false),
         }))
     }
 
@@ -137,8 +141,8 @@ impl Pmem {
 
     fn log_bad_request(&self, what: &str) {
         self.tally.malformed.add(1);
-        if let Some(held_back) = self.log_limit.allow(Instant::now()) {
-            warn!("the guest sent a bad request: {what} ({held_back} more such lines held back)");
+        if let Some(held_back) = self.log_limit.told(Instant::now()) {
+            warn!("the guest sent a bad request: {what}{held_back}");
         }
     }
 }
@@ -199,6 +203,7 @@ impl Device for Pmem {
     }
 
     fn open_window(&self) -> Arc<dyn SessionWindow> {
+        self.in_session.store(true, Ordering::Relaxed);
         Arc::new(Shown {
             engine: self.engine.clone(),
             front_end: self.front_end.clone(),
@@ -233,6 +238,9 @@ impl Device for Pmem {
     }
 
     fn report(&self) {
+        if !self.in_session.swap(false, Ordering::Relaxed) {
+            return;
+        }
         let Counters { flushes, syncs, failed, malformed } = self.counters();
         info!(
             "session ended: flushes={flushes} syncs={syncs} failed={failed} malformed={malformed}"

@@ -312,9 +312,9 @@ impl Ring {
 
     fn warn_of<T>(&self, what: &str, result: Result<T, QueueError>) -> Option<T> {
         if let Err(e) = &result
-            && let Some(held_back) = self.log_limit.allow(Instant::now())
+            && let Some(held_back) = self.log_limit.told(Instant::now())
         {
-            warn!("{what}: {e} ({held_back} more such lines held back)");
+            warn!("{what}: {e}{held_back}");
         }
         result.ok()
     }

@@ -2,6 +2,9 @@
 
 //! Validated settings: what is refused is refused before anything is created or changed.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+
 use thiserror::Error;
 
 use super::listener::{SocketError, SocketSpec};
@@ -22,6 +25,48 @@ pub struct PmemConfig {
     pub mem_slots: bool,
     /// Wait for the next front-end when one has gone.
     pub keep_listening: bool,
+}
+
+impl PmemConfig {
+    /// Refuses a file that is the socket, or the socket's lock, which the daemon makes and removes.
+    ///
+    /// # Errors
+    /// One line for the user.
+    pub(crate) fn check_paths(&self) -> Result<(), ConfigError> {
+        let SocketSpec::Path { path: socket, .. } = &self.socket else { return Ok(()) };
+        let file = &self.file.path;
+        let mut lock = socket.as_os_str().to_owned();
+        lock.push(".lock");
+        let line = if is_one(file, socket) {
+            format!("--file and --socket-path are both {}; take two paths", file.display())
+        } else if is_one(file, Path::new(&lock)) {
+            format!(
+                "--file {} is the lock of --socket-path, which the daemon removes; take another \
+                 path",
+                file.display()
+            )
+        } else {
+            return Ok(());
+        };
+        Err(ConfigError::Option(line))
+    }
+}
+
+/// Whether both paths lead to one place, be there a file or not.
+fn is_one(file: &Path, other: &Path) -> bool {
+    let place = place(other);
+    // A symbolic link is one place, and what it leads to is another.
+    file == other
+        || place.is_some() && (self::place(file) == place || fs::canonicalize(file).ok() == place)
+}
+
+/// The path without links but in its last part.
+fn place(path: &Path) -> Option<PathBuf> {
+    let dir = match path.parent()? {
+        dir if dir.as_os_str().is_empty() => Path::new("."),
+        dir => dir,
+    };
+    Some(fs::canonicalize(dir).ok()?.join(path.file_name()?))
 }
 
 /// The settings of `vhost-user-dax fs`.

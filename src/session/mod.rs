@@ -79,7 +79,10 @@ impl From<SocketError> for DaemonError {
 
 impl From<FsError> for DaemonError {
     fn from(e: FsError) -> Self {
-        Self::Config(e.into())
+        match e {
+            FsError::Start(e) => Self::Start(e),
+            e => Self::Config(e.into()),
+        }
     }
 }
 
@@ -89,6 +92,7 @@ impl From<FsError> for DaemonError {
 /// # Errors
 /// With [`DaemonError::Config`] nothing is left that was created, and nothing was changed.
 pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
+    config.check_paths()?;
     let checked = listener::check(&config.socket)?;
     let path = &config.file.path;
     let found = FoundFile::look(&config.file)?;

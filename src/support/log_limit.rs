@@ -2,9 +2,11 @@
 
 //! Keeps what a hostile guest can make us log to one line a second.
 
-use crate::support::lock::lock;
+use std::fmt;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
+
+use crate::support::lock::lock;
 
 const INTERVAL: Duration = Duration::from_secs(1);
 
@@ -20,7 +22,25 @@ struct State {
     suppressed: u64,
 }
 
+/// How many lines were held back before the one that it is put behind: nothing if there were none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct HeldBack(pub(crate) u64);
+
+impl fmt::Display for HeldBack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            n => write!(f, " ({n} more such lines held back)"),
+        }
+    }
+}
+
 impl RateLimit {
+    /// As [`allow`](Self::allow), with the number as it ends the line.
+    pub(crate) fn told(&self, now: Instant) -> Option<HeldBack> {
+        self.allow(now).map(HeldBack)
+    }
+
     /// `Some(n)` if a line may be logged at `now`; `n` lines were held back since the last one.
     pub(crate) fn allow(&self, now: Instant) -> Option<u64> {
         let mut state = lock(&self.state);
@@ -47,5 +67,16 @@ mod tests {
         }
         assert_eq!(limit.allow(start + Duration::from_secs(1)), Some(1000));
         assert_eq!(limit.allow(start + Duration::from_secs(3)), Some(0));
+    }
+
+    /// Shows: a line tells of others only where there were any.
+    #[test]
+    fn none_that_were_held_back_are_not_told_of() {
+        let limit = RateLimit::default();
+        let start = Instant::now();
+        let line = |at| limit.told(start + at).map(|held_back| format!("line{held_back}"));
+        assert_eq!(line(Duration::ZERO).as_deref(), Some("line"));
+        assert_eq!(line(INTERVAL / 2), None);
+        assert_eq!(line(INTERVAL).as_deref(), Some("line (1 more such lines held back)"));
     }
 }

@@ -18,6 +18,7 @@ use env_logger::Logger;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::support::lock::lock;
+use crate::support::log_limit::HeldBack;
 
 /// So many lines of one place are said at once.
 const BURST: u64 = 20;
@@ -65,10 +66,8 @@ impl Limit {
             return None;
         }
         self.left -= 1;
-        Some(match std::mem::take(&mut self.held_back) {
-            0 => said(self.level, &text),
-            n => said(self.level, &format!("{text} ({n} more such lines held back)")),
-        })
+        let held_back = HeldBack(std::mem::take(&mut self.held_back));
+        Some(said(self.level, &format!("{text}{held_back}")))
     }
 
     /// What is to be said if no other line comes.

@@ -229,12 +229,11 @@ impl Nodes {
     fn watch(&self, node: &Node) -> Option<Watching> {
         let watching = self.watch.add(&node.file, &node.space);
         if let Err(e) = &watching
-            && let Some(held_back) = self.unwatched.allow(Instant::now())
+            && let Some(held_back) = self.unwatched.told(Instant::now())
         {
             warn!(
                 "a file can't be watched ({e}): if it is made shorter on the host while the guest has it \
-                 mapped, the VM may die; raise fs.inotify.max_user_watches ({held_back} more such \
-                 lines held back)"
+                 mapped, the VM may die; raise fs.inotify.max_user_watches{held_back}"
             );
         }
         watching.ok()

@@ -266,7 +266,7 @@ mod tests {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         window.set_channel(ShmemMapper::new(Backend::from_stream(ours), || true));
         window.ended();
-        window.started(false);
+        window.started(RingStart::Resumed);
         window.stopped();
         assert!(matches!(window.unmap(WindowOffset(0), bytes), Err(MapError::Stopped)));
     }

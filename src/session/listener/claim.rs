@@ -80,7 +80,10 @@ fn open(path: &Path) -> io::Result<File> {
         .open(path)
         .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
     let found = file.metadata()?;
-    if found.is_file() && found.uid() == geteuid().as_raw() && found.mode() & 0o077 == 0 {
+    let is_private = found.uid() == geteuid().as_raw() && found.mode() & 0o077 == 0;
+    // A user's file of that name is no lock, and must not be removed.
+    let is_empty = found.is_file() && found.len() == 0 && found.nlink() == 1;
+    if is_private && is_empty {
         return Ok(file);
     }
     let line = format!("{} is in the way, remove it", path.display());

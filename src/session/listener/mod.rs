@@ -5,7 +5,7 @@
 //! A path is bound, replaced and removed under a `Claim`, so that of daemons that start at the same time
 //! one has it, and none removes another one's socket.
 
-use std::fs::{self, File};
+use std::fs::{self, File, FileType};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
@@ -58,8 +58,11 @@ pub enum SocketError {
         "--socket-path has {0} bytes; the system allows {PATH_MAX_BYTES}, so take a shorter one"
     )]
     PathLength(usize),
-    #[error("--socket-path {path} exists and is no socket; remove it or take another path", path = .0.display())]
-    NotASocket(PathBuf),
+    #[error(
+        "--socket-path {path} exists and is no socket, but {what}; {advice}",
+        path = .path.display()
+    )]
+    NotASocket { path: PathBuf, what: &'static str, advice: &'static str },
     #[error("--socket-path {path}: another process listens there; stop it or take another path", path = .0.display())]
     InUse(PathBuf),
     #[error("--socket-group {0}: there is no such group; name one that 'getent group' lists")]
@@ -68,7 +71,10 @@ pub enum SocketError {
     GroupOwner { path: PathBuf, error: io::Error },
     #[error("--socket-path {path}: {error}", path = .path.display())]
     Kept { path: PathBuf, error: io::Error },
-    #[error("--socket-path {path}: {error}; the directory must exist and be writable", path = .path.display())]
+    #[error(
+        "--socket-path {path}: {error}{advice}",
+        path = .path.display(), advice = advice(.error)
+    )]
     Path { path: PathBuf, error: io::Error },
     #[error(
         "--fd {fd} {why}; pass a listening Unix stream socket, as systemd's socket activation does"
@@ -123,17 +129,46 @@ fn look(path: &Path) -> Result<Found, SocketError> {
         return Err(SocketError::PathLength(bytes));
     }
     match fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => {
-            Err(SocketError::NotASocket(path.to_owned()))
-        }
-        Ok(_) if is_alive(path) => Err(SocketError::InUse(path.to_owned())),
-        Ok(_) => Ok(Found::DeadSocket),
+        Ok(found) if !found.file_type().is_socket() => Err(no_socket(path, found.file_type())),
+        Ok(_) => match is_alive(path) {
+            Ok(true) => Err(SocketError::InUse(path.to_owned())),
+            Ok(false) => Ok(Found::DeadSocket),
+            Err(e) => Err(socket_error(path, e)),
+        },
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
             let missing = dir.is_some_and(|dir| !dir.is_dir());
             if missing { Err(socket_error(path, e)) } else { Ok(Found::Nothing) }
         }
         Err(e) => Err(socket_error(path, e)),
+    }
+}
+
+fn no_socket(path: &Path, kind: FileType) -> SocketError {
+    let (what, advice) = if kind.is_dir() {
+        ("a directory", "name a path in it, like PATH/vhost.sock")
+    } else if kind.is_symlink() {
+        ("a symbolic link", "name what it leads to, or take another path")
+    } else if kind.is_file() {
+        ("a file", "remove it or take another path")
+    } else {
+        ("a device or a FIFO", "take another path")
+    };
+    SocketError::NotASocket { path: path.to_owned(), what, advice }
+}
+
+/// What helps against `error`.
+fn advice(error: &io::Error) -> &'static str {
+    if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
+        return "; raise the limit of open files ('ulimit -n')";
+    }
+    match error.kind() {
+        io::ErrorKind::NotFound
+        | io::ErrorKind::PermissionDenied
+        | io::ErrorKind::NotADirectory
+        | io::ErrorKind::ReadOnlyFilesystem => "; the directory must exist and be writable",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "; free some space",
+        _ => "",
     }
 }
 
@@ -144,12 +179,14 @@ fn socket_error(path: &Path, error: io::Error) -> SocketError {
 /// Whether a socket is bound to `path`. A datagram socket asks: a live stream listener answers it
 /// EPROTOTYPE and notices nothing, where a real connection would use up its one session. What can't be
 /// asked is taken for alive.
-fn is_alive(path: &Path) -> bool {
-    let asked = UnixDatagram::unbound().and_then(|socket| socket.connect(path));
-    match asked {
+///
+/// # Errors
+/// The system has no socket to ask with.
+fn is_alive(path: &Path) -> io::Result<bool> {
+    Ok(match UnixDatagram::unbound()?.connect(path) {
         Err(e) => !matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound),
         Ok(()) => true,
-    }
+    })
 }
 
 /// The file of a socket that was bound here (none for an inherited one). Holds on to the file, so that it
