@@ -420,7 +420,11 @@ where
         let noted = self
             .with_file(ctx, nodeid, handle, FileId::of)
             .and_then(|file| self.count_open(nodeid, flags, handle, file))
-            .and_then(|()| self.unless_over(life, || drop(self.opened.release(handle))));
+            .and_then(|()| {
+                self.unless_over(life, || {
+                    self.opened.release(handle);
+                })
+            });
         if noted.is_err() {
             self.fs.release(ctx, nodeid, 0, handle, false, false, None)?;
         }
