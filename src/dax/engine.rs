@@ -17,7 +17,7 @@ use super::entry::{Entry, PAGE_BYTES, PageIndex};
 use super::extent::{Access, ExtentSource};
 use super::index::Mark;
 use super::space::Entries;
-use super::sync::{Arc, Gate, Mutex, Taken, Turn, lock};
+use super::sync::{Arc, CheckedOut, Checkout, InvalidateLock, Mutex, lock};
 use super::wait::{SpaceId, WaitTable};
 use crate::persist::Persist;
 use crate::window::layout::{Layout, Piece, ShowError};
@@ -31,7 +31,7 @@ pub struct Space {
     pub(super) persist: Box<dyn Persist>,
     /// Shared by grants; alone for what changes the file's length or blocks. The kernel's
     /// `i_mmap_sem`: whoever has it may do file system calls and front-end round trips.
-    pub(super) gate: Gate,
+    pub(super) invalidate_lock: InvalidateLock,
     /// The file's length when we last looked, with the gate in hand: another one now is somebody
     /// else's doing.
     pub(super) known_bytes: AtomicU64,
@@ -94,7 +94,7 @@ impl Space {
 
     /// While what this returns is there, no request makes the file shorter. None if one does.
     pub(crate) fn keep_length(&self) -> Option<impl Drop + '_> {
-        self.gate.try_share()
+        self.invalidate_lock.try_read()
     }
 
     /// Forgets that a writeback has failed: all who were promised something have been told.
@@ -172,7 +172,7 @@ pub struct Engine {
     pub(super) bytes: WindowBytes,
     pub(super) mapper: Arc<dyn Mapper>,
     most_maps: AtomicUsize,
-    pub(super) window: Turn<Window>,
+    pub(super) window: Checkout<Window>,
     waits: Arc<WaitTable>,
     next_space: AtomicU64,
     pub(super) counters: Counters,
@@ -235,7 +235,7 @@ impl Engine {
             bytes,
             mapper,
             most_maps: AtomicUsize::new(most_maps),
-            window: Turn::new(Window::default()),
+            window: Checkout::new(Window::default()),
             waits: Arc::new(WaitTable::default()),
             next_space: AtomicU64::new(0),
             counters: Counters::default(),
@@ -250,7 +250,7 @@ impl Engine {
             entries: Entries::new(id, self.waits.clone()),
             source,
             persist,
-            gate: Gate::default(),
+            invalidate_lock: InvalidateLock::default(),
             known_bytes: AtomicU64::new(0),
             coverage: Mutex::default(),
             failed: Mutex::default(),
@@ -352,7 +352,7 @@ impl Engine {
             return Err(GrantError::Invalid("not whole pages of a file"));
         }
         let grant = Grant { space: space.clone(), from, bytes: span.bytes, access };
-        let shared = space.gate.share();
+        let shared = space.invalidate_lock.read();
         let (last, mapped) = extent_of(&grant)?;
         if access == Access::Write {
             // Behaviour 16: before anything is promised.
@@ -368,11 +368,11 @@ impl Engine {
         drop(shared);
         match shown {
             Ok(replaced) => {
-                self.retire(&replaced);
+                self.release(&replaced);
                 Ok(())
             }
             Err(e) => {
-                self.retire(&[grant]);
+                self.release(&[grant]);
                 Err(e)
             }
         }
@@ -397,7 +397,7 @@ impl Engine {
 
     pub(super) fn show_piece(
         &self,
-        window: &mut Taken<'_, Window>,
+        window: &mut CheckedOut<'_, Window>,
         span: Span,
         new: Option<(&Grant, u64)>,
     ) -> Result<(), ShowError> {
@@ -438,7 +438,7 @@ impl Engine {
                 }
                 cut_out(&mut window.grants, *span)
             };
-            self.retire(&removed);
+            self.release(&removed);
         }
         result
     }
@@ -473,17 +473,17 @@ impl Engine {
             window.layout.forget();
             std::mem::take(&mut window.grants).into_values().collect()
         };
-        self.retire(&removed);
+        self.release(&removed);
     }
 
     /// Grants that the guest does not have any more: what only they covered is written back a last
     /// time and forgotten (behaviour 9).
-    pub(super) fn retire(&self, removed: &[Grant]) {
+    pub(super) fn release(&self, removed: &[Grant]) {
         for grant in removed {
             // A truncation beside us would take the memory away from under a last flush.
-            let _shared = grant.space.tracks().then(|| grant.space.gate.share());
+            let _shared = grant.space.tracks().then(|| grant.space.invalidate_lock.read());
             lock(&grant.space.coverage).remove(grant.first(), grant.last(), grant.access);
-            if let Err(e) = self.settle(&grant.space, grant.first(), grant.last()) {
+            if let Err(e) = self.clean_or_drop(&grant.space, grant.first(), grant.last()) {
                 warn!("a last write-back failed: {e}");
             }
         }

@@ -10,7 +10,7 @@
 //!
 //! # The steps of a grant
 //! 1. [`Engine::span`](engine::Engine::span) checks the numbers.
-//! 2. The gate is passed: no one changes the file's length or takes its blocks until the grant is there.
+//! 2. The invalidate lock is read-locked: no one changes the file's length or takes its blocks until the grant is there.
 //! 3. Past the end of the file? Refused. To write? Blocks first: a full disk is told now or never.
 //! 4. The grant is counted, so that whoever removes another one sees that these pages are wanted.
 //! 5. The fault: chunk by chunk a PMD entry where all conditions hold, else PTE entries. Each is grabbed
@@ -26,8 +26,8 @@
 //! | lock | guards | held over |
 //! |---|---|---|
 //! | times (one per file, in `fs`) | what was seen of a file's times | system calls, all below |
-//! | gate (one per space) | length and blocks; shared by grants, reads, writes and writebacks | all of them |
-//! | turn of the window (one per engine) | grants and maps | round trips; allocation in a re-fault |
+//! | invalidate lock (one per space) | length and blocks; read by grants, reads, writes and writebacks | all of them |
+//! | checkout of the window (one per engine) | grants and maps | round trips; allocation in a re-fault |
 //! | an entry's lock bit | that entry; more than one only in a writeback's batch, in the file's order | its flush, its `unmap_hole`, its lookup |
 //! | ------ | | |
 //! | index mutex (one per space) | entries, their marks and lock bits | nothing |

@@ -13,7 +13,7 @@ use super::entry::{PAGE_BYTES, PMD_PAGES, PageIndex};
 use super::extent::Access;
 use super::rw::write_back_pages;
 
-use super::sync::{Arc, Taken, lock};
+use super::sync::{Arc, CheckedOut, lock};
 use crate::window::FileOffset;
 
 /// What a change of length did to live grants.
@@ -48,14 +48,14 @@ impl Engine {
         if bytes > i64::MAX as u64 {
             return Err(GrantError::Invalid("longer than any file"));
         }
-        let _alone = space.gate.alone();
+        let _alone = space.invalidate_lock.write();
         let old = space.source.file_bytes()?;
         let mappable = space.source.mappable_bytes(bytes);
-        let clipped = if bytes < old { self.clip(space, mappable) } else { Ok(()) };
+        let clipped = if bytes < old { self.unmap_beyond(space, mappable) } else { Ok(()) };
         let done = clipped.and_then(|()| Ok(change()?));
         // Also after an error: what the window let go of in vain comes back.
         let kept = old.min(space.source.file_bytes()?);
-        let followed = self.follow(space, kept, PageIndex::of_byte(kept).chunk());
+        let followed = self.sync_to_length(space, kept, PageIndex::of_byte(kept).chunk());
         done.and_then(|done| Ok((done, followed?)))
     }
 
@@ -70,14 +70,14 @@ impl Engine {
         at_least: u64,
         change: impl FnOnce() -> io::Result<T>,
     ) -> Result<T, GrantError> {
-        let _alone = space.gate.alone();
+        let _alone = space.invalidate_lock.write();
         let old = space.source.file_bytes()?;
         if at_least < old {
-            self.clip(space, space.source.mappable_bytes(at_least))?;
+            self.unmap_beyond(space, space.source.mappable_bytes(at_least))?;
         }
         let done = change();
         let bytes = space.source.file_bytes()?;
-        let followed = self.follow(space, bytes.min(at_least), PageIndex(0));
+        let followed = self.sync_to_length(space, bytes.min(at_least), PageIndex(0));
         let done = done?;
         followed?;
         if space.tracks() && bytes > old {
@@ -94,10 +94,10 @@ impl Engine {
     /// # Errors
     /// See [`resize`](Self::resize).
     pub fn resized(&self, space: &Arc<Space>) -> Result<Resized, GrantError> {
-        let _alone = space.gate.alone();
-        self.clip(space, space.source.mappable_bytes(space.source.file_bytes()?))?;
+        let _alone = space.invalidate_lock.write();
+        self.unmap_beyond(space, space.source.mappable_bytes(space.source.file_bytes()?))?;
         // How long it was before is not known: look at everything that is granted.
-        self.follow(space, space.source.file_bytes()?, PageIndex(0))
+        self.sync_to_length(space, space.source.file_bytes()?, PageIndex(0))
     }
 
     /// Looks whether somebody else has changed the file's length. If it has become shorter, the window lets
@@ -111,28 +111,28 @@ impl Engine {
         if space.source.file_bytes()? == space.known_bytes() {
             return Ok(());
         }
-        let _alone = space.gate.alone();
+        let _alone = space.invalidate_lock.write();
         let known = space.known_bytes();
         let bytes = space.look()?;
         if bytes > known {
-            self.follow(space, known, PageIndex::of_byte(known).chunk())?;
+            self.sync_to_length(space, known, PageIndex::of_byte(known).chunk())?;
         } else if bytes < known {
-            self.clip(space, bytes.next_multiple_of(PAGE_BYTES))?;
+            self.unmap_beyond(space, bytes.next_multiple_of(PAGE_BYTES))?;
             self.delete_entries(space, bytes.next_multiple_of(PAGE_BYTES), i64::MAX as u64)?;
         }
         Ok(())
     }
 
     /// Nothing of the file behind byte `end` (a whole page) is in the window any more.
-    fn clip(&self, space: &Space, end: u64) -> Result<(), GrantError> {
+    fn unmap_beyond(&self, space: &Space, end: u64) -> Result<(), GrantError> {
         let mut window = self.window.take();
         let (file, end) = (space.source.file(), FileOffset(end));
-        Ok(window.layout.clip(file, end, &*self.mapper, self.most_maps())?)
+        Ok(window.layout.unmap_beyond(file, end, &*self.mapper, self.most_maps())?)
     }
 
     /// Window and entries follow the file's new length: entries behind its first `kept` bytes are
     /// deleted, and what grants want from `from` on is faulted in.
-    pub(super) fn follow(
+    pub(super) fn sync_to_length(
         &self,
         space: &Arc<Space>,
         kept: u64,
@@ -177,7 +177,7 @@ impl Engine {
     /// what is there already is never away for a moment.
     fn show_grant(
         &self,
-        window: &mut Taken<'_, Window>,
+        window: &mut CheckedOut<'_, Window>,
         at: u64,
         grant: &Grant,
         mapped: u64,
@@ -203,7 +203,7 @@ impl Engine {
         if bytes == 0 {
             return Err(GrantError::Invalid("nothing to punch"));
         }
-        let _alone = space.gate.alone();
+        let _alone = space.invalidate_lock.write();
         let end = end.min(space.source.file_bytes()?);
         if from >= end {
             return Ok(());

@@ -17,7 +17,7 @@ impl Engine {
     /// # Errors
     /// The file system's.
     pub fn read(&self, space: &Space, from: FileOffset, to: &mut [u8]) -> io::Result<usize> {
-        let _shared = space.gate.share();
+        let _shared = space.invalidate_lock.read();
         let left = space.source.file_bytes()?.saturating_sub(from.0);
         let wanted = to.len().min(usize::try_from(left).unwrap_or(usize::MAX));
         let mut done = 0;
@@ -69,17 +69,17 @@ impl Engine {
         let end = from.0.checked_add(bytes).filter(|end| *end <= i64::MAX as u64);
         let Some(end) = end else { return Err(GrantError::Invalid("longer than any file")) };
         {
-            let _shared = space.gate.share();
+            let _shared = space.invalidate_lock.read();
             if end <= space.source.file_bytes()? {
                 return Ok(self.write_inside(space, from, write)?);
             }
         }
         // It grows. Live grants then show more, and nobody else may measure the file meanwhile.
-        let _alone = space.gate.alone();
+        let _alone = space.invalidate_lock.write();
         let old = space.source.file_bytes()?;
         let done = self.write_inside(space, from, write)?;
         if space.source.file_bytes()? > old {
-            self.follow(space, old, PageIndex::of_byte(old.min(from.0)).chunk())?;
+            self.sync_to_length(space, old, PageIndex::of_byte(old.min(from.0)).chunk())?;
         }
         Ok(done)
     }

@@ -23,7 +23,7 @@ pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexG
 
 /// Something that one thread at a time may take away and work on, for as long as it likes: a front-end
 /// round trip is made with it in hand, and no mutex is held meanwhile.
-pub(crate) struct Turn<T> {
+pub(crate) struct Checkout<T> {
     place: Mutex<Place<T>>,
     returned: Condvar,
 }
@@ -34,18 +34,18 @@ struct Place<T> {
     waiting: u32,
 }
 
-impl<T> Turn<T> {
+impl<T> Checkout<T> {
     pub(crate) fn new(value: T) -> Self {
         let place = Mutex::new(Place { value: Some(value), waiting: 0 });
         Self { place, returned: Condvar::new() }
     }
 
     /// Waits until it is there, and takes it.
-    pub(crate) fn take(&self) -> Taken<'_, T> {
+    pub(crate) fn take(&self) -> CheckedOut<'_, T> {
         let mut place = lock(&self.place);
         loop {
             if let Some(value) = place.value.take() {
-                return Taken { turn: self, value: Some(value) };
+                return CheckedOut { turn: self, value: Some(value) };
             }
             place.waiting += 1;
             place = wait(&self.returned, place);
@@ -55,14 +55,14 @@ impl<T> Turn<T> {
 }
 
 #[cfg(not(loom))]
-impl<T> Turn<T> {
+impl<T> Checkout<T> {
     /// Takes it, if it is there within `most`.
-    pub(crate) fn take_within(&self, most: Duration) -> Option<Taken<'_, T>> {
+    pub(crate) fn take_within(&self, most: Duration) -> Option<CheckedOut<'_, T>> {
         let until = Instant::now() + most;
         let mut place = lock(&self.place);
         loop {
             if let Some(value) = place.value.take() {
-                return Some(Taken { turn: self, value: Some(value) });
+                return Some(CheckedOut { turn: self, value: Some(value) });
             }
             let left = until.checked_duration_since(Instant::now()).filter(|it| !it.is_zero())?;
             place.waiting += 1;
@@ -73,13 +73,13 @@ impl<T> Turn<T> {
     }
 }
 
-/// Goes back to its [`Turn`] when dropped.
-pub(crate) struct Taken<'a, T> {
-    turn: &'a Turn<T>,
+/// Goes back to its [`Checkout`] when dropped.
+pub(crate) struct CheckedOut<'a, T> {
+    turn: &'a Checkout<T>,
     value: Option<T>,
 }
 
-impl<T> std::ops::Deref for Taken<'_, T> {
+impl<T> std::ops::Deref for CheckedOut<'_, T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -90,7 +90,7 @@ impl<T> std::ops::Deref for Taken<'_, T> {
     }
 }
 
-impl<T> std::ops::DerefMut for Taken<'_, T> {
+impl<T> std::ops::DerefMut for CheckedOut<'_, T> {
     fn deref_mut(&mut self) -> &mut T {
         match &mut self.value {
             Some(value) => value,
@@ -99,7 +99,7 @@ impl<T> std::ops::DerefMut for Taken<'_, T> {
     }
 }
 
-impl<T> Drop for Taken<'_, T> {
+impl<T> Drop for CheckedOut<'_, T> {
     fn drop(&mut self) {
         let mut place = lock(&self.turn.place);
         place.value = self.value.take();
@@ -111,13 +111,13 @@ impl<T> Drop for Taken<'_, T> {
 
 /// A lock to sleep under, shared or alone; whoever waits to be alone goes first.
 #[derive(Default)]
-pub(crate) struct Gate {
-    state: Mutex<GateState>,
+pub(crate) struct InvalidateLock {
+    state: Mutex<InvalidateState>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct GateState {
+struct InvalidateState {
     shared: u32,
     alone: bool,
     waiting_alone: u32,
@@ -125,27 +125,27 @@ struct GateState {
     waiting: u32,
 }
 
-impl Gate {
-    pub(crate) fn share(&self) -> Passed<'_> {
+impl InvalidateLock {
+    pub(crate) fn read(&self) -> InvalidateGuard<'_> {
         let mut state = lock(&self.state);
         while state.alone || state.waiting_alone > 0 {
             state = self.wait(state);
         }
         state.shared += 1;
-        Passed { gate: self, alone: false }
+        InvalidateGuard { invalidate_lock: self, alone: false }
     }
 
     /// The same, unless somebody is alone or waits to be.
-    pub(crate) fn try_share(&self) -> Option<Passed<'_>> {
+    pub(crate) fn try_read(&self) -> Option<InvalidateGuard<'_>> {
         let mut state = lock(&self.state);
         if state.alone || state.waiting_alone > 0 {
             return None;
         }
         state.shared += 1;
-        Some(Passed { gate: self, alone: false })
+        Some(InvalidateGuard { invalidate_lock: self, alone: false })
     }
 
-    pub(crate) fn alone(&self) -> Passed<'_> {
+    pub(crate) fn write(&self) -> InvalidateGuard<'_> {
         let mut state = lock(&self.state);
         state.waiting_alone += 1;
         while state.alone || state.shared > 0 {
@@ -153,10 +153,13 @@ impl Gate {
         }
         state.waiting_alone -= 1;
         state.alone = true;
-        Passed { gate: self, alone: true }
+        InvalidateGuard { invalidate_lock: self, alone: true }
     }
 
-    fn wait<'a>(&self, mut state: MutexGuard<'a, GateState>) -> MutexGuard<'a, GateState> {
+    fn wait<'a>(
+        &self,
+        mut state: MutexGuard<'a, InvalidateState>,
+    ) -> MutexGuard<'a, InvalidateState> {
         state.waiting += 1;
         state = wait(&self.changed, state);
         state.waiting -= 1;
@@ -164,22 +167,22 @@ impl Gate {
     }
 }
 
-/// Inside a [`Gate`], until dropped.
-pub(crate) struct Passed<'a> {
-    gate: &'a Gate,
+/// Inside a [`InvalidateLock`], until dropped.
+pub(crate) struct InvalidateGuard<'a> {
+    invalidate_lock: &'a InvalidateLock,
     alone: bool,
 }
 
-impl Drop for Passed<'_> {
+impl Drop for InvalidateGuard<'_> {
     fn drop(&mut self) {
-        let mut state = lock(&self.gate.state);
+        let mut state = lock(&self.invalidate_lock.state);
         if self.alone {
             state.alone = false;
         } else {
             state.shared -= 1;
         }
         if state.waiting > 0 {
-            self.gate.changed.notify_all();
+            self.invalidate_lock.changed.notify_all();
         }
     }
 }

@@ -44,7 +44,7 @@ impl Engine {
         }
         // A punch or truncate beside us would delete entries that we have tagged, and make them anew
         // without the tag.
-        let _shared = space.gate.share();
+        let _shared = space.invalidate_lock.read();
         trace_dax!(writeback_range, space, first, "last={:#x}", last.0);
         self.tag(space, first, last);
         let mut at = first;
@@ -189,7 +189,7 @@ impl Engine {
 
     /// Entries of `first..=last` that have lost a grant: those without a write grant become clean,
     /// after a last flush, and those without any grant go.
-    pub(super) fn settle(
+    pub(super) fn clean_or_drop(
         &self,
         space: &Space,
         first: PageIndex,
@@ -213,7 +213,7 @@ impl Engine {
                 result = result.and(last_flush);
             }
             if !covered {
-                self.forget(space, start);
+                self.drop_uncovered(space, start);
             }
         }
         result
@@ -240,7 +240,7 @@ impl Engine {
     /// Deletes an entry that no grant covers any more. A grant that comes meanwhile is counted
     /// before it looks for entries, so either we see it here, or it finds nothing and makes its own.
     /// One that is dirty (again) belongs to such a grant that has gone, too, and is about to settle.
-    fn forget(&self, space: &Space, start: PageIndex) {
+    fn drop_uncovered(&self, space: &Space, start: PageIndex) {
         let entries = &space.entries;
         let (mut index, found) = entries.look(entries.index(), start);
         if let Some((start, entry)) = found {

@@ -82,7 +82,7 @@ impl Chain {
     }
 
     /// The request's le32, if the chain also has room for a reply of that length.
-    pub(crate) fn word(&self, mem: &GuestMemoryMmap) -> Result<u32, Malformed> {
+    pub(crate) fn read_le32(&self, mem: &GuestMemoryMmap) -> Result<u32, Malformed> {
         let mut word = [0; WORD_BYTES];
         let loaded = self.load(mem, &mut word)?;
         let room = self.word_room(mem)?;

@@ -25,7 +25,7 @@ pub enum Drained {
         more: bool,
     },
     /// One that must go on draining: nothing may be left for it to do.
-    ByRelief,
+    ByWatchdog,
 }
 
 /// What becomes of open requests when the front-end stops a ring (GET_VRING_BASE).

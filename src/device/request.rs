@@ -76,10 +76,10 @@ impl Request {
     ///
     /// # Errors
     /// See [`Malformed`].
-    pub fn word(&self) -> Result<u32, Malformed> {
+    pub fn read_le32(&self) -> Result<u32, Malformed> {
         match self.parsed.fault {
             Some(fault) => Err(fault),
-            None => self.parsed.chain.word(&self.ram()),
+            None => self.parsed.chain.read_le32(&self.ram()),
         }
     }
 
@@ -139,7 +139,8 @@ impl Request {
     pub fn complete(self, status: u32) {
         // One address that is no memory, and the chain gets no status at all.
         let room = self.parsed.chain.word_room(&self.ram());
-        let whole = room == Ok(WORD_BYTES) && !matches!(self.word(), Err(Malformed::Address(_)));
+        let whole =
+            room == Ok(WORD_BYTES) && !matches!(self.read_le32(), Err(Malformed::Address(_)));
         let reply = if whole { status.to_le_bytes().to_vec() } else { Vec::new() };
         self.complete_with(None, reply, 0);
     }

@@ -57,8 +57,8 @@ use self::message::Message;
 use self::open_flags::OpenFlags;
 use self::pool::Pool;
 use self::schedule::JobClass;
-use self::server::{Serve, Server, Tally};
-use crate::fs::sync_errors::{Losses, Opened};
+use self::server::{Metrics, Serve, Server};
+use crate::fs::sync_errors::{Losses, WritebackErrors};
 use crate::passthrough::{Stretch, Unavailable};
 
 pub use crate::fs::config::{DaxPolicy, FsConfig, Tag, WindowSize};
@@ -161,10 +161,10 @@ impl Fs {
             OpenFlags { direct_io: config.allow_direct_io, noatime: config.preserve_noatime };
         let server: Arc<dyn Serve> = if config.readonly {
             let fs = PassthroughFsRo::new(passthrough).map_err(FsError::Share)?;
-            serve(fs, dax.clone(), Opened::new(losses), flags, descriptors)
+            serve(fs, dax.clone(), WritebackErrors::new(losses), flags, descriptors)
         } else {
             let fs = PassthroughFs::new(passthrough).map_err(FsError::Share)?;
-            serve(fs, dax.clone(), Opened::new(losses), flags, descriptors)
+            serve(fs, dax.clone(), WritebackErrors::new(losses), flags, descriptors)
         };
         let queues = u32::from(config.request_queues);
         let mut space = config.tag.padded().to_vec();
@@ -228,7 +228,7 @@ fn open_root(path: &Path) -> io::Result<OwnedFd> {
 fn serve<F>(
     fs: F,
     dax: Option<Arc<Dax>>,
-    opened: Opened,
+    opened: WritebackErrors,
     open_flags: OpenFlags,
     descriptors: Descriptors,
 ) -> Arc<dyn Serve>
@@ -243,7 +243,7 @@ where
         descriptors,
         options: Default::default(),
         lives: Lives::default(),
-        tally: Tally::default(),
+        metrics: Metrics::default(),
     })
 }
 
@@ -318,7 +318,7 @@ fn passthrough_config(config: &FsConfig, root: &OwnedFd) -> passthrough::Config 
         attr_timeout: valid,
         cache_policy: config.cache.clone(),
         writeback: config.writeback,
-        // Opened at each INIT, and not as the link that it would be without the last part.
+        // WritebackErrors at each INIT, and not as the link that it would be without the last part.
         root_dir: format!("/proc/self/fd/{}/.", root.as_raw_fd()),
         xattr,
         xattrmap: config.xattrmap.clone(),
@@ -388,7 +388,7 @@ impl Device for Fs {
             Ok(message) => {
                 let here = match drained {
                     Drained::ByServer { more } => schedule::is_inline(&message, &request, more),
-                    Drained::ByRelief => false,
+                    Drained::ByWatchdog => false,
                 };
                 if here {
                     return Some(schedule::inline(&self.pool, &self.server, request, message));
@@ -396,7 +396,7 @@ impl Device for Fs {
                 schedule::submit(&self.pool, &self.server, request, message);
             }
             Err(_) => {
-                self.server.tally().malformed.add(1);
+                self.server.metrics().malformed.add(1);
                 if let Some(held_back) = self.log_limit.told(Instant::now()) {
                     warn!("the guest sent a chain that holds no FUSE message{held_back}");
                 }
@@ -421,7 +421,7 @@ impl Device for Fs {
         if !self.in_session.swap(false, Ordering::Relaxed) {
             return;
         }
-        let Tally { requests, errors, malformed } = self.server.tally();
+        let Metrics { requests, errors, malformed } = self.server.metrics();
         let (requests, errors, malformed) = (requests.get(), errors.get(), malformed.get());
         let window = self.dax.as_ref().map_or(String::from("none"), |dax| {
             let counters = dax.engine().counters().snapshot();

@@ -22,11 +22,11 @@ use super::message::{Args, Message, OUT_HEADER_BYTES, Reply};
 use super::message::{in_ram, out_header, room, takes_no_reply, valid_id, writable};
 use super::open_flags::OpenFlags;
 use super::schedule::Blocking;
-use super::sync_errors::Opened;
+use super::sync_errors::WritebackErrors;
 
 /// What has been asked and answered.
 #[derive(Debug, Default)]
-pub(crate) struct Tally {
+pub(crate) struct Metrics {
     pub(crate) requests: Counter,
     pub(crate) errors: Counter,
     pub(crate) malformed: Counter,
@@ -50,14 +50,14 @@ fn would_wait(done: &io::Result<Reply>) -> bool {
 pub(crate) struct Server<F> {
     pub(crate) fs: F,
     pub(crate) dax: Option<Arc<Dax>>,
-    pub(crate) opened: Opened,
+    pub(crate) opened: WritebackErrors,
     /// What may be asked of the host when a file is opened.
     pub(crate) open_flags: OpenFlags,
     pub(crate) descriptors: Descriptors,
     /// The options that INIT agreed on (FUSE flags and flags2).
     pub(crate) options: AtomicU64,
     pub(crate) lives: Lives,
-    pub(crate) tally: Tally,
+    pub(crate) metrics: Metrics,
 }
 
 /// A [`Server`], whatever its file system.
@@ -79,7 +79,7 @@ pub(crate) trait Serve: Send + Sync {
     /// The session is over.
     fn ended(&self);
 
-    fn tally(&self) -> &Tally;
+    fn metrics(&self) -> &Metrics;
 }
 
 impl<F> Serve for Server<F>
@@ -104,9 +104,9 @@ where
             request.unpin();
             return Some((request, message));
         }
-        self.tally.requests.add(1);
+        self.metrics.requests.add(1);
         if let Err(e) = &done {
-            self.tally.errors.add(1);
+            self.metrics.errors.add(1);
             debug!("{:?} unique={}: {e}", message.opcode(), header.unique);
         }
         self.answer(request, header.unique, done);
@@ -133,8 +133,8 @@ where
         self.fs.destroy();
     }
 
-    fn tally(&self) -> &Tally {
-        &self.tally
+    fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 }
 

@@ -86,12 +86,12 @@ pub(crate) struct Released {
 }
 
 /// The guest's open files.
-pub(crate) struct Opened {
+pub(crate) struct WritebackErrors {
     state: Mutex<State>,
     losses: Losses,
 }
 
-impl Opened {
+impl WritebackErrors {
     /// With the losses that others find.
     pub(crate) fn new(losses: Losses) -> Self {
         Self { state: Mutex::default(), losses }
@@ -234,7 +234,7 @@ mod tests {
     /// Shows: after one failure no sync of the file succeeds, until it was closed as often as opened.
     #[test]
     fn a_failure_stays_until_the_file_is_opened_anew() {
-        let opened = Opened::new(Losses::default());
+        let opened = WritebackErrors::new(Losses::default());
         opened.open(5, 0, FILE);
         opened.open(5, 1, FILE);
         opened.open(6, 2, OTHER);
@@ -253,7 +253,7 @@ mod tests {
     /// opens it later, until all have closed it.
     #[test]
     fn a_failure_is_the_files_whatever_led_to_it() {
-        let opened = Opened::new(Losses::default());
+        let opened = WritebackErrors::new(Losses::default());
         opened.open(5, 0, FILE);
         opened.open(7, 1, FILE);
         assert_eq!(errno(opened.sync(1, fails)), Some(libc::ENOSPC));
@@ -275,7 +275,7 @@ mod tests {
     /// Shows: a sync of what can't be synced is an error, and says nothing about later ones.
     #[test]
     fn what_was_not_tried_has_not_failed() {
-        let opened = Opened::new(Losses::default());
+        let opened = WritebackErrors::new(Losses::default());
         opened.open(5, 0, FILE);
         assert_eq!(errno(opened.sync(0, || Err(Errno::EBADF.into()))), Some(libc::EBADF));
         assert_eq!(errno(opened.sync_all(|| Err(Errno::EINVAL.into()))), Some(libc::EINVAL));
@@ -285,7 +285,7 @@ mod tests {
     /// Shows: when all were to be synced and that failed, no file is vouched for.
     #[test]
     fn a_failure_of_all_is_everyones() {
-        let opened = Opened::new(Losses::default());
+        let opened = WritebackErrors::new(Losses::default());
         opened.open(5, 0, FILE);
         assert_eq!(errno(opened.sync_all(fails)), Some(libc::ENOSPC));
         assert_eq!(errno(opened.sync(0, || Ok(()))), Some(libc::EIO));
@@ -299,7 +299,7 @@ mod tests {
     #[test]
     fn a_loss_is_told_of_by_an_fsync() {
         let losses = Losses::default();
-        let opened = Opened::new(losses.clone());
+        let opened = WritebackErrors::new(losses.clone());
         losses.note(FILE);
         opened.open(5, 0, FILE);
         assert_eq!(errno(opened.check(0)), Some(libc::EIO));

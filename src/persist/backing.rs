@@ -192,8 +192,8 @@ impl Durability {
         format!("{name}: a flush is {flush}; what it has answered for {promise}")
     }
 
-    /// Whether each page of a file must have its block beforehand ([`Direct::settle_blocks`]).
-    pub fn settles_blocks(self) -> bool {
+    /// Whether each page of a file must have its block beforehand ([`Direct::populate_blocks`]).
+    pub fn populates_blocks(self) -> bool {
         self.backing == Backing::DaxFile && self.instruction.is_some()
     }
 

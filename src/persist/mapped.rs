@@ -175,7 +175,7 @@ impl Direct {
     ///
     /// # Errors
     /// The system's; EFAULT where the file system finds no space.
-    pub fn settle_blocks(&self, from: u64, bytes: u64) -> io::Result<()> {
+    pub fn populate_blocks(&self, from: u64, bytes: u64) -> io::Result<()> {
         let end = from.checked_add(bytes).ok_or(Errno::EINVAL)?;
         let place = self.covering(end)?.place();
         let bytes = usize::try_from(bytes).map_err(|_| Errno::EINVAL)?;

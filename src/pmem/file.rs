@@ -349,7 +349,7 @@ impl PmemFile {
     ///
     /// # Errors
     /// No space, most likely.
-    pub fn settle_blocks(
+    pub fn populate_blocks(
         &self,
         direct: &Direct,
         is_asked: &dyn Fn() -> bool,
@@ -359,7 +359,7 @@ impl PmemFile {
         info!("giving each page of {} a block that is durably its own", path.display());
         in_pieces("settled", bytes, is_asked, |from, bytes| {
             allocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes)?;
-            direct.settle_blocks(from, bytes)
+            direct.populate_blocks(from, bytes)
         })
         .map_err(|error| PmemFileError::Blocks { path: path.clone(), error })
     }

@@ -56,7 +56,7 @@ pub struct Counters {
 }
 
 #[derive(Default)]
-struct Tally {
+struct Metrics {
     flushes: Counter,
     failed: Counter,
     malformed: Counter,
@@ -72,7 +72,7 @@ pub struct Pmem {
     engine: Arc<Engine>,
     front_end: Arc<FrontEnd>,
     sync: GroupSync<Pending>,
-    tally: Arc<Tally>,
+    metrics: Arc<Metrics>,
     log_limit: RateLimit,
     /// There is a session of which nothing was reported yet.
     in_session: AtomicBool,
@@ -118,7 +118,7 @@ impl Pmem {
             sync: GroupSync::new(writeback(engine.clone(), space))?,
             engine,
             front_end,
-            tally: Arc::default(),
+            metrics: Arc::default(),
             log_limit: RateLimit::default(),
             in_session: AtomicBool::new(false),
         }))
@@ -132,15 +132,15 @@ impl Pmem {
     /// What the device has done so far.
     pub fn counters(&self) -> Counters {
         Counters {
-            flushes: self.tally.flushes.get(),
+            flushes: self.metrics.flushes.get(),
             syncs: self.engine.counters().snapshot().syncs,
-            failed: self.tally.failed.get(),
-            malformed: self.tally.malformed.get(),
+            failed: self.metrics.failed.get(),
+            malformed: self.metrics.malformed.get(),
         }
     }
 
     fn log_bad_request(&self, what: &str) {
-        self.tally.malformed.add(1);
+        self.metrics.malformed.add(1);
         if let Some(held_back) = self.log_limit.told(Instant::now()) {
             warn!("the guest sent a bad request: {what}{held_back}");
         }
@@ -212,7 +212,7 @@ impl Device for Pmem {
     }
 
     fn handle(&self, request: Request, _: Drained) -> Option<InlineWork> {
-        let is_flush = match request.word() {
+        let is_flush = match request.read_le32() {
             Ok(VIRTIO_PMEM_REQ_TYPE_FLUSH) => true,
             Ok(unknown) => {
                 self.log_bad_request(&format!("unknown type {unknown:#x}"));
@@ -224,11 +224,11 @@ impl Device for Pmem {
             }
         };
         if is_flush {
-            self.tally.flushes.add(1);
+            self.metrics.flushes.add(1);
         }
         // Bad requests queue up too: answers must keep the order of the ring.
         let needs_sync = is_flush && !request.window_lost();
-        self.sync.submit(Pending { request, is_flush, needs_sync, tally: self.tally.clone() });
+        self.sync.submit(Pending { request, is_flush, needs_sync, metrics: self.metrics.clone() });
         None
     }
 
@@ -301,7 +301,7 @@ struct Pending {
     request: Request,
     is_flush: bool,
     needs_sync: bool,
-    tally: Arc<Tally>,
+    metrics: Arc<Metrics>,
 }
 
 impl Waiter for Pending {
@@ -312,7 +312,7 @@ impl Waiter for Pending {
     fn answer(self, durable: bool) {
         let kept = self.needs_sync && durable;
         if self.is_flush && !kept {
-            self.tally.failed.add(1);
+            self.metrics.failed.add(1);
         }
         self.request.complete(if kept { STATUS_OK } else { STATUS_FAILED });
     }

@@ -60,7 +60,7 @@ impl Ring {
                 }
                 Taken::All if polls => {
                     state.more = false;
-                    self.tell(&mut state);
+                    self.signal_used(&mut state);
                     let poll = state.poll;
                     drop(state);
                     let hit = TURNS.until(poll, || self.look());
@@ -75,13 +75,13 @@ impl Ring {
         }
         state.poll.sleeps();
         state.more = false;
-        self.tell(&mut state);
+        self.signal_used(&mut state);
     }
 
     /// Whether there is something to be taken; none if nothing can be.
     fn look(&self) -> Option<bool> {
         let state = self.lock();
-        if state.phase != Phase::Running || state.left_behind {
+        if state.phase != Phase::Running || state.ring_full {
             return None;
         }
         let vring = self.vring.get()?.get_ref();
@@ -101,7 +101,7 @@ impl Ring {
         let before = std::mem::replace(served, state.served);
         match (state.serving > 0, before == *served) {
             (true, true) => {
-                self.tell(&mut state);
+                self.signal_used(&mut state);
                 self.hand_out(&mut state);
                 Progress::HeldUp
             }
@@ -144,11 +144,11 @@ impl Ring {
             queue.disable_notification(&*mem)?;
             // An index that runs ahead of the ring is an error here, and ends the drain:
             // enable_notification() would call it new work for ever.
-            while state.open < size {
+            while state.inflight < size {
                 let Some(chain) = queue.iter(mem.clone())?.next() else { break };
                 let head = chain.head_index();
                 let parsed = parse(chain, size);
-                state.open += 1;
+                state.inflight += 1;
                 let request = Request {
                     owner: self.clone(),
                     epoch: state.epoch,
@@ -162,14 +162,14 @@ impl Ring {
                     state.more = avail.0 != queue.next_avail();
                     Drained::ByServer { more: state.more }
                 } else {
-                    Drained::ByRelief
+                    Drained::ByWatchdog
                 };
                 if let Some(now) = self.device.handle(request, drained) {
                     return Ok(Taken::ToServe(now));
                 }
             }
-            state.left_behind = state.open >= size;
-            if state.left_behind {
+            state.ring_full = state.inflight >= size;
+            if state.ring_full {
                 return Ok(Taken::NoMore);
             }
             if !arm || !queue.enable_notification(&*mem)? {

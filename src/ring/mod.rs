@@ -37,11 +37,11 @@ pub(crate) use watchdog::Watchdog;
 /// While more requests wait to be served by the same thread, the driver is told of so many answers at once: to
 /// wake it costs more than most requests do. (It sees an answer at once if it looks; and if the next
 /// request is held up, the relief tells.)
-const TELL_AT: u16 = 16;
+const SIGNAL_AT: u16 = 16;
 
 /// No answer waits longer for others to be told of with it, but for the few requests that are served from
 /// one look at the clock to the next.
-const TELL_WITHIN: Duration = Duration::from_micros(100);
+const SIGNAL_WITHIN: Duration = Duration::from_micros(100);
 
 /// A look at the clock takes 1 % of the time of a short request.
 const LOOK_EVERY: u16 = 4;
@@ -65,7 +65,7 @@ pub struct Started {
 enum Phase {
     #[default]
     Stopped,
-    Held,
+    AwaitingWindow,
     Running,
     Stopping,
 }
@@ -77,24 +77,24 @@ struct State {
     /// Chains taken and not completed. With [`InflightPolicy::Resubmit`] the device completes in order, so
     /// these are the last that were taken, and moving the base back by this number hands exactly
     /// them back.
-    open: u16,
+    inflight: u16,
     /// Those of them that have a hand in the guest's memory.
     pinned: u16,
     /// Completed while the ring was stopped.
-    kept: Vec<Answer>,
+    deferred: Vec<Answer>,
     /// The available index at the last stop; the used index was this less the open ones.
     stopped_at: u16,
     /// The guest has no window: whatever it stored is nowhere, so no flush may succeed.
     window_lost: bool,
     /// Chains were left in the ring because `open` had reached the queue's size.
-    left_behind: bool,
+    ring_full: bool,
     /// So many wait for [`Ring::changed`].
     waiting: u16,
     /// The thread that serves one request has the next one before it.
     more: bool,
     /// Returned chains that the driver was not told of, and when the first one was returned.
-    untold: u16,
-    untold_since: Option<Instant>,
+    unsignalled: u16,
+    unsignalled_since: Option<Instant>,
     /// Requests that are served by the thread that took them.
     serving: u32,
     /// Those that were.
@@ -105,7 +105,7 @@ struct State {
 impl State {
     /// Whether a ring that starts there goes on where it was stopped.
     fn goes_on(&self, next_avail: u16, next_used: u16) -> bool {
-        next_avail == self.stopped_at && next_used == next_avail.wrapping_sub(self.open)
+        next_avail == self.stopped_at && next_used == next_avail.wrapping_sub(self.inflight)
     }
 
     /// What was open is void, and the ring stopped.
@@ -186,7 +186,7 @@ impl Ring {
             self.changed.notify_all();
         }
         self.vring.get_or_init(|| vring.clone());
-        state.phase = Phase::Held;
+        state.phase = Phase::AwaitingWindow;
         state.window_lost = false;
         let start = match (goes_on, from) {
             (false, _) => RingStart::Afresh,
@@ -219,11 +219,11 @@ impl Ring {
 
     fn run(self: &Arc<Self>, epoch: Epoch, window_lost: bool, serves: bool) {
         let mut state = self.lock();
-        if state.phase == Phase::Held && state.epoch == epoch {
+        if state.phase == Phase::AwaitingWindow && state.epoch == epoch {
             state.phase = Phase::Running;
             state.window_lost = window_lost;
             self.changed.notify_all();
-            for answer in std::mem::take(&mut state.kept) {
+            for answer in std::mem::take(&mut state.deferred) {
                 self.give_back(&mut state, answer);
             }
             if serves {
@@ -240,7 +240,7 @@ impl Ring {
     pub fn stop(&self) {
         let mut state = self.lock();
         state.more = false;
-        self.tell(&mut state);
+        self.signal_used(&mut state);
         // Whoever touches guest memory may still return its chain; nothing new is taken.
         let hand_back = self.device.inflight_policy() == InflightPolicy::Resubmit;
         if state.phase == Phase::Running && !hand_back {
@@ -262,7 +262,7 @@ impl Ring {
         let mut vring = vring.get_mut();
         let queue = vring.get_queue_mut();
         if hand_back {
-            let base = queue.next_avail().wrapping_sub(state.open);
+            let base = queue.next_avail().wrapping_sub(state.inflight);
             queue.set_next_avail(base);
             state.renew(epoch);
             state.stopped_at = base;
@@ -283,27 +283,28 @@ impl Ring {
 
     fn give_back(&self, state: &mut State, answer: Answer) {
         let Some(vring) = self.vring.get() else { return };
-        state.open -= 1;
+        state.inflight -= 1;
         self.warn_of(UNRETURNED, return_chain(&self.mem.ram(), vring, &answer));
-        state.untold += 1;
-        if !state.more || state.untold >= TELL_AT {
-            return self.tell(state);
+        state.unsignalled += 1;
+        if !state.more || state.unsignalled >= SIGNAL_AT {
+            return self.signal_used(state);
         }
-        match state.untold_since {
-            None => state.untold_since = Some(Instant::now()),
+        match state.unsignalled_since {
+            None => state.unsignalled_since = Some(Instant::now()),
             Some(since)
-                if state.untold.is_multiple_of(LOOK_EVERY) && since.elapsed() >= TELL_WITHIN =>
+                if state.unsignalled.is_multiple_of(LOOK_EVERY)
+                    && since.elapsed() >= SIGNAL_WITHIN =>
             {
-                self.tell(state);
+                self.signal_used(state);
             }
             Some(_) => {}
         }
     }
 
     /// Tells the driver of the chains that went back, if it wants to be told.
-    fn tell(&self, state: &mut State) {
-        state.untold_since = None;
-        if std::mem::take(&mut state.untold) > 0
+    fn signal_used(&self, state: &mut State) {
+        state.unsignalled_since = None;
+        if std::mem::take(&mut state.unsignalled) > 0
             && let Some(vring) = self.vring.get()
         {
             self.warn_of(UNRETURNED, signal(&self.mem.ram(), vring));
@@ -361,9 +362,9 @@ impl RequestOwner for Ring {
         if state.epoch == epoch {
             match state.phase {
                 Phase::Running | Phase::Stopping => self.give_back(&mut state, answer),
-                Phase::Held | Phase::Stopped => state.kept.push(answer),
+                Phase::AwaitingWindow | Phase::Stopped => state.deferred.push(answer),
             }
-            if state.left_behind {
+            if state.ring_full {
                 // Served by others: this may be the end of one that was taken here.
                 self.hand_out(&mut state);
             }

@@ -98,7 +98,7 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
     let found = FoundFile::look(&config.file)?;
     let chosen = Durability::choose(found.backing(), config.persist)
         .map_err(|error| PmemFileError::Persist { path: path.clone(), error })?;
-    if config.file.sparse && chosen.settles_blocks() {
+    if config.file.sparse && chosen.populates_blocks() {
         return Err(PmemFileError::SparseLines(path.clone()).into());
     }
     found.claim()?;
@@ -125,8 +125,8 @@ fn make_file(
 ) -> Result<(PmemFile, FilePersist), DaemonError> {
     let file = found.make(is_asked)?;
     let persist = chosen.persist(file.file(), file_bytes(file.file())?)?;
-    if let Some(direct) = persist.direct.as_ref().filter(|_| chosen.settles_blocks()) {
-        file.settle_blocks(direct, is_asked)?;
+    if let Some(direct) = persist.direct.as_ref().filter(|_| chosen.populates_blocks()) {
+        file.populate_blocks(direct, is_asked)?;
     }
     Ok((file, persist))
 }

@@ -142,7 +142,7 @@ impl Layout {
     ///
     /// # Errors
     /// See [`show`](Self::show): the first one's, if there are more maps than one. The others are clipped.
-    pub fn clip(
+    pub fn unmap_beyond(
         &mut self,
         file: &Arc<File>,
         end: FileOffset,
@@ -376,7 +376,7 @@ mod tests {
             for end in 0..=24 {
                 let mapper = Strict::new();
                 let mut layout = five(&mapper, &old);
-                layout.clip(&old, FileOffset(end * PAGE), &mapper, most).unwrap();
+                layout.unmap_beyond(&old, FileOffset(end * PAGE), &mapper, most).unwrap();
                 for (_, from, bytes) in shown(&layout) {
                     assert!(from + bytes <= end * PAGE, "end {end}, at most {most}");
                 }
@@ -391,7 +391,7 @@ mod tests {
         let mapper = Strict::new();
         let mut layout = five(&mapper, &old);
         *mapper.keeps.lock().unwrap() = Some(4 * PAGE);
-        assert!(layout.clip(&old, FileOffset(2 * PAGE), &mapper, 5).is_err());
+        assert!(layout.unmap_beyond(&old, FileOffset(2 * PAGE), &mapper, 5).is_err());
         assert_eq!(shown(&layout), [(0, 0, 2 * PAGE), (4 * PAGE, 4 * PAGE, 4 * PAGE)]);
     }
 

@@ -33,7 +33,7 @@ use nix::sys::stat::futimens;
 use nix::sys::time::TimeSpec;
 
 use crate::dax::engine::{Engine, Space};
-use crate::dax::sync::{Taken, Turn};
+use crate::dax::sync::{CheckedOut, Checkout};
 use crate::dax::written::Bytes;
 use crate::fs::identity::FileId;
 use crate::fs::sync_errors::{Losses, is_loss};
@@ -95,8 +95,8 @@ pub(crate) struct Times {
     watched: AtomicBool,
     /// Something was stored since then, or is about to be.
     stored: AtomicBool,
-    /// Whoever has it may do system calls. Above the gate of the file's space: see `dax`.
-    seen: Turn<Seen>,
+    /// Whoever has it may do system calls. Above the invalidate lock of the file's space: see `dax`.
+    seen: Checkout<Seen>,
 }
 
 impl Times {
@@ -109,7 +109,7 @@ impl Times {
             in_memory: backing == Backing::Memory,
             watched: AtomicBool::new(false),
             stored: AtomicBool::new(false),
-            seen: Turn::new(Seen::default()),
+            seen: Checkout::new(Seen::default()),
         }
     }
 
@@ -219,7 +219,7 @@ impl Times {
 
     fn settle_now(
         &self,
-        seen: &mut Taken<'_, Seen>,
+        seen: &mut CheckedOut<'_, Seen>,
         engine: &Engine,
         space: &Space,
         occasion: Occasion,
