@@ -457,9 +457,9 @@ fn a_full_stderr_holds_no_refusal_up() {
 /// the map.
 #[test]
 fn a_map_without_an_answer_keeps_no_signal_away() {
-    let place = Place::new();
-    let file = place.file("file");
     for lacks in [Protocol::empty(), Protocol::SHARED_OBJECT] {
+        let place = Place::new();
+        let file = place.file("file");
         let mut command = place.pmem(&file);
         let daemon = Daemon::waiting(command.args(["--mem-slots", "off"]));
         let ram = guest_ram(1);

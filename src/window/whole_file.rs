@@ -3,7 +3,7 @@
 //! A window that shows one whole file in one map, as virtio-pmem does.
 
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use log::{debug, warn};
@@ -40,6 +40,8 @@ pub(crate) struct WholeFile {
     locator: Mutex<MapLocator>,
     /// A map was made before the last reset, and none since.
     before_reset: AtomicBool,
+    /// Number of stops of the device.
+    stops: AtomicU64,
 }
 
 impl WholeFile {
@@ -48,7 +50,8 @@ impl WholeFile {
         let (at, from) = (WindowOffset(0), FileOffset(0));
         let map = inode_of(file).map(|inode| WindowMap { at, inode, from, bytes });
         let locator = Mutex::new(MapLocator::new(bytes, map));
-        Self { map, channel: OnceLock::new(), locator, before_reset: AtomicBool::new(false) }
+        let (before_reset, stops) = (AtomicBool::new(false), AtomicU64::new(0));
+        Self { map, channel: OnceLock::new(), locator, before_reset, stops }
     }
 
     /// The channel to the front-end, which a session gets once.
@@ -75,6 +78,7 @@ impl WholeFile {
 
     /// The device was stopped.
     pub(crate) fn stopped(&self) {
+        self.stops.fetch_add(1, Ordering::SeqCst);
         lock(&self.locator).stopped();
     }
 
@@ -127,6 +131,7 @@ impl Mapper for WholeFile {
             lock(&self.locator).answered(at, outcome);
             done
         };
+        let stops = self.stops.load(Ordering::SeqCst);
         let mut done = send();
         if matches!(done, Err(MapError::Refused)) {
             // Q4: an overlap, with a map that this session made. No other refusal is a window.
@@ -142,6 +147,10 @@ impl Mapper for WholeFile {
         match done {
             // A front-end that can't be asked whether it acks: its table is the proof.
             Ok(()) if acks == Acks::Unknown && !self.is_shown() => {
+                // A stop outdates the table.
+                if self.stops.load(Ordering::SeqCst) != stops {
+                    return Err(MapError::Stopped);
+                }
                 lacks("protocol feature REPLY_ACK")
             }
             other => other,
