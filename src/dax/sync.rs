@@ -4,7 +4,6 @@
 
 #[cfg(loom)]
 pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
-#[cfg(not(loom))]
 use std::time::{Duration, Instant};
 // Not loom's: it can't hold a trait object, and counting references is not what is checked.
 pub(crate) use std::sync::Arc;
@@ -54,7 +53,6 @@ impl<T> Checkout<T> {
     }
 }
 
-#[cfg(not(loom))]
 impl<T> Checkout<T> {
     /// Takes it, if it is there within `most`.
     pub(crate) fn take_within(&self, most: Duration) -> Option<CheckedOut<'_, T>> {
