@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows what a guest is told when the host's disk fails once, and is well again: EIO, then and ever
-//! after, and no success for pages that are lost. The disk is the device-mapper device `bad`, whose
-//! sectors are made to fail; `tests/guest` runs these in a VM that plays the host, since this needs a
-//! kernel with a device mapper.
+//! Shows what a guest is told when the host's disk fails once, and is well again: EIO, then and
+//! ever after, and no success for pages that are lost. The disk is the device-mapper device `bad`,
+//! whose sectors are made to fail; `tests/guest` runs these in a VM that plays the host, since this
+//! needs a kernel with a device mapper.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -108,8 +108,8 @@ fn sync_by_another(file: &Path) {
     let _ = File::open(file).unwrap().sync_all();
 }
 
-/// Shows: pmem: a flush of lost pages fails, each later one too, also in a new VM's session; whether the
-/// daemon's flush met the failure itself or somebody else's sync did before.
+/// Shows: pmem: a flush of lost pages fails, each later one too, also in a new VM's session;
+/// whether the daemon's flush met the failure itself or somebody else's sync did before.
 #[test]
 #[ignore = "needs a device mapper: run by tests/guest"]
 fn pmem_fails_for_good() {

@@ -58,8 +58,8 @@ impl Place {
         command
     }
 
-    /// A copy of the daemon that any user finds: nobody may have no way to where it was built. Made by cp: a
-    /// process that another test forks meanwhile would keep a file busy that we write.
+    /// A copy of the daemon that any user finds: nobody may have no way to where it was built. Made
+    /// by cp: a process that another test forks meanwhile would keep a file busy that we write.
     fn program(&self) -> PathBuf {
         let copy = self.path("daemon");
         assert!(Command::new("cp").arg(BINARY).arg(&copy).status().unwrap().success());
@@ -418,8 +418,8 @@ fn blocks_are_allocated_at_creation_unless_sparse() {
     assert!(warned.said.contains("8M of holes"), "{}", warned.said);
 }
 
-/// Shows: the start says what a flush is and what it is worth; what can't be promised is refused, before a
-/// file is made.
+/// Shows: the start says what a flush is and what it is worth; what can't be promised is refused,
+/// before a file is made.
 #[test]
 fn persist_is_what_the_backing_can_keep() {
     let place = Place::new();

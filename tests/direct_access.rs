@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows the daemon on what the kernel believes is persistent memory: a DAX file system, and a device-DAX
-//! node. Ordinary machines have neither: `tests/guest` runs these in a VM that has both, with
-//! `VUD_DAX_DIR` (a directory on a file system mounted with `-o dax`) and `VUD_DAX_DEVICE` (`/dev/dax0.0`).
+//! Shows the daemon on what the kernel believes is persistent memory: a DAX file system, and a
+//! device-DAX node. Ordinary machines have neither: `tests/guest` runs these in a VM that has both,
+//! with `VUD_DAX_DIR` (a directory on a file system mounted with `-o dax`) and `VUD_DAX_DEVICE`
+//! (`/dev/dax0.0`).
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -110,7 +111,8 @@ fn a_dax_file_system_is_detected() {
     assert_eq!(&found, b"straight");
 }
 
-/// Shows: with cache lines each page has its block before the guest comes, whatever the file was before.
+/// Shows: with cache lines each page has its block before the guest comes, whatever the file was
+/// before.
 #[test]
 #[ignore = "needs a DAX file system: run by tests/guest"]
 fn blocks_are_settled_before_lines_count() {
@@ -125,7 +127,8 @@ fn blocks_are_settled_before_lines_count() {
     assert!(fs::read(&path).unwrap().ends_with(b"end"));
 }
 
-/// Shows: stores, flushes, and a second daemon that finds them, in each mode; and the bytes in the file.
+/// Shows: stores, flushes, and a second daemon that finds them, in each mode; and the bytes in the
+/// file.
 #[test]
 #[ignore = "needs a DAX file system: run by tests/guest"]
 fn pmem_on_a_dax_file_system() {
@@ -149,8 +152,8 @@ fn pmem_on_a_dax_file_system() {
     }
 }
 
-/// Shows: a device-DAX node as pmem: its size and lock, stores, flushes by lines, a second daemon that
-/// finds the bytes; and what can't be is refused.
+/// Shows: a device-DAX node as pmem: its size and lock, stores, flushes by lines, a second daemon
+/// that finds the bytes; and what can't be is refused.
 #[test]
 #[ignore = "needs a device-DAX node: run by tests/guest"]
 fn pmem_on_a_device_dax_node() {

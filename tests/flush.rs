@@ -54,7 +54,8 @@ fn answer_rests_on_a_sync_that_began_after_the_flush() {
         } else if !open.is_empty() {
             let (flush, begun_before) = open.swap_remove(random as usize % open.len());
             assert_eq!(guest.driver.wait(flush), Answer::OK);
-            // Syncs follow one another: the next one after those has ended, so it began after the offer.
+            // Syncs follow one another: the next one after those has ended, so it began after the
+            // offer.
             assert!(host.gate.finished() > begun_before);
         }
     }
@@ -86,8 +87,8 @@ impl Persist for Lines {
     }
 }
 
-/// Shows, where only cache lines make a store durable: all of the file is written back, each line once, and
-/// the answer waits for the fence behind it.
+/// Shows, where only cache lines make a store durable: all of the file is written back, each line
+/// once, and the answer waits for the fence behind it.
 #[test]
 fn an_answer_waits_for_the_fence() {
     let dir = tempfile::tempdir().unwrap();

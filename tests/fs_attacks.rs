@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Attacks of a guest on the daemon, each with the outcome that it must have: the attacker gets an errno, and
-//! everybody else is served.
+//! Attacks of a guest on the daemon, each with the outcome that it must have: the attacker gets an
+//! errno, and everybody else is served.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -81,8 +81,8 @@ fn chown(valid: u32, uid: u32, gid: u32) -> Arg {
 
 // --- requests that are too large ---
 
-/// Shows: a READ of more than INIT has agreed on is refused before a byte is copied, however many there are, and
-/// neither a stop nor SIGTERM waits for one; what INIT has agreed on is read.
+/// Shows: a READ of more than INIT has agreed on is refused before a byte is copied, however many
+/// there are, and neither a stop nor SIGTERM waits for one; what INIT has agreed on is read.
 #[test]
 fn a_read_has_a_limit() {
     let (mut host, mut guest, node, fh) = big(&[]);
@@ -117,8 +117,8 @@ fn a_copy_has_a_limit() {
     }
 }
 
-/// Shows: a request that is longer than its kind can be is refused and not kept; the longest of each kind is
-/// served.
+/// Shows: a request that is longer than its kind can be is refused and not kept; the longest of
+/// each kind is served.
 #[test]
 fn each_kind_has_a_length() {
     let (host, mut guest, node, fh) = big(&["--xattr"]);
@@ -172,7 +172,8 @@ fn what_waits_is_small() {
     assert!(host.own_kib() < before + 1024, "{before} KiB, then {}", host.own_kib());
 }
 
-/// Shows: a chain of more than 4 GiB, and one with more descriptors than the queue, come back, and hold up nothing.
+/// Shows: a chain of more than 4 GiB, and one with more descriptors than the queue, come back, and
+/// hold up nothing.
 #[test]
 fn chains_that_are_too_long() {
     let (_host, mut guest, node, fh) = big(&[]);
@@ -187,7 +188,8 @@ fn chains_that_are_too_long() {
 
 // --- who the guest says it is ---
 
-/// Shows: with translated ids a guest makes nothing as the host's root; -1 is nobody, and makes nothing at all.
+/// Shows: with translated ids a guest makes nothing as the host's root; -1 is nobody, and makes
+/// nothing at all.
 #[test]
 fn nobody_is_not_root() {
     let rule = "map:0:100000:65536";
@@ -204,8 +206,8 @@ fn nobody_is_not_root() {
     }
 }
 
-/// Shows: -1 is refused wherever something is made or given to somebody, with and without translation; and taken
-/// from a kernel that sends it where ids don't matter.
+/// Shows: -1 is refused wherever something is made or given to somebody, with and without
+/// translation; and taken from a kernel that sends it where ids don't matter.
 #[test]
 fn nobody_owns_nothing() {
     const FATTR_UID: u32 = 1 << 1;
@@ -239,7 +241,8 @@ fn nobody_owns_nothing() {
     call_as(&mut guest, (op::LOOKUP, ROOT), ids, &Arg::new().name("f"), ENTRY_OUT).unwrap();
 }
 
-/// Shows: what guest root can set with --xattr, and that a share without it takes no attribute at all.
+/// Shows: what guest root can set with --xattr, and that a share without it takes no attribute at
+/// all.
 #[test]
 fn attributes_of_the_hosts_root() {
     let names = ["user.a", "trusted.a", "trusted.overlay.opaque", "security.anything"];
@@ -263,7 +266,8 @@ fn attributes_of_the_hosts_root() {
 
 // --- what is opened ---
 
-/// Shows: OPEN, OPENDIR and CREATE ask the host for what reads and writes a file, and for nothing else.
+/// Shows: OPEN, OPENDIR and CREATE ask the host for what reads and writes a file, and for nothing
+/// else.
 #[test]
 fn odd_open_flags() {
     let host = with(&[]);
@@ -313,8 +317,8 @@ fn host_flags(host: &FsHost, name: &str) -> Vec<i32> {
     .collect()
 }
 
-/// Shows: what is left out of the flags of an OPEN is left out of those of a CREATE, and what an option lets
-/// through is let through in both.
+/// Shows: what is left out of the flags of an OPEN is left out of those of a CREATE, and what an
+/// option lets through is let through in both.
 #[test]
 fn create_opens_as_open_does() {
     let asked = libc::O_RDWR | libc::O_CREAT | libc::O_DIRECT | libc::O_NOATIME | libc::O_APPEND;
@@ -337,8 +341,8 @@ fn create_opens_as_open_does() {
     }
 }
 
-/// Shows: a CREATE that fails when the file is opened or cut leaves neither a handle nor a look-up behind; and one
-/// that cuts a file for reading only cuts it.
+/// Shows: a CREATE that fails when the file is opened or cut leaves neither a handle nor a look-up
+/// behind; and one that cuts a file for reading only cuts it.
 #[test]
 fn a_create_that_fails_leaves_nothing() {
     let host = with(&[]);
@@ -394,7 +398,8 @@ fn files_that_must_not_be_written() {
     let _ = (attr("-i", "fixed"), attr("-a", "append"));
 }
 
-/// Shows: a file of somebody else's, closed to all others, is mapped for a guest whose daemon is root.
+/// Shows: a file of somebody else's, closed to all others, is mapped for a guest whose daemon is
+/// root.
 #[test]
 fn a_file_of_somebody_elses() {
     let host = with(&[]);
@@ -429,8 +434,8 @@ fn offer_table(guest: &mut FsGuest, head: u16, table: u64) {
     guest.queues[FIRST].kick_by_hand();
 }
 
-/// Shows: a table of descriptors that lies in the window, before or behind the end of its file, is not read: its chain
-/// comes back, and the daemon goes on.
+/// Shows: a table of descriptors that lies in the window, before or behind the end of its file, is
+/// not read: its chain comes back, and the daemon goes on.
 #[test]
 fn a_table_in_the_window() {
     let host = FsHost::with(FsOptions { request_queues: 2, ..FsOptions::default() });
@@ -449,8 +454,8 @@ fn a_table_in_the_window() {
     assert_eq!(guest.getattr(node).unwrap().size, 5000);
 }
 
-/// Shows: a reply that is to go into the window, behind the end of the file that is only just being mapped there, goes
-/// nowhere, and the daemon goes on: also where the table lists every map.
+/// Shows: a reply that is to go into the window, behind the end of the file that is only just being
+/// mapped there, goes nowhere, and the daemon goes on: also where the table lists every map.
 #[test]
 fn a_reply_in_the_window() {
     for mem_slots in [true, false] {
@@ -495,7 +500,8 @@ fn a_request_in_the_window() {
 
 // --- floods ---
 
-/// Shows: however often a guest mounts, the log is bounded, says how much was not said, and keeps the first line.
+/// Shows: however often a guest mounts, the log is bounded, says how much was not said, and keeps
+/// the first line.
 #[test]
 fn a_flood_of_inits() {
     let host = with(&["--announce-submounts", "--posix-acl=auto", "--xattr"]);
@@ -533,7 +539,8 @@ fn a_log_that_nobody_reads() {
 
 // --- the share ---
 
-/// Shows: the directory that is served is the one that was there at the start, whatever its path names later.
+/// Shows: the directory that is served is the one that was there at the start, whatever its path
+/// names later.
 #[test]
 fn the_share_is_opened_once() {
     let host = with(&[]);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Attacks of a guest, and of a second user of the host, in which one request meets another one, a reset, or the end
-//! of a mount. A test that fails is an attack that succeeds.
+//! Attacks of a guest, and of a second user of the host, in which one request meets another one, a
+//! reset, or the end of a mount. A test that fails is an attack that succeeds.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -45,8 +45,8 @@ fn lookup_of(guest: &mut FsGuest, name: &str) -> Pending {
 
 // --- a second user of the host: leases ---
 
-/// A read lease on a file that nobody has open for writing: who opens it for writing waits until the lease is
-/// given back, or 45 seconds.
+/// A read lease on a file that nobody has open for writing: who opens it for writing waits until
+/// the lease is given back, or 45 seconds.
 fn lease(host: &FsHost, name: &str) -> File {
     let file = File::open(host.path(name)).unwrap();
     // SAFETY: numbers only. F_SETSIG (10): a signal that is ignored by default, instead of SIGIO.
@@ -63,8 +63,8 @@ fn unlease(file: &File) {
     unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
 }
 
-/// Must hold: maps of files that somebody on the host holds a lease on (a guest's mere reading by mmap) keep nobody's
-/// LOOKUP waiting.
+/// Must hold: maps of files that somebody on the host holds a lease on (a guest's mere reading by
+/// mmap) keep nobody's LOOKUP waiting.
 #[test]
 fn leases_and_maps_hold_up_nobody() {
     let host = with(&["--thread-pool-size", "4"]);
@@ -86,7 +86,8 @@ fn leases_and_maps_hold_up_nobody() {
     assert!(quick, "a LOOKUP of another file waits for the leases");
 }
 
-/// Must hold: a SETUPMAPPING that is held up over a reset and a new INIT leaves no map in the new driver's window.
+/// Must hold: a SETUPMAPPING that is held up over a reset and a new INIT leaves no map in the new
+/// driver's window.
 fn over_a_reset(map_before: bool) {
     let host = FsHost::with(FsOptions { mem_slots: false, ..FsOptions::default() });
     host.put("leased", &[1; 5000]);
@@ -129,8 +130,8 @@ fn a_map_that_waits_over_a_reset_and_comes_upon_another() {
     over_a_reset(true);
 }
 
-/// Must hold: two SETUPMAPPINGs that are on their way when the VM is stopped and reset do not keep the device from
-/// starting again.
+/// Must hold: two SETUPMAPPINGs that are on their way when the VM is stopped and reset do not keep
+/// the device from starting again.
 #[test]
 fn two_maps_on_their_way_at_a_reset() {
     let host = FsHost::with(FsOptions { mem_slots: false, ..FsOptions::default() });
@@ -143,7 +144,8 @@ fn two_maps_on_their_way_at_a_reset() {
     }
     std::thread::sleep(Duration::from_millis(200));
     guest.vmm.reset();
-    // Both come to the window now: one has its turn, and waits for the start, the other one waits for the turn.
+    // Both come to the window now: one has its turn, and waits for the start, the other one waits
+    // for the turn.
     leases.iter().for_each(unlease);
     std::thread::sleep(Duration::from_millis(200));
     guest.queues.iter_mut().for_each(common::queue::Queue::reset);
@@ -278,7 +280,8 @@ fn seeks_beside_a_sync() {
     assert!(quick, "a LOOKUP of another file waits for the disk");
 }
 
-/// Must hold: a guest that reboots while a request about a mapped file sits in a slow call is served at once.
+/// Must hold: a guest that reboots while a request about a mapped file sits in a slow call is
+/// served at once.
 fn reboot_beside(calls: &str, send: impl FnOnce(&mut FsGuest, u64, u64)) {
     if !Strace::is_here() {
         return skip(calls, "no strace");
@@ -324,7 +327,8 @@ fn a_reboot_beside_a_chmod() {
 
 // --- numbers ---
 
-/// Must hold: odd numbers about a mapped file, and one that is not, get an errno, and change nothing.
+/// Must hold: odd numbers about a mapped file, and one that is not, get an errno, and change
+/// nothing.
 #[test]
 fn numbers_at_the_edge() {
     let host = with(&["--xattr"]);
@@ -418,8 +422,8 @@ fn the_longest_file() {
 
 // --- handles ---
 
-/// Must hold: a hole is made only through a handle of the file that may write, and only in the ways that Linux knows:
-/// also where the file is mapped.
+/// Must hold: a hole is made only through a handle of the file that may write, and only in the ways
+/// that Linux knows: also where the file is mapped.
 #[test]
 fn a_hole_without_a_handle() {
     const PUNCH: i32 = 3;
@@ -456,8 +460,8 @@ fn a_hole_without_a_handle() {
 
 // --- races ---
 
-/// Must hold: a READ into the window stores as the window would: it never makes a file longer than a SETATTR beside it has
-/// made it.
+/// Must hold: a READ into the window stores as the window would: it never makes a file longer than
+/// a SETATTR beside it has made it.
 #[test]
 fn a_read_into_a_file_that_is_cut() {
     let host = FsHost::with(FsOptions { request_queues: 2, ..FsOptions::default() });
@@ -582,8 +586,9 @@ fn sigterm_ends_a_stuck_device() {
     assert!(host.wait_end().success());
 }
 
-/// Must hold: where a WRITE goes is said by the WRITE: a page that the guest's kernel writes back, or a descriptor from which
-/// O_APPEND was taken (F_SETFL), goes to its own place, though the file was opened with O_APPEND.
+/// Must hold: where a WRITE goes is said by the WRITE: a page that the guest's kernel writes back,
+/// or a descriptor from which O_APPEND was taken (F_SETFL), goes to its own place, though the file
+/// was opened with O_APPEND.
 #[test]
 fn a_handle_that_appends() {
     let mut wrong = Vec::new();
@@ -617,7 +622,8 @@ fn a_handle_that_appends() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// Must hold: a VM that is paused while its guest maps files, is reset in the pause, and goes on, works.
+/// Must hold: a VM that is paused while its guest maps files, is reset in the pause, and goes on,
+/// works.
 #[test]
 fn a_reset_in_a_pause() {
     let host = FsHost::with(FsOptions { mem_slots: false, ..FsOptions::default() });
@@ -640,7 +646,8 @@ fn a_reset_in_a_pause() {
     assert!(answered_within(&mut guest, init, SOON), "the device is dead");
 }
 
-/// Must hold: a descriptor table, head and reply that lie across the border of two memory regions are served.
+/// Must hold: a descriptor table, head and reply that lie across the border of two memory regions
+/// are served.
 #[test]
 fn messages_across_regions() {
     let host = FsHost::with(FsOptions { ram_regions: 8, ..FsOptions::default() });
@@ -685,8 +692,9 @@ fn messages_across_regions() {
     }
 }
 
-/// Must hold: whatever is sent at once on two queues, with INIT and DESTROY and resets in between, the next driver finds
-/// all as it was, and nothing is left behind. (With NO_RESET set, without the resets.)
+/// Must hold: whatever is sent at once on two queues, with INIT and DESTROY and resets in between,
+/// the next driver finds all as it was, and nothing is left behind. (With NO_RESET set, without the
+/// resets.)
 #[test]
 fn a_storm() {
     let host =
@@ -787,8 +795,9 @@ fn a_storm() {
 
 // --- who it is ---
 
-/// Must hold: a request as somebody who can't be leaves nothing of it to the next request of the thread. (Where the user
-/// can't be had: a user namespace without it. Here the system call is made to fail.)
+/// Must hold: a request as somebody who can't be leaves nothing of it to the next request of the
+/// thread. (Where the user can't be had: a user namespace without it. Here the system call is made
+/// to fail.)
 #[test]
 fn a_group_that_stays_behind() {
     use std::os::unix::fs::MetadataExt;

@@ -166,8 +166,8 @@ fn a_file_into_its_own_window() {
     });
 }
 
-/// Shows that data in a part of the window that nobody granted gets an errno and harms nothing, also
-/// where a granted part comes before it.
+/// Shows that data in a part of the window that nobody granted gets an errno and harms nothing,
+/// also where a granted part comes before it.
 #[test]
 fn a_part_that_nobody_granted() {
     each_way(|mut b| {
@@ -241,8 +241,9 @@ fn lengths() -> Vec<u32> {
     pages.map(|n| n * 4096).collect()
 }
 
-/// Shows: a file that was just created with O_DIRECT takes every write from the window, from a page to 2 MiB, and so does
-/// one that was there before; with --allow-direct-io, where the host's descriptor has the flag, too.
+/// Shows: a file that was just created with O_DIRECT takes every write from the window, from a page
+/// to 2 MiB, and so does one that was there before; with --allow-direct-io, where the host's
+/// descriptor has the flag, too.
 #[test]
 fn direct_writes_from_the_window() {
     const MOST: u32 = 1 << 20;
@@ -274,8 +275,8 @@ fn direct_writes_from_the_window() {
     }
 }
 
-/// Shows: with --allow-direct-io a READ goes into any buffer in the window, to the file's end, which is no multiple of
-/// anything, and into one that lies oddly there.
+/// Shows: with --allow-direct-io a READ goes into any buffer in the window, to the file's end,
+/// which is no multiple of anything, and into one that lies oddly there.
 #[test]
 fn direct_reads_into_the_window() {
     let extra = vec!["--allow-direct-io".to_string()];
@@ -300,8 +301,8 @@ fn direct_reads_into_the_window() {
     b.end();
 }
 
-/// Shows: the last page of a mapped file is there to its end, as for any mapping: it is written as zeros, what is read
-/// into it makes the file no longer, and the page behind it is EFAULT.
+/// Shows: the last page of a mapped file is there to its end, as for any mapping: it is written as
+/// zeros, what is read into it makes the file no longer, and the page behind it is EFAULT.
 #[test]
 fn the_last_page_of_a_file() {
     each_way(|mut b| {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows a share with `--persist=cacheline`, in memory: WRITE goes past the processor's cache and is still
-//! a write like any other, and a file that is cut off on the host costs that file an error and nobody
-//! anything else. (All other tests of shares run so, too: see ci/test.)
+//! Shows a share with `--persist=cacheline`, in memory: WRITE goes past the processor's cache and
+//! is still a write like any other, and a file that is cut off on the host costs that file an error
+//! and nobody anything else. (All other tests of shares run so, too: see ci/test.)
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -37,8 +37,8 @@ fn mapped(host: &FsHost) -> (FsGuest, u64, u64) {
     (guest, node, fh)
 }
 
-/// Shows: a WRITE of what is granted for writing is a store of the daemon's: no write call, the bytes in
-/// the file and in the window at once, and a new mtime; any other is the kernel's.
+/// Shows: a WRITE of what is granted for writing is a store of the daemon's: no write call, the
+/// bytes in the file and in the window at once, and a new mtime; any other is the kernel's.
 #[test]
 fn writes_go_past_the_cache_where_blocks_are_sure() {
     if !Strace::is_here() {
@@ -96,8 +96,8 @@ fn libc_flags() -> i32 {
     flags.bits()
 }
 
-/// Shows: somebody on the host cuts a mapped file off while the guest syncs it: that file may have an error,
-/// and the daemon, the guest and another file go on.
+/// Shows: somebody on the host cuts a mapped file off while the guest syncs it: that file may have
+/// an error, and the daemon, the guest and another file go on.
 #[test]
 fn a_file_cut_off_on_the_host_harms_no_other() {
     let host = in_memory();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that cloud-hypervisor's `--fs` is served, as far as its messages go: it knows no window, so
-//! a daemon that has one serves it without.
+//! Shows that cloud-hypervisor's `--fs` is served, as far as its messages go: it knows no window,
+//! so a daemon that has one serves it without.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -46,8 +46,8 @@ fn shut_down(host: FsHost, guest: Guest) {
     assert!(host.ended().success());
 }
 
-/// Shows a whole session, with a daemon that has a window and one that has none: what is negotiated,
-/// each request's effect, no map of anything, the end.
+/// Shows a whole session, with a daemon that has a window and one that has none: what is
+/// negotiated, each request's effect, no map of anything, the end.
 #[test]
 fn a_session() {
     for window_bytes in [64 << 20, 0] {
@@ -112,8 +112,8 @@ fn pause_and_resume() {
     shut_down(host, guest);
 }
 
-/// Shows that a reset takes the guest's handles with it, and that the device serves the next driver;
-/// also when the reset meets a paused device, and one with requests under way.
+/// Shows that a reset takes the guest's handles with it, and that the device serves the next
+/// driver; also when the reset meets a paused device, and one with requests under way.
 #[test]
 fn resets() {
     let host = FsHost::new();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that the window, FUSE READ and WRITE, and the host see the same bytes at once, for files of
-//! every awkward size, while they grow and shrink, and across changes of a grant.
+//! Shows that the window, FUSE READ and WRITE, and the host see the same bytes at once, for files
+//! of every awkward size, while they grow and shrink, and across changes of a grant.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -156,8 +156,9 @@ fn a_grant_outlives_growth() {
     assert_eq!(guest.vmm.refused(), [""; 0]);
 }
 
-/// Shows that a file which is cut and grows again under live grants shows its bytes in each of them,
-/// that nothing appears where nothing was granted, and that what was cut off is zero afterwards.
+/// Shows that a file which is cut and grows again under live grants shows its bytes in each of
+/// them, that nothing appears where nothing was granted, and that what was cut off is zero
+/// afterwards.
 #[test]
 fn grants_outlive_a_truncation() {
     let host = FsHost::new();

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that a guest can't take the descriptors that the daemon needs, that a share with more files than
-//! descriptors works, and that where it can't, what helps goes through and nothing is left half made.
+//! Shows that a guest can't take the descriptors that the daemon needs, that a share with more
+//! files than descriptors works, and that where it can't, what helps goes through and nothing is
+//! left half made.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -61,8 +62,9 @@ fn open_all(guest: &mut FsGuest, node: u64) -> Vec<u64> {
     }
 }
 
-/// Shows: a guest that has taken all it may maps a whole window of the largest size, each slot another file, and
-/// every memory region comes with its descriptor; a pause is survived; and so it is when it begins with the maps.
+/// Shows: a guest that has taken all it may maps a whole window of the largest size, each slot
+/// another file, and every memory region comes with its descriptor; a pause is survived; and so it
+/// is when it begins with the maps.
 #[test]
 fn all_descriptors_and_the_whole_window() {
     let slots = 384;
@@ -112,8 +114,8 @@ fn unpack(guest: &mut FsGuest, files: u64) -> Result<(), i32> {
     Ok(())
 }
 
-/// Shows: with file handles, as it is by default, a guest unpacks, keeps in mind and reads a tree of several times
-/// more files than there are descriptors, and nobody is warned.
+/// Shows: with file handles, as it is by default, a guest unpacks, keeps in mind and reads a tree
+/// of several times more files than there are descriptors, and nobody is warned.
 #[test]
 fn more_files_than_descriptors() {
     let host = host(8 * RANGE, "prefer", 200);
@@ -147,9 +149,9 @@ fn on_host(host: &FsHost) -> Vec<String> {
     all
 }
 
-/// Shows: where each inode holds a descriptor, the guest is told ENFILE in time; nothing that fails leaves a file
-/// behind; one line names the options that help; and directories are listed, names and files removed, and what was
-/// forgotten makes room.
+/// Shows: where each inode holds a descriptor, the guest is told ENFILE in time; nothing that fails
+/// leaves a file behind; one line names the options that help; and directories are listed, names
+/// and files removed, and what was forgotten makes room.
 #[test]
 fn without_file_handles() {
     let host = host(8 * RANGE, "never", 400);
@@ -207,8 +209,8 @@ fn without_file_handles() {
     assert!(said.contains("--inode-file-handles=prefer"), "{said}");
 }
 
-/// Shows: a guest that holds all it may open, can't open the daemon's reserve, and closes them again, for all of the
-/// ways to open: the daemon keeps within its limit, and serves on.
+/// Shows: a guest that holds all it may open, can't open the daemon's reserve, and closes them
+/// again, for all of the ways to open: the daemon keeps within its limit, and serves on.
 #[test]
 fn handles_of_all_kinds() {
     let host = host(8 * RANGE, "prefer", 100);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that FSYNC is answered after its file was synced and not before, that a failed sync is never
-//! forgotten while the file is open, and that what was stored through the window is part of it.
+//! Shows that FSYNC is answered after its file was synced and not before, that a failed sync is
+//! never forgotten while the file is open, and that what was stored through the window is part of
+//! it.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -154,8 +155,9 @@ fn a_failed_fsync_is_not_forgotten() {
     assert!(host.ended().success());
 }
 
-/// Shows that pages which were lost are told of, whichever of the two open files the kernel tells: it does so
-/// once through each, and the guest's handle or the window's own file may be the only one that is old enough.
+/// Shows that pages which were lost are told of, whichever of the two open files the kernel tells:
+/// it does so once through each, and the guest's handle or the window's own file may be the only
+/// one that is old enough.
 #[test]
 fn an_error_of_either_open_file_is_an_error() {
     if !Strace::is_here() {
@@ -202,8 +204,8 @@ fn rig(host: &FsHost) -> (FsGuest, u64, u64) {
     (guest, node, fh)
 }
 
-/// A medium error is ENODATA, a path error ENOLINK, a time-out ETIMEDOUT (blk_status_to_errno): who asks for
-/// it with WAIT_BEFORE is the last who is told, so it must be remembered like EIO.
+/// A medium error is ENODATA, a path error ENOLINK, a time-out ETIMEDOUT (blk_status_to_errno): who
+/// asks for it with WAIT_BEFORE is the last who is told, so it must be remembered like EIO.
 #[test]
 fn a_loss_by_any_name_is_remembered() {
     if !Strace::is_here() {
@@ -227,8 +229,9 @@ fn a_loss_by_any_name_is_remembered() {
     assert!(forgotten.is_empty(), "pages were lost, and the fsync succeeds: {forgotten:?}");
 }
 
-/// An ext4 on a loop device whose blocks fail that were never written: a guest stores, closes, unmaps; another
-/// program opens the file and syncs it. Somebody must be told (Linux tells the first who asks).
+/// An ext4 on a loop device whose blocks fail that were never written: a guest stores, closes,
+/// unmaps; another program opens the file and syncs it. Somebody must be told (Linux tells the
+/// first who asks).
 #[test]
 fn a_loss_that_a_close_has_seen_is_told_to_who_syncs() {
     let script = "mkdir \"$SHARE.t\" && mount -t tmpfs -o size=24M tmpfs \"$SHARE.t\" \
@@ -270,8 +273,8 @@ fn a_loss_that_a_close_has_seen_is_told_to_who_syncs() {
     assert_eq!(guest.fsync(node, late), Err(libc::EIO), "pages were lost, and nobody was told");
 }
 
-/// README: a sync that failed fails again "until everybody in the guest has closed it". A Linux guest keeps its
-/// ranges when it closes a file.
+/// README: a sync that failed fails again "until everybody in the guest has closed it". A Linux
+/// guest keeps its ranges when it closes a file.
 #[test]
 fn a_failed_sync_ends_with_the_last_close() {
     if !Strace::is_here() {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that on a full disk a grant to write is ENOSPC before the guest can store anything, and that
-//! it succeeds once there is room.
+//! Shows that on a full disk a grant to write is ENOSPC before the guest can store anything, and
+//! that it succeeds once there is room.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.

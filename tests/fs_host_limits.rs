@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows what becomes of a window where the host takes something away from it: inotify instances and watches that
-//! are used up, and a private FUSE mount that somebody aborts.
+//! Shows what becomes of a window where the host takes something away from it: inotify instances
+//! and watches that are used up, and a private FUSE mount that somebody aborts.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -23,8 +23,8 @@ use common::fuse_abi::{MAP_READ, MAP_WRITE};
 
 const BOTH: u64 = MAP_READ | MAP_WRITE;
 
-/// Has a system call of the child fail with `errno`, as it does where a limit of the whole user is reached: others
-/// who run beside us must not meet it.
+/// Has a system call of the child fail with `errno`, as it does where a limit of the whole user is
+/// reached: others who run beside us must not meet it.
 fn fails(command: &mut Command, call: libc::c_long, errno: i32) {
     let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
     let filter = [
@@ -47,7 +47,8 @@ fn fails(command: &mut Command, call: libc::c_long, errno: i32) {
     unsafe { command.pre_exec(put_on) };
 }
 
-/// Shows: where the user's inotify instances are used up, the daemon ends with a line that names the sysctl.
+/// Shows: where the user's inotify instances are used up, the daemon ends with a line that names
+/// the sysctl.
 #[test]
 fn no_inotify_instance() {
     let dir = tempfile::tempdir().unwrap();
@@ -63,8 +64,8 @@ fn no_inotify_instance() {
     assert!(!socket.exists());
 }
 
-/// Shows: where the user's inotify watches are used up, files are mapped all the same, and at most one line a second
-/// names the sysctl, however many maps there are.
+/// Shows: where the user's inotify watches are used up, files are mapped all the same, and at most
+/// one line a second names the sysctl, however many maps there are.
 #[test]
 fn no_inotify_watches() {
     let begun = Instant::now();
@@ -97,8 +98,8 @@ fn connections(host: &FsHost) -> Vec<PathBuf> {
     all
 }
 
-/// Shows: when somebody aborts the private FUSE mount, what is mapped stays mapped, and the next file gets a new one:
-/// it is mapped as if nothing had been, again and again, and a line says so.
+/// Shows: when somebody aborts the private FUSE mount, what is mapped stays mapped, and the next
+/// file gets a new one: it is mapped as if nothing had been, again and again, and a line says so.
 #[test]
 fn an_aborted_private_mount() {
     let control = "mkdir \"$SHARE/../control\" && mount -t fusectl fusectl \"$SHARE/../control\"";
@@ -125,7 +126,8 @@ fn an_aborted_private_mount() {
         assert_eq!(guest.vmm.fetch(at, 1).unwrap(), [b'0' + i as u8]);
         assert!(guest.vmm.store(at, b"new"));
         assert_eq!(&host.get(&format!("file{i}"))[..3], b"new");
-        // More of a file that was mapped through the old one may or may not be had, but never by waiting.
+        // More of a file that was mapped through the old one may or may not be had, but never by
+        // waiting.
         let more = guest.setup(first, 0, RANGE, BOTH, 8 * RANGE);
         assert!(matches!(more, Ok(()) | Err(libc::EIO)), "{more:?}");
         guest.fsync(first, fh).unwrap();

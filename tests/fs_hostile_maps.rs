@@ -78,8 +78,8 @@ impl Bench {
     }
 }
 
-/// Shows that offsets and lengths that wrap, leave the window or the file, are unaligned or nothing,
-/// are refused.
+/// Shows that offsets and lengths that wrap, leave the window or the file, are unaligned or
+/// nothing, are refused.
 #[test]
 fn impossible_numbers() {
     let mut b = bench();

@@ -145,8 +145,8 @@ fn headers_cut_short() {
     b.good_request_works("no request at all");
 }
 
-/// Shows that a request cut into single bytes, and a reply's room into little pieces, are as good as
-/// in one piece.
+/// Shows that a request cut into single bytes, and a reply's room into little pieces, are as good
+/// as in one piece.
 #[test]
 fn requests_in_many_pieces() {
     let mut b = bench();

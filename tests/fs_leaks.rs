@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that a daemon holds no more at the end than at the beginning: after 10,000 maps and unmaps,
-//! after 100 mounts, and after 20 front-ends that vanished.
+//! Shows that a daemon holds no more at the end than at the beginning: after 10,000 maps and
+//! unmaps, after 100 mounts, and after 20 front-ends that vanished.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -42,8 +42,8 @@ fn is_among(now: &[String], before: &[String]) -> bool {
     now.iter().all(|name| left.iter().position(|of| of == name).map(|at| left.remove(at)).is_some())
 }
 
-/// Waits until no more is held than `before`, when something of an earlier session may have been closing. An
-/// allocator may keep arenas: a few maps more.
+/// Waits until no more is held than `before`, when something of an earlier session may have been
+/// closing. An allocator may keep arenas: a few maps more.
 fn wait_held(host: &FsHost, before: &Held, what: &str) {
     let same = |now: &Held| {
         is_among(&now.descriptors, &before.descriptors)
@@ -101,7 +101,8 @@ fn many_rounds(mem_slots: bool, rounds: u64) {
     assert!(host.ended().success());
 }
 
-/// Shows that descriptors, mappings, threads and memory are back where they were after 10,000 rounds.
+/// Shows that descriptors, mappings, threads and memory are back where they were after 10,000
+/// rounds.
 #[test]
 fn ten_thousand_maps_and_unmaps() {
     many_rounds(true, ROUNDS);
@@ -138,8 +139,8 @@ fn a_hundred_mounts() {
     assert!(host.ended().success());
 }
 
-/// Shows that 20 front-ends that vanish with live grants, open files and requests on their way leave
-/// nothing, and that the 21st is served.
+/// Shows that 20 front-ends that vanish with live grants, open files and requests on their way
+/// leave nothing, and that the 21st is served.
 #[test]
 fn twenty_front_ends_that_vanish() {
     let host = host_with_files(FsOptions { keep_listening: true, ..FsOptions::default() });

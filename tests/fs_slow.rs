@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that SETUPMAPPING is answered while other requests, of the same queue or another one, sit in
-//! a slow system call: by the order of events, with strace holding the call back.
+//! Shows that SETUPMAPPING is answered while other requests, of the same queue or another one, sit
+//! in a slow system call: by the order of events, with strace holding the call back.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -94,7 +94,8 @@ fn while_open_is_slow() {
     });
 }
 
-/// Shows: a guest that reboots meanwhile is served at once, also by the queue that the request came from.
+/// Shows: a guest that reboots meanwhile is served at once, also by the queue that the request came
+/// from.
 #[test]
 fn a_reboot_while_statfs_is_slow() {
     if !Strace::is_here() {

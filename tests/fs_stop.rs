@@ -178,8 +178,8 @@ fn maps_that_meet_a_stop() {
     assert!(host.ended().success());
 }
 
-/// Shows that after a reset the maps are taken as gone: each can be granted again, and shows its file.
-/// (Without memory slots: with them QEMU crashes, whatever the back-end does.)
+/// Shows that after a reset the maps are taken as gone: each can be granted again, and shows its
+/// file. (Without memory slots: with them QEMU crashes, whatever the back-end does.)
 #[test]
 fn maps_are_gone_after_a_reset() {
     let host = FsHost::with(FsOptions { mem_slots: false, ..FsOptions::default() });
@@ -219,8 +219,8 @@ fn a_clean_reboot() {
     assert!(host.ended().success());
 }
 
-/// Shows that SIGTERM in the middle of a slow FSYNC lets it finish and answers it, leaves no socket,
-/// and ends with code 0.
+/// Shows that SIGTERM in the middle of a slow FSYNC lets it finish and answers it, leaves no
+/// socket, and ends with code 0.
 #[test]
 fn sigterm_with_a_slow_fsync() {
     if !Strace::is_here() {

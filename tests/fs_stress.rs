@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that many requests at once, on several queues, about the same few files and the same places
-//! of the window, are each answered, and leave a daemon that works and a window that is empty.
+//! Shows that many requests at once, on several queues, about the same few files and the same
+//! places of the window, are each answered, and leave a daemon that works and a window that is
+//! empty.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that a store through the window, which makes no request, gives its file new times by the next close,
-//! fsync, msync or stat; that a file which nothing was stored to keeps its times, and so does one whose
-//! times the guest has set; and that a guest never believes old attributes of a file that it can map.
-//! Each on the file system of TMPDIR, and in memory.
+//! Shows that a store through the window, which makes no request, gives its file new times by the
+//! next close, fsync, msync or stat; that a file which nothing was stored to keeps its times, and
+//! so does one whose times the guest has set; and that a guest never believes old attributes of a
+//! file that it can map. Each on the file system of TMPDIR, and in memory.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -114,8 +114,8 @@ fn everywhere(case: impl Fn(&mut Rig)) {
     }
 }
 
-/// Shows: the first store to a page, and one to a page that is dirty already, is in mtime and ctime when FLUSH
-/// or FSYNC returns.
+/// Shows: the first store to a page, and one to a page that is dirty already, is in mtime and ctime
+/// when FLUSH or FSYNC returns.
 #[test]
 fn a_close_and_a_sync_have_new_times() {
     everywhere(|rig| {
@@ -172,7 +172,8 @@ fn a_stat_has_new_times_once() {
         if rig.in_memory {
             return; // What meets a dirty page is seen at the next close.
         }
-        // A stat sends pages to the disk, and what is stored to one that is on its way is told of twice.
+        // A stat sends pages to the disk, and what is stored to one that is on its way is told of
+        // twice.
         let at_rest = |rig: &mut Rig| rig.guest.fsync(rig.node, rig.fh).unwrap();
         at_rest(rig);
         rig.store_to_dirty();
@@ -193,7 +194,8 @@ fn a_stat_has_new_times_once() {
     });
 }
 
-/// Shows: a file that is opened for writing, closed, synced and looked at, and not stored to, keeps its times.
+/// Shows: a file that is opened for writing, closed, synced and looked at, and not stored to, keeps
+/// its times.
 #[test]
 fn an_unwritten_file_keeps_its_times() {
     everywhere(|rig| {
@@ -234,8 +236,8 @@ fn an_unwritten_file_keeps_its_times() {
     });
 }
 
-/// Shows: what the guest sets mtime to stays, as cp -p, tar and rsync set it before they close; whatever else
-/// is changed then, and though the range is taken back. A later store counts again.
+/// Shows: what the guest sets mtime to stays, as cp -p, tar and rsync set it before they close;
+/// whatever else is changed then, and though the range is taken back. A later store counts again.
 #[test]
 fn a_time_that_the_guest_sets_stays() {
     everywhere(|rig| {
@@ -285,8 +287,8 @@ fn a_chmod_behind_a_store_has_new_times() {
     });
 }
 
-/// Shows: what was stored is told of when its range is taken away, with the last one or before it, and when
-/// the guest unmounts, begins anew, or ends.
+/// Shows: what was stored is told of when its range is taken away, with the last one or before it,
+/// and when the guest unmounts, begins anew, or ends.
 #[test]
 fn the_end_of_a_grant_has_new_times() {
     everywhere(|rig| {
@@ -326,8 +328,8 @@ fn the_end_of_the_vm_has_new_times() {
     }
 }
 
-/// Shows: with two handles, each close tells of what was stored before it, and the second of no more; a store
-/// by mmap behind the last FLUSH is told of by RELEASE.
+/// Shows: with two handles, each close tells of what was stored before it, and the second of no
+/// more; a store by mmap behind the last FLUSH is told of by RELEASE.
 #[test]
 fn two_handles() {
     everywhere(|rig| {
@@ -350,7 +352,8 @@ fn two_handles() {
     });
 }
 
-/// Shows: a hole that the daemon makes by stores of its own (`--persist=cacheline`) has new times, too.
+/// Shows: a hole that the daemon makes by stores of its own (`--persist=cacheline`) has new times,
+/// too.
 #[test]
 fn a_hole_past_the_cache_has_new_times() {
     let options =
@@ -370,8 +373,9 @@ fn a_hole_past_the_cache_has_new_times() {
     }
 }
 
-/// Shows: where a guest maps all files its attributes of regular files are valid for no time, and of what is
-/// told which files to map, those of these files. All others are believed as long as ever.
+/// Shows: where a guest maps all files its attributes of regular files are valid for no time, and
+/// of what is told which files to map, those of these files. All others are believed as long as
+/// ever.
 #[test]
 fn attributes_of_mapped_files_are_valid_for_no_time() {
     for (inode_dax, small_too) in [(false, true), (true, false)] {
@@ -408,8 +412,8 @@ fn attributes_of_mapped_files_are_valid_for_no_time() {
     }
 }
 
-/// Shows: a guest that gets a window is left to clear setuid and setgid bits itself, since its stores make no
-/// request; and the daemon says so at start.
+/// Shows: a guest that gets a window is left to clear setuid and setgid bits itself, since its
+/// stores make no request; and the daemon says so at start.
 #[test]
 fn no_killpriv_v2_beside_a_window() {
     const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
@@ -425,8 +429,8 @@ fn no_killpriv_v2_beside_a_window() {
     }
 }
 
-/// Shows: a guest that maps files is not let collect writes: it would keep their mtime by itself, and not see it
-/// move with what it stores through the window. One that maps none is.
+/// Shows: a guest that maps files is not let collect writes: it would keep their mtime by itself,
+/// and not see it move with what it stores through the window. One that maps none is.
 #[test]
 fn no_writeback_cache_beside_a_window() {
     const WRITEBACK_CACHE: u64 = 1 << 16;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that a file's times are right where two threads of a guest, two VMs, or a guest and the daemon's end
-//! meet: each store is told of by the next close, a look makes no times, and nobody waits for another one's disk.
+//! Shows that a file's times are right where two threads of a guest, two VMs, or a guest and the
+//! daemon's end meet: each store is told of by the next close, a look makes no times, and nobody
+//! waits for another one's disk.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -59,8 +60,8 @@ fn on_a_disk() -> FsHost {
     FsHost::with(FsOptions { below: std::env::temp_dir(), ..FsOptions::default() })
 }
 
-/// Another processor of the guest, which stores to the first byte of the window without a pause while `work`
-/// goes on.
+/// Another processor of the guest, which stores to the first byte of the window without a pause
+/// while `work` goes on.
 fn beside_stores<T>(guest: &mut FsGuest, work: impl FnOnce(&mut FsGuest) -> T) -> T {
     let at = guest.vmm.view(0, 1, |first| first.ptr_guard_mut().as_ptr().addr());
     let (stop, stopped) = channel::<()>();
@@ -68,7 +69,8 @@ fn beside_stores<T>(guest: &mut FsGuest, work: impl FnOnce(&mut FsGuest) -> T) -
     let stores = thread::spawn(move || {
         let mut rounds = 0_u64;
         while stopped.try_recv().is_err() {
-            // SAFETY: the map is the test's own, and stays; nothing else of the test looks at the byte.
+            // SAFETY: the map is the test's own, and stays; nothing else of the test looks at the
+            // byte.
             #[allow(unsafe_code)]
             unsafe {
                 std::ptr::with_exposed_provenance_mut::<u8>(at).write_volatile(4)
@@ -108,8 +110,8 @@ fn a_store_behind_utimens_that_met_stores_is_told_of() {
     assert!(stale.is_empty(), "stored, closed, and old in {} of {ROUNDS} rounds", stale.len());
 }
 
-/// One processor of the guest stores while another one closes: what is stored when that has returned is in
-/// mtime at the next close.
+/// One processor of the guest stores while another one closes: what is stored when that has
+/// returned is in mtime at the next close.
 #[test]
 fn a_store_behind_a_close_that_met_stores_is_told_of() {
     let host = on_a_disk();
@@ -131,8 +133,8 @@ fn a_store_behind_a_close_that_met_stores_is_told_of() {
     assert!(stale.is_empty(), "stored, closed, and old in {} of {ROUNDS} rounds", stale.len());
 }
 
-/// A close waits for the disk; a stat "waits for no page that is on its way" there, nor does a driver that
-/// begins anew.
+/// A close waits for the disk; a stat "waits for no page that is on its way" there, nor does a
+/// driver that begins anew.
 #[test]
 fn nobody_waits_behind_a_slow_close() {
     if !Strace::is_here() {

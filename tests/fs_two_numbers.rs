@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that a file which the guest knows by two numbers (a bind mount in the share) is one file: what
-//! changes it by one of them minds what is mapped by the other.
+//! Shows that a file which the guest knows by two numbers (a bind mount in the share) is one file:
+//! what changes it by one of them minds what is mapped by the other.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -61,16 +61,17 @@ impl Rig {
         (real, numbers)
     }
 
-    /// Whether the window shows a file at `at`, and no more of it than `end` bytes, in whole `steps`: a page
-    /// where the host made it shorter, else a range, since the guest knows better than we.
+    /// Whether the window shows a file at `at`, and no more of it than `end` bytes, in whole
+    /// `steps`: a page where the host made it shorter, else a range, since the guest knows better
+    /// than we.
     fn is_shown_to(&self, at: u64, end: u64, steps: u64) -> bool {
         let end = end.next_multiple_of(steps);
         (end == 0 || self.guest.vmm.is_mapped(at + end - 1)) && !self.guest.vmm.is_mapped(at + end)
     }
 }
 
-/// A change of a file by one of its numbers; what errno the file system may answer with where it can't do that; and
-/// how long the file is then.
+/// A change of a file by one of its numbers; what errno the file system may answer with where it
+/// can't do that; and how long the file is then.
 type Change = (&'static str, fn(&mut Rig, u64, &str) -> Result<(), i32>, u64);
 
 const CHANGES: [Change; 9] = [
@@ -141,8 +142,9 @@ const CHANGES: [Change; 9] = [
     ),
 ];
 
-/// Shows: whatever is done by the number that nothing is mapped by, the window shows the file exactly as far as it
-/// goes when the answer comes, and all of what is granted for writing has blocks.
+/// Shows: whatever is done by the number that nothing is mapped by, the window shows the file
+/// exactly as far as it goes when the answer comes, and all of what is granted for writing has
+/// blocks.
 #[test]
 fn a_change_by_the_other_number() {
     let Some(mut rig) = Rig::new(FsOptions::default()) else { return };
@@ -168,8 +170,8 @@ fn a_change_by_the_other_number() {
     assert_eq!(rig.guest.vmm.refused(), [""; 0]);
 }
 
-/// Shows: a truncation by the other number lets go of the window first: where the front-end keeps the map, the
-/// file stays as long as it was.
+/// Shows: a truncation by the other number lets go of the window first: where the front-end keeps
+/// the map, the file stays as long as it was.
 #[test]
 fn a_truncation_by_the_other_number_waits_for_the_window() {
     let Some(mut rig) = Rig::new(FsOptions::default()) else { return };
@@ -180,7 +182,8 @@ fn a_truncation_by_the_other_number_waits_for_the_window() {
     assert_eq!(real.metadata().unwrap().len(), BYTES);
 }
 
-/// Shows: growth by the other number brings blocks for what is granted for writing before it is answered.
+/// Shows: growth by the other number brings blocks for what is granted for writing before it is
+/// answered.
 #[test]
 fn growth_by_the_other_number_has_blocks() {
     let Some(mut rig) = Rig::new(FsOptions::default()) else { return };
@@ -192,8 +195,8 @@ fn growth_by_the_other_number_has_blocks() {
     assert!(real.metadata().unwrap().blocks() * 512 >= RANGE);
 }
 
-/// Shows: grants by both numbers, dropped one after the other in either order and made again, are of one address
-/// space: a change by either clips both maps.
+/// Shows: grants by both numbers, dropped one after the other in either order and made again, are
+/// of one address space: a change by either clips both maps.
 #[test]
 fn one_number_goes_then_the_other() {
     let Some(mut rig) = Rig::new(FsOptions::default()) else { return };
@@ -216,8 +219,8 @@ fn one_number_goes_then_the_other() {
     assert_eq!(rig.guest.vmm.mapped_bytes(), 0);
 }
 
-/// Shows: two first maps of a file at the same time, by both numbers, make one address space, and what the host then
-/// does to the file is heard of.
+/// Shows: two first maps of a file at the same time, by both numbers, make one address space, and
+/// what the host then does to the file is heard of.
 #[test]
 fn two_first_maps_at_once() {
     let Some(mut rig) = Rig::new(FsOptions { request_queues: 2, ..FsOptions::default() }) else {
@@ -263,8 +266,8 @@ fn one_inode_number_on_two_devices() {
     assert_eq!(host.get("a/file").len(), 10_000);
 }
 
-/// Shows: a file that was mapped by a number which the guest then forgot is found by its new number, and the forgotten
-/// one maps nothing.
+/// Shows: a file that was mapped by a number which the guest then forgot is found by its new
+/// number, and the forgotten one maps nothing.
 #[test]
 fn a_forgotten_number() {
     let host = FsHost::new();
@@ -285,8 +288,8 @@ fn a_forgotten_number() {
     assert_eq!(Some(seen.to_vec()), guest.vmm.fetch(0, 2));
 }
 
-/// Shows: look-ups, maps and FORGETs without end, by a guest that takes no map away, leave the daemon with the
-/// descriptors and the memory that it had after the first few.
+/// Shows: look-ups, maps and FORGETs without end, by a guest that takes no map away, leave the
+/// daemon with the descriptors and the memory that it had after the first few.
 #[test]
 fn maps_of_forgotten_numbers_do_not_add_up() {
     let host = FsHost::new();

@@ -193,7 +193,8 @@ fn run_table(cases: &[Case]) {
     guest.power_off();
 }
 
-/// Shows, for each malformed chain, its answer, that it is counted once, and that the next flush works.
+/// Shows, for each malformed chain, its answer, that it is counted once, and that the next flush
+/// works.
 #[test]
 fn malformed_chains() {
     run_table(DIRECT);
@@ -244,7 +245,8 @@ fn split_request_and_reply_are_well_formed() {
     guest.power_off();
 }
 
-/// Shows that a head outside the table is skipped: counted, never in the used ring, in no one's way.
+/// Shows that a head outside the table is skipped: counted, never in the used ring, in no one's
+/// way.
 #[test]
 fn head_outside_the_table_is_skipped() {
     let host = Host::new();

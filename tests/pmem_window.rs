@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows when a pmem device believes that its window shows the file: after pauses and resets of which the front-end
-//! tells much, little or nothing, with other devices beside it, and where the guest moves the window.
+//! Shows when a pmem device believes that its window shows the file: after pauses and resets of
+//! which the front-end tells much, little or nothing, with other devices beside it, and where the
+//! guest moves the window.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -27,7 +28,8 @@ fn a_pause_behind_which_no_table_comes() {
     guest.power_off();
 }
 
-/// The same of pmem, where the table of the start shows the map, also if the guest has moved the BAR meanwhile.
+/// The same of pmem, where the table of the start shows the map, also if the guest has moved the
+/// BAR meanwhile.
 #[test]
 fn a_pmem_reset_that_keeps_the_map() {
     let mut failed = Vec::new();
@@ -77,8 +79,8 @@ fn a_pause_of_a_pmem_whose_window_has_moved() {
     assert!(failed.is_empty(), "the file is shown, and the flush fails: {failed:#?}");
 }
 
-/// A map that was refused for another reason than that it is there, of a VM in which another device shows the
-/// same file: no flush succeeds, since what the guest stores is nowhere.
+/// A map that was refused for another reason than that it is there, of a VM in which another device
+/// shows the same file: no flush succeeds, since what the guest stores is nowhere.
 #[test]
 fn a_refusal_beside_another_devices_map_is_no_window() {
     for mem_slots in [false, true] {
@@ -101,8 +103,8 @@ fn a_refusal_beside_another_devices_map_is_no_window() {
     }
 }
 
-/// A driver that has sent no flush is bound anew, the front-end drops the map, and does not say so at the start: no
-/// flush succeeds while nothing is mapped.
+/// A driver that has sent no flush is bound anew, the front-end drops the map, and does not say so
+/// at the start: no flush succeeds while nothing is mapped.
 #[test]
 fn a_reset_of_an_unused_ring_that_goes_untold() {
     let host = Host::with_mem_slots();

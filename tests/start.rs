@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The start and the end of the real daemon, and who may connect: races, signals, what is unfinished.
+//! The start and the end of the real daemon, and who may connect: races, signals, what is
+//! unfinished.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // Each test crate uses a part of common.
@@ -209,8 +210,8 @@ fn connect_as_nobody(path: PathBuf, group: u32) -> io::Result<UnixStream> {
     thread::spawn(nobody).join().unwrap()
 }
 
-/// Shows: the socket is the daemon's user's alone (0600) whatever the umask, of both devices, and no other user
-/// connects; with --socket-group its members do (0660). (The attack's t20.)
+/// Shows: the socket is the daemon's user's alone (0600) whatever the umask, of both devices, and
+/// no other user connects; with --socket-group its members do (0660). (The attack's t20.)
 #[test]
 fn only_its_user_and_its_group_may_connect() {
     if !Uid::effective().is_root() {
@@ -252,8 +253,8 @@ fn only_its_user_and_its_group_may_connect() {
     }
 }
 
-/// Shows: there is no moment at which others may connect: the umask stands before the bind, and nothing that
-/// clears it comes first.
+/// Shows: there is no moment at which others may connect: the umask stands before the bind, and
+/// nothing that clears it comes first.
 #[test]
 fn the_socket_is_never_wider() {
     if !Strace::is_here() {
@@ -273,7 +274,8 @@ fn the_socket_is_never_wider() {
     assert!(umasks[0].contains("umask(0177)"), "{trace}");
 }
 
-/// Shows: a group that is none, and a group for an inherited socket, are refused before anything is made.
+/// Shows: a group that is none, and a group for an inherited socket, are refused before anything is
+/// made.
 #[test]
 fn bad_groups_are_refused() {
     let place = Place::new();
@@ -288,8 +290,9 @@ fn bad_groups_are_refused() {
 
 // --- two daemons, one path ---
 
-/// Shows: of four daemons that start at the same time for one path, where a dead socket lies, exactly one has
-/// it and can be connected to; the others say that it is in use, and leave no file behind.
+/// Shows: of four daemons that start at the same time for one path, where a dead socket lies,
+/// exactly one has it and can be connected to; the others say that it is in use, and leave no file
+/// behind.
 #[test]
 fn one_of_many_daemons_wins() {
     const DAEMONS: usize = 4;
@@ -342,8 +345,8 @@ fn the_next_socket_is_left_alone() {
     }
 }
 
-/// Shows: the lock beside a socket goes with the start, one that a killed daemon left is no obstacle, and one
-/// that is somebody else's is named.
+/// Shows: the lock beside a socket goes with the start, one that a killed daemon left is no
+/// obstacle, and one that is somebody else's is named.
 #[test]
 fn a_left_lock_is_no_obstacle() {
     let place = Place::new();
@@ -484,7 +487,8 @@ fn a_map_without_an_answer_keeps_no_signal_away() {
 
 // --- a start that is broken off ---
 
-/// A daemon that creates a file of 64 GiB, each piece of which takes a while, and allocates nothing.
+/// A daemon that creates a file of 64 GiB, each piece of which takes a while, and allocates
+/// nothing.
 fn in_the_middle_of_allocating(place: &Place) -> Daemon {
     let pipe = place.path("trace");
     let _ = fs::remove_file(&pipe);
@@ -506,8 +510,8 @@ fn in_the_middle_of_allocating(place: &Place) -> Daemon {
     daemon
 }
 
-/// Shows: SIGTERM and SIGINT while a file is allocated end the daemon with code 0 long before it is done, and
-/// neither the file nor the socket stays.
+/// Shows: SIGTERM and SIGINT while a file is allocated end the daemon with code 0 long before it is
+/// done, and neither the file nor the socket stays.
 #[test]
 fn a_signal_breaks_off_an_allocation() {
     if !Strace::is_here() {
@@ -526,7 +530,8 @@ fn a_signal_breaks_off_an_allocation() {
     }
 }
 
-/// Shows: what a killed daemon had not finished is never taken for a whole file, with --size or without.
+/// Shows: what a killed daemon had not finished is never taken for a whole file, with --size or
+/// without.
 #[test]
 fn an_unfinished_file_is_not_taken_for_whole() {
     if !Strace::is_here() {
@@ -575,8 +580,8 @@ fn a_terminal_that_goes_takes_no_daemon_along() {
 
 // --- what the process must have, and must not be ended by ---
 
-/// Shows: a write of the guest past RLIMIT_FSIZE is EFBIG for the guest, and does not end the daemon. (The
-/// attack's t31.)
+/// Shows: a write of the guest past RLIMIT_FSIZE is EFBIG for the guest, and does not end the
+/// daemon. (The attack's t31.)
 #[test]
 fn a_limit_of_file_sizes_ends_no_daemon() {
     let host = FsHost::new();
@@ -593,7 +598,8 @@ fn a_limit_of_file_sizes_ends_no_daemon() {
     assert!(host.ended().success());
 }
 
-/// Shows: the same limit refuses a pmem file that would be too long, with a line and not with a signal.
+/// Shows: the same limit refuses a pmem file that would be too long, with a line and not with a
+/// signal.
 #[test]
 fn a_limit_of_file_sizes_refuses_a_new_file() {
     let place = Place::new();
@@ -608,8 +614,8 @@ fn a_limit_of_file_sizes_refuses_a_new_file() {
     }
 }
 
-/// Shows: where unshare(2) is refused the share is not served, since its threads would share an umask; one line
-/// says so. (The attack's t15.)
+/// Shows: where unshare(2) is refused the share is not served, since its threads would share an
+/// umask; one line says so. (The attack's t15.)
 #[test]
 fn without_unshare_no_share_is_served() {
     if !Strace::is_here() {
@@ -660,8 +666,8 @@ fn a_link_to_a_file_is_served() {
 
 // --- one front-end after another ---
 
-/// Shows: a daemon that keeps listening goes on when it finds no descriptors for a front-end, and serves that
-/// front-end when there are some.
+/// Shows: a daemon that keeps listening goes on when it finds no descriptors for a front-end, and
+/// serves that front-end when there are some.
 #[test]
 fn a_lack_of_descriptors_is_waited_out() {
     let place = Place::new();
@@ -678,8 +684,8 @@ fn a_lack_of_descriptors_is_waited_out() {
     daemon.terminated();
 }
 
-/// Shows: each front-end that comes while one is served is told of in the log, without being accepted; it is
-/// served when the first has gone.
+/// Shows: each front-end that comes while one is served is told of in the log, without being
+/// accepted; it is served when the first has gone.
 #[test]
 fn who_waits_is_told_of() {
     let place = Place::new();

@@ -128,8 +128,8 @@ fn q1_stop_right_behind_the_start() {
     guest.power_off();
 }
 
-/// Shows that a front-end which hangs up but keeps the back-end channel, with a request unread in it
-/// or unanswered, is in no later one's way.
+/// Shows that a front-end which hangs up but keeps the back-end channel, with a request unread in
+/// it or unanswered, is in no later one's way.
 #[test]
 fn front_end_that_keeps_its_channel() {
     let host = Host::new();

@@ -215,7 +215,8 @@ fn q10_a_pause_keeps_the_maps() {
     assert_refused(&b.vmm, &["Q4"]);
 }
 
-/// Q10: shows that a reset drops the maps and tells nobody: an unmap finds nothing, the guest neither.
+/// Q10: shows that a reset drops the maps and tells nobody: an unmap finds nothing, the guest
+/// neither.
 #[test]
 fn q10_a_reset_drops_the_maps() {
     let mut b = plain();
@@ -251,7 +252,8 @@ fn q12_reset_without_live_maps_is_safe() {
     b.vmm.reboot(&mut b.driver);
 }
 
-/// Q13: shows that more than 8 regions can't be started without CONFIGURE_MEM_SLOTS, and can with it.
+/// Q13: shows that more than 8 regions can't be started without CONFIGURE_MEM_SLOTS, and can with
+/// it.
 #[test]
 fn q13_start_with_more_than_8_regions() {
     for (more, expected) in [(Protocol::empty(), Err(105)), (Protocol::CONFIGURE_MEM_SLOTS, Ok(()))]

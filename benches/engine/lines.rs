@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Point 6: cache lines, the daemon's way, against libpmem (PMDK): write-back of dirty and of clean memory,
-//! and copies past the cache. Both sides work on the same pages of memory.
+//! Point 6: cache lines, the daemon's way, against libpmem (PMDK): write-back of dirty and of clean
+//! memory, and copies past the cache. Both sides work on the same pages of memory.
 
 #![allow(unsafe_code)] // Calls a C library, and shares memory with it.
 
@@ -18,8 +18,8 @@ use super::report::{Table, Verdicts, headline, short};
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
-/// How much, and in how many rounds. 2 MiB of dirty lines leave as fast as the memory takes them, whoever writes them
-/// back: what is left to compare is a thousandth.
+/// How much, and in how many rounds. 2 MiB of dirty lines leave as fast as the memory takes them,
+/// whoever writes them back: what is left to compare is a thousandth.
 const SIZES: [(&str, usize, usize); 3] =
     [("4 KiB", 4 * KIB, 16_001), ("2 MiB", 2 * MIB, 64_001), ("256 MiB", BYTES, 401)];
 /// The largest.
@@ -129,8 +129,9 @@ fn mapped(file: &File) -> *mut u8 {
     std::ptr::with_exposed_provenance_mut(usize::from_str_radix(start, 16).unwrap())
 }
 
-/// Runs `work` so many lines deeper in the stack. A page's write-back may take twice as long by where the stack happens
-/// to be (probably a load waits for one under way that has its place in a page): so it is everywhere in turn.
+/// Runs `work` so many lines deeper in the stack. A page's write-back may take twice as long by
+/// where the stack happens to be (probably a load waits for one under way that has its place in a
+/// page): so it is everywhere in turn.
 #[inline(never)]
 fn deeper<T>(lines: usize, work: &mut dyn FnMut() -> T) -> T {
     let frame = black_box([0_u8; 64]);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Point 4: bytes of memory per entry: what the index says of itself, and what the allocator counts.
+//! Point 4: bytes of memory per entry: what the index says of itself, and what the allocator
+//! counts.
 
 use vhost_user_dax::dax::entry::{Block, Entry, Order, PageIndex};
 use vhost_user_dax::dax::extent::Access;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Counts the bytes that are allocated at any moment. The only file here that is opened for `unsafe`:
-//! a global allocator can't be made without.
+//! Counts the bytes that are allocated at any moment. The only file here that is opened for
+//! `unsafe`: a global allocator can't be made without.
 
 #![allow(unsafe_code)]
 

@@ -4,9 +4,9 @@
 //! start of the range again, where the engine goes on behind the batch before. For comparison only.
 //!
 //! Two things are shown. How much the restart costs depends on the search: one that looks at every
-//! entry pays batches x range; one that has summaries of its marks pays a descent per batch. What no
-//! summary helps against is another flusher that tags what was just written: the restarted walk finds
-//! it again, and never gets further.
+//! entry pays batches x range; one that has summaries of its marks pays a descent per batch. What
+//! no summary helps against is another flusher that tags what was just written: the restarted walk
+//! finds it again, and never gets further.
 
 use vhost_user_dax::dax::entry::{Block, Entry, Order, PageIndex};
 use vhost_user_dax::dax::index::{Index, Mark};

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Figures taken in rounds: each round takes every peer's once, one right after another, and a ratio is
-//! one round's figure over another peer's of the same round. Shown as a table, a chart (SVG) and a file
-//! that a machine can read (JSON).
+//! Figures taken in rounds: each round takes every peer's once, one right after another, and a
+//! ratio is one round's figure over another peer's of the same round. Shown as a table, a chart
+//! (SVG) and a file that a machine can read (JSON).
 
 #![allow(dead_code)] // Each bench uses its own part.
 
@@ -223,7 +223,8 @@ pub fn is_wanted(part: &str) -> bool {
     names.peek().is_none() || names.any(|name| name == part)
 }
 
-/// All of `peers`, beginning with another one in each round: the first one's place is not always the same.
+/// All of `peers`, beginning with another one in each round: the first one's place is not always
+/// the same.
 pub fn in_turn(peers: usize, round: usize) -> impl Iterator<Item = usize> {
     (0..peers).map(move |i| (i + round) % peers)
 }

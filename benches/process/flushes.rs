@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Flushes of a virtio-pmem device per second, with as many waiting at all times, each after a store of a
-//! page of its own; against a thread for each that calls fdatasync, as QEMU's built-in device has it done.
+//! Flushes of a virtio-pmem device per second, with as many waiting at all times, each after a
+//! store of a page of its own; against a thread for each that calls fdatasync, as QEMU's built-in
+//! device has it done.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -2,7 +2,8 @@
 
 //! A virtqueue's driver that costs little: fixed slots, each with its own buffers laid out as Linux
 //! lays out a FUSE request (headers and arguments, then data page by page), an indirect table each,
-//! EVENT_IDX, and a wait that blocks. It keeps the rules, and checks no more than the reply's error.
+//! EVENT_IDX, and a wait that blocks. It keeps the rules, and checks no more than the reply's
+//! error.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -14,7 +15,8 @@ use crate::common::fuse_abi::{IN_HEADER, OUT_HEADER, in_header};
 use crate::common::memory::GuestMem;
 use crate::common::strict_vmm::Ring;
 
-/// Chains of 1 MiB of pages are longer than QEMU's usual 128: the longest chain is the queue's size.
+/// Chains of 1 MiB of pages are longer than QEMU's usual 128: the longest chain is the queue's
+/// size.
 const SIZE: u16 = 1024;
 const PAGE: u64 = 4096;
 const AVAIL_RING: u64 = 0x4000;
@@ -68,8 +70,8 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// A queue whose rings lie at `at`, and its slots at `slots_at`: lanes of which one works at a time may share
-    /// these.
+    /// A queue whose rings lie at `at`, and its slots at `slots_at`: lanes of which one works at a
+    /// time may share these.
     pub fn new(mem: GuestMem, at: u64, slots_at: u64) -> Self {
         mem.write_slice(&[0u8; RINGS_BYTES as usize], GuestAddress(at)).unwrap();
         let call = EventFd::new(0).unwrap();

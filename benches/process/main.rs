@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The daemons alone, at native speed, ours and Debian's virtiofsd: the in-process front-end drives both
-//! over the same socket protocol. `ci/bench process` runs it.
+//! The daemons alone, at native speed, ours and Debian's virtiofsd: the in-process front-end drives
+//! both over the same socket protocol. `ci/bench process` runs it.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![allow(clippy::indexing_slicing)] // By peer, of as many peers as there are.

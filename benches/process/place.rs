@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! On which cores driver and daemon run. With one request in flight a round trip takes 7 to 9 microseconds
-//! where both are on one core, and 35 to 45 where another one must be woken, and the scheduler's choice
-//! between the two outlasts a measurement: so it is not left the choice.
+//! On which cores driver and daemon run. With one request in flight a round trip takes 7 to 9
+//! microseconds where both are on one core, and 35 to 45 where another one must be woken, and the
+//! scheduler's choice between the two outlasts a measurement: so it is not left the choice.
 
 use std::fs;
 use std::sync::LazyLock;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A daemon that does nothing yet: how long from its start until one can connect, how much memory it has
-//! then and in an idle session, and what a thousand inodes and a thousand grants add.
+//! A daemon that does nothing yet: how long from its start until one can connect, how much memory
+//! it has then and in an idle session, and what a thousand inodes and a thousand grants add.
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The window: what SETUPMAPPING and REMOVEMAPPING take in the daemon, apart from the front-end's part,
-//! and how fast bytes go through what is mapped, against a plain mmap of the same file.
+//! The window: what SETUPMAPPING and REMOVEMAPPING take in the daemon, apart from the front-end's
+//! part, and how fast bytes go through what is mapped, against a plain mmap of the same file.
 
 use std::fs::{self, OpenOptions};
 use std::time::Instant;
@@ -84,8 +84,8 @@ pub fn run(quick: bool) {
     }
 }
 
-/// Files that nothing is mapped of are mapped, one after another, and then ranges of a file of which the
-/// first one is; all on one core, where a wake-up is cheapest: what is left is work.
+/// Files that nothing is mapped of are mapped, one after another, and then ranges of a file of
+/// which the first one is; all on one core, where a wake-up is cheapest: what is left is work.
 fn map_and_unmap(peer: &mut Peer, data: u64, figures: &mut Figures) {
     let files: Vec<_> = (0..FILES).map(|i| (peer.node(&file(i)), 0)).collect();
     let ranges: Vec<_> = (1..RANGES).map(|range| (data, range)).collect();
@@ -140,7 +140,8 @@ fn time(peer: &mut Peer, request: &Request) -> Timed {
 const RING: usize = 0;
 const OTHERS: usize = 1;
 
-/// How long the threads of a daemon have run, in nanoseconds: those that serve rings, and the others.
+/// How long the threads of a daemon have run, in nanoseconds: those that serve rings, and the
+/// others.
 fn ran_nanos(pid: u32) -> [u64; 2] {
     let mut ran = [0; 2];
     for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {

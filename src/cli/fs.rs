@@ -78,8 +78,8 @@ pub struct FsArgs {
     #[arg(long, value_name = "SIZE", default_value_t = DEFAULT_DAX_THRESHOLD, help_heading = "Window")]
     dax_threshold: Size,
 
-    /// Let the front-end send its memory table piece by piece. 'on': the VM can pause with maps, but a
-    /// reset under a live mount kills QEMU 11.1. 'off': the other way round
+    /// Let the front-end send its memory table piece by piece. 'on': the VM can pause with maps,
+    /// but a reset under a live mount kills QEMU 11.1. 'off': the other way round
     #[arg(long, value_name = "on|off", default_value = "on", help_heading = "Window")]
     mem_slots: OnOff,
 
@@ -95,8 +95,9 @@ pub struct FsArgs {
     #[arg(long)]
     readonly: bool,
 
-    /// How much the guest may cache of what it does not map: auto, always, never or metadata. Attributes of
-    /// files that it may map (with -o dax all, with -o dax=inode large ones) are asked for each time
+    /// How much the guest may cache of what it does not map: auto, always, never or metadata.
+    /// Attributes of files that it may map (with -o dax all, with -o dax=inode large ones) are
+    /// asked for each time
     #[arg(long, value_name = "POLICY", default_value = "auto", value_parser = cache_policy)]
     cache: CachePolicy,
 
@@ -116,7 +117,8 @@ pub struct FsArgs {
     #[arg(long)]
     no_readdirplus: bool,
 
-    /// Extended attributes. The guest's root can set trusted.* and security.* on the host's files: see --xattrmap
+    /// Extended attributes. The guest's root can set trusted.* and security.* on the host's files:
+    /// see --xattrmap
     #[arg(long, help_heading = "Attributes and owners")]
     xattr: bool,
 
@@ -151,7 +153,8 @@ pub struct FsArgs {
           help_heading = "Attributes and owners")]
     translate_gid: Vec<IdMap>,
 
-    /// Not as root: enter a user namespace with this map, ':inside:outside:count:'; there is no window then
+    /// Not as root: enter a user namespace with this map, ':inside:outside:count:'; there is no
+    /// window then
     #[arg(long, value_name = "MAP", value_parser = user_map::<UidMap>,
           help_heading = "Attributes and owners")]
     uid_map: Vec<UidMap>,
@@ -171,8 +174,8 @@ pub struct FsArgs {
     #[arg(long)]
     no_announce_submounts: bool,
 
-    /// How inodes are held: by file handles where possible (prefer) or always (mandatory), or by a descriptor
-    /// each (never), of which there are --rlimit-nofile
+    /// How inodes are held: by file handles where possible (prefer) or always (mandatory), or by a
+    /// descriptor each (never), of which there are --rlimit-nofile
     #[arg(long, value_name = "MODE", require_equals = true, default_value = "prefer")]
     inode_file_handles: FileHandles,
 
@@ -298,7 +301,8 @@ fn check_overlaps(option: &str, rules: &[IdMap]) -> Result<(), String> {
     Ok(())
 }
 
-/// virtiofsd's code adds without a look: past the last id it would begin at 0 again, which is root. And -1 is nobody.
+/// virtiofsd's code adds without a look: past the last id it would begin at 0 again, which is root.
+/// And -1 is nobody.
 fn check_rules(option: &str, rules: &[IdMap]) -> Result<(), String> {
     let ends = |rule: &IdMap| match *rule {
         IdMap::Guest { from_guest: one, to_host: other, count }

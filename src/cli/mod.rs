@@ -56,7 +56,8 @@ impl Command {
 /// How both devices are reached, and how they talk.
 #[derive(Args)]
 pub struct Common {
-    /// Listen on this Unix socket; a dead socket there is replaced. Only this user may connect (mode 0600)
+    /// Listen on this Unix socket; a dead socket there is replaced. Only this user may connect
+    /// (mode 0600)
     #[arg(long, value_name = "PATH", required_unless_present_any = ["fd", "print_capabilities"], conflicts_with = "fd")]
     pub socket_path: Option<PathBuf>,
 
@@ -68,8 +69,8 @@ pub struct Common {
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub fd: Option<RawFd>,
 
-    /// What makes the guest's bytes durable: the kernel ('sync'), this daemon by cache lines where the bytes
-    /// lie in persistent memory or memory ('cacheline'), or what that asks for ('auto')
+    /// What makes the guest's bytes durable: the kernel ('sync'), this daemon by cache lines where
+    /// the bytes lie in persistent memory or memory ('cacheline'), or what that asks for ('auto')
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub persist: Persist,
 

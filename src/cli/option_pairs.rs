@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Options that contradict each other. What only repeats a default is no contradiction: all of these look at
-//! what the command line names. Those of virtiofsd are taken as virtiofsd takes them, with a warning, so that
-//! whoever starts it can start this.
+//! Options that contradict each other. What only repeats a default is no contradiction: all of
+//! these look at what the command line names. Those of virtiofsd are taken as virtiofsd takes them,
+//! with a warning, so that whoever starts it can start this.
 
 use clap::ArgMatches;
 use clap::parser::ValueSource;

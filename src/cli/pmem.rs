@@ -34,7 +34,8 @@ pub struct PmemArgs {
     #[arg(long)]
     sparse: bool,
 
-    /// Let the front-end send its memory table piece by piece: 'on' in a VM that has an fs device, too
+    /// Let the front-end send its memory table piece by piece: 'on' in a VM that has an fs device,
+    /// too
     #[arg(long, value_name = "on|off", default_value = "off")]
     mem_slots: OnOff,
 }

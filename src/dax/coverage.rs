@@ -83,7 +83,8 @@ impl Coverage {
         self.0.entry(first).or_insert(at_first);
         self.0.entry(end).or_insert(at_end);
         self.0.range_mut(first..end).for_each(|(_, count)| change(count));
-        // Runs that have become alike are one again, or a file would remember every grant it ever had.
+        // Runs that have become alike are one again, or a file would remember every grant it ever
+        // had.
         let mut before =
             first.0.checked_sub(1).map_or(Count::NONE, |page| self.at(PageIndex(page)));
         let touched: Vec<_> =

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: the extents of a file whose pages are the memory itself (behaviour 12): parts of pages are
-//! zeroed past the processor's cache. Knows no entries.
+//! Step 4 of 6: the extents of a file whose pages are the memory itself (behaviour 12): parts of
+//! pages are zeroed past the processor's cache. Knows no entries.
 
 use std::fs::File;
 use std::io;

@@ -71,8 +71,8 @@ impl Space {
         lock(&self.coverage).runs_kept()
     }
 
-    /// Whether `bytes` from byte `from` on lie inside the file, and live write grants cover all of them: then
-    /// they have blocks (behaviour 16), for as long as the caller is in the gate.
+    /// Whether `bytes` from byte `from` on lie inside the file, and live write grants cover all of
+    /// them: then they have blocks (behaviour 16), for as long as the caller is in the gate.
     ///
     /// # Errors
     /// The system's.
@@ -262,8 +262,8 @@ impl Engine {
         self.most_maps.load(Ordering::Relaxed)
     }
 
-    /// Changes how many maps there may be: other devices of the VM use up the same number (Q2). Those
-    /// that are too many already stay.
+    /// Changes how many maps there may be: other devices of the VM use up the same number (Q2).
+    /// Those that are too many already stay.
     pub fn set_most_maps(&self, most_maps: usize) {
         self.most_maps.store(most_maps, Ordering::Relaxed);
     }
@@ -359,7 +359,8 @@ impl Engine {
             self.counters.allocations.add(1);
             space.source.allocate(grant.first(), last)?;
         }
-        // Counted before it is faulted in: a removal that runs beside it must see that it is wanted.
+        // Counted before it is faulted in: a removal that runs beside it must see that it is
+        // wanted.
         lock(&space.coverage).add(grant.first(), grant.last(), access);
         let shown = self
             .fault(space, grant.first(), last, access, span.at.wrapping_sub(from.0))
@@ -414,8 +415,8 @@ impl Engine {
     /// Ranges in which nothing is granted are fine.
     ///
     /// # Errors
-    /// The front-end's refusal: that range and those behind it are as they were. Or there was no room for
-    /// what would be left of a map on both sides of a range: that one is as it was.
+    /// The front-end's refusal: that range and those behind it are as they were. Or there was no
+    /// room for what would be left of a map on both sides of a range: that one is as it was.
     pub fn revoke(&self, spans: &[Span]) -> Result<(), GrantError> {
         self.revoke_if(spans, || true)
     }
@@ -452,11 +453,12 @@ impl Engine {
         self.revoke_if(&[whole], may)
     }
 
-    /// The front-end has dropped all maps, or is a new one, and the grants stay: sends every map again.
+    /// The front-end has dropped all maps, or is a new one, and the grants stay: sends every map
+    /// again.
     ///
     /// # Errors
-    /// The front-end's, at the first map that it refuses; those behind it are not sent. The grants stay
-    /// all the same, so that the next call can send them: until then only that, or a
+    /// The front-end's, at the first map that it refuses; those behind it are not sent. The grants
+    /// stay all the same, so that the next call can send them: until then only that, or a
     /// [reset](Self::reset), makes sense.
     pub fn map_again(&self) -> Result<(), MapError> {
         let window = self.window.take();

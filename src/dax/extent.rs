@@ -74,8 +74,9 @@ pub trait ExtentSource: Send + Sync {
     /// The system's.
     fn file_bytes(&self) -> io::Result<u64>;
 
-    /// Bytes from the start of a file of `file_bytes` that a front-end agrees to map. QEMU refuses a map
-    /// that ends past the end of the file (row Q6), so by default this is the length in whole pages.
+    /// Bytes from the start of a file of `file_bytes` that a front-end agrees to map. QEMU refuses
+    /// a map that ends past the end of the file (row Q6), so by default this is the length in whole
+    /// pages.
     fn mappable_bytes(&self, file_bytes: u64) -> u64 {
         file_bytes / PAGE_BYTES * PAGE_BYTES
     }
@@ -102,8 +103,8 @@ pub trait ExtentSource: Send + Sync {
     /// The system's.
     fn set_bytes(&self, bytes: u64) -> io::Result<()>;
 
-    /// Makes a range of bytes read as zeros. With `keep` it keeps its blocks, else whole blocks of it
-    /// become holes (behaviour 12).
+    /// Makes a range of bytes read as zeros. With `keep` it keeps its blocks, else whole blocks of
+    /// it become holes (behaviour 12).
     ///
     /// # Errors
     /// The system's.
@@ -126,8 +127,9 @@ pub trait ExtentSource: Send + Sync {
     }
 }
 
-/// A regular file. Mapped through the page cache its blocks are numbered by their place in the file: what a
-/// page-cache page belongs to never moves. On a DAX file system they are those of the device.
+/// A regular file. Mapped through the page cache its blocks are numbered by their place in the
+/// file: what a page-cache page belongs to never moves. On a DAX file system they are those of the
+/// device.
 pub struct FileExtents {
     file: Arc<File>,
     /// What the front-end gets, if that is not the file itself.
@@ -135,7 +137,8 @@ pub struct FileExtents {
     /// All of it is one extent, of this many bytes.
     preallocated: Option<u64>,
     on_device: bool,
-    /// What is no hole has blocks, and shares them with no other file. Asked for with the first write grant.
+    /// What is no hole has blocks, and shares them with no other file. Asked for with the first
+    /// write grant.
     holes_tell_all: OnceLock<bool>,
 }
 
@@ -146,19 +149,21 @@ impl FileExtents {
         Self { file, stretched: None, preallocated: None, on_device: false, holes_tell_all }
     }
 
-    /// The same, and the front-end maps `stretched`: the same page cache, as long as one may wish. The
-    /// chunk with the file's last byte is then mapped whole, so that a growth needs no message.
+    /// The same, and the front-end maps `stretched`: the same page cache, as long as one may wish.
+    /// The chunk with the file's last byte is then mapped whole, so that a growth needs no message.
     pub fn stretched(file: Arc<File>, stretched: Arc<File>) -> Self {
         Self { stretched: Some(stretched), ..Self::new(file) }
     }
 
-    /// Takes the whole file as one extent of `bytes`: virtio-pmem's file was allocated when it was made, or
-    /// its user said `--sparse` and lives with the holes; and a device-DAX node has no holes.
+    /// Takes the whole file as one extent of `bytes`: virtio-pmem's file was allocated when it was
+    /// made, or its user said `--sparse` and lives with the holes; and a device-DAX node has no
+    /// holes.
     pub fn preallocated(file: Arc<File>, bytes: u64) -> Self {
         Self { preallocated: Some(bytes), ..Self::new(file) }
     }
 
-    /// The same file on a DAX file system, if `dax`: where its blocks lie on the device counts (behaviour 15).
+    /// The same file on a DAX file system, if `dax`: where its blocks lie on the device counts
+    /// (behaviour 15).
     #[must_use]
     pub fn on_device(self, dax: bool) -> Self {
         Self { on_device: dax, ..self }
@@ -203,8 +208,8 @@ impl FileExtents {
         }
     }
 
-    /// Whether the whole range, as far as it lies in the file, has blocks already. To ask costs a tenth of an
-    /// fallocate, which changes the inode even where it allocates nothing.
+    /// Whether the whole range, as far as it lies in the file, has blocks already. To ask costs a
+    /// tenth of an fallocate, which changes the inode even where it allocates nothing.
     fn has_blocks(&self, from: u64, end: u64) -> io::Result<bool> {
         let tell_all = || {
             let found = fstatfs(&self.file).map(|found| found.filesystem_type());
@@ -344,8 +349,9 @@ mod tests {
 
     use super::*;
 
-    /// Shows: by the device's blocks: what is written, has blocks, or is a hole; and a write grant's pages have
-    /// the blocks that they had. (Skipped, and said so, where the file system can't say.)
+    /// Shows: by the device's blocks: what is written, has blocks, or is a hole; and a write
+    /// grant's pages have the blocks that they had. (Skipped, and said so, where the file system
+    /// can't say.)
     #[test]
     fn a_real_file_tells_its_blocks() {
         let file = Arc::new(tempfile::tempfile_in(".").unwrap());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: where a file's bytes lie on its device (FS_IOC_FIEMAP). Only of interest on a DAX file
-//! system: whether 2 MiB can be one entry depends on it.
+//! Step 4 of 6: where a file's bytes lie on its device (FS_IOC_FIEMAP). Only of interest on a DAX
+//! file system: whether 2 MiB can be one entry depends on it.
 
 #![allow(unsafe_code)] // An ioctl has no safe form.
 
@@ -50,7 +50,8 @@ nix::ioctl_readwrite_bad!(
 pub struct Piece {
     /// Its first byte in the file.
     pub logical: u64,
-    /// Its first byte on the device; None where the file system does not say, or it is not as it is read.
+    /// Its first byte on the device; None where the file system does not say, or it is not as it is
+    /// read.
     pub physical: Option<u64>,
     /// How many bytes.
     pub bytes: u64,
@@ -66,7 +67,8 @@ pub fn first_piece(file: &File, from: u64, bytes: u64) -> io::Result<Option<Piec
     let mut map = Fiemap {
         fm_start: from,
         fm_length: bytes,
-        // Not FIEMAP_FLAG_SYNC: a DAX file system delays no allocation, and each look would sync the file.
+        // Not FIEMAP_FLAG_SYNC: a DAX file system delays no allocation, and each look would sync
+        // the file.
         fm_flags: 0,
         fm_mapped_extents: 0,
         fm_extent_count: 1,

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: the tagged index of one address space. Knows entries; knows no locks and no waiters.
+//! Step 4 of 6: the tagged index of one address space. Knows entries; knows no locks and no
+//! waiters.
 //!
 //! A radix tree over page numbers with 64 slots a node, so that a node's marks are one word each.
-//! Level 0 holds PTE entries; level 1 joins the 8 leaves of a chunk; a slot of level 2 holds either a
-//! PMD entry or the level-1 node of the chunk. A mark on a node's slot says that something below is
-//! marked: a search for what is marked never enters what is clean (behaviour 11).
+//! Level 0 holds PTE entries; level 1 joins the 8 leaves of a chunk; a slot of level 2 holds either
+//! a PMD entry or the level-1 node of the chunk. A mark on a node's slot says that something below
+//! is marked: a search for what is marked never enters what is clean (behaviour 11).
 
 #![allow(clippy::indexing_slicing)] // Slots are masked to a node's width; ids come from the tree itself.
 
@@ -120,8 +121,8 @@ pub struct Index {
     root: Option<NodeId>,
     root_level: u32,
     entries: u64,
-    /// The node of the entry that was found last. Whoever walks a range asks for its neighbour next,
-    /// and that is found without a descent, however tall the tree.
+    /// The node of the entry that was found last. Whoever walks a range asks for its neighbour
+    /// next, and that is found without a descent, however tall the tree.
     finger: Cell<Option<Finger>>,
     steps: Cell<u64>,
 }
@@ -258,7 +259,8 @@ impl Index {
     /// Adds an entry, without marks, where there is none.
     ///
     /// # Errors
-    /// [`Occupied`] if an entry covers `page`, or if `entry` is a PMD and the chunk has PTE entries.
+    /// [`Occupied`] if an entry covers `page`, or if `entry` is a PMD and the chunk has PTE
+    /// entries.
     pub fn insert(&mut self, page: PageIndex, entry: Entry) -> Result<(), Occupied> {
         debug_assert!(page <= PageIndex::LAST);
         let goal = match entry.order() {
@@ -385,8 +387,8 @@ impl Index {
         true
     }
 
-    /// Sets or clears some marks of the node at `place`, which `page` is below, and then those above
-    /// it, as far up as they have become wrong.
+    /// Sets or clears some marks of the node at `place`, which `page` is below, and then those
+    /// above it, as far up as they have become wrong.
     fn change_marks(&mut self, place: Place, page: PageIndex, mark: Mark, bits: u64, on: bool) {
         let Place { mut node, mut level, .. } = place;
         let mut bits = bits;
@@ -620,7 +622,8 @@ mod tests {
         assert_eq!(index.len(), model.0.len() as u64);
     }
 
-    /// Shows: the index does what an ordered map with two flags does, near, far and at the end of the largest file.
+    /// Shows: the index does what an ordered map with two flags does, near, far and at the end of
+    /// the largest file.
     #[test]
     fn it_agrees_with_an_ordered_map() {
         for seed in 1..20 {
@@ -636,7 +639,8 @@ mod tests {
         }
     }
 
-    /// Shows: what was found last is not remembered beyond its node, whose number is given out again.
+    /// Shows: what was found last is not remembered beyond its node, whose number is given out
+    /// again.
     #[test]
     fn a_freed_node_is_not_found_again() {
         let mut index = Index::default();

@@ -53,7 +53,8 @@ fn real(order: Order) -> Entry {
     Entry::real(order, Block::new(PMD_PAGES).unwrap())
 }
 
-/// Shows: whoever grabs different pages of one PMD has it alone, and all get their turn (rows 2 and 3).
+/// Shows: whoever grabs different pages of one PMD has it alone, and all get their turn (rows 2 and
+/// 3).
 #[test]
 fn one_holder_at_a_time() {
     check(|| {
@@ -187,7 +188,8 @@ impl Mapper for Yes {
     }
 }
 
-/// One page of memory: `stored` is in a cache line, `durable` is where a flush puts it, unless it fails.
+/// One page of memory: `stored` is in a cache line, `durable` is where a flush puts it, unless it
+/// fails.
 #[derive(Clone, Default)]
 struct Line(Arc<(AtomicBool, AtomicBool)>, bool);
 
@@ -269,7 +271,8 @@ fn both_of_two_flushers_learn_of_a_failure() {
     });
 }
 
-/// Shows: a store under a write grant that came beside a writeback is flushed by the next one (row 9).
+/// Shows: a store under a write grant that came beside a writeback is flushed by the next one (row
+/// 9).
 #[test]
 fn a_write_grant_beside_a_writeback() {
     check(|| {

@@ -1,27 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: the DAX engine: what the kernel's `fs/dax.c` does for page tables, for a guest's window.
-//! Knows no virtio, no vhost-user and no FUSE: a file is an [`ExtentSource`](extent::ExtentSource), the
-//! window a [`Mapper`](crate::window::Mapper), and durability a [`Persist`](crate::persist::Persist).
+//! Step 4 of 6: the DAX engine: what the kernel's `fs/dax.c` does for page tables, for a guest's
+//! window. Knows no virtio, no vhost-user and no FUSE: a file is an
+//! [`ExtentSource`](extent::ExtentSource), the window a [`Mapper`](crate::window::Mapper), and
+//! durability a [`Persist`](crate::persist::Persist).
 //!
-//! A [`Space`](engine::Space) is one host file, with an [`Entry`](entry::Entry) for each page or chunk
-//! of 2 MiB that is granted: a hole, or a block; locked, or not; clean, or dirty. A *grant* is what the
-//! guest may touch without asking again.
+//! A [`Space`](engine::Space) is one host file, with an [`Entry`](entry::Entry) for each page or
+//! chunk of 2 MiB that is granted: a hole, or a block; locked, or not; clean, or dirty. A *grant*
+//! is what the guest may touch without asking again.
 //!
 //! # The steps of a grant
 //! 1. [`Engine::span`](engine::Engine::span) checks the numbers.
-//! 2. The invalidate lock is read-locked: no one changes the file's length or takes its blocks until the grant is there.
+//! 2. The invalidate lock is read-locked: no one changes the file's length or takes its blocks
+//!    until the grant is there.
 //! 3. Past the end of the file? Refused. To write? Blocks first: a full disk is told now or never.
 //! 4. The grant is counted, so that whoever removes another one sees that these pages are wanted.
-//! 5. The fault: chunk by chunk a PMD entry where all conditions hold, else PTE entries. Each is grabbed
-//!    (locked), filled if it was a hole or empty, marked dirty if it may be written, and let go.
-//! 6. The window shows it: the few maps and unmaps that get there, or the way back if one is refused.
-//! 7. What was granted there before is retired: flushed a last time where nobody may write any more,
-//!    and forgotten where nobody may read either.
+//! 5. The fault: chunk by chunk a PMD entry where all conditions hold, else PTE entries. Each is
+//!    grabbed (locked), filled if it was a hole or empty, marked dirty if it may be written, and
+//!    let go.
+//! 6. The window shows it: the few maps and unmaps that get there, or the way back if one is
+//!    refused.
+//! 7. What was granted there before is retired: flushed a last time where nobody may write any
+//!    more, and forgotten where nobody may read either.
 //!
 //! # Lock order
-//! Take them from the top down. Only those above the line may be held over a front-end round trip, a
-//! file-system call or a flush.
+//! Take them from the top down. Only those above the line may be held over a front-end round trip,
+//! a file-system call or a flush.
 //!
 //! | lock | guards | held over |
 //! |---|---|---|
@@ -39,7 +43,8 @@
 //! (Linux's own decisions stand beside the engine's in `tests/oracle`: docs/kernel-oracle.md.)
 //!
 //! The rows are those of the project's table of the kernel's behaviours. Tests named `row_*` are in
-//! `tests/engine/rows`, unless a module is given. Where the model checker looks as well: `loom_tests`.
+//! `tests/engine/rows`, unless a module is given. Where the model checker looks as well:
+//! `loom_tests`.
 //!
 //! | row | behaviour | tests |
 //! |---|---|---|

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: the file changes under live grants: its length, and its holes (behaviours 5 and 12).
+//! Step 4 of 6: the file changes under live grants: its length, and its holes (behaviours 5 and
+//! 12).
 //!
-//! The guest asks for nothing again when a file grows, and gives nothing back when it shrinks. So the
-//! window must follow: a page that is mapped behind the end of the file is SIGBUS in the VMM, and the
-//! whole VM dies of it.
+//! The guest asks for nothing again when a file grows, and gives nothing back when it shrinks. So
+//! the window must follow: a page that is mapped behind the end of the file is SIGBUS in the VMM,
+//! and the whole VM dies of it.
 
 use std::io;
 
@@ -19,8 +20,8 @@ use crate::window::FileOffset;
 /// What a change of length did to live grants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Resized {
-    /// The file's last page is not whole, the front-end can't map it, and a live grant covers it: the
-    /// guest must not use that grant.
+    /// The file's last page is not whole, the front-end can't map it, and a live grant covers it:
+    /// the guest must not use that grant.
     pub tail_hidden: bool,
 }
 
@@ -100,9 +101,10 @@ impl Engine {
         self.sync_to_length(space, space.source.file_bytes()?, PageIndex(0))
     }
 
-    /// Looks whether somebody else has changed the file's length. If it has become shorter, the window lets
-    /// go of every page that is behind the end now: the guest may not have heard of it, and where it
-    /// touches such a page the VMM dies. If it has grown again, the window shows it again.
+    /// Looks whether somebody else has changed the file's length. If it has become shorter, the
+    /// window lets go of every page that is behind the end now: the guest may not have heard of it,
+    /// and where it touches such a page the VMM dies. If it has grown again, the window shows it
+    /// again.
     ///
     /// # Errors
     /// The front-end's or the file system's.
@@ -141,8 +143,8 @@ impl Engine {
         let stale = PageIndex(kept.div_ceil(PAGE_BYTES));
         space.look()?;
         let mut window = self.window.take();
-        // Behaviour 16: blocks, and entries that know what is dirty, before the window shows anything.
-        // A growth that nobody told of is not shown yet, either.
+        // Behaviour 16: blocks, and entries that know what is dirty, before the window shows
+        // anything. A growth that nobody told of is not shown yet, either.
         let from = unshown(&window, space).map_or(from, |page| page.min(from));
         let allocated = self.allocate(&window, space, from, PageIndex::LAST);
         let deleted = self.delete_entries(space, stale.byte(), i64::MAX as u64);
@@ -191,9 +193,9 @@ impl Engine {
         Ok(())
     }
 
-    /// Behaviour 12 and 5: makes `bytes` from byte `from` on read as zeros. What no write grant covers
-    /// becomes a hole; the rest keeps its blocks, since a store to a hole on a full disk would be
-    /// SIGBUS in the VMM.
+    /// Behaviour 12 and 5: makes `bytes` from byte `from` on read as zeros. What no write grant
+    /// covers becomes a hole; the rest keeps its blocks, since a store to a hole on a full disk
+    /// would be SIGBUS in the VMM.
     ///
     /// # Errors
     /// The file system's.
@@ -213,7 +215,8 @@ impl Engine {
         self.allocate(&self.window.take(), space, chunks.0, chunks.1)?;
         self.zero(space, from, end)?;
         let deleted = self.delete_entries(space, from, end);
-        // Under a write grant what is left of a split chunk is dirty as before, and the zeros are new.
+        // Under a write grant what is left of a split chunk is dirty as before, and the zeros are
+        // new.
         self.renew(&self.window.take(), space, chunks.0, chunks.1)?;
         Ok(deleted?)
     }
@@ -281,8 +284,8 @@ impl Engine {
         })
     }
 
-    /// The same where entries were deleted. If that fails, the guest goes on storing where no entry says
-    /// so: then never answer that all is durable.
+    /// The same where entries were deleted. If that fails, the guest goes on storing where no entry
+    /// says so: then never answer that all is durable.
     fn renew(
         &self,
         window: &Window,
@@ -295,14 +298,15 @@ impl Engine {
     }
 }
 
-/// The live grants of one file. Whoever acts on them holds on to the window's turn until it is done:
-/// they may be gone right after.
+/// The live grants of one file. Whoever acts on them holds on to the window's turn until it is
+/// done: they may be gone right after.
 fn grants_of(window: &Window, space: &Arc<Space>) -> Vec<(u64, Grant)> {
     let of_space = window.grants.iter().filter(|(_, grant)| Arc::ptr_eq(&grant.space, space));
     of_space.map(|(at, grant)| (*at, grant.clone())).collect()
 }
 
-/// What of `first..=last`, inside the file, live grants want: window offset, grant, first and last page.
+/// What of `first..=last`, inside the file, live grants want: window offset, grant, first and last
+/// page.
 fn wanted(
     window: &Window,
     space: &Arc<Space>,

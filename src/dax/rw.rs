@@ -30,8 +30,8 @@ impl Engine {
         Ok(done)
     }
 
-    /// Writes from byte `from` on, and makes the file longer where it must. When it returns, the window
-    /// shows what was written wherever it is granted. Returns how much was written.
+    /// Writes from byte `from` on, and makes the file longer where it must. When it returns, the
+    /// window shows what was written wherever it is granted. Returns how much was written.
     ///
     /// # Errors
     /// The file system's, if nothing was written; or the front-end's, after the file has grown.
@@ -55,7 +55,8 @@ impl Engine {
         })
     }
 
-    /// The same, where it is `write` that writes up to `bytes` from byte `from` on, and says how many.
+    /// The same, where it is `write` that writes up to `bytes` from byte `from` on, and says how
+    /// many.
     ///
     /// # Errors
     /// See [`write`](Self::write).
@@ -111,7 +112,8 @@ impl Engine {
             let found = space.entries.index().next(at, last, None);
             let Some((start, entry)) = found else { return Ok(()) };
             if !entry.is_real() {
-                // Whole chunks: a hole of 2 MiB becomes one entry with blocks, or 512 of either kind.
+                // Whole chunks: a hole of 2 MiB becomes one entry with blocks, or 512 of either
+                // kind.
                 let stop = PageIndex(last.chunk().0 + PMD_PAGES - 1);
                 let window = self.window.take();
                 // The chunk may reach into a growth that nobody told of, where write grants have no

@@ -217,7 +217,8 @@ impl Held<'_> {
         std::mem::forget(self); // Nothing is left to unlock.
     }
 
-    /// Behaviour 3: in the place of a PMD comes one empty PTE, locked; the rest of the chunk is vacant.
+    /// Behaviour 3: in the place of a PMD comes one empty PTE, locked; the rest of the chunk is
+    /// vacant.
     fn split(self, page: PageIndex) -> Self {
         let entry = Entry::empty(Order::Pte);
         {

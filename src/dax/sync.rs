@@ -20,8 +20,8 @@ pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexG
     condvar.wait(guard).unwrap_or_else(|e| e.into_inner())
 }
 
-/// Something that one thread at a time may take away and work on, for as long as it likes: a front-end
-/// round trip is made with it in hand, and no mutex is held meanwhile.
+/// Something that one thread at a time may take away and work on, for as long as it likes: a
+/// front-end round trip is made with it in hand, and no mutex is held meanwhile.
 pub(crate) struct Checkout<T> {
     place: Mutex<Place<T>>,
     returned: Condvar,

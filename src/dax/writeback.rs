@@ -42,8 +42,8 @@ impl Engine {
         if space.persist.kernel_tracks() {
             return self.sync_by(space, || space.persist.sync());
         }
-        // A punch or truncate beside us would delete entries that we have tagged, and make them anew
-        // without the tag.
+        // A punch or truncate beside us would delete entries that we have tagged, and make them
+        // anew without the tag.
         let _shared = space.invalidate_lock.read();
         trace_dax!(writeback_range, space, first, "last={:#x}", last.0);
         self.tag(space, first, last);
@@ -61,8 +61,8 @@ impl Engine {
         self.check_failed(space)
     }
 
-    /// Makes durable what the guest has stored in the file, where `sync` does so through another open file than
-    /// the space's own for all that the kernel knows to be dirty.
+    /// Makes durable what the guest has stored in the file, where `sync` does so through another
+    /// open file than the space's own for all that the kernel knows to be dirty.
     ///
     /// # Errors
     /// See [`writeback`](Self::writeback).
@@ -72,15 +72,16 @@ impl Engine {
         sync: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
         if space.persist.kernel_tracks() {
-            // The kernel tells of lost pages once through each open file, and either may be the older one.
+            // The kernel tells of lost pages once through each open file, and either may be the
+            // older one.
             return self.sync_by(space, || sync().and_then(|()| space.persist.check()));
         }
         self.writeback(space, PageIndex(0), PageIndex::LAST)?;
         self.sync_by(space, sync)
     }
 
-    /// Lets `sync` make durable what the kernel knows to be dirty, and remembers a failure like one of
-    /// our own.
+    /// Lets `sync` make durable what the kernel knows to be dirty, and remembers a failure like one
+    /// of our own.
     ///
     /// # Errors
     /// See [`writeback`](Self::writeback).
@@ -90,8 +91,8 @@ impl Engine {
         self.note(space, sync())
     }
 
-    /// Behaviour 10: an entry whose ToWrite another flusher cleared after we had tagged, and before we
-    /// searched, was not found above; but it may still be at it. (The seed does not wait here.)
+    /// Behaviour 10: an entry whose ToWrite another flusher cleared after we had tagged, and before
+    /// we searched, was not found above; but it may still be at it. (The seed does not wait here.)
     fn wait_for_others(&self, space: &Space, first: PageIndex, last: PageIndex) {
         let mut at = first;
         loop {
@@ -123,9 +124,9 @@ impl Engine {
         batch
     }
 
-    /// Flushes the entries, then fences once for all of them: only then are their lines where they belong,
-    /// so all stay locked until then. They are locked in the order of the file, and whoever else holds
-    /// an entry waits for no second one: nobody waits in a circle.
+    /// Flushes the entries, then fences once for all of them: only then are their lines where they
+    /// belong, so all stay locked until then. They are locked in the order of the file, and whoever
+    /// else holds an entry waits for no second one: nobody waits in a circle.
     fn writeback_batch(&self, space: &Space, batch: &[(PageIndex, Entry)]) -> io::Result<()> {
         let mut flushing = Vec::with_capacity(batch.len());
         for (start, entry) in batch {
@@ -176,9 +177,9 @@ impl Engine {
         let last = PageIndex(start.0 + entry.order().pages() - 1);
         let written = lock(&space.coverage).any(start, last, |count| count.writes > 0);
         let flushing = Flushing { held, written };
-        // All of it, also where only a part was asked for; but where the file has just been cut off there
-        // is nothing any more. A failure is noted before the entry is unlocked: whoever waits for it
-        // looks at that next.
+        // All of it, also where only a part was asked for; but where the file has just been cut off
+        // there is nothing any more. A failure is noted before the entry is unlocked: whoever waits
+        // for it looks at that next.
         let end = last.next().byte().min(space.known_bytes().next_multiple_of(PAGE_BYTES));
         if let Some(bytes) = end.checked_sub(start.byte()).filter(|bytes| *bytes > 0) {
             self.note(space, space.persist.flush(start.byte(), bytes))?;
@@ -238,8 +239,9 @@ impl Engine {
     }
 
     /// Deletes an entry that no grant covers any more. A grant that comes meanwhile is counted
-    /// before it looks for entries, so either we see it here, or it finds nothing and makes its own.
-    /// One that is dirty (again) belongs to such a grant that has gone, too, and is about to settle.
+    /// before it looks for entries, so either we see it here, or it finds nothing and makes its
+    /// own. One that is dirty (again) belongs to such a grant that has gone, too, and is about to
+    /// settle.
     fn drop_uncovered(&self, space: &Space, start: PageIndex) {
         let entries = &space.entries;
         let (mut index, found) = entries.look(entries.index(), start);

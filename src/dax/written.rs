@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: what a guest may have stored to: the write grants of a file, and of a piece of the window.
+//! Step 4 of 6: what a guest may have stored to: the write grants of a file, and of a piece of the
+//! window.
 
 use std::io;
 

@@ -2,9 +2,9 @@
 
 //! One descriptor chain, checked once. Knows no ring.
 //!
-//! [`parse`] checks the shape of a chain: its length, its order, its end. Whether its addresses
-//! are guest memory is looked at when they are used, since the memory table may change in between. What is
-//! loaded and stored here lies in RAM (`memory.rs`).
+//! [`parse`] checks the shape of a chain: its length, its order, its end. Whether its addresses are
+//! guest memory is looked at when they are used, since the memory table may change in between. What
+//! is loaded and stored here lies in RAM (`memory.rs`).
 
 use std::ops::Deref;
 
@@ -19,7 +19,8 @@ pub const WORD_BYTES: usize = 4;
 /// What is wrong with a chain. The guest's fault: it is answered, counted, and never fatal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum Malformed {
-    /// The head is no index into the descriptor table. It can't be returned: the used ring has no word for it.
+    /// The head is no index into the descriptor table. It can't be returned: the used ring has no
+    /// word for it.
     #[error("head {0} is outside the descriptor table")]
     Head(u16),
     /// The chain is empty, loops, leaves its table, or nests indirect tables.
@@ -95,8 +96,9 @@ impl Chain {
         Ok(u32::from_le_bytes(word))
     }
 
-    /// Loads the first bytes of the request into `to`, and returns how many bytes there were. (virtio-queue's
-    /// `Reader` would read the descriptors a second time, which the driver may have changed since they were checked.)
+    /// Loads the first bytes of the request into `to`, and returns how many bytes there were.
+    /// (virtio-queue's `Reader` would read the descriptors a second time, which the driver may have
+    /// changed since they were checked.)
     fn load(&self, mem: &GuestMemoryMmap, to: &mut [u8]) -> Result<usize, Malformed> {
         let mut loaded = 0;
         for Segment { at, bytes } in self.readable() {
@@ -122,8 +124,8 @@ impl Chain {
         Ok(room)
     }
 
-    /// Stores `pieces`, one behind the other, from the start of the reply on, as far as there is room and guest
-    /// memory. Returns how many bytes were stored.
+    /// Stores `pieces`, one behind the other, from the start of the reply on, as far as there is
+    /// room and guest memory. Returns how many bytes were stored.
     pub(crate) fn store(&self, mem: &GuestMemoryMmap, pieces: [&[u8]; 2]) -> u32 {
         let mut stored = 0;
         let mut segments = self.writable().iter();
@@ -136,7 +138,8 @@ impl Chain {
                     continue;
                 }
                 let (now, later) = rest.split_at(rest.len().min(room.bytes as usize));
-                // The table may have changed since the request was taken: then they have no place to go.
+                // The table may have changed since the request was taken: then they have no place
+                // to go.
                 if mem.write_slice(now, room.at).is_err() {
                     return stored;
                 }
@@ -151,7 +154,8 @@ impl Chain {
     }
 }
 
-/// A checked chain, or what there is of one that went wrong: it is answered all the same if it can be.
+/// A checked chain, or what there is of one that went wrong: it is answered all the same if it can
+/// be.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Parsed {
     /// The buffers.

@@ -2,10 +2,10 @@
 
 //! Step 3 of 6: which part of the guest's memory is RAM. Knows no ring and no device.
 //!
-//! A load behind the end of a mapped file is SIGBUS, and ends the process. RAM has no such place, but a
-//! memory table also lists the windows of virtio-fs devices (Q3), ours and others': maps of files that the
-//! guest itself can make shorter. So rings, descriptor tables, requests and replies are read and written in RAM
-//! only; what lies elsewhere is left to system calls, which say EFAULT.
+//! A load behind the end of a mapped file is SIGBUS, and ends the process. RAM has no such place,
+//! but a memory table also lists the windows of virtio-fs devices (Q3), ours and others': maps of
+//! files that the guest itself can make shorter. So rings, descriptor tables, requests and replies
+//! are read and written in RAM only; what lies elsewhere is left to system calls, which say EFAULT.
 //!
 //! | a region's file | is |
 //! |---|---|
@@ -37,8 +37,8 @@ enum Kind {
     Other,
 }
 
-/// Where a region is in the guest, how long it is, and where it is here: another one that is mapped meanwhile
-/// can't have the same three.
+/// Where a region is in the guest, how long it is, and where it is here: another one that is mapped
+/// meanwhile can't have the same three.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Place {
     at: GuestAddress,
@@ -61,7 +61,8 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// `all` is the front-end's table. [`table_came`](Self::table_came) must be called after each change of it.
+    /// `all` is the front-end's table. [`table_came`](Self::table_came) must be called after each
+    /// change of it.
     pub(crate) fn new(all: GuestMemory) -> Self {
         let ram = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         Self { all, ram, known: Arc::default() }
@@ -174,8 +175,8 @@ mod tests {
         matches!(kind, Kind::Ram { _guard: Some(_) })
     }
 
-    /// Shows: a file that becomes shorter than the region that it is mapped in is zeros there, and ends nothing; a
-    /// sealed one needs no guard.
+    /// Shows: a file that becomes shorter than the region that it is mapped in is zeros there, and
+    /// ends nothing; a sealed one needs no guard.
     #[test]
     fn ram_that_vanishes_is_zeros() {
         let file = tempfile::tempfile().unwrap();

@@ -31,11 +31,11 @@ pub enum Drained {
 /// What becomes of open requests when the front-end stops a ring (GET_VRING_BASE).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InflightPolicy {
-    /// The driver gets them back, and the next start takes them again: for requests that may be done
-    /// twice, and that are completed in the order in which they came.
+    /// The driver gets them back, and the next start takes them again: for requests that may be
+    /// done twice, and that are completed in the order in which they came.
     Resubmit,
-    /// They go on; who ends meanwhile is returned when the ring goes on where it was stopped, and never
-    /// if it was reset. The stop waits for those that [pin](request::Request::pin) the
+    /// They go on; who ends meanwhile is returned when the ring goes on where it was stopped, and
+    /// never if it was reset. The stop waits for those that [pin](request::Request::pin) the
     /// guest's memory, and for no others.
     Retain,
 }
@@ -45,7 +45,8 @@ pub enum InflightPolicy {
 pub enum RingStart {
     /// From where it was stopped: the driver is the same.
     Resumed,
-    /// From where it was stopped, which is where a new ring starts, too: the driver may have reset the device.
+    /// From where it was stopped, which is where a new ring starts, too: the driver may have reset
+    /// the device.
     Unknown,
     /// From somewhere else: the driver has reset the device.
     Afresh,
@@ -79,10 +80,11 @@ pub trait Device: Send + Sync + 'static {
     /// The window as a new front-end will show it.
     fn open_window(&self) -> Arc<dyn SessionWindow>;
 
-    /// Takes one request. Must not block: it runs under the ring's lock. What it returns is done at once
-    /// by the thread that drains the ring, without that lock.
+    /// Takes one request. Must not block: it runs under the ring's lock. What it returns is done at
+    /// once by the thread that drains the ring, without that lock.
     ///
-    /// With [`InflightPolicy::Resubmit`] requests of one ring must be completed in the order in which they came.
+    /// With [`InflightPolicy::Resubmit`] requests of one ring must be completed in the order in
+    /// which they came.
     fn handle(&self, request: Request, drained: Drained) -> Option<InlineWork>;
 
     /// A driver has begun anew: what the last one left is void. Nothing of the new one is handed
@@ -99,7 +101,8 @@ pub trait Device: Send + Sync + 'static {
     /// The process is about to end: what runs may finish, and nobody is answered after that.
     fn shutdown(&self);
 
-    /// Whether [`handle`](Self::handle) ever returns something: then a thread of its own watches over the rings.
+    /// Whether [`handle`](Self::handle) ever returns something: then a thread of its own watches
+    /// over the rings.
     fn serves_at_once(&self) -> bool {
         false
     }
@@ -121,8 +124,8 @@ pub trait SessionWindow: Send + Sync {
     /// A new memory table.
     fn table_came(&self, mem: &GuestMemoryMmap);
 
-    /// A ring was started. True if all is well; false if [`bring_up`](Self::bring_up) must be called,
-    /// from a thread that may block, before requests leave the ring.
+    /// A ring was started. True if all is well; false if [`bring_up`](Self::bring_up) must be
+    /// called, from a thread that may block, before requests leave the ring.
     fn started(&self, start: RingStart) -> bool;
 
     /// Shows what must be shown from the start.

@@ -54,8 +54,9 @@ impl Drop for PinGuard {
     }
 }
 
-/// One request, taken from a ring. It must be completed; one that is dropped instead stays open until
-/// the ring is reset (and is handed back at the next stop where the device [wants that](super::InflightPolicy)).
+/// One request, taken from a ring. It must be completed; one that is dropped instead stays open
+/// until the ring is reset (and is handed back at the next stop where the device [wants
+/// that](super::InflightPolicy)).
 #[must_use = "a request that is never completed stays open until the ring is reset"]
 pub struct Request {
     pub(crate) owner: Arc<dyn RequestOwner>,
@@ -94,8 +95,8 @@ impl Request {
         }
     }
 
-    /// The guest's memory as it is now, windows and all: for system calls. To touch it otherwise may end the
-    /// process.
+    /// The guest's memory as it is now, windows and all: for system calls. To touch it otherwise
+    /// may end the process.
     pub fn memory(&self) -> GuestMemoryLoadGuard<GuestMemoryMmap> {
         self.owner.memory().all()
     }
@@ -105,9 +106,9 @@ impl Request {
         self.owner.memory().ram()
     }
 
-    /// Keeps the ring from being stopped until this request is completed or [unpinned](Self::unpin): until
-    /// then it may read and write the guest's memory. Waits while the ring is stopped. False if it
-    /// was reset meanwhile: then the request is void.
+    /// Keeps the ring from being stopped until this request is completed or
+    /// [unpinned](Self::unpin): until then it may read and write the guest's memory. Waits while
+    /// the ring is stopped. False if it was reset meanwhile: then the request is void.
     ///
     /// Until then nothing may wait for the front-end, which waits for the stop.
     #[must_use = "without it guest memory must be left alone"]
@@ -145,8 +146,9 @@ impl Request {
         self.complete_with(None, reply, 0);
     }
 
-    /// Stores the `header` of a reply and its `body`, behind which `behind` bytes have been stored already,
-    /// and returns the chain to the driver. If the ring is stopped meanwhile, that is done when it goes on.
+    /// Stores the `header` of a reply and its `body`, behind which `behind` bytes have been stored
+    /// already, and returns the chain to the driver. If the ring is stopped meanwhile, that is done
+    /// when it goes on.
     pub fn complete_with(self, header: Option<Header>, body: Vec<u8>, behind: u32) {
         let returnable = !matches!(self.parsed.fault, Some(Malformed::Head(_)));
         let answer = Answer {

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The buffers of one request as ends of file I/O: between guest memory and a file nothing is copied.
+//! The buffers of one request as ends of file I/O: between guest memory and a file nothing is
+//! copied.
 //!
 //! A buffer may lie in our own window (O_DIRECT into or from a DAX mapping). Then its bytes are a
 //! file's, and are reached through that file: the memory table need not list the range, and a page
-//! behind the end of the file can't hurt this process. All buffers of such a request go through one that is
-//! ours and lies at a page's start, so that a descriptor with O_DIRECT takes it.
+//! behind the end of the file can't hurt this process. All buffers of such a request go through one
+//! that is ours and lies at a page's start, so that a descriptor with O_DIRECT takes it.
 //!
-//! A buffer may lie in another device's window. Only system calls touch it, which say EFAULT where the page is
-//! gone.
+//! A buffer may lie in another device's window. Only system calls touch it, which say EFAULT where
+//! the page is gone.
 
 #![allow(unsafe_code)] // readv and writev take raw pointers; see the two places below.
 
@@ -39,10 +40,12 @@ use super::schedule::Blocking;
 /// IOV_MAX.
 const MAX_IOVECS: usize = 1024;
 
-/// The most that is copied at once where a buffer lies in the window: all that one request may move.
+/// The most that is copied at once where a buffer lies in the window: all that one request may
+/// move.
 const BOUNCE_BYTES: usize = MAX_DATA_BYTES as usize;
 
-/// What O_DIRECT wants the place, the offset and the length of a buffer to be a multiple of, at most.
+/// What O_DIRECT wants the place, the offset and the length of a buffer to be a multiple of, at
+/// most.
 const ALIGN: usize = PAGE_BYTES as usize;
 
 /// Where in the window `segment` begins. None if it is not in it.
@@ -93,8 +96,8 @@ impl Piece {
 pub(crate) struct Buffers(VecDeque<Piece>);
 
 impl Buffers {
-    /// Finds out what `segments` are, but for their first `skip` bytes. Where they lie in the window this
-    /// waits for the window's turn: never call it with a hand in guest memory.
+    /// Finds out what `segments` are, but for their first `skip` bytes. Where they lie in the
+    /// window this waits for the window's turn: never call it with a hand in guest memory.
     ///
     /// # Errors
     /// EFAULT for a part of the window where nothing is granted.
@@ -138,7 +141,8 @@ impl Buffers {
         }
     }
 
-    /// The memory pieces from the front on, at most `most` bytes of them, up to the first piece of a file.
+    /// The memory pieces from the front on, at most `most` bytes of them, up to the first piece of
+    /// a file.
     fn memory<'m>(
         &self,
         mem: &'m GuestMemoryMmap,
@@ -165,7 +169,8 @@ impl Buffers {
         self.0.iter().any(|piece| matches!(piece, Piece::File { .. }))
     }
 
-    /// How many of the first `most` bytes come before the end of a file that shows through the window.
+    /// How many of the first `most` bytes come before the end of a file that shows through the
+    /// window.
     ///
     /// # Errors
     /// EFAULT if it is none.
@@ -216,7 +221,8 @@ impl Buffers {
 }
 
 impl Piece {
-    /// How many of its bytes a load through the window would find: to the end of the file's last page.
+    /// How many of its bytes a load through the window would find: to the end of the file's last
+    /// page.
     fn there(&self) -> io::Result<usize> {
         match self {
             Self::Memory { bytes, .. } => Ok(*bytes),
@@ -241,11 +247,12 @@ fn load(space: &Space, from: FileOffset, to: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Stores as the window would: what lies behind the end of the file is lost, and makes it no longer.
+/// Stores as the window would: what lies behind the end of the file is lost, and makes it no
+/// longer.
 ///
 /// # Errors
-/// EFAULT while the file is being made shorter. This does not wait for that, which may wait for the front-end, and
-/// that for the stop of a ring that this request holds up.
+/// EFAULT while the file is being made shorter. This does not wait for that, which may wait for the
+/// front-end, and that for the stop of a ring that this request holds up.
 fn store(space: &Space, to: FileOffset, bytes: &[u8]) -> io::Result<()> {
     let _stays = space.keep_length().ok_or(Errno::EFAULT)?;
     let left = space.source().file_bytes()?.saturating_sub(to.0);
@@ -303,8 +310,8 @@ fn file_offset(off: u64, done: usize) -> io::Result<i64> {
     off.ok_or_else(|| Errno::EINVAL.into())
 }
 
-/// Takes steps, each told how many bytes are left and where in the file they belong, until all is done or
-/// one does nothing. An error counts only where nothing was done before it.
+/// Takes steps, each told how many bytes are left and where in the file they belong, until all is
+/// done or one does nothing. An error counts only where nothing was done before it.
 fn step_by_step(
     count: usize,
     off: u64,
@@ -351,8 +358,8 @@ impl GuestWriter<'_> {
                 .iter()
                 .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
                 .collect();
-            // SAFETY: each iovec is a slice of guest memory, checked by get_slices(); the guards and
-            // `mem` outlive the call. The guest may change these bytes at any time, and only
+            // SAFETY: each iovec is a slice of guest memory, checked by get_slices(); the guards
+            // and `mem` outlive the call. The guest may change these bytes at any time, and only
             // the kernel writes to them: no reference to them is ever made.
             self.read(flags, |flags| unsafe { oslib::readv_at(file.as_fd(), &iovecs, off, flags) })?
         };
@@ -469,7 +476,8 @@ impl GuestReader<'_> {
         Ok(done)
     }
 
-    /// Stores the front of the buffers past the cache, as a write of `file` would, which notes the time.
+    /// Stores the front of the buffers past the cache, as a write of `file` would, which notes the
+    /// time.
     fn store(
         &mut self,
         direct: &Direct,

@@ -20,8 +20,8 @@ use crate::window::WindowBytes;
 /// Bytes of the tag in the config space (virtio 1.4 section 5.11.4).
 pub const TAG_BYTES: usize = 36;
 
-/// The most slots of 2 MiB in a window. QEMU 11.1 dies of the 513th map or memory region of a VM (Q2), and
-/// from some 384 on each further map takes tens of milliseconds.
+/// The most slots of 2 MiB in a window. QEMU 11.1 dies of the 513th map or memory region of a VM
+/// (Q2), and from some 384 on each further map takes tens of milliseconds.
 pub const MAX_SLOTS: u64 = 384;
 
 /// A file of up to this size is one READ: a map, which takes the front-end longer, does not pay.
@@ -116,8 +116,8 @@ impl fmt::Display for WindowSize {
     }
 }
 
-/// Which files are mapped where the guest leaves that to us (a mount with `-o dax=inode`, or with no
-/// word about it).
+/// Which files are mapped where the guest leaves that to us (a mount with `-o dax=inode`, or with
+/// no word about it).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DaxPolicy {
     /// No window at all.

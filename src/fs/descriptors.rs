@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Descriptors: how many the daemon keeps for itself, so that no guest can take the last one, and a count of the
-//! guest's own, so that what can't be finished for want of one is not begun.
+//! Descriptors: how many the daemon keeps for itself, so that no guest can take the last one, and a
+//! count of the guest's own, so that what can't be finished for want of one is not begun.
 
 use std::fs::{self, File};
 use std::io;
@@ -20,24 +20,28 @@ use crate::support::units::PMD_BYTES;
 use super::config::FsConfig;
 use super::dax::Dax;
 
-/// Standard streams, the listening socket, the connection and the back-end channel with their copies, signals, the
-/// private mount (5), inotify, the file system's own (5), a look at /proc, and room for mounts in the share, each
-/// of which holds one where inodes are held by handles.
+/// Standard streams, the listening socket, the connection and the back-end channel with their
+/// copies, signals, the private mount (5), inotify, the file system's own (5), a look at /proc, and
+/// room for mounts in the share, each of which holds one where inodes are held by handles.
 const OWN: u64 = 96;
-/// vhost's MAX_ATTACHED_FD_ENTRIES: what one message may bring, while what it replaces is still held.
+/// vhost's MAX_ATTACHED_FD_ENTRIES: what one message may bring, while what it replaces is still
+/// held.
 const MESSAGE: u64 = 32;
-/// vhost-user-backend's MAX_MEM_SLOTS: each memory region holds one, maps that come back among them.
+/// vhost-user-backend's MAX_MEM_SLOTS: each memory region holds one, maps that come back among
+/// them.
 const SLOT_REGIONS: u64 = 509;
-/// Kick, call and error, the epoll instance, the two ends of the exit event, and a kick being replaced.
+/// Kick, call and error, the epoll instance, the two ends of the exit event, and a kick being
+/// replaced.
 const RING: u64 = 7;
 /// A file that is mapped, and the one that claims to be longer.
 const MAPPED_FILE: u64 = 2;
-/// What one request holds while it runs, and no limit of the guest's counts: directories (2), a file that is looked
-/// up, one that is made.
+/// What one request holds while it runs, and no limit of the guest's counts: directories (2), a
+/// file that is looked up, one that is made.
 const REQUEST: u64 = 4;
 /// Fewer than these for the guest's files are of no use.
 const LEAST_FOR_GUEST: u64 = 64;
-/// Of the guest's, so many are kept for what helps to get rid of others: opening a directory to empty it.
+/// Of the guest's, so many are kept for what helps to get rid of others: opening a directory to
+/// empty it.
 const KEPT: u64 = 32;
 /// The guest's descriptors are counted anew when this part of them may have been taken.
 const PART: u64 = 16;
@@ -177,7 +181,8 @@ impl Descriptors {
             Want::Inode => (1, self.kept),
             Want::Moment => (1, 0),
         };
-        // Promised first, and taken off what is left then: whoever counts meanwhile sees one or both.
+        // Promised first, and taken off what is left then: whoever counts meanwhile sees one or
+        // both.
         self.promised.fetch_add(count, Ordering::SeqCst);
         let leave = Leave { descriptors: self, count };
         let Some(table) = &self.table else { return Ok(leave) };
@@ -252,7 +257,8 @@ mod tests {
         FsConfig { threads, ..FsConfig::new("/".into(), "t".parse().unwrap(), window) }
     }
 
-    /// Shows: a larger window, more threads and more rings want more; what is too few names a number that will do.
+    /// Shows: a larger window, more threads and more rings want more; what is too few names a
+    /// number that will do.
     #[test]
     fn what_is_reserved() {
         let small = config("64M", 4);
@@ -275,8 +281,8 @@ mod tests {
         descriptors
     }
 
-    /// Shows: leave is given as long as there is one left beside what others were promised, the last ones only for
-    /// a moment; and it counts no more when the request is done.
+    /// Shows: leave is given as long as there is one left beside what others were promised, the
+    /// last ones only for a moment; and it counts no more when the request is done.
     #[test]
     fn leave_is_given_while_there_is_any() {
         let descriptors = limited(1000);

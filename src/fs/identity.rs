@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which file of the host a request is about. The guest's numbers do not say: the file system gives one
-//! file a number for each mount that leads to it (a bind mount in the share), and a new one after a FORGET.
-//! What counts is the inode.
+//! Which file of the host a request is about. The guest's numbers do not say: the file system gives
+//! one file a number for each mount that leads to it (a bind mount in the share), and a new one
+//! after a FORGET. What counts is the inode.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -38,8 +38,8 @@ impl FileId {
     }
 }
 
-/// Finds out which file it is, if its inode number is one of those that the argument holds for. None: it is
-/// none of them.
+/// Finds out which file it is, if its inode number is one of those that the argument holds for.
+/// None: it is none of them.
 pub(crate) type Ask<'a> = dyn Fn(&dyn Fn(u64) -> bool) -> io::Result<Option<FileId>> + 'a;
 
 /// A file as a request names it: the guest's number, and what else tells.
@@ -93,7 +93,8 @@ impl<F> Server<F>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
 {
-    /// Does something with the file behind a handle: the file system shows it to whoever reads from it.
+    /// Does something with the file behind a handle: the file system shows it to whoever reads from
+    /// it.
     ///
     /// # Errors
     /// EBADF where there is none, and those of `work`.
@@ -111,8 +112,8 @@ where
         done
     }
 
-    /// The file of an inode that the guest knows and need not have open: mostly one look at its number is
-    /// enough, since it is not `known`.
+    /// The file of an inode that the guest knows and need not have open: mostly one look at its
+    /// number is enough, since it is not `known`.
     ///
     /// # Errors
     /// The file system's.

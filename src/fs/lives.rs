@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use crate::support::lock::lock;
 
-/// What one driver has mounted, or is about to: a life ends with a reset of the device, with DESTROY, and with
-/// an INIT that finds something mounted.
+/// What one driver has mounted, or is about to: a life ends with a reset of the device, with
+/// DESTROY, and with an INIT that finds something mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Life(u64);
 
@@ -52,8 +52,8 @@ impl Lives {
         drop(lock(&self.turn));
     }
 
-    /// What was mounted is over: no request of `life` changes anything from now on. Returns the life that
-    /// follows; none if `life` was over already.
+    /// What was mounted is over: no request of `life` changes anything from now on. Returns the
+    /// life that follows; none if `life` was over already.
     pub(crate) fn unmount(&self, life: Life) -> Option<Life> {
         let next = Life(life.0.wrapping_add(2));
         let end = |state: u64| (state & !MOUNTED == life.0).then_some(next.0);

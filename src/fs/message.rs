@@ -26,7 +26,8 @@ pub(crate) const MAX_DATA_BYTES: u32 = 1 << 20;
 /// The most that comes before the data of a request.
 const MAX_HEAD_BYTES: u32 = 4096;
 
-/// PATH_MAX of Linux, which is the most that a name can have here (FUSE_NAME_MAX), and a link's target.
+/// PATH_MAX of Linux, which is the most that a name can have here (FUSE_NAME_MAX), and a link's
+/// target.
 const PATH_BYTES: usize = 4096;
 
 /// XATTR_NAME_MAX and XATTR_SIZE_MAX of Linux.
@@ -61,8 +62,8 @@ pub(crate) fn invalid() -> io::Error {
     Errno::EINVAL.into()
 }
 
-/// An id that something is done as, or given to. -1 is nobody: the system's calls take it for "as it was", which
-/// here is the host's root.
+/// An id that something is done as, or given to. -1 is nobody: the system's calls take it for "as
+/// it was", which here is the host's root.
 ///
 /// # Errors
 /// EINVAL for -1.
@@ -85,8 +86,9 @@ pub(crate) fn request_bytes(header: &InHeader, readable: usize) -> io::Result<us
     if possible { Ok(bytes) } else { Err(invalid()) }
 }
 
-/// The most that may follow the header of a request, but for the data of a WRITE: so much may wait in our memory
-/// for each descriptor of a ring. None for a request that is not served, of which nothing is kept.
+/// The most that may follow the header of a request, but for the data of a WRITE: so much may wait
+/// in our memory for each descriptor of a ring. None for a request that is not served, of which
+/// nothing is kept.
 pub(crate) fn most_args(opcode: Option<Opcode>) -> Option<usize> {
     use Opcode::*;
     let most = match opcode? {
@@ -127,8 +129,8 @@ impl<'a> Args<'a> {
         Ok(string)
     }
 
-    /// The next string, which must be the name of an entry of a directory: one that would lead out of
-    /// it is refused here, whatever is done with it later.
+    /// The next string, which must be the name of an entry of a directory: one that would lead out
+    /// of it is refused here, whatever is done with it later.
     pub(crate) fn name(&mut self) -> io::Result<&'a CStr> {
         let name = self.string()?;
         match name.to_bytes() {
@@ -143,7 +145,8 @@ impl<'a> Args<'a> {
         std::mem::take(&mut self.0)
     }
 
-    /// The extensions of a request that makes something (FUSE_SECURITY_CTX, FUSE_CREATE_SUPP_GROUP).
+    /// The extensions of a request that makes something (FUSE_SECURITY_CTX,
+    /// FUSE_CREATE_SUPP_GROUP).
     pub(crate) fn extensions(&mut self, secctx: bool, groups: bool) -> io::Result<Extensions> {
         let mut found = Extensions::default();
         if !secctx && !groups {
@@ -238,8 +241,8 @@ pub(crate) struct Message {
 }
 
 impl Message {
-    /// Reads it. Called under the ring's lock, when the ring runs: what is read later might be another
-    /// driver's memory by then; and so `life` is that of the driver which sent it.
+    /// Reads it. Called under the ring's lock, when the ring runs: what is read later might be
+    /// another driver's memory by then; and so `life` is that of the driver which sent it.
     pub(crate) fn read(request: &Request, life: Life) -> Result<Self, Unanswerable> {
         let chain = request.chain().map_err(|_| Unanswerable)?;
         let ram = request.ram();
@@ -433,7 +436,8 @@ mod tests {
             .collect()
     }
 
-    /// Shows: groups and security contexts are read, and each way to lie about their size is refused.
+    /// Shows: groups and security contexts are read, and each way to lie about their size is
+    /// refused.
     #[test]
     fn extensions() {
         let mut groups = 2u32.to_ne_bytes().to_vec();

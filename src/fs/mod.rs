@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 3 of 6: virtio-fs (virtio 1.4 section 5.11) with a DAX window. Knows no ring and no message of
-//! vhost-user.
+//! Step 3 of 6: virtio-fs (virtio 1.4 section 5.11) with a DAX window. Knows no ring and no message
+//! of vhost-user.
 //!
 //! The files are the business of virtiofsd's passthrough file system. Ours are the FUSE messages
 //! (`message`, `server`, `ops`), the way between guest memory and files (`buffers`), the threads
@@ -63,8 +63,8 @@ use crate::passthrough::{Stretch, Unavailable};
 
 pub use crate::fs::config::{DaxPolicy, FsConfig, Tag, WindowSize};
 
-/// Bytes of the config space: tag, num_request_queues, and notify_buf_size (which only a device with a
-/// notification queue has; QEMU's config_size=44 asks for it all the same).
+/// Bytes of the config space: tag, num_request_queues, and notify_buf_size (which only a device
+/// with a notification queue has; QEMU's config_size=44 asks for it all the same).
 const CONFIG_BYTES: usize = 44;
 
 /// Why a device can't be made.

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The flags of OPEN, OPENDIR and CREATE: what may be asked of the host, and the same for all three. (virtiofsd's
-//! file system looks at some of them in OPEN, and at none when CREATE makes a file.) Knows no file.
+//! The flags of OPEN, OPENDIR and CREATE: what may be asked of the host, and the same for all
+//! three. (virtiofsd's file system looks at some of them in OPEN, and at none when CREATE makes a
+//! file.) Knows no file.
 
 use std::io;
 
 use super::message::invalid;
 
-/// What has a meaning for a file that somebody reads and writes through us. Others are the guest kernel's own
-/// business (O_CREAT, O_NOCTTY, FMODE_EXEC), or nobody's (O_ASYNC would signal us), and are left out.
+/// What has a meaning for a file that somebody reads and writes through us. Others are the guest
+/// kernel's own business (O_CREAT, O_NOCTTY, FMODE_EXEC), or nobody's (O_ASYNC would signal us),
+/// and are left out.
 const KNOWN: i32 = libc::O_ACCMODE
     | libc::O_APPEND
     | libc::O_TRUNC
@@ -20,8 +22,8 @@ const KNOWN: i32 = libc::O_ACCMODE
     | libc::O_NOFOLLOW
     | libc::O_NOATIME;
 
-/// What makes another thing of an open: a file without a name, a descriptor that can't be read. Linux sends
-/// neither; TMPFILE is a request of its own.
+/// What makes another thing of an open: a file without a name, a descriptor that can't be read.
+/// Linux sends neither; TMPFILE is a request of its own.
 const OTHER: i32 = libc::O_PATH | (libc::O_TMPFILE & !libc::O_DIRECTORY);
 
 /// What this daemon was told.
@@ -65,7 +67,8 @@ mod tests {
         flags.of(asked.cast_unsigned(), writeback).ok().map(u32::cast_signed)
     }
 
-    /// Shows: what the options leave out is left out, what is not an open is refused, the rest stays.
+    /// Shows: what the options leave out is left out, what is not an open is refused, the rest
+    /// stays.
     #[test]
     fn flags() {
         let none = OpenFlags::default();

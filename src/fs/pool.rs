@@ -90,7 +90,8 @@ impl Shared {
 pub(crate) struct Pool(Arc<Shared>);
 
 impl Pool {
-    /// A pool of at most `most` threads (at least 2). One is started at once, to see whether it can be.
+    /// A pool of at most `most` threads (at least 2). One is started at once, to see whether it can
+    /// be.
     ///
     /// # Errors
     /// The system's.
@@ -172,11 +173,12 @@ impl Drop for Pool {
     }
 }
 
-/// Gives the calling thread a working directory and an umask of its own: virtiofsd's code changes both, and with
-/// shared ones a request would meet those of another one.
+/// Gives the calling thread a working directory and an umask of its own: virtiofsd's code changes
+/// both, and with shared ones a request would meet those of another one.
 ///
 /// # Errors
-/// The system's: a filter of system calls, most likely. Nothing that uses either may run in this thread then.
+/// The system's: a filter of system calls, most likely. Nothing that uses either may run in this
+/// thread then.
 pub(crate) fn own_directory() -> io::Result<()> {
     thread_local! {
         static OWN: Cell<bool> = const { Cell::new(false) };

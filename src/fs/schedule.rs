@@ -2,9 +2,9 @@
 
 //! Which thread serves a request, and what it may wait for: the whole policy is in this file.
 //!
-//! A request that is expected to be quick is served inline, by the thread that took it out of the ring: to wake
-//! another thread costs more than most requests do. The others go to the pool. An inline READ or WRITE that would
-//! block goes to the pool after all.
+//! A request that is expected to be quick is served inline, by the thread that took it out of the
+//! ring: to wake another thread costs more than most requests do. The others go to the pool. An
+//! inline READ or WRITE that would block goes to the pool after all.
 //!
 //! | request | inline | in the pool |
 //! |---|---|---|

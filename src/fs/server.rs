@@ -62,7 +62,8 @@ pub(crate) struct Server<F> {
 
 /// A [`Server`], whatever its file system.
 pub(crate) trait Serve: Send + Sync {
-    /// Does what the message asks for, and answers it; or gives it back, if it has no blocking to wait.
+    /// Does what the message asks for, and answers it; or gives it back, if it has no blocking to
+    /// wait.
     fn serve(
         &self,
         request: Request,

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which files are open, and which of them to write; and which have lost data: a sync that failed is never
-//! made good by one that succeeds later, until the file has been closed by all and is opened anew. It is the
-//! file that counts, not the guest's number for it, of which it may have several.
+//! Which files are open, and which of them to write; and which have lost data: a sync that failed
+//! is never made good by one that succeeds later, until the file has been closed by all and is
+//! opened anew. It is the file that counts, not the guest's number for it, of which it may have
+//! several.
 
 use crate::support::lock::lock;
 use std::collections::{HashMap, HashSet};
@@ -37,8 +38,9 @@ impl State {
     }
 }
 
-/// Whether a sync or a write-out that ended with `e` may have lost data. One that the file system did not even
-/// try has not. (The kernel makes errnos of a disk's errors: EIO, ENOSPC, ENODATA, ENOLINK, ETIMEDOUT, EILSEQ ...)
+/// Whether a sync or a write-out that ended with `e` may have lost data. One that the file system
+/// did not even try has not. (The kernel makes errnos of a disk's errors: EIO, ENOSPC, ENODATA,
+/// ENOLINK, ETIMEDOUT, EILSEQ ...)
 pub(crate) fn is_loss(e: &io::Error) -> bool {
     use libc::{EBADF, EINTR, EINVAL, ENOSYS, EOPNOTSUPP, ESPIPE};
     !matches!(e.raw_os_error(), Some(EBADF | EINTR | EINVAL | ENOSYS | EOPNOTSUPP | ESPIPE))
@@ -50,9 +52,9 @@ fn is_not_begun(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(EACCES | EMFILE | ENFILE | ENOENT | ENOMEM | EPERM | ESTALE))
 }
 
-/// Files whose data was lost by a write-out of our own, or by one of a file that is not mapped any more, and
-/// whose guest has not been told of it by an FSYNC. The kernel tells of a loss once: whoever asked it has to
-/// pass that on.
+/// Files whose data was lost by a write-out of our own, or by one of a file that is not mapped any
+/// more, and whose guest has not been told of it by an FSYNC. The kernel tells of a loss once:
+/// whoever asked it has to pass that on.
 #[derive(Clone, Default)]
 pub(crate) struct Losses(Arc<Mutex<HashSet<FileId>>>);
 
@@ -80,8 +82,8 @@ impl Losses {
 pub(crate) struct Released {
     /// Another handle of the file can write.
     pub(crate) writer_left: bool,
-    /// It was the file's last handle, and the guest has been told by it, or one before it, that data was lost:
-    /// what is opened from now on starts anew.
+    /// It was the file's last handle, and the guest has been told by it, or one before it, that
+    /// data was lost: what is opened from now on starts anew.
     pub(crate) forgiven: bool,
 }
 
@@ -173,7 +175,8 @@ impl WritebackErrors {
         {
             open.failed = true;
         }
-        // A write-out that this sync began, or that another thread did meanwhile, may have met the error.
+        // A write-out that this sync began, or that another thread did meanwhile, may have met the
+        // error.
         done.and_then(|()| self.tell(handle))
     }
 
@@ -231,7 +234,8 @@ mod tests {
     const FILE: FileId = FileId { ino: 5, dev: 1 };
     const OTHER: FileId = FileId { ino: 5, dev: 2 };
 
-    /// Shows: after one failure no sync of the file succeeds, until it was closed as often as opened.
+    /// Shows: after one failure no sync of the file succeeds, until it was closed as often as
+    /// opened.
     #[test]
     fn a_failure_stays_until_the_file_is_opened_anew() {
         let opened = WritebackErrors::new(Losses::default());
@@ -249,8 +253,8 @@ mod tests {
         assert_eq!(errno(opened.sync(3, || Ok(()))), None);
     }
 
-    /// Shows: what one number of a file has lost is lost for its other number (a bind mount), also for one that
-    /// opens it later, until all have closed it.
+    /// Shows: what one number of a file has lost is lost for its other number (a bind mount), also
+    /// for one that opens it later, until all have closed it.
     #[test]
     fn a_failure_is_the_files_whatever_led_to_it() {
         let opened = WritebackErrors::new(Losses::default());
@@ -294,8 +298,9 @@ mod tests {
         assert_eq!(errno(opened.sync(1, || Ok(()))), None);
     }
 
-    /// Shows: a loss that was found before the file was opened, or by somebody else, is told by a FLUSH each time, and
-    /// by an FSYNC until all have closed the file; a file that was told of it starts anew then.
+    /// Shows: a loss that was found before the file was opened, or by somebody else, is told by a
+    /// FLUSH each time, and by an FSYNC until all have closed the file; a file that was told of it
+    /// starts anew then.
     #[test]
     fn a_loss_is_told_of_by_an_fsync() {
         let losses = Losses::default();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A user namespace for a daemon that is not root (user_namespaces(7)), so that a guest's files can belong
-//! to more than one user all the same: `--uid-map` and `--gid-map`.
+//! A user namespace for a daemon that is not root (user_namespaces(7)), so that a guest's files can
+//! belong to more than one user all the same: `--uid-map` and `--gid-map`.
 
 use std::fs;
 use std::io::{self, Write};
@@ -39,8 +39,8 @@ pub fn check() -> Result<(), NamespaceError> {
     if Uid::effective().is_root() { Err(NamespaceError::Root) } else { Ok(()) }
 }
 
-/// Enters a new user namespace with these maps; without one it is one's own number, as it is. The process must have no
-/// other thread yet.
+/// Enters a new user namespace with these maps; without one it is one's own number, as it is. The
+/// process must have no other thread yet.
 ///
 /// # Errors
 /// See [`NamespaceError`].

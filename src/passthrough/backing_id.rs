@@ -16,8 +16,8 @@ pub struct FuseBackingMap {
     padding: u64,
 }
 
-// FUSE_DEV_IOC_MAGIC is 229; BACKING_OPEN is _IOW(229, 1, struct fuse_backing_map), and BACKING_CLOSE
-// _IOW(229, 2, uint32_t).
+// FUSE_DEV_IOC_MAGIC is 229; BACKING_OPEN is _IOW(229, 1, struct fuse_backing_map), and
+// BACKING_CLOSE _IOW(229, 2, uint32_t).
 nix::ioctl_write_ptr!(fuse_dev_ioc_backing_open, 229, 1, FuseBackingMap);
 nix::ioctl_write_ptr!(fuse_dev_ioc_backing_close, 229, 2, u32);
 
@@ -32,8 +32,9 @@ impl BackingId {
     /// EPERM, ELOOP, EOPNOTSUPP; EINVAL for a connection that has no passthrough.
     pub fn open(device: &File, file: BorrowedFd<'_>) -> io::Result<Self> {
         let map = FuseBackingMap { fd: file.as_raw_fd(), flags: 0, padding: 0 };
-        // SAFETY: both descriptors are open for as long as they are borrowed, which is this call, and
-        // the kernel only reads `map`, which has the layout that the request's number stands for.
+        // SAFETY: both descriptors are open for as long as they are borrowed, which is this call,
+        // and the kernel only reads `map`, which has the layout that the request's number stands
+        // for.
         let id = unsafe { fuse_dev_ioc_backing_open(device.as_raw_fd(), &map) }?;
         Ok(Self(id.cast_unsigned()))
     }

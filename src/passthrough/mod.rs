@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Beside step 5 of 6: files that claim to be longer than any map of them. Knows no virtio, no window.
+//! Beside step 5 of 6: files that claim to be longer than any map of them. Knows no virtio, no
+//! window.
 //!
 //! QEMU refuses a map that ends past the end of the file, and Linux guests always ask for whole
 //! 2 MiB, so the last range of nearly every file can't be mapped from the file itself. A FUSE inode
@@ -118,8 +119,8 @@ impl Unavailable {
     }
 }
 
-/// A private FUSE mount whose files are passthrough files that claim to be longer than any map of them. Somebody
-/// may abort it (`/sys/fs/fuse/connections`): then the next file makes it anew.
+/// A private FUSE mount whose files are passthrough files that claim to be longer than any map of
+/// them. Somebody may abort it (`/sys/fs/fuse/connections`): then the next file makes it anew.
 pub struct Stretch {
     /// A leaf.
     current: Mutex<Arc<PrivateMount>>,
@@ -258,24 +259,24 @@ impl Drop for PrivateMount {
         if self.server.take().is_some_and(|server| server.join().is_err()) {
             warn!("the thread that serves stretched files panicked");
         }
-        // It has closed the connection, so nobody waits for an answer of ours. The mount goes with its
-        // descriptor, now or when the last map does.
+        // It has closed the connection, so nobody waits for an answer of ours. The mount goes with
+        // its descriptor, now or when the last map does.
     }
 }
 
 /// A file that claims to be [`CLAIMED_BYTES`] long, and else is the file it was made from.
 ///
 /// Only maps of it, and reads and writes through it, are the real file's. Its attributes are made
-/// up, and it can't be synced or resized: `fsync`, `ftruncate` and `fallocate` fail. Locks on it are
-/// not locks on the real file.
+/// up, and it can't be synced or resized: `fsync`, `ftruncate` and `fallocate` fail. Locks on it
+/// are not locks on the real file.
 pub struct StretchedFile {
     file: Arc<File>,
     _held: Held,
 }
 
 impl StretchedFile {
-    /// For those who want to keep it for themselves. It can be mapped for as long as it is kept, but
-    /// opened anew (`/proc/self/fd`) only until the [`StretchedFile`] is dropped.
+    /// For those who want to keep it for themselves. It can be mapped for as long as it is kept,
+    /// but opened anew (`/proc/self/fd`) only until the [`StretchedFile`] is dropped.
     pub fn file(&self) -> &Arc<File> {
         &self.file
     }
@@ -304,8 +305,8 @@ impl Drop for Held {
     }
 }
 
-/// What there is to hear of a connection that was aborted: from the server that has ended, or from the kernel before
-/// that.
+/// What there is to hear of a connection that was aborted: from the server that has ended, or from
+/// the kernel before that.
 fn is_aborted(e: &io::Error) -> bool {
     let errno = e.raw_os_error().map(Errno::from_raw);
     matches!(

@@ -40,8 +40,8 @@ pub(super) fn detached(device: &File) -> Result<OwnedFd, Unavailable> {
     for (key, value) in options {
         fsconfig_set_string(&context, key, value).map_err(at("fsconfig"))?;
     }
-    // Else a front-end with another uid would not even get the length of what it was handed. Who may
-    // open is settled by who has a descriptor of the mount, and that is nobody but us.
+    // Else a front-end with another uid would not even get the length of what it was handed. Who
+    // may open is settled by who has a descriptor of the mount, and that is nobody but us.
     fsconfig_set_flag(&context, "allow_other").map_err(at("fsconfig"))?;
     fsconfig_create(&context).map_err(at("fsconfig create"))?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID

@@ -24,16 +24,16 @@ const INIT_EXT: u32 = 1 << 30;
 /// FUSE_PASSTHROUGH is bit 37, so bit 5 of the second word.
 const PASSTHROUGH_2: u32 = 1 << (37 - 32);
 
-/// FILESYSTEM_MAX_STACK_DEPTH: the most that the kernel takes, and what overlayfs needs. The price is
-/// that nothing can be stacked on our mount, which nobody can reach.
+/// FILESYSTEM_MAX_STACK_DEPTH: the most that the kernel takes, and what overlayfs needs. The price
+/// is that nothing can be stacked on our mount, which nobody can reach.
 const MAX_STACK_DEPTH: u32 = 2;
 
 // Flags of OPEN. NOFLUSH: closing a descriptor must not wait for us.
 const FOPEN_NOFLUSH: u32 = 1 << 5;
 const FOPEN_PASSTHROUGH: u32 = 1 << 7;
 
-/// How long the kernel may believe attributes: for ever, as they never change. The largest number of
-/// seconds that does not turn negative on the way.
+/// How long the kernel may believe attributes: for ever, as they never change. The largest number
+/// of seconds that does not turn negative on the way.
 const FOR_EVER: u64 = u32::MAX as u64;
 
 const IN_HEADER_BYTES: usize = 40;

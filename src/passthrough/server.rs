@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The thread that answers the kernel. It makes no system call but `poll`, `read` and `write` on the
-//! connection, and takes one lock, under which nobody makes any: so it can't be made to wait.
+//! The thread that answers the kernel. It makes no system call but `poll`, `read` and `write` on
+//! the connection, and takes one lock, under which nobody makes any: so it can't be made to wait.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -96,8 +96,8 @@ impl Connection {
     }
 
     /// The kernel keeps an inode for its name until memory is short, also a name that it may not
-    /// believe; without it, the inode goes with its last descriptor. This waits for lookups that the
-    /// server has still to answer, so it is never the server's to do, either.
+    /// believe; without it, the inode goes with its last descriptor. This waits for lookups that
+    /// the server has still to answer, so it is never the server's to do, either.
     pub(super) fn forget_name(&self, node: NodeId) {
         if let Some(device) = self.device() {
             write(&device, Reply::name_is_gone(&node.name()));
@@ -136,7 +136,8 @@ impl Connection {
 
 fn write(device: &File, mut reply: Reply) {
     let mut to = device;
-    // ENOENT: nobody waits for it, or knows the name, any more. Whatever else it is, there is no one to tell.
+    // ENOENT: nobody waits for it, or knows the name, any more. Whatever else it is, there is no
+    // one to tell.
     if let Err(e) = to.write_all(reply.bytes())
         && e.raw_os_error() != Some(Errno::ENOENT as i32)
     {
@@ -169,8 +170,8 @@ pub(super) fn handshake(device: &File) -> Result<(), Unavailable> {
     }
 }
 
-/// Closes the connection with its thread, also when that panics: the kernel then fails what is asked,
-/// where it would wait for ever.
+/// Closes the connection with its thread, also when that panics: the kernel then fails what is
+/// asked, where it would wait for ever.
 struct Served<'a> {
     connection: &'a Connection,
 }
@@ -184,7 +185,8 @@ impl Drop for Served<'_> {
 /// Answers until `stopped`'s other end is closed, or the connection is aborted.
 pub(super) fn serve(connection: &Connection, stopped: &PipeReader) {
     let Some(device) = connection.device() else { return };
-    // Declared after `device`, so dropped before it: the last reference is never dropped under the lock.
+    // Declared after `device`, so dropped before it: the last reference is never dropped under the
+    // lock.
     let _served = Served { connection };
     if let Err(e) = answer_all(connection, &device, stopped) {
         // Whoever wants the next file makes a new mount, and says so.

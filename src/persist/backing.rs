@@ -165,7 +165,8 @@ impl Durability {
             }
             (PersistMode::Sync, _) => false,
             (PersistMode::Cacheline, _) => true,
-            // In memory nothing is gained by lines: 12 ms for each GiB of them, and no power loss survived.
+            // In memory nothing is gained by lines: 12 ms for each GiB of them, and no power loss
+            // survived.
             (PersistMode::Auto, backing) => backing == Backing::DeviceDax,
         };
         let instruction = lines.then(Instruction::best);
@@ -175,8 +176,8 @@ impl Durability {
         Ok(Self { backing, instruction: instruction.flatten() })
     }
 
-    /// For one file of a share, which may lie on another file system than the share: what can't be had
-    /// there is the kernel's business.
+    /// For one file of a share, which may lie on another file system than the share: what can't be
+    /// had there is the kernel's business.
     pub fn of_file(file: &File, mode: PersistMode) -> Self {
         let backing = Backing::of(file);
         Self::choose(backing, mode).unwrap_or(Self { backing, instruction: None })
@@ -225,7 +226,8 @@ pub struct FilePersist {
 /// A device-DAX node, as sysfs describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DaxNode {
-    /// Its length: a multiple of its alignment, so that a map of all of it is as aligned as it must be.
+    /// Its length: a multiple of its alignment, so that a map of all of it is as aligned as it must
+    /// be.
     pub bytes: u64,
     /// Its alignment: no smaller piece can be mapped, or taken out of a map.
     pub align: u64,
@@ -303,7 +305,8 @@ mod tests {
         }
     }
 
-    /// Shows: real files are told apart. (A DAX file and a device-DAX node: tests/direct_access.rs.)
+    /// Shows: real files are told apart. (A DAX file and a device-DAX node:
+    /// tests/direct_access.rs.)
     #[test]
     fn what_files_lie_in() {
         let on_disk = tempfile::tempfile_in(".").unwrap();

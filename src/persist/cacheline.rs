@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Cache lines: the instructions that write them back, and stores that go past the cache. Knows no file.
+//! Cache lines: the instructions that write them back, and stores that go past the cache. Knows no
+//! file.
 //!
 //! All that depends on the processor is here. Lines are written back by the first of these that the
-//! processor has: CLWB, CLFLUSHOPT, CLFLUSH on x86-64; DC CVAP, DC CVAC on aarch64. Nothing is durable
-//! before a [`fence`].
+//! processor has: CLWB, CLFLUSHOPT, CLFLUSH on x86-64; DC CVAP, DC CVAC on aarch64. Nothing is
+//! durable before a [`fence`].
 
 #![allow(unsafe_code)] // Instructions, and stores by raw pointer: what each needs is said there.
 
@@ -17,7 +18,8 @@ use x86_64 as arch;
 
 pub use arch::{Instruction, fence};
 
-/// Below this many bytes, stores and a write-back of their lines cost less than stores past the cache.
+/// Below this many bytes, stores and a write-back of their lines cost less than stores past the
+/// cache.
 const SHORT_BYTES: usize = 256;
 
 /// The length of a line, always a power of two.
@@ -50,8 +52,8 @@ impl Instruction {
         Self::ALL.into_iter().find(|instruction| instruction.is_here())
     }
 
-    /// Starts to write back all lines that hold a byte of the range: exactly those, each once. They are
-    /// in memory after the next [`fence`] of this thread. Returns how many.
+    /// Starts to write back all lines that hold a byte of the range: exactly those, each once. They
+    /// are in memory after the next [`fence`] of this thread. Returns how many.
     ///
     /// # Safety
     /// The processor has the instruction, and all of the range is mapped readable.
@@ -70,8 +72,9 @@ impl Instruction {
     /// thread the copy is in memory.
     ///
     /// # Safety
-    /// `from` is readable and `to` is writable for `bytes`, and they do not overlap. Others may change the
-    /// bytes of both meanwhile (they are guest memory): what is copied then is any mixture.
+    /// `from` is readable and `to` is writable for `bytes`, and they do not overlap. Others may
+    /// change the bytes of both meanwhile (they are guest memory): what is copied then is any
+    /// mixture.
     pub unsafe fn copy(self, to: *mut u8, from: *const u8, bytes: usize) {
         // SAFETY: as the caller says. The pieces make up the range.
         unsafe {
@@ -103,9 +106,9 @@ impl Instruction {
         }
     }
 
-    /// Calls `store` with a pointer, how far it is from `to`, a length, and whether these are whole lines:
-    /// for what comes before the first whole line, the whole lines, and the rest. What are no whole
-    /// lines is written back.
+    /// Calls `store` with a pointer, how far it is from `to`, a length, and whether these are whole
+    /// lines: for what comes before the first whole line, the whole lines, and the rest. What are
+    /// no whole lines is written back.
     ///
     /// # Safety
     /// See [`copy`](Self::copy).
@@ -169,8 +172,8 @@ mod x86_64 {
     /// CPUID leaf 1, EDX.
     const CLFSH_BIT: u32 = 1 << 19;
 
-    /// log2 of a line's bytes: the same on each processor so far. One that says otherwise has no instruction
-    /// for us.
+    /// log2 of a line's bytes: the same on each processor so far. One that says otherwise has no
+    /// instruction for us.
     const LINE_BYTES_LOG2: u32 = 6;
 
     struct Processor {
@@ -221,8 +224,8 @@ mod x86_64 {
         /// The processor has it, and the range is mapped. It is not empty.
         #[inline(always)]
         pub(super) unsafe fn write_back_lines(self, from: *const u8, bytes: usize, line: usize) {
-            // SAFETY (all): the caller's. No instruction changes a byte or a register, and the compiler may
-            // not move stores behind them: no `nomem`.
+            // SAFETY (all): the caller's. No instruction changes a byte or a register, and the
+            // compiler may not move stores behind them: no `nomem`.
             match self {
                 Self::Clwb => each_line(from, bytes, line, |at| unsafe {
                     asm!("clwb [{}]", in(reg) at, options(nostack, preserves_flags));
@@ -276,8 +279,8 @@ mod x86_64 {
         }
     }
 
-    /// Returns once all lines that this thread has written back, and all it has stored past the cache, are
-    /// in memory (or in what survives a power loss with it: the platform's ADR).
+    /// Returns once all lines that this thread has written back, and all it has stored past the
+    /// cache, are in memory (or in what survives a power loss with it: the platform's ADR).
     pub fn fence() {
         // SAFETY: SFENCE is there on each x86-64 processor.
         unsafe { _mm_sfence() }
@@ -300,8 +303,8 @@ mod x86_64 {
         }
     }
 
-    /// How far ahead of the copy its source is fetched, in vectors of 32 bytes: 2 KiB. (A copy of 256 MiB
-    /// gains 8 %; 512 bytes to 16 KiB make little difference.)
+    /// How far ahead of the copy its source is fetched, in vectors of 32 bytes: 2 KiB. (A copy of
+    /// 256 MiB gains 8 %; 512 bytes to 16 KiB make little difference.)
     const AHEAD: usize = 64;
 
     #[target_feature(enable = "avx")]
@@ -311,7 +314,8 @@ mod x86_64 {
         let mut at = 0;
         // Four lines of loads, then as many of stores: the memory is busy with one or the other.
         while at + 8 <= vectors {
-            // SAFETY: inside the range, and `to` is aligned to lines, so to 32. A prefetch may be of anything.
+            // SAFETY: inside the range, and `to` is aligned to lines, so to 32. A prefetch may be
+            // of anything.
             unsafe {
                 for line in 0..4 {
                     let ahead = from.wrapping_add(at + AHEAD + 2 * line);
@@ -386,7 +390,8 @@ mod aarch64 {
                 .step_by(line)
                 .map(|at| from.wrapping_add(at).wrapping_sub(skipped));
             match self {
-                // SAFETY (both): the caller's. DC CVAP by its encoding: assemblers want FEAT_DPB for the name.
+                // SAFETY (both): the caller's. DC CVAP by its encoding: assemblers want FEAT_DPB
+                // for the name.
                 Self::Cvap => addresses.for_each(|at| unsafe {
                     asm!("sys #3, c7, c12, #1, {}", in(reg) at, options(nostack, preserves_flags));
                 }),
@@ -462,8 +467,8 @@ mod tests {
         here
     }
 
-    /// Shows: each instruction, forced: it takes exactly the lines that hold a byte of the range, and changes
-    /// no byte.
+    /// Shows: each instruction, forced: it takes exactly the lines that hold a byte of the range,
+    /// and changes no byte.
     #[test]
     fn each_instruction_writes_back_exactly_the_lines() {
         let line = LineBytes::here().bytes();
@@ -513,8 +518,8 @@ mod tests {
         }
     }
 
-    /// Shows: each instruction's copies and zeros land where they belong, at odd places and of odd lengths,
-    /// and nothing beside.
+    /// Shows: each instruction's copies and zeros land where they belong, at odd places and of odd
+    /// lengths, and nothing beside.
     #[test]
     fn stores_past_the_cache_are_exact() {
         let source: Vec<u8> = (0..16_384).map(|at| (at % 253 + 1) as u8).collect();

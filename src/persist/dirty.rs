@@ -32,11 +32,11 @@ struct Counts {
     recently_evicted: u64,
 }
 
-/// How many pages of the page cache are dirty in `bytes` bytes of `file` from byte `from` on. Those that
-/// are on their way to the disk are not.
+/// How many pages of the page cache are dirty in `bytes` bytes of `file` from byte `from` on. Those
+/// that are on their way to the disk are not.
 ///
-/// A file on a DAX file system has no page cache: cachestat(2) takes its entries for those of evicted pages, and
-/// brings the kernel down (seen with Linux 6.12).
+/// A file on a DAX file system has no page cache: cachestat(2) takes its entries for those of
+/// evicted pages, and brings the kernel down (seen with Linux 6.12).
 ///
 /// # Errors
 /// The system's: ENOSYS before Linux 6.5; EOPNOTSUPP on a DAX file system.
@@ -47,8 +47,8 @@ pub fn dirty_pages(file: &File, from: u64, bytes: u64) -> io::Result<u64> {
     }
     let range = Range { from, bytes };
     let mut counts = Counts::default();
-    // SAFETY: a descriptor that is open for as long as it is borrowed, which is this call; the kernel
-    // reads `range`, and writes `counts`, which have the layouts that it knows.
+    // SAFETY: a descriptor that is open for as long as it is borrowed, which is this call; the
+    // kernel reads `range`, and writes `counts`, which have the layouts that it knows.
     let done = unsafe {
         let (range, counts) = (&raw const range, &raw mut counts);
         libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), range, counts, 0)
@@ -57,9 +57,9 @@ pub fn dirty_pages(file: &File, from: u64, bytes: u64) -> io::Result<u64> {
     Ok(counts.dirty)
 }
 
-/// Starts to write the dirty pages of the range to the disk. When it returns they are clean, and the next
-/// store to one is seen by the file system; they are not durable. A page that is under writeback and was made
-/// dirty anew meanwhile is left out: see [`wait_for_writeback`].
+/// Starts to write the dirty pages of the range to the disk. When it returns they are clean, and
+/// the next store to one is seen by the file system; they are not durable. A page that is under
+/// writeback and was made dirty anew meanwhile is left out: see [`wait_for_writeback`].
 ///
 /// # Errors
 /// The file system's. Pages may be lost then, and the kernel may have told nobody else.
@@ -88,8 +88,8 @@ mod tests {
 
     use super::*;
 
-    /// Shows: what was written is dirty, in its range and in no other, until it is written out. (The page cache
-    /// may have it in pieces that are larger than a page.)
+    /// Shows: what was written is dirty, in its range and in no other, until it is written out.
+    /// (The page cache may have it in pieces that are larger than a page.)
     #[test]
     fn written_pages_are_dirty_until_they_are_written_out() {
         let file = tempfile::tempfile_in(".").unwrap();

@@ -30,8 +30,8 @@ const TMPFS: u32 = 0x0102_1994;
 const RAMFS: u32 = 0x8584_58f6;
 const HUGETLBFS: u32 = 0x9584_58f6;
 
-/// Tried: ext4, xfs and btrfs by tests/guest/crash.rs, which takes the power away; what is in memory by
-/// tests/cli.rs and tests/start.rs.
+/// Tried: ext4, xfs and btrfs by tests/guest/crash.rs, which takes the power away; what is in
+/// memory by tests/cli.rs and tests/start.rs.
 const TRIED: [(u32, Tried); 6] = [
     (EXT, Tried::InPlace),
     (XFS, Tried::InPlace),
@@ -41,8 +41,8 @@ const TRIED: [(u32, Tried); 6] = [
     (HUGETLBFS, Tried::Memory),
 ];
 
-/// Not tried: what it is called, and whether each store needs a new block there. (linux/magic.h, and the
-/// sources of ZFS.)
+/// Not tried: what it is called, and whether each store needs a new block there. (linux/magic.h,
+/// and the sources of ZFS.)
 const KNOWN: [(u32, &str, bool); 15] = [
     (0xca45_1a4e, "bcachefs", true),
     (0x2fc1_2fc1, "ZFS", true),

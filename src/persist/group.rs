@@ -38,7 +38,8 @@ impl<W> Shared<W> {
     }
 }
 
-/// Shares each sync among all that were waiting when it began. Answers come in the order of [`submit`](Self::submit).
+/// Shares each sync among all that were waiting when it began. Answers come in the order of
+/// [`submit`](Self::submit).
 pub struct GroupSync<W> {
     shared: Arc<Shared<W>>,
     worker: Mutex<Option<JoinHandle<()>>>,

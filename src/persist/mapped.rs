@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A file whose pages are the memory itself, mapped by this process as well: what the guest stored is made
-//! durable by cache lines, and what is written by request goes past the cache (behaviours 12 and 13).
+//! A file whose pages are the memory itself, mapped by this process as well: what the guest stored
+//! is made durable by cache lines, and what is written by request goes past the cache (behaviours
+//! 12 and 13).
 
 #![allow(unsafe_code)] // Maps a file; what is done there is in bounds by its one function at().
 
@@ -101,8 +102,8 @@ impl Place {
     /// EIO where the file lacked a page that was touched.
     #[inline(always)]
     fn whole<T>(&self, work: impl FnOnce() -> T) -> io::Result<T> {
-        // Read here, and not when it is needed: a load behind a write-back of a line that has the same place in a
-        // page may have to wait for it, which doubles a page's time.
+        // Read here, and not when it is needed: a load behind a write-back of a line that has the
+        // same place in a page may have to wait for it, which doubles a page's time.
         // SAFETY: it is a field of ours.
         let gone = unsafe { std::ptr::read_volatile(&raw const self.gone) };
         let done = work();
@@ -128,7 +129,8 @@ impl Drop for Pages {
     }
 }
 
-/// Whether a store to the file can be made durable by cache lines alone: whether it can be mapped with MAP_SYNC.
+/// Whether a store to the file can be made durable by cache lines alone: whether it can be mapped
+/// with MAP_SYNC.
 pub(super) fn maps_sync(file: &File) -> bool {
     Mapping::new(file, PMD_BYTES, MapFlags::MAP_SHARED_VALIDATE | MapFlags::MAP_SYNC).is_ok()
 }
@@ -143,8 +145,8 @@ pub struct Direct {
     instruction: Instruction,
     /// As long as the file was at first.
     first: Mapping,
-    /// Twice as long, four times as long ..., made when the file has grown so far. To find one costs no
-    /// lock: a flush of a page takes less time than a contended lock does.
+    /// Twice as long, four times as long ..., made when the file has grown so far. To find one
+    /// costs no lock: a flush of a page takes less time than a contended lock does.
     grown: [OnceLock<Mapping>; DOUBLINGS],
     making: Mutex<()>,
 }
@@ -170,8 +172,9 @@ impl Direct {
         Ok(Arc::new(Self { file, flags, instruction, first, grown, making: Mutex::default() }))
     }
 
-    /// Gives each page of the `bytes` from byte `from` on, the start of a page, a block that is durably the
-    /// file's, so that cache lines are all that a later store needs. Nothing that the file holds changes.
+    /// Gives each page of the `bytes` from byte `from` on, the start of a page, a block that is
+    /// durably the file's, so that cache lines are all that a later store needs. Nothing that the
+    /// file holds changes.
     ///
     /// # Errors
     /// The system's; EFAULT where the file system finds no space.
@@ -215,8 +218,8 @@ impl Direct {
     /// See [`store`](Self::store).
     pub fn load(&self, from: u64, to: &mut [u8]) -> io::Result<()> {
         self.work(from, to.len(), |at| {
-            // SAFETY: `to` is ours alone, and what is mapped is as long. Others may store meanwhile:
-            // any mixture of bytes is a good copy.
+            // SAFETY: `to` is ours alone, and what is mapped is as long. Others may store
+            // meanwhile: any mixture of bytes is a good copy.
             unsafe { std::ptr::copy_nonoverlapping(at, to.as_mut_ptr(), to.len()) };
         })
     }
@@ -279,7 +282,8 @@ impl Direct {
 
 /// Makes what was stored to a file durable by its cache lines.
 pub(super) struct Lines {
-    /// Of `direct`, which keeps it mapped. Not behind one more pointer: a page's time is that of a few loads.
+    /// Of `direct`, which keeps it mapped. Not behind one more pointer: a page's time is that of a
+    /// few loads.
     first: Place,
     instruction: Instruction,
     direct: Arc<Direct>,
@@ -308,7 +312,8 @@ impl Persist for Lines {
         let bytes = usize::try_from(bytes).map_err(|_| Errno::EINVAL)?;
         let instruction = self.instruction;
         let write_back = move |at: *mut u8| {
-            // SAFETY: the instruction was chosen because it is here, and the range is mapped where it is called.
+            // SAFETY: the instruction was chosen because it is here, and the range is mapped where
+            // it is called.
             unsafe { instruction.write_back(at, bytes) };
         };
         // All of it here, so that no register is saved: 1 % of a page's time.
@@ -344,8 +349,8 @@ mod tests {
         Lines::of(direct.clone()).flush(from, bytes)
     }
 
-    /// Shows: a file that somebody else cuts off is an error of that file, in each kind of access and ever
-    /// after, and no SIGBUS; another file is not concerned.
+    /// Shows: a file that somebody else cuts off is an error of that file, in each kind of access
+    /// and ever after, and no SIGBUS; another file is not concerned.
     #[test]
     fn a_file_that_is_cut_off_is_an_error() {
         type Work = fn(&Arc<Direct>) -> io::Result<()>;

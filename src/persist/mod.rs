@@ -30,7 +30,8 @@ pub trait Persist: Send + Sync + 'static {
     /// later success would say nothing about them. The caller must not sync again.
     fn sync(&self) -> io::Result<()>;
 
-    /// Whether anything was lost of what others have made durable through another open file of the same inode.
+    /// Whether anything was lost of what others have made durable through another open file of the
+    /// same inode.
     ///
     /// # Errors
     /// Final, as those of [`sync`](Self::sync).
@@ -38,13 +39,14 @@ pub trait Persist: Send + Sync + 'static {
         self.sync()
     }
 
-    /// Whether the kernel knows what is dirty. If so, only [`sync`](Self::sync) and [`check`](Self::check) are called.
+    /// Whether the kernel knows what is dirty. If so, only [`sync`](Self::sync) and
+    /// [`check`](Self::check) are called.
     fn kernel_tracks(&self) -> bool {
         true
     }
 
-    /// Begins to make durable `bytes` of the file from byte `from` on, if the kernel does not track it.
-    /// They are durable once this thread has called [`fence`](Self::fence).
+    /// Begins to make durable `bytes` of the file from byte `from` on, if the kernel does not track
+    /// it. They are durable once this thread has called [`fence`](Self::fence).
     ///
     /// # Errors
     /// Final, as those of [`sync`](Self::sync).

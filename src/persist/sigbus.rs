@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A mapped file that is cut off by somebody else, or whose memory fails, must not kill the daemon: in a
-//! [`Guarded`] range SIGBUS is an error of that range, and of nothing else.
+//! A mapped file that is cut off by somebody else, or whose memory fails, must not kill the daemon:
+//! in a [`Guarded`] range SIGBUS is an error of that range, and of nothing else.
 //!
 //! The handler puts a page of zeros where the bad one was, so that the instruction that hit it can
 //! end, and marks the range: nothing that was done in it counts from then on. A page is as large as
@@ -19,7 +19,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use nix::errno::Errno;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
-/// How many ranges there can be: more than a window has slots, and room for files that have just gone.
+/// How many ranges there can be: more than a window has slots, and room for files that have just
+/// gone.
 const MOST: usize = 4096;
 
 /// A range, if `start` is not 0.
@@ -31,16 +32,17 @@ struct Slot {
     page: AtomicUsize,
 }
 
-/// A table that a signal handler can read: no lock, no memory to be had, and no store where a range is used
-/// (one right behind a page of dirty lines costs more than their write-back).
+/// A table that a signal handler can read: no lock, no memory to be had, and no store where a range
+/// is used (one right behind a page of dirty lines costs more than their write-back).
 static SLOTS: [Slot; MOST] = [const {
     Slot { start: AtomicUsize::new(0), end: AtomicUsize::new(0), page: AtomicUsize::new(0) }
 }; MOST];
 
 /// Whether a page of the slot of the same number was gone when it was touched.
 ///
-/// A page of its own, which is filled from its start on: a load waits for a write-back before it whose line has the
-/// same place in a page, and a page's first lines are the first to be written back.
+/// A page of its own, which is filled from its start on: a load waits for a write-back before it
+/// whose line has the same place in a page, and a page's first lines are the first to be written
+/// back.
 #[repr(align(4096))]
 struct Gone([AtomicBool; MOST]);
 
@@ -69,8 +71,8 @@ impl Guarded {
         Ok(Self { slot, gone })
     }
 
-    /// Whether a page of it was gone when it was touched, by whatever thread: another one's work may
-    /// have been on zeros.
+    /// Whether a page of it was gone when it was touched, by whatever thread: another one's work
+    /// may have been on zeros.
     pub(super) fn gone(&self) -> &'static AtomicBool {
         self.gone
     }
@@ -100,7 +102,8 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     let at = unsafe { (*info).si_addr() }.addr();
     // The sizes of its pages, as bits.
     let mut sizes = 0;
-    // All that match: one that is being taken or left may seem to, and the one that was touched is there.
+    // All that match: one that is being taken or left may seem to, and the one that was touched is
+    // there.
     for (slot, gone) in SLOTS.iter().zip(&GONE.0) {
         let start = slot.start.load(SeqCst);
         if start != 0 && (start..slot.end.load(SeqCst)).contains(&at) {

@@ -26,8 +26,9 @@ use super::size::PmemSize;
 /// `st_blocks` counts in units of 512 bytes, whatever the file system's block size (stat(2)).
 const STAT_BLOCK_BYTES: u64 = 512;
 
-/// A file that is being created is so much shorter than it will be, and so no multiple of 2 MiB: whatever ends
-/// the daemon meanwhile, nobody takes it for a whole one. Its last block is allocated all the same.
+/// A file that is being created is so much shorter than it will be, and so no multiple of 2 MiB:
+/// whatever ends the daemon meanwhile, nobody takes it for a whole one. Its last block is allocated
+/// all the same.
 const UNFINISHED_LACKS_BYTES: u64 = 1;
 
 /// What is allocated at once. While a file system is at it nothing stops it.
@@ -76,8 +77,8 @@ pub fn file_bytes(file: &File) -> io::Result<u64> {
     }
 }
 
-/// A file that can't be served: one line that says what to do. Nothing is left that was created, and nothing was
-/// changed.
+/// A file that can't be served: one line that says what to do. Nothing is left that was created,
+/// and nothing was changed.
 #[derive(Debug, Error)]
 #[allow(missing_docs)] // The texts say it better.
 pub enum PmemFileError {
@@ -264,7 +265,8 @@ fn check_file(spec: &PmemFileSpec, found: &Metadata) -> Result<(), PmemFileError
     Ok(())
 }
 
-/// An open, checked and locked file. One that was created here is removed again unless it is [kept](Self::keep).
+/// An open, checked and locked file. One that was created here is removed again unless it is
+/// [kept](Self::keep).
 #[derive(Debug)]
 pub struct PmemFile {
     file: Arc<File>,
@@ -344,8 +346,8 @@ impl PmemFile {
         &self.file
     }
 
-    /// Makes all that a later store needs durable beforehand, where only its cache lines will be written
-    /// back: each page of a file on a DAX file system gets its block.
+    /// Makes all that a later store needs durable beforehand, where only its cache lines will be
+    /// written back: each page of a file on a DAX file system gets its block.
     ///
     /// # Errors
     /// No space, most likely.
@@ -388,7 +390,8 @@ impl Drop for PmemFile {
     }
 }
 
-/// Does `work` on `bytes` bytes piece by piece, so that it can be broken off, and says how far it is.
+/// Does `work` on `bytes` bytes piece by piece, so that it can be broken off, and says how far it
+/// is.
 ///
 /// # Errors
 /// Those of `work`, and EINTR where `is_asked` has said so.
@@ -474,7 +477,8 @@ mod tests {
 
     use super::*;
 
-    /// Shows: all pieces together are the whole, each is done once, and none after it was broken off.
+    /// Shows: all pieces together are the whole, each is done once, and none after it was broken
+    /// off.
     #[test]
     fn pieces_are_the_whole_until_it_is_broken_off() {
         let whole = 2 * PIECE_BYTES + 4095;

@@ -82,7 +82,8 @@ impl Pmem {
     /// A device that shows `file` and makes it durable with `persist`.
     ///
     /// # Errors
-    /// When the file's length is no [`PmemSize`] or can't be read, or when no thread can be started.
+    /// When the file's length is no [`PmemSize`] or can't be read, or when no thread can be
+    /// started.
     pub fn new(file: Arc<File>, persist: Box<dyn Persist>) -> io::Result<Arc<Self>> {
         Self::with_mem_slots(file, persist, false)
     }
@@ -269,8 +270,8 @@ impl SessionWindow for Shown {
         self.window.table_came(mem);
     }
 
-    /// Q10: a map that outlives a pause is not sent again. It would be refused, and would be a message under way
-    /// that a quick second pause turns into a crash of QEMU (Q1).
+    /// Q10: a map that outlives a pause is not sent again. It would be refused, and would be a
+    /// message under way that a quick second pause turns into a crash of QEMU (Q1).
     fn started(&self, start: RingStart) -> bool {
         match start {
             RingStart::Resumed => self.window.outlives_stop(),
@@ -323,7 +324,8 @@ mod tests {
     use super::*;
     use crate::persist::Fdatasync;
 
-    /// Shows: a session's window, and with it the descriptor of its channel, is gone when the session is.
+    /// Shows: a session's window, and with it the descriptor of its channel, is gone when the
+    /// session is.
     #[test]
     fn a_front_end_that_has_gone_is_let_go() {
         let file = Arc::new(tempfile::tempfile().unwrap());

@@ -7,7 +7,8 @@ use std::str::FromStr;
 
 use crate::support::size::{Size, SizeError, whole_pmds};
 
-/// A length that virtio-pmem can have: a multiple of 2 MiB, not 0, and no more than a file can hold.
+/// A length that virtio-pmem can have: a multiple of 2 MiB, not 0, and no more than a file can
+/// hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PmemSize(u64);
 

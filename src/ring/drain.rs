@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How requests leave a ring: one after another, each served by the thread that took it or by others. Knows no
-//! device.
+//! How requests leave a ring: one after another, each served by the thread that took it or by
+//! others. Knows no device.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard};
@@ -95,7 +95,8 @@ impl Ring {
         self.lock().serving > 0
     }
 
-    /// Drains the ring in the place of a thread that has ended nothing since `served` requests were.
+    /// Drains the ring in the place of a thread that has ended nothing since `served` requests
+    /// were.
     pub(crate) fn relieve(self: &Arc<Self>, served: &mut u64) -> Progress {
         let mut state = self.lock();
         let before = std::mem::replace(served, state.served);
@@ -116,8 +117,8 @@ impl Ring {
         debug_assert!(!matches!(left, Taken::ToServe(_)), "a device leaves work to the relief");
     }
 
-    /// Hands waiting chains to the device, up to one that leaves something to be done. `arm`: when there is
-    /// none left, the driver shall kick for the next one.
+    /// Hands waiting chains to the device, up to one that leaves something to be done. `arm`: when
+    /// there is none left, the driver shall kick for the next one.
     fn take(self: &Arc<Self>, state: &mut State, serves: bool, arm: bool) -> Taken {
         let Some(vring) = self.vring.get().filter(|_| state.phase == Phase::Running) else {
             return Taken::NoMore;

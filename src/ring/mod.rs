@@ -2,11 +2,11 @@
 
 //! Step 2 of 6: drains one vring into requests and returns their chains. Knows no device.
 //!
-//! A ring is stopped, held (started, but its window is not up yet: the requests stay where
-//! they are) or running. What is open when it stops is either handed back to the driver or kept until
-//! the ring goes on ([`InflightPolicy`]). A start from another place than where the ring was stopped, and
-//! a stop that hands back, open a new [`Epoch`]; what belongs to an older one is void. That is how
-//! a flush that is still syncing never touches a ring that is not ours any more.
+//! A ring is stopped, held (started, but its window is not up yet: the requests stay where they
+//! are) or running. What is open when it stops is either handed back to the driver or kept until
+//! the ring goes on ([`InflightPolicy`]). A start from another place than where the ring was
+//! stopped, and a stop that hands back, open a new [`Epoch`]; what belongs to an older one is void.
+//! That is how a flush that is still syncing never touches a ring that is not ours any more.
 
 mod drain;
 mod poll;
@@ -34,13 +34,13 @@ pub(crate) use drain::Progress;
 pub(crate) use wake::Wake;
 pub(crate) use watchdog::Watchdog;
 
-/// While more requests wait to be served by the same thread, the driver is told of so many answers at once: to
-/// wake it costs more than most requests do. (It sees an answer at once if it looks; and if the next
-/// request is held up, the relief tells.)
+/// While more requests wait to be served by the same thread, the driver is told of so many answers
+/// at once: to wake it costs more than most requests do. (It sees an answer at once if it looks;
+/// and if the next request is held up, the relief tells.)
 const SIGNAL_AT: u16 = 16;
 
-/// No answer waits longer for others to be told of with it, but for the few requests that are served from
-/// one look at the clock to the next.
+/// No answer waits longer for others to be told of with it, but for the few requests that are
+/// served from one look at the clock to the next.
 const SIGNAL_WITHIN: Duration = Duration::from_micros(100);
 
 /// A look at the clock takes 1 % of the time of a short request.
@@ -74,9 +74,9 @@ enum Phase {
 struct State {
     phase: Phase,
     epoch: Epoch,
-    /// Chains taken and not completed. With [`InflightPolicy::Resubmit`] the device completes in order, so
-    /// these are the last that were taken, and moving the base back by this number hands exactly
-    /// them back.
+    /// Chains taken and not completed. With [`InflightPolicy::Resubmit`] the device completes in
+    /// order, so these are the last that were taken, and moving the base back by this number hands
+    /// exactly them back.
     inflight: u16,
     /// Those of them that have a hand in the guest's memory.
     pinned: u16,
@@ -207,7 +207,8 @@ impl Ring {
         queue.ready() && !state.goes_on(queue.next_avail(), queue.next_used())
     }
 
-    /// The window of this epoch is up: requests may leave the ring. `serves`: this thread may serve them.
+    /// The window of this epoch is up: requests may leave the ring. `serves`: this thread may serve
+    /// them.
     pub fn release(self: &Arc<Self>, epoch: Epoch, serves: bool) {
         self.run(epoch, false, serves);
     }
@@ -234,9 +235,9 @@ impl Ring {
         }
     }
 
-    /// Stops the ring (GET_VRING_BASE). With [`InflightPolicy::Resubmit`] the base that the front-end will
-    /// read is moved before the open requests, so that the next start takes them again. Never waits
-    /// for a request, unless that touches the guest's memory.
+    /// Stops the ring (GET_VRING_BASE). With [`InflightPolicy::Resubmit`] the base that the
+    /// front-end will read is moved before the open requests, so that the next start takes them
+    /// again. Never waits for a request, unless that touches the guest's memory.
     pub fn stop(&self) {
         let mut state = self.lock();
         state.more = false;

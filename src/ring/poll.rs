@@ -2,10 +2,11 @@
 
 //! Step 2 of 6: looks for the next request for a moment before it sleeps. Knows no ring.
 //!
-//! To be woken costs 5 to 40 microseconds, and the driver has to kick; a driver that has just been answered
-//! often asks again sooner. So the ring's thread looks whether it does, as QEMU's own do: for as long as
-//! it was worth it the last times. On a processor that the driver needs for itself it never is. And only few
-//! threads do so at once: one that never sleeps would hold up the others of its processor.
+//! To be woken costs 5 to 40 microseconds, and the driver has to kick; a driver that has just been
+//! answered often asks again sooner. So the ring's thread looks whether it does, as QEMU's own do:
+//! for as long as it was worth it the last times. On a processor that the driver needs for itself
+//! it never is. And only few threads do so at once: one that never sleeps would hold up the others
+//! of its processor.
 
 use std::hint::spin_loop;
 use std::sync::LazyLock;
@@ -19,8 +20,8 @@ const POLL: Duration = Duration::from_micros(32);
 /// How often one may sleep at most before it is tried again.
 const MOST_SLEEPS: u32 = 1024;
 
-/// After so many hits, others that wait for this processor come first: for the scheduler a thread that never
-/// sleeps has a right to milliseconds.
+/// After so many hits, others that wait for this processor come first: for the scheduler a thread
+/// that never sleeps has a right to milliseconds.
 const YIELD_EVERY: u32 = 8;
 
 /// Whether to poll.
@@ -80,8 +81,8 @@ impl Turns {
         (self.taken.fetch_add(1, Ordering::Relaxed) < self.most).then_some(turn)
     }
 
-    /// Looks until `look` says true or none, or it has taken long enough. Whether it said true; none if too many
-    /// look already.
+    /// Looks until `look` says true or none, or it has taken long enough. Whether it said true;
+    /// none if too many look already.
     pub(crate) fn until(&self, poll: Poll, mut look: impl FnMut() -> Option<bool>) -> Option<bool> {
         let _turn = self.take()?;
         let began = Instant::now();
@@ -125,8 +126,8 @@ mod tests {
         polls
     }
 
-    /// Shows: where polling is in vain it is tried less and less, down to once in a thousand sleeps, and a hit
-    /// brings it back.
+    /// Shows: where polling is in vain it is tried less and less, down to once in a thousand
+    /// sleeps, and a hit brings it back.
     #[test]
     fn it_is_tried_where_it_pays() {
         let mut poll = Poll::default();
@@ -146,7 +147,8 @@ mod tests {
         assert!(poll.is_due(), "one sleep after the miss, as at first");
     }
 
-    /// Shows: it ends when something is there, when nothing can come, and when it has lasted too long.
+    /// Shows: it ends when something is there, when nothing can come, and when it has lasted too
+    /// long.
     #[test]
     fn it_ends() {
         let turns = Turns::new(0);

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 2 of 6: the library's vring, but for two things: a kick that is not there is no error, and a used ring
-//! that is not there neither.
+//! Step 2 of 6: the library's vring, but for two things: a kick that is not there is no error, and
+//! a used ring that is not there neither.
 //!
-//! The ring's thread learns of a kick from epoll and then reads the event descriptor. In between the
-//! front-end may have stopped and started the ring, and the descriptor is a new one that nobody has
-//! kicked: the read says EAGAIN. The library (vhost-user-backend 0.24) ends the thread for that, and
-//! the device is dead without a word.
+//! The ring's thread learns of a kick from epoll and then reads the event descriptor. In between
+//! the front-end may have stopped and started the ring, and the descriptor is a new one that nobody
+//! has kicked: the read says EAGAIN. The library (vhost-user-backend 0.24) ends the thread for
+//! that, and the device is dead without a word.
 //!
-//! When the front-end says where a ring is, the library loads the used index from there. A driver may have put the
-//! ring into a window, behind the end of a file: a load is SIGBUS there, and an error ends the session, which
-//! would be more than one broken ring. The ring is read no further then: it lies in no RAM (`ram.rs`).
+//! When the front-end says where a ring is, the library loads the used index from there. A driver
+//! may have put the ring into a window, behind the end of a file: a load is SIGBUS there, and an
+//! error ends the session, which would be more than one broken ring. The ring is read no further
+//! then: it lies in no RAM (`ram.rs`).
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
@@ -127,8 +128,8 @@ mod tests {
         assert!(!vring.read_kick().unwrap());
     }
 
-    /// Shows: a used ring that lies behind the end of a file, or in no memory, has no index, and ends nothing; one in RAM
-    /// has its own.
+    /// Shows: a used ring that lies behind the end of a file, or in no memory, has no index, and
+    /// ends nothing; one in RAM has its own.
     #[test]
     fn a_used_ring_that_is_not_there() {
         const BYTES: usize = 1 << 20;

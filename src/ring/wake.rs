@@ -17,8 +17,9 @@ pub(crate) struct Wake {
 }
 
 impl Wake {
-    /// A ring's thread is about to serve a request itself. Called under the ring's lock, under which the
-    /// watchdog also looks before it sleeps: either this sees `asleep`, or the watchdog sees the request.
+    /// A ring's thread is about to serve a request itself. Called under the ring's lock, under
+    /// which the watchdog also looks before it sleeps: either this sees `asleep`, or the watchdog
+    /// sees the request.
     pub(crate) fn wake(&self) {
         if self.asleep.swap(false, Ordering::SeqCst) {
             drop(lock(&self.over));
@@ -45,8 +46,9 @@ impl Wake {
         }
     }
 
-    /// The watchdog sleeps until a ring [wakes](Self::wake) it or it shall end, unless `is_serving` says that a
-    /// ring's thread serves a request already. `is_serving` locks rings: nothing of this is held under it.
+    /// The watchdog sleeps until a ring [wakes](Self::wake) it or it shall end, unless `is_serving`
+    /// says that a ring's thread serves a request already. `is_serving` locks rings: nothing of
+    /// this is held under it.
     pub(crate) fn sleep(&self, is_serving: impl FnOnce() -> bool) {
         self.asleep.store(true, Ordering::SeqCst);
         if is_serving() {

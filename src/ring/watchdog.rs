@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 2 of 6: drains a ring while the thread that should do so is held up in a request. Knows no device.
+//! Step 2 of 6: drains a ring while the thread that should do so is held up in a request. Knows no
+//! device.
 //!
-//! A request that is expected to be quick is served by the thread that takes it out of its ring: to wake
-//! another one costs more than most requests do. When it is not quick, because a disk or a network lets it
-//! wait, the watchdog sees that no request has ended for a [`TICK`], and from then on hands new requests to others.
+//! A request that is expected to be quick is served by the thread that takes it out of its ring: to
+//! wake another one costs more than most requests do. When it is not quick, because a disk or a
+//! network lets it wait, the watchdog sees that no request has ended for a [`TICK`], and from then
+//! on hands new requests to others.
 
 use std::io;
 use std::sync::Arc;
@@ -14,8 +16,8 @@ use std::time::Duration;
 use super::wake::Wake;
 use super::{Progress, Ring};
 
-/// A request that takes longer has others served beside it: much longer than nearly all of them take, much
-/// shorter than what a guest waits for a disk.
+/// A request that takes longer has others served beside it: much longer than nearly all of them
+/// take, much shorter than what a guest waits for a disk.
 const TICK: Duration = Duration::from_millis(2);
 
 /// After this many ticks in which nothing was served, the watchdog sleeps until something is.
@@ -28,8 +30,9 @@ pub(crate) struct Watchdog {
 }
 
 impl Watchdog {
-    /// Watches over `rings`, which were made with `wake`. `begin` starts a ring, if it can be and is not: one
-    /// that was stopped meanwhile, and would not be seen to go on by the thread that is held up.
+    /// Watches over `rings`, which were made with `wake`. `begin` starts a ring, if it can be and
+    /// is not: one that was stopped meanwhile, and would not be seen to go on by the thread that is
+    /// held up.
     ///
     /// # Errors
     /// The system's.

@@ -56,7 +56,8 @@ struct Inner {
     /// Why this front-end is turned away; its connection is cut then.
     refusal: OnceLock<String>,
     connection: Mutex<Option<ShutdownHandle>>,
-    /// What the library's threads were told to end by: it never closes them (vhost-user-backend 0.24).
+    /// What the library's threads were told to end by: it never closes them (vhost-user-backend
+    /// 0.24).
     exit_events: Mutex<Vec<RawFd>>,
 }
 
@@ -179,8 +180,8 @@ impl Session {
 
     /// Brings the window up, if it is not, then lets the requests out of the ring.
     fn go_on(&self, ring: &Arc<Ring>, started: Started, serves: bool) {
-        // Stopped again at once: then it must not be told; and bring_up() finds out by itself, and so does
-        // a ring that goes on although another one was stopped.
+        // Stopped again at once: then it must not be told; and bring_up() finds out by itself, and
+        // so does a ring that goes on although another one was stopped.
         if self.0.life.if_started(|| self.0.window.started(started.start)) == Some(true) {
             debug!("ring {} started", ring.index());
             return ring.release(started.epoch, serves);
@@ -249,8 +250,8 @@ impl VhostUserBackend for Session {
 
     /// SHARED_OBJECT only to find out whether the front-end acks (see [`ShmemMapper::probe_acks`]).
     /// No STATUS (the library has none), no RESET_DEVICE (QEMU sends none at a virtio reset).
-    /// CONFIGURE_MEM_SLOTS is the device's choice: with it, a reset with a live map kills QEMU (Q12);
-    /// without it, a pause with many maps kills the device (Q13).
+    /// CONFIGURE_MEM_SLOTS is the device's choice: with it, a reset with a live map kills QEMU
+    /// (Q12); without it, a pause with many maps kills the device (Q13).
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         let mut offered = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG

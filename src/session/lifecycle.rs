@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 1 of 6: whether the device is started, which decides whether the front-end may be sent a map
-//! (Q1). Many look at it, and two threads change it. Knows no ring.
+//! Step 1 of 6: whether the device is started, which decides whether the front-end may be sent a
+//! map (Q1). Many look at it, and two threads change it. Knows no ring.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,8 +22,8 @@ impl Life {
         self.started.load(Ordering::SeqCst)
     }
 
-    /// Lets `start` start a ring, if it can be. No stop comes in between: it would leave a device that
-    /// is stopped and says that it is started, and the next map would kill the VM.
+    /// Lets `start` start a ring, if it can be. No stop comes in between: it would leave a device
+    /// that is stopped and says that it is started, and the next map would kill the VM.
     pub(crate) fn start<T>(&self, start: impl FnOnce() -> Option<T>) -> Option<T> {
         let _change = lock(&self.change);
         let ring = start()?;
@@ -37,8 +37,8 @@ impl Life {
         self.is_started().then(then)
     }
 
-    /// The device is not started any more; `undo` undoes what the start did. The ring must not be ready
-    /// any more, so that no start comes behind this one's back.
+    /// The device is not started any more; `undo` undoes what the start did. The ring must not be
+    /// ready any more, so that no start comes behind this one's back.
     pub(crate) fn stop(&self, undo: impl FnOnce()) {
         // First of all: who is about to send a map must not, and must not keep us waiting.
         self.started.store(false, Ordering::SeqCst);

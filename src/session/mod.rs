@@ -104,8 +104,8 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
     found.claim()?;
     // Before any thread starts: all of them must leave the signals to the one that waits.
     let signals = signals::block()?;
-    // All that can be refused by looking has been. The socket comes first: nothing that takes long, or
-    // that two daemons must not both make, lies between the look and it.
+    // All that can be refused by looking has been. The socket comes first: nothing that takes long,
+    // or that two daemons must not both make, lies between the look and it.
     let listening = checked.listen(&|| signals.is_asked())?;
     let Some((listener, bound)) = listening else { return Ok(()) };
     let stop = begin(signals, bound)?;
@@ -144,8 +144,8 @@ pub fn run_fs(config: &FsRunConfig) -> Result<(), DaemonError> {
         user_namespace::check().map_err(FsError::from)?;
     }
     let signals = signals::block()?;
-    // First of all: the share's code clears the umask, and whom the socket belongs to is told from outside
-    // the user namespace.
+    // First of all: the share's code clears the umask, and whom the socket belongs to is told from
+    // outside the user namespace.
     let listening = checked.listen(&|| signals.is_asked())?;
     let Some((listener, bound)) = listening else { return Ok(()) };
     if mapped {
@@ -195,8 +195,8 @@ fn serve_first(listener: UnixListener, device: &Arc<dyn Device>) -> Result<(), S
     session.wait()
 }
 
-/// Serves one front-end after another. What one of them, or a lack of something, brings about ends no more
-/// than its own session.
+/// Serves one front-end after another. What one of them, or a lack of something, brings about ends
+/// no more than its own session.
 fn serve_all(listener: &UnixListener, device: &Arc<dyn Device>) -> Result<(), SessionError> {
     let mut accepting = Listener::from(listener.try_clone()?);
     let retries = Retries::default();

@@ -4,8 +4,8 @@
 //! Knows no session.
 //!
 //! SIGTERM and SIGINT end the daemon with exit code 0, whatever it does: see [`Stop`]. SIGHUP does
-//! nothing: a VM must not lose its device with a terminal. SIGXFSZ does nothing either: a file that would
-//! grow past RLIMIT_FSIZE is EFBIG for who asked for it.
+//! nothing: a VM must not lose its device with a terminal. SIGXFSZ does nothing either: a file that
+//! would grow past RLIMIT_FSIZE is EFBIG for who asked for it.
 
 use std::convert::Infallible;
 use std::io;
@@ -37,8 +37,8 @@ impl Blocked {
     }
 }
 
-/// Leaves all signals named above to the thread of [`Stop::start`]. To be called before any thread is
-/// started: those inherit it. (Programs that are run do not: the standard library sees to that.)
+/// Leaves all signals named above to the thread of [`Stop::start`]. To be called before any thread
+/// is started: those inherit it. (Programs that are run do not: the standard library sees to that.)
 /// To be called right before something is created: until then the default action of a signal ends
 /// the process, also one that waits for a file system or a name service.
 ///
@@ -51,7 +51,8 @@ pub(crate) fn block() -> io::Result<Blocked> {
     let mut waited_for = ending;
     waited_for.add(Signal::SIGHUP);
     waited_for.thread_block()?;
-    // Nobody waits for it. A write past the limit sends it, and fails with EFBIG if it is not taken.
+    // Nobody waits for it. A write past the limit sends it, and fails with EFBIG if it is not
+    // taken.
     let mut pending = SigSet::empty();
     pending.add(Signal::SIGXFSZ);
     pending.thread_block()?;
@@ -79,8 +80,8 @@ struct Inner {
     bound: BoundSocket,
 }
 
-/// What ends the daemon when it is told to: at once, with nothing left that is unfinished. Removes the
-/// socket when it is dropped.
+/// What ends the daemon when it is told to: at once, with nothing left that is unfinished. Removes
+/// the socket when it is dropped.
 pub(crate) struct Stop(Arc<Inner>);
 
 impl Stop {
@@ -104,8 +105,8 @@ impl Stop {
         Ok(stop)
     }
 
-    /// Runs `make`, which looks at [`is_asked`](Self::is_asked) now and then, and fails if so. None if the
-    /// daemon was told to end meanwhile: what was made is dropped then.
+    /// Runs `make`, which looks at [`is_asked`](Self::is_asked) now and then, and fails if so. None
+    /// if the daemon was told to end meanwhile: what was made is dropped then.
     ///
     /// # Errors
     /// Those of `make`.

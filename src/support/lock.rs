@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Beside all steps: how every mutex of ours is locked. (The engine's, which the model checker also has to
-//! see, are in `dax/sync.rs`.)
+//! Beside all steps: how every mutex of ours is locked. (The engine's, which the model checker also
+//! has to see, are in `dax/sync.rs`.)
 
 use std::sync::{Mutex, MutexGuard};
 

@@ -51,7 +51,8 @@ impl fmt::Display for Size {
     }
 }
 
-/// A length in bytes that is a positive multiple of 2 MiB ([`PMD_BYTES`]), and that a file can have.
+/// A length in bytes that is a positive multiple of 2 MiB ([`PMD_BYTES`]), and that a file can
+/// have.
 ///
 /// # Errors
 /// [`SizeError::Unaligned`] names the two nearest lengths that would do.

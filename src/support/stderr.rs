@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Beside the path: what is said on stderr. A guest can't fill a log, and nobody who reads it slowly, or not at all,
-//! holds a request up.
+//! Beside the path: what is said on stderr. A guest can't fill a log, and nobody who reads it
+//! slowly, or not at all, holds a request up.
 //!
-//! Each place in a program, ours or a library's, may say `BURST` lines at once and one a second from then on.
-//! The others are counted, and the number is said with the next line of that place, or a second later. (What is
-//! asked for by `debug` and `trace` is not limited.) From `detach` on a thread of its own writes: lines wait for it
-//! in a queue of `MOST_WAITING`, and what finds no room there is counted and said, too.
+//! Each place in a program, ours or a library's, may say `BURST` lines at once and one a second
+//! from then on. The others are counted, and the number is said with the next line of that place,
+//! or a second later. (What is asked for by `debug` and `trace` is not limited.) From `detach` on a
+//! thread of its own writes: lines wait for it in a queue of `MOST_WAITING`, and what finds no room
+//! there is counted and said, too.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Write};
@@ -227,8 +228,8 @@ impl Log for Stderr {
     }
 }
 
-/// Begins to log to stderr, from `level` on and as RUST_LOG says. Lines go there without a time: systemd and libvirt
-/// add their own.
+/// Begins to log to stderr, from `level` on and as RUST_LOG says. Lines go there without a time:
+/// systemd and libvirt add their own.
 pub fn init(level: LevelFilter) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(level);
@@ -300,7 +301,8 @@ mod tests {
         assert!(said[20].ends_with("line 1000 (980 more such lines held back)"), "{}", said[20]);
     }
 
-    /// Shows: what was held back is said once it may be, also if nothing else comes, and at the end in any case.
+    /// Shows: what was held back is said once it may be, also if nothing else comes, and at the end
+    /// in any case.
     #[test]
     fn the_rest_is_told() {
         let start = Instant::now();

@@ -106,11 +106,11 @@ impl Layout {
         until
     }
 
-    /// Makes `bytes` of the window at `at` show `new` (which may be shorter), or nothing. No message
-    /// is sent if they do already. What adds no map is done whatever `most` is: the limit may have been
-    /// lowered below what there is, and maps must still be taken away, made shorter and replaced. A removal
-    /// out of the middle of a map adds one: where there is no room for it, it is refused as a whole, so
-    /// that the guest loses nothing that it does not know of.
+    /// Makes `bytes` of the window at `at` show `new` (which may be shorter), or nothing. No
+    /// message is sent if they do already. What adds no map is done whatever `most` is: the limit
+    /// may have been lowered below what there is, and maps must still be taken away, made shorter
+    /// and replaced. A removal out of the middle of a map adds one: where there is no room for it,
+    /// it is refused as a whole, so that the guest loses nothing that it does not know of.
     ///
     /// # Errors
     /// See [`ShowError`]; but for [`ShowError::Torn`], all is as it was.
@@ -137,11 +137,13 @@ impl Layout {
         Ok(())
     }
 
-    /// Nothing of `file` from byte `end` (a whole page) on is shown any more. It goes by maps, not by
-    /// grants: a file that has already shrunk can't be mapped behind its end, not even for a moment.
+    /// Nothing of `file` from byte `end` (a whole page) on is shown any more. It goes by maps, not
+    /// by grants: a file that has already shrunk can't be mapped behind its end, not even for a
+    /// moment.
     ///
     /// # Errors
-    /// See [`show`](Self::show): the first one's, if there are more maps than one. The others are clipped.
+    /// See [`show`](Self::show): the first one's, if there are more maps than one. The others are
+    /// clipped.
     pub fn unmap_beyond(
         &mut self,
         file: &Arc<File>,
@@ -182,8 +184,8 @@ impl Layout {
                 steps.push(Step::Map(WindowOffset(end), piece.cut(end - start, piece_end - end)));
             }
         }
-        // Last: nothing comes behind it that could be refused, so it never has to be taken back, and
-        // a way back that is refused, too, leaves a gap but never shows what was not granted.
+        // Last: nothing comes behind it that could be refused, so it never has to be taken back,
+        // and a way back that is refused, too, leaves a gap but never shows what was not granted.
         steps.extend(new.map(|piece| Step::Map(WindowOffset(at), piece.clone())));
         steps
     }
@@ -340,8 +342,9 @@ mod tests {
         layout.maps().map(|(at, piece)| (at.0, piece.from.0, piece.bytes.0)).collect()
     }
 
-    /// Shows: whatever the limit, also far below what there is, a change that adds no map is made, and one that
-    /// does is refused exactly where there is no room for it, and then changes nothing.
+    /// Shows: whatever the limit, also far below what there is, a change that adds no map is made,
+    /// and one that does is refused exactly where there is no room for it, and then changes
+    /// nothing.
     #[test]
     fn only_what_adds_maps_is_refused() {
         let (old, other) = (file(), file());
@@ -368,7 +371,8 @@ mod tests {
         }
     }
 
-    /// Shows: a file that has shrunk is clipped whatever the limit: nothing of it behind its end is shown.
+    /// Shows: a file that has shrunk is clipped whatever the limit: nothing of it behind its end is
+    /// shown.
     #[test]
     fn a_clip_needs_no_room() {
         let old = file();
@@ -395,7 +399,8 @@ mod tests {
         assert_eq!(shown(&layout), [(0, 0, 2 * PAGE), (4 * PAGE, 4 * PAGE, 4 * PAGE)]);
     }
 
-    /// Shows: over the limit, too, a front-end that refuses any one message of a change leaves all as it was.
+    /// Shows: over the limit, too, a front-end that refuses any one message of a change leaves all
+    /// as it was.
     #[test]
     fn a_refusal_over_the_limit_changes_nothing() {
         let (old, other) = (file(), file());

@@ -2,11 +2,12 @@
 
 //! Which regions of the front-end's memory table are maps of ours, and so where the window is.
 //!
-//! No message says where the guest sees the window. It is read off the memory table, in which QEMU lists each map of
-//! a window (docs/front-ends.md Q3). But other devices' maps stand there, too: another share of the same directory,
-//! or QEMU's own memory, may show the same piece of the same file. A map of ours is a region that was not there
-//! before the map was requested, and is there when it was made: in the last table before the ack or, as with QEMU,
-//! in the first one after it. Only an unambiguous candidate is believed.
+//! No message says where the guest sees the window. It is read off the memory table, in which QEMU
+//! lists each map of a window (docs/front-ends.md Q3). But other devices' maps stand there, too:
+//! another share of the same directory, or QEMU's own memory, may show the same piece of the same
+//! file. A map of ours is a region that was not there before the map was requested, and is there
+//! when it was made: in the last table before the ack or, as with QEMU, in the first one after it.
+//! Only an unambiguous candidate is believed.
 //!
 //! virtio-pmem is the case of one map, at offset 0 of the window, which is looked for at any time.
 
@@ -79,7 +80,8 @@ pub(crate) struct Look(Vec<Piece>);
 pub(crate) struct Found(Vec<Candidate>);
 
 impl Look {
-    /// Looks through a table: a system call for each region that may be a map of ours, so call it without a lock.
+    /// Looks through a table: a system call for each region that may be a map of ours, so call it
+    /// without a lock.
     pub(crate) fn through(&self, mem: &GuestMemoryMmap) -> Found {
         let pieces = &self.0;
         let candidate = |start: u64, backing: &Backing, bytes: u64| {
@@ -176,8 +178,8 @@ impl MapLocator {
         self.requested.remove(&at.0);
     }
 
-    /// What a map that was made says. Where there are several candidates for it (another device has mapped the
-    /// same piece meanwhile) none is believed: the next map will tell.
+    /// What a map that was made says. Where there are several candidates for it (another device has
+    /// mapped the same piece meanwhile) none is believed: the next map will tell.
     fn only_candidate(&self) -> Option<u64> {
         self.requested.values().find_map(|requested| match requested.bases[..] {
             [base] if requested.made => Some(base),
@@ -191,7 +193,8 @@ impl MapLocator {
         Look(requested.chain(self.only.map(|map| map.piece())).collect())
     }
 
-    /// A new memory table. Returns the number of its regions that are not maps of ours, as far as that is known.
+    /// A new memory table. Returns the number of its regions that are not maps of ours, as far as
+    /// that is known.
     pub(crate) fn table(&mut self, mem: &GuestMemoryMmap, Found(candidates): Found) -> usize {
         self.telling.came(mem);
         (self.outdated, self.told) = (false, true);
@@ -225,8 +228,8 @@ impl MapLocator {
         self.requested.retain(|_, it| !settled && it.bases.len() < 2);
     }
 
-    /// The guest may move the window while the only map is in it: the map has gone from where it was, and has come
-    /// up elsewhere.
+    /// The guest may move the window while the only map is in it: the map has gone from where it
+    /// was, and has come up elsewhere.
     fn follow(&mut self, candidates: &[Candidate]) {
         let Some(only) = self.only.filter(|_| self.made && self.requested.is_empty()) else {
             return;
@@ -242,8 +245,9 @@ impl MapLocator {
         }
     }
 
-    /// Whether the only map, which was made since the last reset, is there behind a stop that no reset followed
-    /// (Q10). Only a table that came since it was made, and still holds, says otherwise.
+    /// Whether the only map, which was made since the last reset, is there behind a stop that no
+    /// reset followed (Q10). Only a table that came since it was made, and still holds, says
+    /// otherwise.
     pub(crate) fn outlives_stop(&self) -> bool {
         let says_so = self.only.is_some_and(|only| self.shows(&only));
         self.made && (self.outdated || !self.told || says_so)
@@ -272,13 +276,15 @@ impl MapLocator {
             && base.is_some_and(|base| self.candidates.iter().any(|it| it.base(map) == Some(base)))
     }
 
-    /// The device was stopped. A whole table does not hold over a stop: a reset may follow, and would drop the maps
-    /// without a word (Q10). Of differences, the next start brings those that a reset has made, or none (Q17).
+    /// The device was stopped. A whole table does not hold over a stop: a reset may follow, and
+    /// would drop the maps without a word (Q10). Of differences, the next start brings those that a
+    /// reset has made, or none (Q17).
     pub(crate) fn stopped(&mut self) {
         self.outdated |= self.telling.freshness == Freshness::WholeTables;
     }
 
-    /// The driver has reset the device: the front-end has dropped all maps, and the guest may move the window (Q10).
+    /// The driver has reset the device: the front-end has dropped all maps, and the guest may move
+    /// the window (Q10).
     pub(crate) fn reset(&mut self) {
         self.base = None;
         self.made = false;
@@ -368,8 +374,9 @@ mod tests {
     const FIRST: (u64, u64) = (OURS + BYTES, 1);
     const SECOND: (u64, u64) = (OURS + 2 * BYTES, 2);
 
-    /// Shows: the base is where the map came up, less its place in the window, whether the table comes before the
-    /// ack or after it; the regions of the window are told from others; a reset ends that.
+    /// Shows: the base is where the map came up, less its place in the window, whether the table
+    /// comes before the ack or after it; the regions of the window are told from others; a reset
+    /// ends that.
     #[test]
     fn the_base_is_read_off_the_first_map() {
         let file = file();
@@ -389,8 +396,9 @@ mod tests {
         }
     }
 
-    /// Shows: another device that has mapped the same piece of the file, before us, at the same moment or
-    /// later, does not make the base its own: buffers would be taken for those of another file.
+    /// Shows: another device that has mapped the same piece of the file, before us, at the same
+    /// moment or later, does not make the base its own: buffers would be taken for those of another
+    /// file.
     #[test]
     fn another_window_with_the_same_file_is_not_ours() {
         let file = file();
@@ -426,7 +434,8 @@ mod tests {
         }
     }
 
-    /// Shows: a map that was refused or removed, and regions that are another piece or another file, say nothing.
+    /// Shows: a map that was refused or removed, and regions that are another piece or another
+    /// file, say nothing.
     #[test]
     fn what_is_no_map_of_ours_says_nothing() {
         let (file, mut locator) = (file(), locator());

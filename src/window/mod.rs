@@ -2,9 +2,10 @@
 
 //! Step 5 of 6: the `Mapper` seam: what the guest's window shows. Knows no ring and no device.
 //!
-//! The front-end's rules that this step keeps (rows of the table in the project's notes on QEMU):
-//! a map is made only while the device is started (Q1, see `channel.rs`), from a thread that no memory
-//! update waits for (Q3), never over a live one (Q4), and never past the end of the file (Q6).
+//! The front-end's rules that this step keeps (rows of the table in the project's notes on QEMU): a
+//! map is made only while the device is started (Q1, see `channel.rs`), from a thread that no
+//! memory update waits for (Q3), never over a live one (Q4), and never past the end of the file
+//! (Q6).
 
 mod channel;
 mod current;

@@ -259,8 +259,8 @@ mod tests {
         map(&window(&file, answer, acks, table), &file)
     }
 
-    /// Shows: only a table that came since the stop, with the whole of this very file where our map was made,
-    /// is proof that it is still there.
+    /// Shows: only a table that came since the stop, with the whole of this very file where our map
+    /// was made, is proof that it is still there.
     #[test]
     fn what_counts_as_proof_that_the_window_is_mapped() {
         let file = file();
@@ -337,8 +337,8 @@ mod tests {
         assert!(!window.is_shown(), "and holds until a stop");
     }
 
-    /// Shows: a guest may move the window while the map is in it, whether the front-end tells of that by one
-    /// table or by two.
+    /// Shows: a guest may move the window while the map is in it, whether the front-end tells of
+    /// that by one table or by two.
     #[test]
     fn a_window_that_moves() {
         let (file, ram) = (file(), file());
@@ -355,8 +355,8 @@ mod tests {
         }
     }
 
-    /// Shows: a refusal is a window only where this session has made the map, and no reset came since; and where
-    /// a table that holds does not say that the map is gone.
+    /// Shows: a refusal is a window only where this session has made the map, and no reset came
+    /// since; and where a table that holds does not say that the map is gone.
     #[test]
     fn a_refusal_behind_a_stop() {
         static REFUSES: AtomicBool = AtomicBool::new(false);
@@ -396,8 +396,8 @@ mod tests {
         assert!(!window.is_shown());
     }
 
-    /// Shows: where another device of the VM shows the same file, before our map and after it, that is not taken
-    /// for our map: what a guest stores would be lost.
+    /// Shows: where another device of the VM shows the same file, before our map and after it, that
+    /// is not taken for our map: what a guest stores would be lost.
     #[test]
     fn another_devices_map_of_the_file_is_not_ours() {
         let file = file();
@@ -433,8 +433,8 @@ mod tests {
         }
     }
 
-    /// Shows: the refusal of a session's first map is no window, whatever the table shows: another device may show
-    /// the file.
+    /// Shows: the refusal of a session's first map is no window, whatever the table shows: another
+    /// device may show the file.
     #[test]
     fn a_first_refusal_is_no_window() {
         let refused = || Err(MapError::Refused);

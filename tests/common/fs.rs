@@ -147,8 +147,8 @@ impl FsHost {
         Self::with_mounts(options, &format!("mount -t tmpfs -o size={bytes} tmpfs \"$SHARE\""))
     }
 
-    /// A daemon in a mount namespace of its own, in which `script` has mounted something in `$SHARE`. `None`
-    /// if that can't be had here.
+    /// A daemon in a mount namespace of its own, in which `script` has mounted something in
+    /// `$SHARE`. `None` if that can't be had here.
     pub fn with_mounts(options: FsOptions, script: &str) -> Option<Self> {
         let mut probe = Command::new("unshare");
         if !probe.args(["--mount", "true"]).status().is_ok_and(|status| status.success()) {

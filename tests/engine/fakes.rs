@@ -151,8 +151,8 @@ impl Mapper for StrictMapper {
     }
 }
 
-/// A file system in memory, with one file. The file itself is a real, sparse one of the same length,
-/// so that the mapper can look at it.
+/// A file system in memory, with one file. The file itself is a real, sparse one of the same
+/// length, so that the mapper can look at it.
 #[derive(Clone)]
 pub struct FakeSource(Arc<SourceState>);
 

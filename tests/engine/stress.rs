@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Many threads at once: grants, removals, stores, writebacks, growth, truncation and punches. Run as
-//! it is, and by `ci/races` under ThreadSanitizer.
+//! Many threads at once: grants, removals, stores, writebacks, growth, truncation and punches. Run
+//! as it is, and by `ci/races` under ThreadSanitizer.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -104,7 +104,8 @@ fn guest_cpu(world: &World, thread: u64) {
             version.fetch_add(1, Ordering::SeqCst);
             let stored = version.load(Ordering::SeqCst);
             if random.below(2) == 0 {
-                // Its removal makes it durable if it is the last write grant; else a later fsync does.
+                // Its removal makes it durable if it is the last write grant; else a later fsync
+                // does.
                 world.engine.revoke(&[span]).unwrap();
             }
             let last = PageIndex(page + random.below(PMD_PAGES));
@@ -138,8 +139,8 @@ fn change_file(world: &World, stop: &AtomicBool) {
     }
 }
 
-/// Shows: with everything at once no store is lost, no rule of the front-end is broken, nobody waits for
-/// ever, and nothing is left behind.
+/// Shows: with everything at once no store is lost, no rule of the front-end is broken, nobody
+/// waits for ever, and nothing is left behind.
 #[test]
 fn many_threads_lose_nothing_and_leave_nothing() {
     let world = world();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Any messages: every opcode, with arguments that are right, nearly right and wrong, several at once, on real files
-//! and maps.
+//! Any messages: every opcode, with arguments that are right, nearly right and wrong, several at
+//! once, on real files and maps.
 
 use std::collections::VecDeque;
 
@@ -265,8 +265,9 @@ fn run(seed: u64, handles: &str) {
     assert_eq!(outside, 2, "the share and the socket");
 }
 
-/// Shows: whatever a guest sends, each chain comes back with an answer that has its form, the daemon says little, breaks
-/// no rule of the front-end, makes nothing outside of the share, and serves what comes then.
+/// Shows: whatever a guest sends, each chain comes back with an answer that has its form, the
+/// daemon says little, breaks no rule of the front-end, makes nothing outside of the share, and
+/// serves what comes then.
 #[test]
 fn any_messages() {
     run(1, "--inode-file-handles=never");

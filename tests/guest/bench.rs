@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! fio in a guest, on all that can show a guest a host's file: `ci/bench guests` runs it. Each share has a VM of
-//! its own, all alike, one boot for each round; devices have one together. The rounds go through the peers in turn.
+//! fio in a guest, on all that can show a guest a host's file: `ci/bench guests` runs it. Each
+//! share has a VM of its own, all alike, one boot for each round; devices have one together. The
+//! rounds go through the peers in turn.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // The harness has more than this needs.
@@ -28,7 +29,8 @@ use figures::{Better, Figures, How, in_turn, verdict};
 use tempfile::TempDir;
 use vm::Guest;
 
-/// A line of fio's: engine, pattern, threads, an fsync after so many writes, and what was done before.
+/// A line of fio's: engine, pattern, threads, an fsync after so many writes, and what was done
+/// before.
 struct Job {
     engine: &'static str,
     rw: &'static str,
@@ -92,7 +94,8 @@ fn main() {
     }
 }
 
-/// A part: the guest, whether it is only to be tried, how many rounds, how, and where to say how far it is.
+/// A part: the guest, whether it is only to be tried, how many rounds, how, and where to say how
+/// far it is.
 type Part = fn(&Guest, bool, usize, &How, &dyn Fn(&str));
 
 /// Runs all jobs on all peers, so many times.
@@ -120,8 +123,8 @@ fn measure(
     }
 }
 
-/// Shares: ours with windows of three sizes and without one, Debian's virtiofsd in its three modes, and the
-/// guest's own memory.
+/// Shares: ours with windows of three sizes and without one, Debian's virtiofsd in its three modes,
+/// and the guest's own memory.
 fn shares(guest: &Guest, quick: bool, rounds: usize, how: &How, step: &dyn Fn(&str)) {
     const ALL: [Peer; 8] = [
         Peer::Share { window: Some("64M") },

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Persistent memory and disks, each with ext4 in the guest. All are devices of one VM, and both virtio-pmem
-//! devices show the same file, mounted from one and then from the other: which pages of the host a file
-//! has makes more of a difference than who maps them.
+//! Persistent memory and disks, each with ext4 in the guest. All are devices of one VM, and both
+//! virtio-pmem devices show the same file, mounted from one and then from the other: which pages of
+//! the host a file has makes more of a difference than who maps them.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -87,8 +87,9 @@ impl<'g> Rig<'g> {
         fio(&mut self.vm, &dir, runtime, &[job.words(0)])[0]
     }
 
-    /// Runs all jobs on the first so many peers, each job on one after another: on a file, then what syncs on the
-    /// bare device. Tells `add` of each row, peer and I/Os per second. Powers off.
+    /// Runs all jobs on the first so many peers, each job on one after another: on a file, then
+    /// what syncs on the bare device. Tells `add` of each row, peer and I/Os per second. Powers
+    /// off.
     fn measure(
         mut self,
         peers: usize,

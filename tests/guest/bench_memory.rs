@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Memory: two guests read the same file of the host, and each says what it cost it; the host says what its
-//! processes hold, what several share by their shares (PSS).
+//! Memory: two guests read the same file of the host, and each says what it cost it; the host says
+//! what its processes hold, what several share by their shares (PSS).
 
 use std::fs;
 

@@ -44,8 +44,8 @@ impl Peer {
         }
     }
 
-    /// Boots, runs the jobs (see the case `bench-fio`) on the file `data` of `dir`, and powers off. I/Os per
-    /// second by job.
+    /// Boots, runs the jobs (see the case `bench-fio`) on the file `data` of `dir`, and powers off.
+    /// I/Os per second by job.
     pub fn run(&self, guest: &Guest, dir: &Path, runtime: &str, jobs: &[String]) -> Vec<f64> {
         let share = match *self {
             Self::Share { window: Some(window) } => Share::dax(dir, "bench").window(window),

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Crashes: kill -9 of the daemon, of QEMU, of both, and a loss of power, while the guest syncs step after
-//! step of a plan. Every byte that was acknowledged must be there: in the file system as it goes on
-//! after a kill, and in what a disk that loses what was not synced holds afterwards.
+//! Crashes: kill -9 of the daemon, of QEMU, of both, and a loss of power, while the guest syncs
+//! step after step of a plan. Every byte that was acknowledged must be there: in the file system as
+//! it goes on after a kill, and in what a disk that loses what was not synced holds afterwards.
 //!
-//! `VUD_CRASH_ROUNDS` is how many (10 unless set), `VUD_CRASH_SEED` the seed, `VUD_CRASH_ROUND` the one round
-//! to run; `ci/crash` sets them.
+//! `VUD_CRASH_ROUNDS` is how many (10 unless set), `VUD_CRASH_SEED` the seed, `VUD_CRASH_ROUND` the
+//! one round to run; `ci/crash` sets them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -28,8 +28,8 @@ use crate::vm::{Guest, Vm};
 const PMEM_MIB: u64 = 64;
 /// Acknowledged before the end comes.
 const ACKS: std::ops::Range<u64> = 5..120;
-/// How long to listen for an acknowledgement that must not come. A broken daemon is the more surely caught,
-/// the longer this is; a good one is never blamed.
+/// How long to listen for an acknowledgement that must not come. A broken daemon is the more surely
+/// caught, the longer this is; a good one is never blamed.
 const LIE: Duration = Duration::from_secs(1);
 const LIES: u64 = 20;
 /// Acknowledgements on their way in the guest's serial port when it dies.
@@ -125,8 +125,8 @@ fn expected(stream: u64, last: Option<u64>, raw: bool) -> BTreeMap<String, Vec<u
     files
 }
 
-/// Compares what is there with what must be. A byte that a later, unacknowledged step has put there is as
-/// good. Says what is lost.
+/// Compares what is there with what must be. A byte that a later, unacknowledged step has put there
+/// is as good. Says what is lost.
 fn check_stream(place: &Path, raw: bool, stream: u64, last: Option<u64>) -> Result<(), String> {
     for (name, bytes) in expected(stream, last, raw) {
         let path = if raw { place.to_owned() } else { place.join(&name) };
@@ -184,7 +184,8 @@ impl Place {
             Device::PmemRaw | Device::PmemExt4 => {
                 let disk = Disk::below(host, PMEM_MIB);
                 let inside = disk.path().strip_prefix(host).unwrap().to_owned();
-                // It is there before all else, as the daemon makes it: blocks that nobody has written.
+                // It is there before all else, as the daemon makes it: blocks that nobody has
+                // written.
                 let file = std::fs::File::create(disk.path()).unwrap();
                 let bytes = (PMEM_MIB << 20) as i64;
                 fallocate(&file, FallocateFlags::empty(), 0, bytes).unwrap();
@@ -273,7 +274,8 @@ fn run_round(guest: &Guest, round: &Round) -> Result<u64, String> {
         None
     } else {
         kill(&mut vm, round.end);
-        // As if power were lost right now: what follows looks at the live file system, which makes it sync.
+        // As if power were lost right now: what follows looks at the live file system, which makes
+        // it sync.
         let disk = host.disk().copy().map_err(|why| format!("{round}: {why}"))?;
         if round.end == End::Daemon {
             // Nothing is acknowledged any more: it hangs, or has errors.
@@ -307,7 +309,8 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().expect("a number"))
 }
 
-/// Whether this host can be given disks, in a namespace of this thread's own; the log of cases says so if not.
+/// Whether this host can be given disks, in a namespace of this thread's own; the log of cases says
+/// so if not.
 fn has_host_disks(test: &str) -> bool {
     let has = own_namespace().is_ok() && Path::new("/dev/fuse").exists();
     if !has && let Some(images) = Images::find(test) {
@@ -393,7 +396,8 @@ fn print_table(table: &BTreeMap<(&str, Device, End), Row>) {
     line("all", &all);
 }
 
-/// Shows that the disk is no kinder than a real one: what was synced is there, what was not is lost.
+/// Shows that the disk is no kinder than a real one: what was synced is there, what was not is
+/// lost.
 #[test]
 fn the_lossy_disk_loses_what_was_not_synced() {
     if !has_host_disks("the_lossy_disk") {

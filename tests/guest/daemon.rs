@@ -48,7 +48,8 @@ impl Usage {
     }
 }
 
-/// Our daemon; with `VUD_DAEMON`, another build of it, to see that a test finds what is broken there.
+/// Our daemon; with `VUD_DAEMON`, another build of it, to see that a test finds what is broken
+/// there.
 pub fn binary() -> PathBuf {
     let other = std::env::var_os("VUD_DAEMON");
     other.map_or_else(|| env!("CARGO_BIN_EXE_vhost-user-dax").into(), PathBuf::from)

@@ -121,8 +121,8 @@ fn a_kill_of_qemu_with_a_share() {
     vm.wait_daemons();
 }
 
-/// A read-only share, which has no window: nothing of it changes, and what is there is read, by mmap
-/// too.
+/// A read-only share, which has no window: nothing of it changes, and what is there is read, by
+/// mmap too.
 #[test]
 fn a_read_only_share() {
     let Some(guest) = Guest::enter("a_read_only_share") else { return };
@@ -145,8 +145,8 @@ fn a_read_only_share() {
     assert!(left.len() == 1 && std::fs::read(shares[0].path("file")).unwrap() == bytes);
 }
 
-/// Four request queues, used by four jobs at once, with a window and without. The driver uses as many
-/// as it has CPUs: two. Only QEMU's own device has interrupts by which to see that.
+/// Four request queues, used by four jobs at once, with a window and without. The driver uses as
+/// many as it has CPUs: two. Only QEMU's own device has interrupts by which to see that.
 #[test]
 fn four_request_queues() {
     let Some(guest) = Guest::enter("four_request_queues") else { return };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! QEMU's own vhost-user-fs-pci: it answers the config space itself, it has no window, and its rings
-//! are longer than those of the other device.
+//! QEMU's own vhost-user-fs-pci: it answers the config space itself, it has no window, and its
+//! rings are longer than those of the other device.
 
 use serde_json::json;
 use tempfile::TempDir;

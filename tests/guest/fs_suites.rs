@@ -16,8 +16,8 @@ use crate::vm::{Guest, Vm};
 /// suite, dax or plain, case, our result, virtiofsd's result, reason.
 const EXPECTED: &str = include_str!("expected-differences.txt");
 
-/// Of the 57 in stress-ng's file-system class, those that are about a shared file system and end in a
-/// few seconds: link and symlink take over a minute each, and pjdfstest has them too.
+/// Of the 57 in stress-ng's file-system class, those that are about a shared file system and end in
+/// a few seconds: link and symlink take over a minute each, and pjdfstest has them too.
 const STRESSORS: &str = "access,acl,chattr,chdir,chmod,chown,copy-file,dentry,dir,dup,fallocate,\
     fcntl,fiemap,flock,fpunch,fsize,fstat,getdent,handle,hdd,io,iomix,lease,locka,lockf,lockofd,mknod,\
     open,pseek,rename,sync-file,touch,utime,xattr";

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What programs make of a file's times and blocks that was changed in place: the same with a window, where the
-//! change makes no request, as on Debian's virtiofsd and on the guest's own memory.
+//! What programs make of a file's times and blocks that was changed in place: the same with a
+//! window, where the change makes no request, as on Debian's virtiofsd and on the guest's own
+//! memory.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,8 @@ use crate::machine::Options;
 use crate::share::Share;
 use crate::vm::{Guest, Vm};
 
-/// Larger than the daemon's own choice of what is mapped with `dax=inode`, and not in step with anything.
+/// Larger than the daemon's own choice of what is mapped with `dax=inode`, and not in step with
+/// anything.
 const BYTES: &str = "1234567";
 
 /// What each program made of it.
@@ -22,8 +24,9 @@ fn run(vm: &mut Vm<'_>, dir: &str) -> Vec<String> {
     report.values("did").into_iter().map(str::to_owned).collect()
 }
 
-/// Shows: rsync, git, make, tar and cp see what was written and stored, keep the times that they set, and find
-/// holes where there are some; setuid and setgid go with another user's write. With `--cache always` too.
+/// Shows: rsync, git, make, tar and cp see what was written and stored, keep the times that they
+/// set, and find holes where there are some; setuid and setgid go with another user's write. With
+/// `--cache always` too.
 #[test]
 fn real_tools() {
     let Some(guest) = Guest::enter("real_tools") else { return };
@@ -71,8 +74,8 @@ fn make_repository(dir: &Path) {
     git(&repo, &["commit", "-q", "-m", "all"]);
 }
 
-/// Measures: what the times of mapped files cost, by several builds of the daemon in turn, in one guest.
-/// `VUD_BUILDS=NAME=PATH,NAME=PATH...`, `VUD_ROUNDS=3`, `VUD_CACHES=auto,always`.
+/// Measures: what the times of mapped files cost, by several builds of the daemon in turn, in one
+/// guest. `VUD_BUILDS=NAME=PATH,NAME=PATH...`, `VUD_ROUNDS=3`, `VUD_CACHES=auto,always`.
 #[test]
 #[ignore = "takes many minutes, and needs other builds; run by hand"]
 fn the_cost_of_times() {

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A disk that loses what was not synced, as a power loss does: a FUSE file system of one file, `disk`, for a
-//! loop device to stand on.
+//! A disk that loses what was not synced, as a power loss does: a FUSE file system of one file,
+//! `disk`, for a loop device to stand on.
 //!
-//! It keeps two images: what was written, and what is durable, which a sync makes the same. At the end of
-//! all things it takes nothing more, and gives out what a real disk might hold then: the durable image,
-//! and of what was written since the last sync any sectors, in any order that they came.
+//! It keeps two images: what was written, and what is durable, which a sync makes the same. At the
+//! end of all things it takes nothing more, and gives out what a real disk might hold then: the
+//! durable image, and of what was written since the last sync any sectors, in any order that they
+//! came.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -268,7 +269,8 @@ impl Filesystem for LossyDisk {
     }
 }
 
-/// Shows: what was synced is there; of what was not, nothing, all, or some whole sectors, as asked for.
+/// Shows: what was synced is there; of what was not, nothing, all, or some whole sectors, as asked
+/// for.
 #[test]
 fn any_sectors_may_survive() {
     let disk = LossyDisk::new(1 << 20);

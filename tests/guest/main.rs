@@ -5,10 +5,10 @@
 //! Each test starts the real daemon and a real VM, runs cases of `guest-tests/` in
 //! it, and judges the bytes on the host, in the backing file itself.
 //!
-//! `images/build` must have run before. `VUD_GUEST=skip` leaves these tests out,
-//! `VUD_GUEST_JOBS` is how many VMs may run at once (one a core unless set), `VUD_ACCEL` is QEMU's
-//! accelerator (`tcg` unless set). `VUD_FS_BACKEND=virtiofsd` puts Debian's virtiofsd in the place of
-//! our daemon in the tests of shares.
+//! `images/build` must have run before. `VUD_GUEST=skip` leaves these tests out, `VUD_GUEST_JOBS`
+//! is how many VMs may run at once (one a core unless set), `VUD_ACCEL` is QEMU's accelerator
+//! (`tcg` unless set). `VUD_FS_BACKEND=virtiofsd` puts Debian's virtiofsd in the place of our
+//! daemon in the tests of shares.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![allow(clippy::indexing_slicing)]

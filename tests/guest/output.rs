@@ -66,8 +66,8 @@ impl Output {
         has(&state)
     }
 
-    /// Waits until `done`, which must not look at the lines, holds. It is asked at each new line, and now and then, as
-    /// it may look at things that bring no line.
+    /// Waits until `done`, which must not look at the lines, holds. It is asked at each new line,
+    /// and now and then, as it may look at things that bring no line.
     pub fn wait_until(&self, limit: Duration, mut done: impl FnMut() -> bool) -> bool {
         let end = Instant::now() + limit;
         let (state, changed) = &*self.shared;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A persistent-memory key-value workload (see guest-tests/pmemkv), with kills and recovery: on virtio-pmem
-//! under ext4 with DAX, and on virtio-fs with DAX. After a kill a new VM finds the maps as they were
-//! after a whole number of transactions, and none of the acknowledged ones missing.
+//! A persistent-memory key-value workload (see guest-tests/pmemkv), with kills and recovery: on
+//! virtio-pmem under ext4 with DAX, and on virtio-fs with DAX. After a kill a new VM finds the maps
+//! as they were after a whole number of transactions, and none of the acknowledged ones missing.
 
 use tempfile::TempDir;
 

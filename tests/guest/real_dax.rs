@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The crate's own tests, and the daemon with the in-process front-end, in a guest whose kernel believes to
-//! have persistent memory: two emulated NVDIMMs, one with a DAX file system, one as a device-DAX node.
+//! The crate's own tests, and the daemon with the in-process front-end, in a guest whose kernel
+//! believes to have persistent memory: two emulated NVDIMMs, one with a DAX file system, one as a
+//! device-DAX node.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,14 +12,15 @@ use crate::machine::Options;
 use crate::share::Share;
 use crate::vm::{Guest, Vm};
 
-/// Where the crate's build folder is on the host, and in the guest: the tests know the daemon by its path.
+/// Where the crate's build folder is on the host, and in the guest: the tests know the daemon by
+/// its path.
 fn build_folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("target")
 }
 
-/// The tests that run there, with their arguments. Left out: tests of the ring, the command line and
-/// the front-end's rules, which no file system has a part in; what is about a page cache that DAX has
-/// not; and what strace does, which the guest does not have.
+/// The tests that run there, with their arguments. Left out: tests of the ring, the command line
+/// and the front-end's rules, which no file system has a part in; what is about a page cache that
+/// DAX has not; and what strace does, which the guest does not have.
 const TESTS: &[(&str, &[&str])] = &[
     ("direct_access", &["--include-ignored"]),
     // TCG's CLWB touches no memory, and so meets no page that is gone.
@@ -137,7 +139,8 @@ fn libraries<'a>(programs: impl Iterator<Item = &'a PathBuf>) -> PathBuf {
     folder
 }
 
-/// Shows: a disk that fails once, a device-mapper target and not a double, is told of then and ever after.
+/// Shows: a disk that fails once, a device-mapper target and not a double, is told of then and ever
+/// after.
 #[test]
 fn a_disk_that_fails_once() {
     let Some(guest) = Guest::enter("a_disk_that_fails_once") else { return };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A scripted back-end: a virtio-fs device without a file system, of which only the window works.
-//! A stock guest's built-in driver starts it and then leaves it alone, so the test has the window for
+//! A scripted back-end: a virtio-fs device without a file system, of which only the window works. A
+//! stock guest's built-in driver starts it and then leaves it alone, so the test has the window for
 //! itself, as busy as it likes.
 
 use std::fs::File;

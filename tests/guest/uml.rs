@@ -113,8 +113,9 @@ fn check_session_line(log: &str) {
     assert!(!log.contains(" error: "), "{log}");
 }
 
-/// Shows: 128 MiB that the guest writes and fsyncs are on the host, and come back after a new mount;
-/// `dax=always`, which this kernel has not, is refused at the mount, and `dax=inode` goes without.
+/// Shows: 128 MiB that the guest writes and fsyncs are on the host, and come back after a new
+/// mount; `dax=always`, which this kernel has not, is refused at the mount, and `dax=inode` goes
+/// without.
 #[test]
 fn uml_writes_and_reads() {
     let dir = TempDir::new().unwrap();

@@ -286,7 +286,8 @@ impl<'g> Vm<'g> {
     }
 
     #[allow(dead_code)] // For the bench.
-    /// The memory of QEMU and of the daemons, what is shared with others by its share (PSS), in KiB.
+    /// The memory of QEMU and of the daemons, what is shared with others by its share (PSS), in
+    /// KiB.
     pub fn pss_kib(&self) -> f64 {
         let daemons = self.daemons.iter().map(Daemon::pid);
         let pss = daemons.chain([self.qemu.id()]).map(|pid| {

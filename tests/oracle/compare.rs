@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Op by op, what the kernel decided beside what the engine did; and the differences that are allowed.
+//! Op by op, what the kernel decided beside what the engine did; and the differences that are
+//! allowed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,15 +16,15 @@ use crate::replay::Ours;
 pub enum Difference {
     /// What has been written back is written back again: we can't write-protect the guest's view.
     StaysDirty,
-    /// The process has a page table for 4 KiB there from before, and Linux's memory management does not even
-    /// ask for 2 MiB then (no `dax_pmd_fault`).
+    /// The process has a page table for 4 KiB there from before, and Linux's memory management does
+    /// not even ask for 2 MiB then (no `dax_pmd_fault`).
     NotAsked,
-    /// ext4 tells a hole in pieces where a part of it was punched, and its kernel takes the first one; FIEMAP
-    /// tells the whole.
+    /// ext4 tells a hole in pieces where a part of it was punched, and its kernel takes the first
+    /// one; FIEMAP tells the whole.
     HoleInPieces,
-    /// When a hole is made or filled in a chunk, the kernel forgets its entry. What a guest has mapped it does
-    /// not ask for again, so we make entries anew, of 4 KiB for a chunk of two kinds, and those stay when
-    /// it is of one kind again.
+    /// When a hole is made or filled in a chunk, the kernel forgets its entry. What a guest has
+    /// mapped it does not ask for again, so we make entries anew, of 4 KiB for a chunk of two
+    /// kinds, and those stay when it is of one kind again.
     RefaultedByPage,
 }
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The kernel as judge: patterns of faults, stores, syncs, holes and truncations are done to a file on a DAX
-//! file system, and to our engine. The kernel tells by its `fs_dax` trace events what it decided: 2 MiB
-//! or 4 KiB, a hole or blocks, and what a writeback covered; the engine must have decided the same,
-//! but for the differences that docs/kernel-oracle.md lists.
+//! The kernel as judge: patterns of faults, stores, syncs, holes and truncations are done to a file
+//! on a DAX file system, and to our engine. The kernel tells by its `fs_dax` trace events what it
+//! decided: 2 MiB or 4 KiB, a hole or blocks, and what a writeback covered; the engine must have
+//! decided the same, but for the differences that docs/kernel-oracle.md lists.
 //!
-//! `tests/guest` runs this in a VM with an NVDIMM: `VUD_DAX_DIR` is a directory there. `ORACLE_SEED` and
-//! `ORACLE_PATTERNS` choose the random patterns.
+//! `tests/guest` runs this in a VM with an NVDIMM: `VUD_DAX_DIR` is a directory there.
+//! `ORACLE_SEED` and `ORACLE_PATTERNS` choose the random patterns.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The engine's side. Its file system is the kernel's file as that is after the kernel has done its part, so
-//! both look at the same blocks. An access is a grant, as a guest of virtio-fs has it: to read, of the
-//! whole chunk; to write, of the chunk where the kernel took 2 MiB, else of the page.
+//! The engine's side. Its file system is the kernel's file as that is after the kernel has done its
+//! part, so both look at the same blocks. An access is a grant, as a guest of virtio-fs has it: to
+//! read, of the whole chunk; to write, of the chunk where the kernel took 2 MiB, else of the page.
 
 use std::collections::BTreeSet;
 use std::fs::File;

@@ -23,9 +23,9 @@ fn pread(file: &File, from: u64, bytes: usize) -> Vec<u8> {
     data
 }
 
-/// Shows: a 5000-byte file maps as 2 MiB, and map, pread, pwrite and a map of the file itself are one,
-/// also past the old end once the file has grown, and after it was cut and has grown again; past the
-/// end is SIGBUS as ever. On each file system.
+/// Shows: a 5000-byte file maps as 2 MiB, and map, pread, pwrite and a map of the file itself are
+/// one, also past the old end once the file has grown, and after it was cut and has grown again;
+/// past the end is SIGBUS as ever. On each file system.
 #[test]
 fn both_directions_on_each_file_system() {
     let _others = among_others();
@@ -98,8 +98,8 @@ fn from_an_overlays_lower_layer() {
     assert_eq!(pread(&place.open("from-below"), 0, 5), b"above");
 }
 
-/// Shows: two inodes of one file, of one mount or of two, and one opened anew through /proc, are the
-/// same memory; and the claim holds at its far end.
+/// Shows: two inodes of one file, of one mount or of two, and one opened anew through /proc, are
+/// the same memory; and the claim holds at its far end.
 #[test]
 fn many_of_one_file_are_one() {
     let _others = among_others();
@@ -121,8 +121,8 @@ fn many_of_one_file_are_one() {
     assert_eq!(far.store_kills(0), Some(Signal::SIGBUS));
 }
 
-/// Shows: what was stored through the map is on the disk when fdatasync of the real file returns: it is
-/// looked for on the disk itself, past the file system.
+/// Shows: what was stored through the map is on the disk when fdatasync of the real file returns:
+/// it is looked for on the disk itself, past the file system.
 #[test]
 fn fdatasync_of_the_real_file_makes_stores_durable() {
     let _others = among_others();
@@ -143,8 +143,8 @@ fn fdatasync_of_the_real_file_makes_stores_durable() {
     }
 }
 
-/// Shows: a store to a hole gives the file blocks and a new mtime exactly where a store through a map
-/// of the file itself does.
+/// Shows: a store to a hole gives the file blocks and a new mtime exactly where a store through a
+/// map of the file itself does.
 #[test]
 fn blocks_and_mtime_are_the_files() {
     let _others = among_others();
@@ -175,8 +175,8 @@ fn blocks_and_mtime_are_the_files() {
     }
 }
 
-/// Shows: a store to a hole on a full file system is SIGBUS, and a store to what has blocks is not, as
-/// with a map of the file itself; with space again, it succeeds.
+/// Shows: a store to a hole on a full file system is SIGBUS, and a store to what has blocks is not,
+/// as with a map of the file itself; with space again, it succeeds.
 #[test]
 fn a_full_file_system_is_full() {
     let _others = among_others();

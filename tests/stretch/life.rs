@@ -48,8 +48,8 @@ pub fn until(what: &str, holds: impl Fn() -> bool) {
     }
 }
 
-/// Shows: 10,000 rounds of open and drop leave descriptors, threads and memory of this process, and the
-/// kernel's inodes, where they were.
+/// Shows: 10,000 rounds of open and drop leave descriptors, threads and memory of this process, and
+/// the kernel's inodes, where they were.
 #[test]
 fn ten_thousand_rounds_leave_nothing() {
     let _alone = alone();
@@ -131,8 +131,8 @@ fn connection(stretched: &fs::File) -> String {
 }
 
 /// Shows: dropping the mount ends its thread and its descriptors though another process, of another
-/// user, holds a map and a descriptor; they go on working, also in being mapped anew; with the last of
-/// them the kernel forgets the connection.
+/// user, holds a map and a descriptor; they go on working, also in being mapped anew; with the last
+/// of them the kernel forgets the connection.
 #[test]
 fn dropping_the_mount_ends_it_while_it_is_mapped_elsewhere() {
     let _alone = alone();
@@ -169,8 +169,8 @@ fn dropping_the_mount_ends_it_while_it_is_mapped_elsewhere() {
     until("the connection is gone", || !connection.exists());
 }
 
-/// Shows: a deleted file's space comes back when the last of mount, file and maps is gone, though the
-/// mount was dropped first, by which time nobody can close a backing id any more.
+/// Shows: a deleted file's space comes back when the last of mount, file and maps is gone, though
+/// the mount was dropped first, by which time nobody can close a backing id any more.
 #[test]
 fn a_dropped_mount_holds_no_file() {
     let _others = among_others();

@@ -22,7 +22,8 @@ use vhost_user_dax::passthrough::{Stretch, Unavailable};
 /// What the guests of QEMU always ask for.
 const RANGE_BYTES: u64 = 2 << 20;
 
-/// Held by tests that count this process's threads, descriptors or mounts, and shared by the others.
+/// Held by tests that count this process's threads, descriptors or mounts, and shared by the
+/// others.
 static PROCESS: RwLock<()> = RwLock::new(());
 
 fn among_others() -> RwLockReadGuard<'static, ()> {

@@ -52,7 +52,8 @@ impl Map {
     /// child's, which shares the mapping.
     pub fn store_kills(&self, from: u64) -> Option<Signal> {
         assert!(from < self.bytes);
-        // SAFETY: the child only stores a byte and ends, so it needs no lock that another thread held.
+        // SAFETY: the child only stores a byte and ends, so it needs no lock that another thread
+        // held.
         match unsafe { libc::fork() } {
             0 => {
                 // SAFETY: inside the mapping; and no destructor of the parent's runs in the child.

@@ -22,8 +22,8 @@ fn errno<T>(result: io::Result<T>) -> Errno {
     Errno::from_raw(result.err().expect("refused").raw_os_error().expect("the system's"))
 }
 
-/// Shows: each file that can't be mapped for writing is refused with an errno that says so, though the
-/// kernel would not refuse all of them.
+/// Shows: each file that can't be mapped for writing is refused with an errno that says so, though
+/// the kernel would not refuse all of them.
 #[test]
 fn what_can_not_be_mapped_for_writing_is_refused() {
     let _others = among_others();
@@ -105,8 +105,8 @@ fn no_resize_and_no_false_sync() {
     assert_eq!(real.metadata().unwrap().len(), 5000);
 }
 
-/// Shows: a connection that someone aborts is made anew for the next file, without a wait, also where many ask at
-/// once; the old one's thread has ended, and its maps go on.
+/// Shows: a connection that someone aborts is made anew for the next file, without a wait, also
+/// where many ask at once; the old one's thread has ended, and its maps go on.
 #[test]
 fn an_aborted_connection_is_made_anew() {
     let _alone = alone();

@@ -36,7 +36,8 @@ fn pattern(seed: &str, bytes: usize) -> Vec<u8> {
     format!("{seed}\n").into_bytes().into_iter().cycle().take(bytes).collect()
 }
 
-/// `sum=NAME,BYTES,XXH3-128 by read,XXH3-128 by mmap`: under TCG it takes a tenth of SHA-256's time.
+/// `sum=NAME,BYTES,XXH3-128 by read,XXH3-128 by mmap`: under TCG it takes a tenth of SHA-256's
+/// time.
 pub fn sums(path: &Path) -> Result<()> {
     let mut file = open(path, false)?;
     let bytes = size(&file)?;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Does the plan until something ends the machine: `acked=STREAM,STEP` comes when a step is durable.
+//! Does the plan until something ends the machine: `acked=STREAM,STEP` comes when a step is
+//! durable.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the crash workload does, step by step: a function of the stream's and the step's numbers alone. The
-//! guest does it, and the host knows from it what must be there afterwards. (tests/guest includes this
-//! file.)
+//! What the crash workload does, step by step: a function of the stream's and the step's numbers
+//! alone. The guest does it, and the host knows from it what must be there afterwards. (tests/guest
+//! includes this file.)
 
 /// Streams of steps that run beside each other, each with files of its own.
 pub const STREAMS: u64 = 2;

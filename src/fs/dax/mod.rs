@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! SETUPMAPPING and REMOVEMAPPING, and what else changes a file that may be granted at the same time.
-//! Everything here goes through the engine. Knows no message and no ring.
+//! SETUPMAPPING and REMOVEMAPPING, and what else changes a file that may be granted at the same
+//! time. Everything here goes through the engine. Knows no message and no ring.
 
 pub(crate) mod nodes;
 pub(crate) mod times;
@@ -46,7 +46,8 @@ const FLAG_READ: u64 = 1 << 1;
 /// The most removals in one REMOVEMAPPING (FUSE_REMOVEMAPPING_MAX_ENTRY: a page of them).
 pub(crate) const MAX_REMOVALS: u32 = 256;
 
-/// The most of the guest's numbers that are remembered as mapped. With more, each file counts as mapped.
+/// The most of the guest's numbers that are remembered as mapped. With more, each file counts as
+/// mapped.
 const MOST_MAPPED: usize = 1 << 16;
 
 /// FUSE_ATTR_DAX.
@@ -70,14 +71,14 @@ pub(crate) struct Dax {
     mapping: AtomicBool,
     /// It wants a flag on each file that is to be mapped.
     flags_wanted: AtomicBool,
-    /// What the guest has mapped, if it is told which files to map: it goes on with one that has become
-    /// short meanwhile.
+    /// What the guest has mapped, if it is told which files to map: it goes on with one that has
+    /// become short meanwhile.
     mapped: Mutex<HashSet<u64>>,
     pub(crate) removals: Counter,
 }
 
-/// What goes wrong in the engine, as the guest is told. Never EAGAIN, nor ENOMEM for want of maps: a guest
-/// that faults tries again for ever.
+/// What goes wrong in the engine, as the guest is told. Never EAGAIN, nor ENOMEM for want of maps:
+/// a guest that faults tries again for ever.
 fn guest_error(e: &GrantError) -> io::Error {
     if matches!(e, GrantError::Window(ShowError::TooMany(_))) {
         return Errno::ENOBUFS.into();
@@ -161,15 +162,15 @@ impl Dax {
         self.flags_wanted.store(flags_wanted, Ordering::Relaxed);
     }
 
-    /// Marks the files for which the policy wants DAX, and makes those that may be mapped fit for it. Whether
-    /// this one may be: then the guest may change it without our seeing it, and what it knows of its
-    /// attributes is not to be believed.
+    /// Marks the files for which the policy wants DAX, and makes those that may be mapped fit for
+    /// it. Whether this one may be: then the guest may change it without our seeing it, and what it
+    /// knows of its attributes is not to be believed.
     pub(crate) fn flag(&self, nodeid: u64, attr: &mut Attr) -> bool {
         if attr.mode & libc::S_IFMT != libc::S_IFREG || !self.mapping.load(Ordering::Relaxed) {
             return false;
         }
-        // Linux's dax_writeback_mapping_range() refuses to write back (and so fails each fsync) where
-        // the block size is not the page size, and FUSE takes the former from here.
+        // Linux's dax_writeback_mapping_range() refuses to write back (and so fails each fsync)
+        // where the block size is not the page size, and FUSE takes the former from here.
         attr.blksize = PAGE_BYTES as u32;
         if !self.flags_wanted.load(Ordering::Relaxed) {
             return true; // A mount with `dax=always`.
@@ -219,7 +220,8 @@ impl Dax {
         });
     }
 
-    /// Lets `take_away` take all grants away, and settles the times of what was stored through them.
+    /// Lets `take_away` take all grants away, and settles the times of what was stored through
+    /// them.
     fn take_away_all(&self, take_away: impl FnOnce()) {
         let written = self.engine.written_in(&[self.engine.whole()]);
         take_away();
@@ -258,8 +260,8 @@ impl Dax {
         }
     }
 
-    /// Settles the times of the guest's inode `nodeid`, which has the inode number `ino` on the host. Whether
-    /// they may have become new: by this, or by a thread that settled them meanwhile.
+    /// Settles the times of the guest's inode `nodeid`, which has the inode number `ino` on the
+    /// host. Whether they may have become new: by this, or by a thread that settled them meanwhile.
     pub(crate) fn settle_inode(&self, nodeid: u64, ino: u64) -> bool {
         let settle = |node: &Arc<Node>| {
             node.times.settle(&self.engine, &node.space, Occasion::Look);
@@ -336,8 +338,8 @@ impl Dax {
         lock(&self.mapped).remove(&nodeid);
     }
 
-    /// A change of a file that was not to be found in the window. If it has got there meanwhile, what was
-    /// granted may rest on how the file was before: the engine looks at it again.
+    /// A change of a file that was not to be found in the window. If it has got there meanwhile,
+    /// what was granted may rest on how the file was before: the engine looks at it again.
     fn beside<T>(&self, file: &Found<'_>, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let done = change()?;
         if let Some(node) = self.nodes.find_again(file)? {
@@ -346,8 +348,8 @@ impl Dax {
         Ok(done)
     }
 
-    /// SETUPMAPPING. `open` gives the file, readable and writable. `is_current` says whether the guest still
-    /// wants it, in the moment in which nothing else can be granted.
+    /// SETUPMAPPING. `open` gives the file, readable and writable. `is_current` says whether the
+    /// guest still wants it, in the moment in which nothing else can be granted.
     ///
     /// # Errors
     /// What the guest is told; never EAGAIN.
@@ -440,8 +442,8 @@ impl Dax {
         self.engine.change(&node.space, at_least, change).map_err(|e| guest_error(&e))
     }
 
-    /// Lets `write` write `bytes` at byte `from` of the inode: past the processor's cache where it is given the
-    /// file's memory, which has blocks for all of them then (behaviour 13).
+    /// Lets `write` write `bytes` at byte `from` of the inode: past the processor's cache where it
+    /// is given the file's memory, which has blocks for all of them then (behaviour 13).
     ///
     /// # Errors
     /// The write's, or the engine's.
@@ -475,8 +477,8 @@ impl Dax {
         Ok(true)
     }
 
-    /// Makes the inode durable: what the window was written through, then `sync`, which is about the
-    /// guest's own handle.
+    /// Makes the inode durable: what the window was written through, then `sync`, which is about
+    /// the guest's own handle.
     ///
     /// # Errors
     /// Either one's; it is final.

@@ -23,8 +23,8 @@ use crate::fs::identity::{FileId, Subject};
 use crate::fs::sync_errors::Losses;
 use crate::passthrough::{Stretch, StretchedFile};
 
-/// So many of the guest's numbers are remembered for one file. (One file has several by bind mounts, and by
-/// FORGETs that meet a SETUPMAPPING on its way.)
+/// So many of the guest's numbers are remembered for one file. (One file has several by bind
+/// mounts, and by FORGETs that meet a SETUPMAPPING on its way.)
 const MOST_NUMBERS: usize = 8;
 
 /// A file that is or is about to be granted.
@@ -35,8 +35,9 @@ pub(crate) struct Node {
     pub(crate) times: Times,
     file: Arc<File>,
     _stretched: StretchedFile,
-    /// Set by whoever first uses the node, and waited for by all others: only a node that is in the table is
-    /// watched, since the kernel has one watch for a file, and dropping another node would end it.
+    /// Set by whoever first uses the node, and waited for by all others: only a node that is in the
+    /// table is watched, since the kernel has one watch for a file, and dropping another node would
+    /// end it.
     watching: OnceLock<Option<Watching>>,
 }
 
@@ -49,8 +50,8 @@ struct Entry {
 #[derive(Default)]
 struct Table {
     files: BTreeMap<FileId, Entry>,
-    /// The short way, for numbers that were mapped through. Nothing depends on it: a number that is not here
-    /// is found by its file.
+    /// The short way, for numbers that were mapped through. Nothing depends on it: a number that is
+    /// not here is found by its file.
     numbers: HashMap<u64, FileId>,
     /// Counts the nodes that were ever made.
     made: u64,
@@ -145,8 +146,8 @@ impl Nodes {
         lock(&self.table)
     }
 
-    /// The file's node, if it has one. Costs next to nothing where no file has one, where the guest mapped by
-    /// this number, or has the file open.
+    /// The file's node, if it has one. Costs next to nothing where no file has one, where the guest
+    /// mapped by this number, or has the file open.
     ///
     /// # Errors
     /// Those of asking which file it is.
@@ -265,7 +266,8 @@ impl Nodes {
         self.lock().files.len()
     }
 
-    /// The node of the guest's number `nodeid`; where it leads to none, those of inode number `ino`.
+    /// The node of the guest's number `nodeid`; where it leads to none, those of inode number
+    /// `ino`.
     pub(crate) fn of_inode(&self, nodeid: u64, ino: u64) -> Vec<Arc<Node>> {
         let table = self.lock();
         if let Some(node) = table.by_number(nodeid) {
@@ -290,8 +292,8 @@ impl Nodes {
         self.lock().files.values().map(|entry| entry.node.clone()).collect()
     }
 
-    /// The guest's numbers mean nothing any more, and nothing is granted. What a request holds on to stays, so
-    /// that it is found should that request still grant it.
+    /// The guest's numbers mean nothing any more, and nothing is granted. What a request holds on
+    /// to stays, so that it is found should that request still grant it.
     pub(crate) fn forget(&self) {
         let idle = {
             let mut table = self.lock();

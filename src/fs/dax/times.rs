@@ -2,23 +2,24 @@
 
 //! The times of a file that a guest may store to by itself. Knows no message, and no window.
 //!
-//! A store through the window makes no request. The host's kernel sees the first one to a clean page, and
-//! sets mtime and ctime; of those to a page that is dirty already it sees nothing. So whenever the guest
-//! asks for the times, or POSIX wants them to be right (close, fsync, msync), they are *settled*:
+//! A store through the window makes no request. The host's kernel sees the first one to a clean
+//! page, and sets mtime and ctime; of those to a page that is dirty already it sees nothing. So
+//! whenever the guest asks for the times, or POSIX wants them to be right (close, fsync, msync),
+//! they are *settled*:
 //!
-//! 1. Was anything stored since they were settled last? It was if a write grant came (a guest asks for one
-//!    with a store in hand), or if mtime has moved on; and where it need not move with each first store,
-//!    if a page is dirty.
-//! 2. If so: the pages are made clean, mtime and ctime become now, and both are remembered. The next
-//!    store meets a clean page again, and moves mtime.
+//! 1. Was anything stored since they were settled last? It was if a write grant came (a guest asks
+//!    for one with a store in hand), or if mtime has moved on; and where it need not move with each
+//!    first store, if a page is dirty.
+//! 2. If so: the pages are made clean, mtime and ctime become now, and both are remembered. The
+//!    next store meets a clean page again, and moves mtime.
 //!
-//! What the guest sets by itself stays: the pages are made clean first, so that what was stored before
-//! can't be taken for a later store. A file that nobody has open for writing costs nothing: all stores
-//! were settled when it was closed.
+//! What the guest sets by itself stays: the pages are made clean first, so that what was stored
+//! before can't be taken for a later store. A file that nobody has open for writing costs nothing:
+//! all stores were settled when it was closed.
 //!
-//! In memory (tmpfs) no page is ever clean, and only the first store to each is seen. There a file that
-//! the guest has open for writing is taken for stored to at each close and fsync, until the guest sets
-//! its times.
+//! In memory (tmpfs) no page is ever clean, and only the first store to each is seen. There a file
+//! that the guest has open for writing is taken for stored to at each close and fsync, until the
+//! guest sets its times.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -53,12 +54,13 @@ pub(crate) enum Occasion {
     End,
 }
 
-/// How long a look waits for a request that is changing the attributes of the same file: a truncation may wait for
-/// the front-end, and looks must not take all threads. One that has waited in vain tells of the attributes as they
-/// are.
+/// How long a look waits for a request that is changing the attributes of the same file: a
+/// truncation may wait for the front-end, and looks must not take all threads. One that has waited
+/// in vain tells of the attributes as they are.
 const LOOK_WAIT: Duration = Duration::from_millis(100);
 
-/// No kernel's clock ticks sooner (HZ is at most 1000), so so many changes in this time meet fewer ticks.
+/// No kernel's clock ticks sooner (HZ is at most 1000), so so many changes in this time meet fewer
+/// ticks.
 const TICK: Duration = Duration::from_millis(1);
 const MORE_THAN_TICKS: u32 = 3;
 
@@ -76,8 +78,8 @@ struct Seen {
     left: bool,
     /// Stores have moved mtime, and mtime was not set since: a close sets it.
     moved: bool,
-    /// Whether two changes never have the same time, once one of them was looked at (Linux 6.13, ext4, xfs,
-    /// btrfs, tmpfs); else the kernel's clock has ticks.
+    /// Whether two changes never have the same time, once one of them was looked at (Linux 6.13,
+    /// ext4, xfs, btrfs, tmpfs); else the kernel's clock has ticks.
     fine: Option<bool>,
 }
 
@@ -95,7 +97,8 @@ pub(crate) struct Times {
     watched: AtomicBool,
     /// Something was stored since then, or is about to be.
     stored: AtomicBool,
-    /// Whoever has it may do system calls. Above the invalidate lock of the file's space: see `dax`.
+    /// Whoever has it may do system calls. Above the invalidate lock of the file's space: see
+    /// `dax`.
     seen: Checkout<Seen>,
 }
 
@@ -124,7 +127,8 @@ impl Times {
         self.watched.store(true, Ordering::SeqCst);
     }
 
-    /// The file was opened for writing; `count` counts that, and tells whether it was open so before.
+    /// The file was opened for writing; `count` counts that, and tells whether it was open so
+    /// before.
     pub(crate) fn opened(&self, engine: &Engine, space: &Space, count: impl FnOnce() -> bool) {
         let mut seen = self.seen.take();
         let written = space.written();
@@ -139,7 +143,8 @@ impl Times {
         }
     }
 
-    /// A handle that could write is about to go; `count` counts that, and tells whether another one stays.
+    /// A handle that could write is about to go; `count` counts that, and tells whether another one
+    /// stays.
     pub(crate) fn closed(&self, engine: &Engine, space: &Space, count: impl FnOnce() -> bool) {
         let mut seen = self.seen.take();
         // Not a close: that was its FLUSH. A store by mmap behind that is settled here.
@@ -243,7 +248,8 @@ impl Times {
         found
     }
 
-    /// Whether something was stored since the times were settled, as far as can be told, that mtime does not tell of.
+    /// Whether something was stored since the times were settled, as far as can be told, that mtime
+    /// does not tell of.
     fn is_stored(&self, seen: &mut Seen, written: &[Bytes], occasion: Occasion) -> bool {
         if written.is_empty() {
             return false;
@@ -254,8 +260,9 @@ impl Times {
         // One that was set by somebody is older, or lies in the future.
         let moved = mtime != seen_mtime && mtime >= seen_ctime && mtime <= ctime;
         if moved {
-            // A look sees that mtime has moved; it need not be later than the last store. To set it would look
-            // like a store to a daemon of another VM that has mapped the file, which would set it in its turn.
+            // A look sees that mtime has moved; it need not be later than the last store. To set it
+            // would look like a store to a daemon of another VM that has mapped the file, which
+            // would set it in its turn.
             let is_clean = self.in_memory || self.is_dirty(written) == Some(false);
             if occasion != Occasion::Look || !is_clean {
                 return true;
@@ -267,8 +274,8 @@ impl Times {
         if seen.moved && matches!(occasion, Occasion::Close | Occasion::End) {
             return true;
         }
-        // Else it would have moved, unless somebody on the host has set it since. To ask costs 90 ns for each page
-        // that is cached.
+        // Else it would have moved, unless somebody on the host has set it since. To ask costs 90
+        // ns for each page that is cached.
         let may_be_missed = seen.left || seen.fine != Some(true) || mtime != seen_mtime;
         if may_be_missed && self.is_dirty(written) == Some(true) {
             return true;
@@ -291,7 +298,8 @@ impl Times {
         Some(false)
     }
 
-    /// Waits until no page is under writeback: a write-out leaves those out. Nobody else waits meanwhile.
+    /// Waits until no page is under writeback: a write-out leaves those out. Nobody else waits
+    /// meanwhile.
     fn wait_for_writeback(&self, engine: &Engine, space: &Space) {
         for Bytes { from, bytes } in self.written_out(space) {
             self.note(engine, space, wait_for_writeback(&self.file, from.0, bytes));

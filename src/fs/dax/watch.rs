@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Hears of it when somebody on the host, or the daemon of another VM, changes the length of a file that
-//! is in the window.
+//! Hears of it when somebody on the host, or the daemon of another VM, changes the length of a file
+//! that is in the window.
 //!
-//! Such a change reaches the guest late: it believes what it knows for a second or longer. Until then it may
-//! touch a page behind the new end, and the VMM would die of it. So the window lets go of these
-//! pages at once. (What is left is the moment between the change and our hearing of it.)
+//! Such a change reaches the guest late: it believes what it knows for a second or longer. Until
+//! then it may touch a page behind the new end, and the VMM would die of it. So the window lets go
+//! of these pages at once. (What is left is the moment between the change and our hearing of it.)
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -58,7 +58,8 @@ impl Watch {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC).map_err(no_instance)?;
         let shared = Arc::new(Shared { inotify, watched: Mutex::default() });
         let theirs = shared.clone();
-        // It ends with the process: there is one for each device, and nothing to be had of ending it.
+        // It ends with the process: there is one for each device, and nothing to be had of ending
+        // it.
         Builder::new().name("watch".into()).spawn(move || listen(&theirs, &engine))?;
         Ok(Self { shared })
     }

@@ -18,8 +18,9 @@ use crate::window::{
 
 use crate::window::locate::{MapLocator, Outcome, SharedBase, WindowMap};
 
-/// Maps and memory regions of one VM, of all its devices together, of which QEMU 11.1 does not die (Q2:
-/// 512; the library itself stops at 509), less what other devices may map while we are not looking.
+/// Maps and memory regions of one VM, of all its devices together, of which QEMU 11.1 does not die
+/// (Q2: 512; the library itself stops at 509), less what other devices may map while we are not
+/// looking.
 const MOST_REGIONS: usize = 500;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -33,8 +34,8 @@ struct State {
     phase: Phase,
     /// Counts the resets: what was to be mapped before one is not wanted any more.
     generation: u64,
-    /// From a reset to the next start. A request of the last driver must not wait for that: the start waits
-    /// until the device has forgotten that driver.
+    /// From a reset to the next start. A request of the last driver must not wait for that: the
+    /// start waits until the device has forgotten that driver.
     forgetting: bool,
     locator: MapLocator,
 }
@@ -44,7 +45,8 @@ pub(crate) struct FsWindow {
     engine: Arc<Engine>,
     /// The most maps that this window ever needs.
     most_maps: usize,
-    /// The front-end knows of the region: a vhost-user-fs device of QEMU has a back-end channel, too.
+    /// The front-end knows of the region: a vhost-user-fs device of QEMU has a back-end channel,
+    /// too.
     has_region: AtomicBool,
     channel: OnceLock<ShmemMapper>,
     state: Mutex<State>,
@@ -88,8 +90,9 @@ impl FsWindow {
         lock(&self.state)
     }
 
-    /// Whether the front-end can map at all: without a region and a back-end channel there is no window, and
-    /// without acks a map that was refused can't be told from one that was made. May block.
+    /// Whether the front-end can map at all: without a region and a back-end channel there is no
+    /// window, and without acks a map that was refused can't be told from one that was made. May
+    /// block.
     pub(crate) fn is_there(&self) -> bool {
         if !self.has_region.load(Ordering::Relaxed) {
             return false;
@@ -118,8 +121,8 @@ impl FsWindow {
     }
 
     /// Does something with the channel while the device is started, and waits where it is not. (The
-    /// request that wants it stays open over a pause, and holds up nobody.) False if it was done, but after
-    /// a reset that came in between.
+    /// request that wants it stays open over a pause, and holds up nobody.) False if it was done,
+    /// but after a reset that came in between.
     fn while_started(
         &self,
         send: impl Fn(&ShmemMapper) -> Result<(), MapError>,
@@ -150,7 +153,8 @@ impl FsWindow {
         }
     }
 
-    /// Looks for our maps in a memory table: how many regions are not ours, and where the window is.
+    /// Looks for our maps in a memory table: how many regions are not ours, and where the window
+    /// is.
     fn read_table(&self, mem: &GuestMemoryMmap) {
         self.regions.store(mem.num_regions(), Ordering::Relaxed);
         let look = self.lock().locator.look();

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Attributes as the guest is told of them, and as it sets them: right, though it may store to a file without
-//! a request, and believed no longer than they are right. Whoever opens a file to write is counted for that.
+//! Attributes as the guest is told of them, and as it sets them: right, though it may store to a
+//! file without a request, and believed no longer than they are right. Whoever opens a file to
+//! write is counted for that.
 
 use std::io;
 use std::time::Duration;
@@ -28,7 +29,8 @@ where
         Ok(())
     }
 
-    /// The attributes of an inode, whose times tell of what was stored to it: `attr`, or newer ones.
+    /// The attributes of an inode, whose times tell of what was stored to it: `attr`, or newer
+    /// ones.
     pub(crate) fn settled(&self, ctx: Context, nodeid: u64, attr: Attr) -> Attr {
         let regular = attr.mode & libc::S_IFMT == libc::S_IFREG;
         match &self.dax {

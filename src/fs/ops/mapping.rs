@@ -32,8 +32,8 @@ where
         dax.setup(nodeid, &asked, is_current, || self.file_of(ctx, nodeid)).and(Reply::DONE)
     }
 
-    /// The file of an inode, readable and writable: QEMU wants it so, also for a guest that only reads
-    /// (Q7, Q8). The file system gives it to whoever reads from it.
+    /// The file of an inode, readable and writable: QEMU wants it so, also for a guest that only
+    /// reads (Q7, Q8). The file system gives it to whoever reads from it.
     fn file_of(&self, ctx: Context, nodeid: u64) -> io::Result<File> {
         let flags = libc::O_RDWR.cast_unsigned();
         let (handle, _) = self.fs.open(ctx, nodeid, false, flags)?;

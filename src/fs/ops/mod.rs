@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The FUSE operations, one by one: checked arguments in, a reply out. The work is done by virtiofsd's
-//! file system, or by the engine where a file may be granted.
+//! The FUSE operations, one by one: checked arguments in, a reply out. The work is done by
+//! virtiofsd's file system, or by the engine where a file may be granted.
 
 mod attributes;
 mod mapping;
@@ -207,11 +207,12 @@ where
         // A guest that was reset, or is hostile, may have left grants and open files.
         let life = self.forget_guest(life).ok_or(Errno::EIO)?;
         let dax_options = self.dax_options();
-        // virtiofsd's code writes to stderr by itself where a guest knows no submounts: see `without_submounts`.
+        // virtiofsd's code writes to stderr by itself where a guest knows no submounts: see
+        // `without_submounts`.
         let mut offered = FsOptions::from_bits_truncate(capable) | FsOptions::SUBMOUNTS;
         if capable & dax_options != 0 {
-            // A guest that collects writes keeps mtime by itself, and takes none from us: those of its
-            // stores through the window it would never see.
+            // A guest that collects writes keeps mtime by itself, and takes none from us: those of
+            // its stores through the window it would never see.
             offered.remove(FsOptions::WRITEBACK_CACHE);
         }
         let wanted = self.fs.init(offered)?;
@@ -239,8 +240,8 @@ where
         if there { MAP_ALIGNMENT | HAS_INODE_DAX } else { 0 }
     }
 
-    /// Takes away what the guest has mounted in `life`. Returns the life that follows; none, and nothing is done,
-    /// if `life` is over and another driver has mounted.
+    /// Takes away what the guest has mounted in `life`. Returns the life that follows; none, and
+    /// nothing is done, if `life` is over and another driver has mounted.
     fn forget_guest(&self, life: Life) -> Option<Life> {
         let life = self.lives.unmount(life)?;
         if let Some(dax) = &self.dax {
@@ -258,8 +259,8 @@ where
         Some(life)
     }
 
-    /// Undoes by `undo` what a request of `life` has just made for the guest, if `life` was over by then: nobody
-    /// else would. What ends a life throws away what was made before.
+    /// Undoes by `undo` what a request of `life` has just made for the guest, if `life` was over by
+    /// then: nobody else would. What ends a life throws away what was made before.
     ///
     /// # Errors
     /// EIO if it was.
@@ -595,7 +596,8 @@ where
     }
 }
 
-/// What a reply has at least: where there is no room for it, nothing is opened or looked up in vain.
+/// What a reply has at least: where there is no room for it, nothing is opened or looked up in
+/// vain.
 fn reply_bytes(opcode: Opcode) -> usize {
     use Opcode::*;
     match opcode {
@@ -608,8 +610,8 @@ fn reply_bytes(opcode: Opcode) -> usize {
     }
 }
 
-/// Lets `make` make something in the groups that the guest names, and leaves none of them to what this thread does
-/// next: virtiofsd's code forgets them where it changes no other id.
+/// Lets `make` make something in the groups that the guest names, and leaves none of them to what
+/// this thread does next: virtiofsd's code forgets them where it changes no other id.
 fn with_groups<T>(
     more: Extensions,
     make: impl FnOnce(Extensions) -> io::Result<T>,

@@ -16,12 +16,13 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use crate::support::log_limit::RateLimit;
 
-/// A front-end that could not be served waits for the next try. What was missing (descriptors, memory,
-/// threads) tells nobody when it is there.
+/// A front-end that could not be served waits for the next try. What was missing (descriptors,
+/// memory, threads) tells nobody when it is there.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// Descriptors that a session takes: at most 5 for each ring (vhost-user-backend 0.24), the connection, the
-/// back-end channel, what the window and the threads are told by, and some to spare.
+/// Descriptors that a session takes: at most 5 for each ring (vhost-user-backend 0.24), the
+/// connection, the back-end channel, what the window and the threads are told by, and some to
+/// spare.
 const FDS_OF_A_RING: usize = 5;
 const FDS_OF_A_SESSION: usize = 16;
 
@@ -39,8 +40,8 @@ pub(crate) fn wait_for_front_end(listener: &UnixListener) -> io::Result<()> {
     }
 }
 
-/// Whether a session of `rings` could have its descriptors. The library leaves threads behind where it finds
-/// none half-way.
+/// Whether a session of `rings` could have its descriptors. The library leaves threads behind where
+/// it finds none half-way.
 ///
 /// # Errors
 /// EMFILE or ENFILE, most likely.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The right to bind, replace or remove a socket at a path: a lock on a file beside it, for a moment.
+//! The right to bind, replace or remove a socket at a path: a lock on a file beside it, for a
+//! moment.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -20,8 +21,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The time between two tries. flock(2) has no deadline, and a blocked signal does not end it.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// Held by one process at a time for each path. The file goes when it is dropped. One that a killed process
-/// has left behind is taken.
+/// Held by one process at a time for each path. The file goes when it is dropped. One that a killed
+/// process has left behind is taken.
 pub(super) struct Claim {
     path: PathBuf,
     _lock: Flock<File>,

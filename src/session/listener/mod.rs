@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Where the front-end finds the daemon: a path that is bound and removed, or an inherited descriptor.
+//! Where the front-end finds the daemon: a path that is bound and removed, or an inherited
+//! descriptor.
 //!
-//! A path is bound, replaced and removed under a `Claim`, so that of daemons that start at the same time
-//! one has it, and none removes another one's socket.
+//! A path is bound, replaced and removed under a `Claim`, so that of daemons that start at the same
+//! time one has it, and none removes another one's socket.
 
 use std::fs::{self, File, FileType};
 use std::io;
@@ -50,7 +51,8 @@ pub enum SocketSpec {
     Fd(RawFd),
 }
 
-/// A socket setting that can't be used: one line that says what to do. Nothing has been created or changed.
+/// A socket setting that can't be used: one line that says what to do. Nothing has been created or
+/// changed.
 #[derive(Debug, Error)]
 #[allow(missing_docs)] // The texts say it better.
 pub enum SocketError {
@@ -177,8 +179,8 @@ fn socket_error(path: &Path, error: io::Error) -> SocketError {
 }
 
 /// Whether a socket is bound to `path`. A datagram socket asks: a live stream listener answers it
-/// EPROTOTYPE and notices nothing, where a real connection would use up its one session. What can't be
-/// asked is taken for alive.
+/// EPROTOTYPE and notices nothing, where a real connection would use up its one session. What can't
+/// be asked is taken for alive.
 ///
 /// # Errors
 /// The system has no socket to ask with.
@@ -189,8 +191,8 @@ fn is_alive(path: &Path) -> io::Result<bool> {
     })
 }
 
-/// The file of a socket that was bound here (none for an inherited one). Holds on to the file, so that it
-/// removes no other; removes it when dropped.
+/// The file of a socket that was bound here (none for an inherited one). Holds on to the file, so
+/// that it removes no other; removes it when dropped.
 #[derive(Debug)]
 pub struct BoundSocket(Mutex<Option<Bound>>);
 
@@ -202,10 +204,11 @@ struct Bound {
 }
 
 impl CheckedSocket {
-    /// Binds the path, replacing a dead socket there; an inherited listener just listens on. From the first
-    /// moment on nobody can connect but this user, and whom `--socket-group` names. No other thread may make
-    /// files meanwhile: the umask is the process's. None if `is_asked` said that the daemon is to
-    /// end while another process held the claim; nothing has been created or changed then.
+    /// Binds the path, replacing a dead socket there; an inherited listener just listens on. From
+    /// the first moment on nobody can connect but this user, and whom `--socket-group` names. No
+    /// other thread may make files meanwhile: the umask is the process's. None if `is_asked` said
+    /// that the daemon is to end while another process held the claim; nothing has been created or
+    /// changed then.
     ///
     /// # Errors
     /// One line for the user; nothing has been created or changed then.

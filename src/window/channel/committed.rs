@@ -8,10 +8,11 @@
 //! lock held, and a stop needs that lock. So a request goes in two parts:
 //!
 //! 1. its first byte, with the descriptor;
-//! 2. when QEMU has read that byte, it is inside its handler and waits there for the rest. If
-//!    the device is still started now, it stays started until the request is done: the rest follows.
-//! 3. If the device was stopped meanwhile, another rest follows, which makes of that byte an unknown
-//!    request without a body: QEMU prints a line, closes the descriptor, and nothing happens.
+//! 2. when QEMU has read that byte, it is inside its handler and waits there for the rest. If the
+//!    device is still started now, it stays started until the request is done: the rest follows.
+//! 3. If the device was stopped meanwhile, another rest follows, which makes of that byte an
+//!    unknown request without a body: QEMU prints a line, closes the descriptor, and nothing
+//!    happens.
 //!
 //! A front-end without such a lock sees an ordinary request in two pieces.
 
@@ -108,8 +109,8 @@ impl CommittedChannel {
     /// Makes a request of a started device, and waits until the front-end has done it.
     ///
     /// Returns at once (with [`MapError::Stopped`]) when `started` becomes false before the request
-    /// is committed: the thread that stops the device may wait for us. From then on no stop can come
-    /// before the ack, and the ack comes after the memory update (Q3).
+    /// is committed: the thread that stops the device may wait for us. From then on no stop can
+    /// come before the ack, and the ack comes after the memory update (Q3).
     ///
     /// # Errors
     /// See [`MapError`]; after any of them, the request was not carried out.
@@ -464,7 +465,8 @@ mod tests {
         }
     }
 
-    /// Shows: close() ends a request that waits for the peer to read, or for its ack, and all others.
+    /// Shows: close() ends a request that waits for the peer to read, or for its ack, and all
+    /// others.
     #[test]
     fn close_ends_what_waits() {
         let (channel, peer) = pair();

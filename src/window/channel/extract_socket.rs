@@ -4,8 +4,9 @@
 //! Knows no request but one that changes nothing.
 //!
 //! The socket is one of ours in `/proc/self/fd`: a connected Unix stream without a name. Which one,
-//! a message tells that the library is made to send: right behind it, this socket alone has something
-//! that the peer has not read yet. And when the library lets go of it, its number is free.
+//! a message tells that the library is made to send: right behind it, this socket alone has
+//! something that the peer has not read yet. And when the library lets go of it, its number is
+//! free.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;

@@ -97,15 +97,16 @@ struct Order {
 }
 
 impl ShmemMapper {
-    /// A mapper over the back-end channel, of which `channel` must be the only handle. `started` says
-    /// whether the device is started now; it must be false before the stop is answered. A request may
-    /// outlast a stop and be made after the next start: who minds must say false then, too.
+    /// A mapper over the back-end channel, of which `channel` must be the only handle. `started`
+    /// says whether the device is started now; it must be false before the stop is answered. A
+    /// request may outlast a stop and be made after the next start: who minds must say false then,
+    /// too.
     ///
     /// In a thread of its own, the front-end is asked whether it acks; a map waits for the answer,
-    /// so this is best called long before the first one. The front-end answers only when the caller,
-    /// its message thread, is done (Q3). The thread ends with the channel. A front-end that leaves
-    /// a message unanswered holds only that thread after the session's end, until it closes its
-    /// own end.
+    /// so this is best called long before the first one. The front-end answers only when the
+    /// caller, its message thread, is done (Q3). The thread ends with the channel. A front-end that
+    /// leaves a message unanswered holds only that thread after the session's end, until it closes
+    /// its own end.
     pub fn new(channel: Backend, started: impl Fn() -> bool + Send + Sync + 'static) -> Self {
         let shared = Arc::new(Shared {
             started: Box::new(started),

@@ -89,8 +89,9 @@ impl World {
                 return self.as_before(&done, before);
             }
         }
-        // A list goes on behind a range for which there is no room, and ends at one that the front-end refuses:
-        // each range is removed as a whole or not at all, and a later one may have removed it after all.
+        // A list goes on behind a range for which there is no room, and ends at one that the
+        // front-end refuses: each range is removed as a whole or not at all, and a later one may
+        // have removed it after all.
         let still = shown_pages(&self.strict.maps());
         let mut refused = false;
         for (i, &(at, pages, _)) in ranges.iter().enumerate() {
@@ -142,7 +143,8 @@ impl World {
         self.followed(file, now, done.map(|resized| Some(resized.tail_hidden)), before)
     }
 
-    /// The window has followed a file's length, or tried to: it then shows no less than `least` bytes.
+    /// The window has followed a file's length, or tried to: it then shows no less than `least`
+    /// bytes.
     fn followed(
         &mut self,
         file: usize,

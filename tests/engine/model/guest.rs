@@ -155,7 +155,8 @@ impl Guest {
         let trying = self
             .trying
             .is_some_and(|(of, first, behind)| of == file && first < end && from < behind);
-        // Of a chunk that has been cut off, what is left is flushed, whichever page of it was dirty.
+        // Of a chunk that has been cut off, what is left is flushed, whichever page of it was
+        // dirty.
         let cut = from.is_multiple_of(PMD_PAGES) && end < from + PMD_PAGES;
         let entry_end = if cut { from + PMD_PAGES } else { end };
         if !trying && !pages.dirty.any(from, entry_end) && !pages.wanted.any(from, entry_end) {

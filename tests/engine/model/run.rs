@@ -120,8 +120,8 @@ fn run(seed: u64, steps: u64) {
     );
 }
 
-/// Shows: after any program of grants, removals, changes of length, punches, writebacks, refusals and
-/// failures, the window shows what was granted, and nothing that a guest stored is lost.
+/// Shows: after any program of grants, removals, changes of length, punches, writebacks, refusals
+/// and failures, the window shows what was granted, and nothing that a guest stored is lost.
 #[test]
 fn random_programs_do_what_the_model_does() {
     let steps = number("VUD_STEPS").unwrap_or(STEPS);

@@ -26,7 +26,8 @@ const MOST_MAPS: usize = 100;
 const STEPS: u64 = 500_000;
 /// Write grants allocate: they stay within so much of a file that asks its file system.
 const WRITTEN_BYTES: u64 = 16 * PMD_BYTES;
-/// What the process may be larger by when the second half of the steps is done: the allocator's play.
+/// What the process may be larger by when the second half of the steps is done: the allocator's
+/// play.
 const PLAY_BYTES: u64 = 1 << 20;
 
 /// Bytes of memory that this process has.
@@ -119,8 +120,8 @@ fn in_a_process_of_its_own() {
     run(FileExtents::preallocated(file(), FILE_BYTES), FILE_BYTES);
 }
 
-/// Shows: a 1 TiB sparse file, granted and removed at random for a million steps, leaves no entry, no
-/// map and no growth of memory behind, with holes that are asked for and without.
+/// Shows: a 1 TiB sparse file, granted and removed at random for a million steps, leaves no entry,
+/// no map and no growth of memory behind, with holes that are asked for and without.
 #[test]
 fn a_million_steps_over_a_tebibyte_leave_nothing_behind() {
     let me = "model::terabyte::in_a_process_of_its_own";

@@ -210,8 +210,8 @@ fn row_05_invalidate_leaves_what_is_dirty() {
     }
 }
 
-/// Row 5: truncations while the rest of the file is granted, stored to and synced by others: no entry stays
-/// behind the end, and none when all is over.
+/// Row 5: truncations while the rest of the file is granted, stored to and synced by others: no
+/// entry stays behind the end, and none when all is over.
 #[test]
 fn row_05_truncate_under_load() {
     let rig = Rig::new(2 * PMD_PAGES);

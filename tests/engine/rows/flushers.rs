@@ -38,7 +38,8 @@ fn row_10_writeback_one_flushes_the_whole_entry() {
     assert_eq!((rig.counted().flushes, rig.counted().bytes_written_back), (1, 2 << 20));
 }
 
-/// Row 10: an entry that has gone by the time its turn comes is skipped; so is one whose block has moved.
+/// Row 10: an entry that has gone by the time its turn comes is skipped; so is one whose block has
+/// moved.
 #[test]
 fn row_10_writeback_one_skips_what_has_gone_or_moved() {
     for moved in [false, true] {
@@ -80,7 +81,8 @@ fn row_10_two_flushers_of_one_entry() {
     receive(&second).unwrap();
 }
 
-/// Row 10: nor does it where the first has taken the entry's mark away between the second's tagging and its search.
+/// Row 10: nor does it where the first has taken the entry's mark away between the second's tagging
+/// and its search.
 #[test]
 fn row_10_two_flushers_when_the_mark_is_gone_before_the_search() {
     // 65 entries: one more than a batch, so that the last one is searched for later.
@@ -124,8 +126,8 @@ fn row_10_a_flusher_that_waited_is_told_of_the_failure() {
     }
 }
 
-/// Row 10: what is stored while the entry is flushed is not taken for flushed: a write grant that comes
-/// meanwhile makes it dirty after that.
+/// Row 10: what is stored while the entry is flushed is not taken for flushed: a write grant that
+/// comes meanwhile makes it dirty after that.
 #[test]
 fn row_10_a_grant_during_the_flush_dirties_after_it() {
     let rig = Arc::new(Rig::new(1));

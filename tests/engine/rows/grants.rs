@@ -28,8 +28,8 @@ fn row_14_wholly_past_eof_is_refused() {
     }
 }
 
-/// Row 14: of a grant that begins inside the file, and ends at or behind its end, the pages inside are
-/// faulted in, allocated and mapped: page by page, and no others.
+/// Row 14: of a grant that begins inside the file, and ends at or behind its end, the pages inside
+/// are faulted in, allocated and mapped: page by page, and no others.
 #[test]
 fn row_14_inside_eof_page_by_page() {
     for asked in [3, 4, PMD_PAGES] {
@@ -91,8 +91,8 @@ fn row_16_a_write_grant_allocates_first() {
     assert_eq!(rig.log.take(), [Event::Allocate { first: 0, last: 7 }, map(0, 0, 8)]);
 }
 
-/// Row 16: a full disk is ENOSPC before anything is promised: no map, no entry, no grant; and what was
-/// granted there before still is.
+/// Row 16: a full disk is ENOSPC before anything is promised: no map, no entry, no grant; and what
+/// was granted there before still is.
 #[test]
 fn row_16_a_full_disk_is_enospc_before_anything_is_promised() {
     let rig = Rig::new(2 * PMD_PAGES);
@@ -111,8 +111,8 @@ fn row_16_a_full_disk_is_enospc_before_anything_is_promised() {
     assert_eq!(rig.engine.sizes(), (1, 1));
 }
 
-/// Row 16: a file system that fails in the middle of a fault: the grant is refused with its error, and the
-/// entries made so far are gone.
+/// Row 16: a file system that fails in the middle of a fault: the grant is refused with its error,
+/// and the entries made so far are gone.
 #[test]
 fn row_16_a_lookup_that_fails_leaves_nothing() {
     let (chunk, two) = (PMD_PAGES, 2 * PMD_PAGES);

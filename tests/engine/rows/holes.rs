@@ -51,8 +51,8 @@ fn row_06_holes_are_never_written_back() {
     }
 }
 
-/// Row 7: a guest's private mapping asks to read: nothing becomes dirty, nothing is allocated, and entries
-/// and blocks stay as they are, whatever it finds.
+/// Row 7: a guest's private mapping asks to read: nothing becomes dirty, nothing is allocated, and
+/// entries and blocks stay as they are, whatever it finds.
 #[test]
 fn row_07_a_private_mapping_dirties_and_allocates_nothing() {
     let rig = Rig::new(2 * PMD_PAGES);
@@ -89,8 +89,8 @@ fn row_08_insert_mapping_entry_unmaps_the_hole_first() {
     }
 }
 
-/// Row 8: the order of a write to a hole: blocks, then the unmap, then (only if there was no map yet)
-/// the map; and the entry is dirty.
+/// Row 8: the order of a write to a hole: blocks, then the unmap, then (only if there was no map
+/// yet) the map; and the entry is dirty.
 #[test]
 fn row_08_insert_mapping_entry_order_of_events() {
     let rig = Rig::new(PMD_PAGES);

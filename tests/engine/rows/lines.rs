@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Rows 10, 12 and 13 where only cache lines make a store durable: a double that counts lines shows which
-//! were written back, how often, and that a fence came behind them.
+//! Rows 10, 12 and 13 where only cache lines make a store durable: a double that counts lines shows
+//! which were written back, how often, and that a fence came behind them.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -93,8 +93,9 @@ fn lines_of(page: u64, pages: u64) -> impl Iterator<Item = u64> {
     page * per_page..(page + pages) * per_page
 }
 
-/// Shows: of dirty PTEs, clean ones, a dirty PMD and a clean one exactly the lines of the dirty entries are
-/// written back, each once, and before writeback() returns one fence stands behind them.
+/// Shows: of dirty PTEs, clean ones, a dirty PMD and a clean one exactly the lines of the dirty
+/// entries are written back, each once, and before writeback() returns one fence stands behind
+/// them.
 #[test]
 fn row_10_exactly_the_dirty_lines_and_one_fence() {
     let rig = LineRig::new();
@@ -166,8 +167,8 @@ fn direct_file(bytes: u64) -> (Arc<std::fs::File>, Arc<Direct>, DirectExtents<Fi
     (file.clone(), direct.clone(), DirectExtents::new(FileExtents::new(file), direct))
 }
 
-/// Shows: what is written past the cache is what the file holds, at odd places, over holes, and behind the
-/// end; and read() sees it.
+/// Shows: what is written past the cache is what the file holds, at odd places, over holes, and
+/// behind the end; and read() sees it.
 #[test]
 fn row_13_writes_past_the_cache_land_in_the_file() {
     let (file, direct, source) = direct_file(PMD_BYTES);
@@ -197,7 +198,8 @@ fn row_13_writes_past_the_cache_land_in_the_file() {
     assert_eq!(source.file_bytes().unwrap(), PMD_BYTES + 11);
 }
 
-/// Shows: zeroing at odd places clears exactly the range, in blocks that stay, and makes none in holes.
+/// Shows: zeroing at odd places clears exactly the range, in blocks that stay, and makes none in
+/// holes.
 #[test]
 fn row_12_parts_of_pages_are_zeroed_past_the_cache() {
     use std::os::unix::fs::MetadataExt;

@@ -135,8 +135,9 @@ fn row_06_a_sparse_gibibyte_stays_sparse() {
     assert!(last.is_zero() && last.order() == Order::Pmd);
 }
 
-/// Row 12: zeroing at odd offsets clears exactly those bytes, gives whole blocks back where nobody may write,
-/// and keeps them where somebody may; on a disk, and in memory (where ZERO_RANGE is unknown).
+/// Row 12: zeroing at odd offsets clears exactly those bytes, gives whole blocks back where nobody
+/// may write, and keeps them where somebody may; on a disk, and in memory (where ZERO_RANGE is
+/// unknown).
 #[test]
 fn row_12_zeroing_a_real_file_at_odd_offsets() {
     for file in [on_disk(), tempfile::tempfile_in("/dev/shm").unwrap()] {
@@ -190,7 +191,8 @@ fn row_13_read_and_write_against_mmap() {
     }
 }
 
-/// Runs `job` in a directory that is a small ext4 of its own, in a mount namespace that nobody else sees.
+/// Runs `job` in a directory that is a small ext4 of its own, in a mount namespace that nobody else
+/// sees.
 fn on_small_ext4(name: &str, mebibytes: u64, job: fn(&Path)) {
     // SAFETY: no memory is involved; only this thread's file system view changes.
     if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
@@ -214,8 +216,8 @@ fn on_small_ext4(name: &str, mebibytes: u64, job: fn(&Path)) {
     assert!(run("umount", &[], &[&disk]), "something still holds it");
 }
 
-/// Row 16: on a real disk that fills up, write grants fail with ENOSPC, and every store under those that
-/// succeeded finds its block: no SIGBUS.
+/// Row 16: on a real disk that fills up, write grants fail with ENOSPC, and every store under those
+/// that succeeded finds its block: no SIGBUS.
 #[test]
 fn row_16_a_real_full_disk() {
     // A thread of its own: its mount namespace goes with it.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Grants that replace, split and remove others, and a front-end that refuses a step of it. (Beside the
-//! rows: the window's side of rows 8 and 9.)
+//! Grants that replace, split and remove others, and a front-end that refuses a step of it. (Beside
+//! the rows: the window's side of rows 8 and 9.)
 
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -34,8 +34,8 @@ const CHANGES: [(&str, u64, Change); 6] = [
     ("remove all", 3, |rig| rig.revoke(&[(0, 300)])),
 ];
 
-/// A refused step, in whichever position, leaves maps, grants, entries and dirt as they were; and the same
-/// change succeeds afterwards.
+/// A refused step, in whichever position, leaves maps, grants, entries and dirt as they were; and
+/// the same change succeeds afterwards.
 #[test]
 fn row_08_a_refused_step_leaves_all_as_it_was() {
     for (what, steps, change) in CHANGES {
@@ -62,7 +62,8 @@ fn row_08_a_refused_step_leaves_all_as_it_was() {
     }
 }
 
-/// Where the front-end refuses the way back, too, that is told apart, and what is left can be removed.
+/// Where the front-end refuses the way back, too, that is told apart, and what is left can be
+/// removed.
 #[test]
 fn row_08_a_refused_way_back_is_told() {
     let rig = prepared();
@@ -77,7 +78,8 @@ fn row_08_a_refused_way_back_is_told() {
     assert_eq!((rig.engine.sizes(), rig.entries()), ((0, 0), vec![]));
 }
 
-/// A grant over others: the few whole maps and unmaps that get there, and what stuck out given back.
+/// A grant over others: the few whole maps and unmaps that get there, and what stuck out given
+/// back.
 #[test]
 fn row_08_a_grant_over_others_is_planned_in_whole_maps() {
     let rig = prepared();
@@ -101,8 +103,9 @@ fn row_08_a_grant_over_others_is_planned_in_whole_maps() {
     assert_eq!(rig.dirty(), (500..700).collect::<Vec<_>>());
 }
 
-/// With the limit far below the maps that there are (other devices' came), removals, replacements and a
-/// truncation go through; only what adds maps is refused, and what stands behind it in a list is done.
+/// With the limit far below the maps that there are (other devices' came), removals, replacements
+/// and a truncation go through; only what adds maps is refused, and what stands behind it in a list
+/// is done.
 #[test]
 fn row_08_a_lowered_limit_refuses_only_what_adds_maps() {
     for most in 0..=3 {

@@ -17,8 +17,8 @@ fn resize(rig: &Rig, bytes: u64) -> Resized {
 
 const SHOWN: Resized = Resized { tail_hidden: false };
 
-/// Row 5: the window lets go of what will be behind the end before the file shrinks; entries there are gone;
-/// and what is left of a split chunk is there, and dirty under its write grant.
+/// Row 5: the window lets go of what will be behind the end before the file shrinks; entries there
+/// are gone; and what is left of a split chunk is there, and dirty under its write grant.
 #[test]
 fn row_05_truncation_under_a_live_grant() {
     let rig = Rig::new(2 * PMD_PAGES);
@@ -42,8 +42,8 @@ fn row_05_truncation_under_a_live_grant() {
     assert_eq!(rig.engine.sizes(), (0, 0));
 }
 
-/// Row 5: what a dirty chunk holds in front of the cut is flushed before its entry goes; behind it there is
-/// no memory any more.
+/// Row 5: what a dirty chunk holds in front of the cut is flushed before its entry goes; behind it
+/// there is no memory any more.
 #[test]
 fn row_05_truncation_writes_back_what_a_cut_chunk_keeps() {
     let rig = Rig::new(PMD_PAGES);
@@ -55,7 +55,8 @@ fn row_05_truncation_writes_back_what_a_cut_chunk_keeps() {
     assert_eq!(rig.flushed(), [], "a PTE has no rest");
 }
 
-/// Row 14: a live grant shows what the file has grown by, without a moment in which what was there is away.
+/// Row 14: a live grant shows what the file has grown by, without a moment in which what was there
+/// is away.
 #[test]
 fn row_14_growth_under_a_live_grant() {
     for access in [Access::Read, Access::Write] {
@@ -87,8 +88,8 @@ fn row_14_resized_by_other_hands() {
     }
 }
 
-/// Row 14: a last page that is not whole, where the front-end can't map it, is told of; it shows again
-/// as soon as it is whole.
+/// Row 14: a last page that is not whole, where the front-end can't map it, is told of; it shows
+/// again as soon as it is whole.
 #[test]
 fn row_14_a_tail_that_cannot_be_mapped_is_told_of() {
     let rig = Rig::new(4);
@@ -114,8 +115,8 @@ fn row_05_a_refused_truncation_shows_all_again() {
     assert_eq!((shown, (rig.entries(), rig.dirty())), (PMD_PAGES, before));
 }
 
-/// Row 12: whole blocks and odd ends alike are the file system's to clear: it is asked for exactly the
-/// bytes, a hole where nobody may write, and zeros that keep their blocks where somebody may.
+/// Row 12: whole blocks and odd ends alike are the file system's to clear: it is asked for exactly
+/// the bytes, a hole where nobody may write, and zeros that keep their blocks where somebody may.
 #[test]
 fn row_12_zeroing_at_odd_offsets() {
     let (from, end) = (3 * PAGE_BYTES + 5, 9 * PAGE_BYTES - 7);
@@ -146,8 +147,8 @@ fn row_12_zeroing_at_odd_offsets() {
     assert_eq!(zeroed(&rig)[0], Event::Zero { from, bytes: next - from, keep: true });
 }
 
-/// Row 12 and 5: after a punch the entries say what the file has: holes under read grants, blocks under
-/// write grants; and nothing behind the end is touched.
+/// Row 12 and 5: after a punch the entries say what the file has: holes under read grants, blocks
+/// under write grants; and nothing behind the end is touched.
 #[test]
 fn row_12_entries_follow_a_punch() {
     let rig = Rig::new(PMD_PAGES);

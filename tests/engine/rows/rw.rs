@@ -36,8 +36,8 @@ fn row_13_a_read_stops_at_eof_and_reads_holes_as_zeros() {
     assert_eq!((rig.log.take(), rig.source.allocated()), (vec![], allocated));
 }
 
-/// Row 13: a write that gives blocks to a hole makes the window show them: what stood for the hole is
-/// unmapped, and its entries become what is there now.
+/// Row 13: a write that gives blocks to a hole makes the window show them: what stood for the hole
+/// is unmapped, and its entries become what is there now.
 #[test]
 fn row_13_a_write_to_a_hole_shows_in_the_window() {
     let rig = Rig::new(2 * PMD_PAGES);
@@ -61,8 +61,8 @@ fn row_13_a_write_to_a_hole_shows_in_the_window() {
     assert!(!rig.log.take().iter().any(|event| matches!(event, Event::UnmapHole { .. })));
 }
 
-/// Row 13: a write to what nobody is granted makes no entry; its lines are written back all the same, since no
-/// entry will ever tell of them.
+/// Row 13: a write to what nobody is granted makes no entry; its lines are written back all the
+/// same, since no entry will ever tell of them.
 #[test]
 fn row_13_a_write_is_written_back_without_entries() {
     let rig = Rig::new(8);

@@ -60,7 +60,8 @@ fn names(job: impl FnOnce()) -> Vec<String> {
     record(job).into_iter().map(name).collect()
 }
 
-/// Row 17: faults of both orders, with blocks and holes, a first store and a fallback, as the kernel names them.
+/// Row 17: faults of both orders, with blocks and holes, a first store and a fallback, as the
+/// kernel names them.
 #[test]
 fn row_17_a_recorded_trace_of_faults() {
     let rig = Rig::new(PMD_PAGES + 2);

@@ -67,7 +67,8 @@ fn row_02_only_the_same_key_is_woken() {
     receive(&waiter);
 }
 
-/// Row 2: a deletion, and a split, wakes all at once: then each holds a PTE of its own, at the same time.
+/// Row 2: a deletion, and a split, wakes all at once: then each holds a PTE of its own, at the same
+/// time.
 #[test]
 fn row_02_removal_and_change_of_order_wake_all() {
     for split in [false, true] {

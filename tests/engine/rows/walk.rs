@@ -128,8 +128,8 @@ fn row_11_clean_entries_cost_nothing() {
     assert_eq!(flushes.load(SeqCst), 3);
 }
 
-/// Row 11: a writeback ends while a writer dirties new entries in front of it at every step: it writes what
-/// was dirty when it began, each once.
+/// Row 11: a writeback ends while a writer dirties new entries in front of it at every step: it
+/// writes what was dirty when it began, each once.
 #[test]
 fn row_11_a_writer_that_never_stops() {
     const BEGAN_WITH: u64 = 100;

@@ -13,8 +13,8 @@ use vhost_user_dax::dax::extent::Access;
 use super::{ALL, Rig, pmd, until};
 use crate::fakes::{Event, lock};
 
-/// Row 9: store, fsync, store, fsync: both flush, since nobody can see the second store; and there is no flush
-/// once the grant is gone, but a last one.
+/// Row 9: store, fsync, store, fsync: both flush, since nobody can see the second store; and there
+/// is no flush once the grant is gone, but a last one.
 #[test]
 fn row_09_under_a_write_grant_every_fsync_flushes() {
     let rig = Rig::new(PMD_PAGES + 1);
@@ -80,8 +80,8 @@ fn row_09_an_upgrade_sends_no_message() {
     assert_eq!((rig.entries(), rig.engine.sizes()), (before, (3, 1)));
 }
 
-/// Row 9: a grant that goes during a flush may have stored behind it: the entry is not clean by that
-/// flush, and the grant's own last flush still comes.
+/// Row 9: a grant that goes during a flush may have stored behind it: the entry is not clean by
+/// that flush, and the grant's own last flush still comes.
 #[test]
 fn row_09_a_grant_that_goes_during_a_flush() {
     let rig = Rig::new(2);
