@@ -62,10 +62,14 @@ impl Lives {
 
     /// Throws away by `clear` what was mounted before `life`, unless that is over.
     pub(crate) fn clear(&self, life: Life, clear: impl FnOnce()) {
+        let _ = self.while_current(life, clear);
+    }
+
+    /// Does `work` with no other life beginning or being thrown away meanwhile. None, and nothing is
+    /// done, if `life` is over.
+    pub(crate) fn while_current<T>(&self, life: Life, work: impl FnOnce() -> T) -> Option<T> {
         let _turn = lock(&self.turn);
-        if self.is_current(life) {
-            clear();
-        }
+        self.is_current(life).then(work)
     }
 }
 

@@ -215,7 +215,9 @@ where
             // its stores through the window it would never see.
             offered.remove(FsOptions::WRITEBACK_CACHE);
         }
-        let wanted = self.fs.init(offered)?;
+        // An INIT of an old driver that is still at it must not meet this one in the file system.
+        let wanted = self.lives.while_current(life, || self.fs.init(offered));
+        let wanted = wanted.ok_or(Errno::EIO)??;
         let supported = SUPPORTED.iter().fold(wanted.bits(), |all, one| all | one.bits());
         let enabled = capable & (supported | dax_options);
         let dax = enabled & (MAP_ALIGNMENT | HAS_INODE_DAX);
