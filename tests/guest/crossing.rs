@@ -120,13 +120,24 @@ fn storm(script: &Script, tally: &Tally) {
     }
 }
 
-/// Stops and continues the VM until it has been done `times` times or QEMU is gone; how often.
-fn pauses(vm: &mut Vm<'_>, times: usize) -> usize {
+/// Requests that a storm does at least: there are pauses until it has.
+const STORM: u64 = 100;
+
+/// Stops and continues the VM until it has been done `times` times and there was a storm, or QEMU is
+/// gone; how often.
+fn pauses(vm: &mut Vm<'_>, tally: &Tally, times: usize) -> usize {
     let pause = |vm: &mut Vm<'_>| {
         vm.qmp("stop", json!({}));
         vm.qmp("cont", json!({}));
     };
-    (0..times).find(|_| catch_unwind(AssertUnwindSafe(|| pause(vm))).is_err()).unwrap_or(times)
+    let is_over = |done: usize| {
+        done >= times && (Tally::get(&tally.done) > STORM || Tally::get(&tally.failed) > 0)
+    };
+    let mut done = 0;
+    while !is_over(done) && catch_unwind(AssertUnwindSafe(|| pause(vm))).is_ok() {
+        done += 1;
+    }
+    done
 }
 
 /// Boots a VM with the device and pauses it `times` times in the storm.
@@ -139,7 +150,7 @@ fn cross(test: &'static str, make: MakeMapper, times: usize) -> Option<(usize, T
     let began = Instant::now();
     let survived = thread::scope(|scope| {
         scope.spawn(|| storm(&script, &tally));
-        let survived = pauses(&mut vm, times);
+        let survived = pauses(&mut vm, &tally, times);
         tally.over.store(true, Ordering::Relaxed);
         survived
     });
@@ -158,9 +169,9 @@ fn cross(test: &'static str, make: MakeMapper, times: usize) -> Option<(usize, T
 #[test]
 fn stops_cross_maps() {
     let Some((survived, tally)) = cross("stops_cross_maps", OURS, 300) else { return };
-    assert_eq!(survived, 300, "QEMU died");
+    assert!(survived >= 300, "QEMU died");
     assert_eq!(Tally::get(&tally.failed), 0);
-    assert!(Tally::get(&tally.done) > 100, "there was no storm");
+    assert!(Tally::get(&tally.done) > STORM, "there was no storm");
 }
 
 /// The same without what `window/channel.rs` does: shows that the test above finds it.
