@@ -28,6 +28,12 @@ fn with(extra: &[&str]) -> FsHost {
     FsHost::with(FsOptions { extra, ..FsOptions::default() })
 }
 
+/// Whether INIT is answered.
+fn is_alive(guest: &mut FsGuest) -> bool {
+    let init = guest.send(op::INIT, 0, &abi::init(), abi::INIT_OUT);
+    answered_within(guest, init, SOON)
+}
+
 fn answered_within(guest: &mut FsGuest, pending: Pending, time: Duration) -> bool {
     let end = Instant::now() + time;
     while Instant::now() < end {
@@ -150,8 +156,7 @@ fn two_maps_on_their_way_at_a_reset() {
     std::thread::sleep(Duration::from_millis(200));
     guest.queues.iter_mut().for_each(common::queue::Queue::reset);
     guest.start();
-    let init = guest.send(op::INIT, 0, &abi::init(), abi::INIT_OUT);
-    assert!(answered_within(&mut guest, init, SOON), "the device is dead");
+    assert!(is_alive(&mut guest), "the device is dead");
 }
 
 /// The same without a second user of the host: the maps come to the window by themselves.
@@ -166,8 +171,7 @@ fn maps_on_their_way_at_a_reset() {
             let _ = guest.send_setup(*node, 0, RANGE, BOTH, i as u64 * RANGE);
         }
         guest.reset();
-        let init = guest.send(op::INIT, 0, &abi::init(), abi::INIT_OUT);
-        assert!(answered_within(&mut guest, init, SOON), "the device is dead after {round} resets");
+        assert!(is_alive(&mut guest), "the device is dead after {round} resets");
     }
 }
 
@@ -643,8 +647,7 @@ fn a_reset_in_a_pause() {
     std::thread::sleep(Duration::from_millis(300));
     guest.queues.iter_mut().for_each(common::queue::Queue::reset);
     guest.start();
-    let init = guest.send(op::INIT, 0, &abi::init(), abi::INIT_OUT);
-    assert!(answered_within(&mut guest, init, SOON), "the device is dead");
+    assert!(is_alive(&mut guest), "the device is dead");
 }
 
 /// Must hold: a descriptor table, head and reply that lie across the border of two memory regions

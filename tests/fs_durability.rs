@@ -187,23 +187,6 @@ fn an_error_of_either_open_file_is_an_error() {
     }
 }
 
-fn on_a_disk() -> FsHost {
-    FsHost::with(FsOptions { below: std::env::temp_dir(), ..FsOptions::default() })
-}
-
-/// A file of a range on a disk, granted for writing, opened for writing, stored to and settled.
-fn rig(host: &FsHost) -> (FsGuest, u64, u64) {
-    host.put("file", &vec![1; RANGE as usize]);
-    File::open(host.path("file")).unwrap().sync_all().unwrap();
-    let mut guest = host.boot();
-    let (node, fh) = guest.opened("file");
-    guest.setup(node, 0, RANGE, BOTH, 0).unwrap();
-    assert!(guest.vmm.store(0, &[2]));
-    guest.flush(node, fh).unwrap();
-    guest.fsync(node, fh).unwrap();
-    (guest, node, fh)
-}
-
 /// A medium error is ENODATA, a path error ENOLINK, a time-out ETIMEDOUT (blk_status_to_errno): who
 /// asks for it with WAIT_BEFORE is the last who is told, so it must be remembered like EIO.
 #[test]
@@ -213,8 +196,8 @@ fn a_loss_by_any_name_is_remembered() {
     }
     let mut forgotten = Vec::new();
     for errno in ["EIO", "ENODATA", "ENOLINK", "ETIMEDOUT", "EILSEQ"] {
-        let host = on_a_disk();
-        let (mut guest, node, fh) = rig(&host);
+        let host = FsHost::on_a_disk();
+        let (mut guest, node, fh) = host.boot_with_stored_file();
         assert!(guest.vmm.store(0, &[3]));
         let strace =
             Strace::attach(host.pid(), "sync_file_range", &format!("error={errno}:when=1"));
@@ -280,8 +263,8 @@ fn a_failed_sync_ends_with_the_last_close() {
     if !Strace::is_here() {
         return skip("a_failed_sync_ends_with_the_last_close", "no strace");
     }
-    let host = on_a_disk();
-    let (mut guest, node, fh) = rig(&host);
+    let host = FsHost::on_a_disk();
+    let (mut guest, node, fh) = host.boot_with_stored_file();
     assert!(guest.vmm.store(0, &[3]));
     let strace = Strace::attach(host.pid(), "fsync,fdatasync", "error=EIO:when=1");
     assert_eq!(guest.fsync(node, fh), Err(libc::EIO));

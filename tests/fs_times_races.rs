@@ -43,23 +43,6 @@ fn seen(guest: &mut FsGuest, node: u64) -> (u64, u32) {
     (u64_at(&body, 16 + 32), u32_at(&body, 16 + 52))
 }
 
-/// A file of a range on a disk, granted for writing, opened for writing, stored to and settled.
-fn rig(host: &FsHost) -> (FsGuest, u64, u64) {
-    host.put("file", &vec![1; RANGE as usize]);
-    File::open(host.path("file")).unwrap().sync_all().unwrap();
-    let mut guest = host.boot();
-    let (node, fh) = guest.opened("file");
-    guest.setup(node, 0, RANGE, BOTH, 0).unwrap();
-    assert!(guest.vmm.store(0, &[2]));
-    guest.flush(node, fh).unwrap();
-    guest.fsync(node, fh).unwrap();
-    (guest, node, fh)
-}
-
-fn on_a_disk() -> FsHost {
-    FsHost::with(FsOptions { below: std::env::temp_dir(), ..FsOptions::default() })
-}
-
 /// Another processor of the guest, which stores to the first byte of the window without a pause
 /// while `work` goes on.
 fn beside_stores<T>(guest: &mut FsGuest, work: impl FnOnce(&mut FsGuest) -> T) -> T {
@@ -92,8 +75,8 @@ fn beside_stores<T>(guest: &mut FsGuest, work: impl FnOnce(&mut FsGuest) -> T) -
 /// returned is in mtime at the next close.
 #[test]
 fn a_store_behind_utimens_that_met_stores_is_told_of() {
-    let host = on_a_disk();
-    let (mut guest, node, fh) = rig(&host);
+    let host = FsHost::on_a_disk();
+    let (mut guest, node, fh) = host.boot_with_stored_file();
     let mut stale = Vec::new();
     const ROUNDS: u32 = 50;
     for round in 0..ROUNDS {
@@ -114,8 +97,8 @@ fn a_store_behind_utimens_that_met_stores_is_told_of() {
 /// returned is in mtime at the next close.
 #[test]
 fn a_store_behind_a_close_that_met_stores_is_told_of() {
-    let host = on_a_disk();
-    let (mut guest, node, fh) = rig(&host);
+    let host = FsHost::on_a_disk();
+    let (mut guest, node, fh) = host.boot_with_stored_file();
     let mut stale = Vec::new();
     const ROUNDS: u32 = 300;
     for round in 0..ROUNDS {
@@ -146,7 +129,7 @@ fn nobody_waits_behind_a_slow_close() {
             mem_slots: false,
             ..FsOptions::default()
         });
-        let (mut guest, node, fh) = rig(&host);
+        let (mut guest, node, fh) = host.boot_with_stored_file();
         assert!(guest.vmm.store(0, &[3]));
         // The first call is the one that waits for the disk.
         let delay = "delay_enter=4000000:when=1";
@@ -171,8 +154,8 @@ fn nobody_waits_behind_a_slow_close() {
 /// Two VMs have a file mapped and open for writing, and nobody stores: its times stay.
 #[test]
 fn two_vms_that_only_look_leave_the_times() {
-    let host = on_a_disk();
-    let (mut first, node, fh) = rig(&host);
+    let host = FsHost::on_a_disk();
+    let (mut first, node, fh) = host.boot_with_stored_file();
     let shared = host.path("");
     let other = FsHost::prepared(
         FsOptions { below: std::env::temp_dir(), ..FsOptions::default() },
@@ -204,8 +187,8 @@ fn two_vms_that_only_look_leave_the_times() {
 /// At SIGTERM the mappings end, as far as the daemon is concerned: what was stored is told of.
 #[test]
 fn the_end_of_the_daemon_has_new_times() {
-    let mut host = on_a_disk();
-    let (mut guest, node, _) = rig(&host);
+    let mut host = FsHost::on_a_disk();
+    let (mut guest, node, _) = host.boot_with_stored_file();
     assert!(guest.vmm.store(0, &[3]));
     make_old(&host, "file");
     assert!(guest.vmm.store(0, &[4]));
@@ -221,8 +204,8 @@ fn a_stat_beside_a_close_has_new_times() {
     if !Strace::is_here() {
         return skip("a_stat_beside_a_close_has_new_times", "no strace");
     }
-    let host = on_a_disk();
-    let (mut guest, node, fh) = rig(&host);
+    let host = FsHost::on_a_disk();
+    let (mut guest, node, fh) = host.boot_with_stored_file();
     assert!(guest.vmm.store(0, &[3]));
     make_old(&host, "file");
     assert!(guest.vmm.store(0, &[4]));

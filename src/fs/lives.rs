@@ -60,11 +60,6 @@ impl Lives {
         self.state.fetch_update(SeqCst, SeqCst, end).ok().map(|_| next)
     }
 
-    /// Throws away by `clear` what was mounted before `life`, unless that is over.
-    pub(crate) fn clear(&self, life: Life, clear: impl FnOnce()) {
-        let _ = self.while_current(life, clear);
-    }
-
     /// Does `work` with no other life beginning or being thrown away meanwhile. None, and nothing is
     /// done, if `life` is over.
     pub(crate) fn while_current<T>(&self, life: Life, work: impl FnOnce() -> T) -> Option<T> {
@@ -95,9 +90,9 @@ mod tests {
         assert!(lives.is_mounted(second));
         let third = lives.unmount(second).unwrap();
         assert!(lives.is_current(third) && !lives.is_mounted(second) && !lives.is_mounted(third));
-        lives.clear(second, || unreachable!("it is over"));
+        assert_eq!(lives.while_current(second, || unreachable!("it is over")), None::<()>);
         let mut cleared = 0;
-        lives.clear(third, || cleared += 1);
+        assert!(lives.while_current(third, || cleared += 1).is_some());
         let fourth = lives.unmount(third).unwrap();
         assert_eq!(cleared, 1);
         lives.mount(third);

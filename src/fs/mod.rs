@@ -51,6 +51,7 @@ use crate::support::log_limit::RateLimit;
 use crate::window::{MapError, ShmemMapper, WindowBytes};
 
 use self::dax::Dax;
+use self::dax::times::Occasion;
 use self::descriptors::Descriptors;
 use self::lives::Lives;
 use self::message::Message;
@@ -447,7 +448,7 @@ impl Device for Fs {
         }
         self.pool.finish();
         if let Some(dax) = &self.dax {
-            dax.settle_all();
+            dax.settle_all(Occasion::Look);
         }
     }
 

@@ -42,7 +42,7 @@ impl RateLimit {
     }
 
     /// `Some(n)` if a line may be logged at `now`; `n` lines were held back since the last one.
-    pub(crate) fn allow(&self, now: Instant) -> Option<u64> {
+    fn allow(&self, now: Instant) -> Option<u64> {
         let mut state = lock(&self.state);
         if state.last.is_some_and(|last| now.saturating_duration_since(last) < INTERVAL) {
             state.suppressed += 1;

@@ -104,6 +104,16 @@ struct Requested {
     bases: Vec<u64>,
 }
 
+impl Requested {
+    /// Where the window would begin, unless several regions might be this map.
+    fn base(&self) -> Option<u64> {
+        match self.bases[..] {
+            [base] => Some(base),
+            _ => None,
+        }
+    }
+}
+
 /// What memory tables and answers have said of the maps of one window.
 pub(crate) struct MapLocator {
     window: WindowBytes,
@@ -181,10 +191,7 @@ impl MapLocator {
     /// What a map that was made says. Where there are several candidates for it (another device has
     /// mapped the same piece meanwhile) none is believed: the next map will tell.
     fn only_candidate(&self) -> Option<u64> {
-        self.requested.values().find_map(|requested| match requested.bases[..] {
-            [base] if requested.made => Some(base),
-            _ => None,
-        })
+        self.requested.values().filter(|requested| requested.made).find_map(Requested::base)
     }
 
     /// What a table that comes is to be looked through for.
@@ -249,14 +256,12 @@ impl MapLocator {
     /// reset followed (Q10). Only a table that came since it was made, and still holds, says
     /// otherwise.
     pub(crate) fn outlives_stop(&self) -> bool {
-        let says_so = self.only.is_some_and(|only| self.shows(&only));
-        self.made && (self.outdated || !self.told || says_so)
+        self.made && (self.outdated || !self.told || self.is_shown())
     }
 
     /// Whether a table that came since the last stop shows the only map.
     pub(crate) fn is_proved(&self) -> bool {
-        self.telling.freshness == Freshness::WholeTables
-            && self.only.is_some_and(|only| self.shows(&only))
+        self.telling.freshness == Freshness::WholeTables && self.is_shown()
     }
 
     /// Whether a map was made since the last reset.
@@ -264,16 +269,13 @@ impl MapLocator {
         self.made
     }
 
-    /// Whether a table that still holds shows `map` where it was made.
-    pub(crate) fn shows(&self, map: &WindowMap) -> bool {
+    /// Whether a table that still holds shows the only map where it was made.
+    pub(crate) fn is_shown(&self) -> bool {
+        let Some(only) = self.only.filter(|_| !self.outdated) else { return false };
         // Not answered yet, but in the table: it will be.
-        let candidate = self.requested.get(&map.at.0).and_then(|it| match it.bases[..] {
-            [base] => Some(base),
-            _ => None,
-        });
+        let candidate = self.requested.get(&only.at.0).and_then(Requested::base);
         let base = candidate.or(self.base);
-        !self.outdated
-            && base.is_some_and(|base| self.candidates.iter().any(|it| it.base(map) == Some(base)))
+        base.is_some() && self.candidates.iter().any(|it| it.base(&only) == base)
     }
 
     /// The device was stopped. A whole table does not hold over a stop: a reset may follow, and

@@ -16,6 +16,7 @@ use vhost::vhost_user::VhostUserProtocolFeatures;
 use super::driver::DriverOptions;
 use super::eventually;
 use super::fuse::FsGuest;
+use super::fuse_abi::{MAP_READ, MAP_WRITE};
 use super::memory::guest_ram_with;
 use super::queue::{QUEUE_BYTES, Queue};
 use super::strict_vmm::{StrictVmm, VmmOptions};
@@ -129,6 +130,25 @@ impl FsHost {
         Self::prepared(options, |command| {
             command.args(more);
         })
+    }
+
+    /// A daemon whose share is on the disk of TMPDIR.
+    pub fn on_a_disk() -> Self {
+        Self::with(FsOptions { below: std::env::temp_dir(), ..FsOptions::default() })
+    }
+
+    /// Boots a guest that has a file of one range granted for writing, open for writing, stored to, and
+    /// settled: the guest, the file's number and its handle.
+    pub fn boot_with_stored_file(&self) -> (FsGuest, u64, u64) {
+        self.put("file", &vec![1; RANGE as usize]);
+        fs::File::open(self.path("file")).unwrap().sync_all().unwrap();
+        let mut guest = self.boot();
+        let (node, fh) = guest.opened("file");
+        guest.setup(node, 0, RANGE, MAP_READ | MAP_WRITE, 0).unwrap();
+        assert!(guest.vmm.store(0, &[2]));
+        guest.flush(node, fh).unwrap();
+        guest.fsync(node, fh).unwrap();
+        (guest, node, fh)
     }
 
     /// A daemon whose start something is done to.

@@ -227,9 +227,7 @@ impl Dax {
         take_away();
         self.removed(&written);
         // A driver that begins anew waits for this.
-        for node in self.nodes.all() {
-            node.times.settle(&self.engine, &node.space, Occasion::End);
-        }
+        self.settle_all(Occasion::End);
     }
 
     /// Looks whether anything was stored to what was granted, and is not any more.
@@ -269,13 +267,13 @@ impl Dax {
         // Of two files on two devices both are settled, which does no harm.
         let nodes = self.nodes.of_inode(nodeid, ino);
         nodes.iter().for_each(settle);
-        nodes.iter().any(|node| node.times.may_be_stored_to())
+        nodes.iter().any(|node| node.times.is_watched())
     }
 
     /// Settles the times of all files.
-    pub(crate) fn settle_all(&self) {
+    pub(crate) fn settle_all(&self, occasion: Occasion) {
         for node in self.nodes.all() {
-            node.times.settle(&self.engine, &node.space, Occasion::Look);
+            node.times.settle(&self.engine, &node.space, occasion);
         }
     }
 

@@ -116,7 +116,8 @@ impl Times {
         }
     }
 
-    fn is_watched(&self) -> bool {
+    /// Whether the guest may store to the file, or has stored to it since its times were settled.
+    pub(crate) fn is_watched(&self) -> bool {
         self.watched.load(Ordering::SeqCst)
     }
 
@@ -154,15 +155,10 @@ impl Times {
         }
     }
 
-    /// Settles the times. What the file is like then, if they have become new.
-    pub(crate) fn settle(
-        &self,
-        engine: &Engine,
-        space: &Space,
-        occasion: Occasion,
-    ) -> Option<Metadata> {
+    /// Settles the times.
+    pub(crate) fn settle(&self, engine: &Engine, space: &Space, occasion: Occasion) {
         if !self.is_watched() {
-            return None;
+            return;
         }
         let seen = match occasion {
             Occasion::Look => self.seen.take_within(LOOK_WAIT),
@@ -172,17 +168,11 @@ impl Times {
                 Some(self.seen.take())
             }
         };
-        let Some(mut seen) = seen else {
+        match seen {
+            Some(mut seen) => self.settle_now(&mut seen, engine, space, occasion),
             // Whoever has it may have looked before the last store.
-            self.stored.store(true, Ordering::SeqCst);
-            return None;
-        };
-        self.settle_now(&mut seen, engine, space, occasion)
-    }
-
-    /// Whether the guest may store to the file.
-    pub(crate) fn may_be_stored_to(&self) -> bool {
-        self.is_watched()
+            None => self.stored.store(true, Ordering::SeqCst),
+        }
     }
 
     /// Lets `change` change attributes of the file, mtime among them if it is `given`.
@@ -228,24 +218,23 @@ impl Times {
         engine: &Engine,
         space: &Space,
         occasion: Occasion,
-    ) -> Option<Metadata> {
+    ) {
         // Before the pages are looked up: a grant that comes meanwhile is the next one's.
         let granted = self.stored.swap(false, Ordering::SeqCst);
         let written = space.written();
         seen.unseen |= granted && self.in_memory;
         let unseen = seen.unseen && occasion == Occasion::Close;
         if !(granted || unseen || self.is_stored(seen, &written, occasion)) {
-            return None;
+            return;
         }
         self.clean(engine, space, &written);
         if occasion == Occasion::Given {
-            return None;
+            return;
         }
         // Behind the write-out: a store that came before it is older than the new times.
-        let found = self.renew(seen);
+        self.renew(seen);
         // What was stored meanwhile has moved mtime on from what is remembered.
         self.clean(engine, space, &written);
-        found
     }
 
     /// Whether something was stored since the times were settled, as far as can be told, that mtime
@@ -301,13 +290,12 @@ impl Times {
     /// Waits until no page is under writeback: a write-out leaves those out. Nobody else waits
     /// meanwhile.
     fn wait_for_writeback(&self, engine: &Engine, space: &Space) {
-        for Bytes { from, bytes } in self.written_out(space) {
+        if self.in_memory {
+            return;
+        }
+        for Bytes { from, bytes } in space.written() {
             self.note(engine, space, wait_for_writeback(&self.file, from.0, bytes));
         }
-    }
-
-    fn written_out(&self, space: &Space) -> Vec<Bytes> {
-        if self.in_memory { Vec::new() } else { space.written() }
     }
 
     /// Writes the dirty pages out, so that the next store to each is seen.
@@ -337,13 +325,11 @@ impl Times {
         }
     }
 
-    fn remember(&self, seen: &mut Seen) -> Option<Metadata> {
-        let found = self.file.metadata().ok();
-        seen.times = found.as_ref().map(stamps);
+    fn remember(&self, seen: &mut Seen) {
+        seen.times = self.file.metadata().ok().as_ref().map(stamps);
         seen.moved = false;
         // A store that met the write-out may have left its page dirty.
         seen.left = true;
-        found
     }
 
     /// The daemon itself has changed the file's bytes, and not by a system call.
@@ -353,29 +339,27 @@ impl Times {
         }
     }
 
-    /// Sets mtime and ctime to now, and remembers them. What the file is like then.
-    fn renew(&self, seen: &mut Seen) -> Option<Metadata> {
+    /// Sets mtime and ctime to now, and remembers them.
+    fn renew(&self, seen: &mut Seen) {
         self.touch();
-        let found = self.remember(seen);
+        self.remember(seen);
         if seen.fine.is_some() || self.in_memory {
-            return found;
+            return;
         }
         // Tried once for each file: more changes than there can be ticks.
         let began = Instant::now();
-        let mut last = found;
         for _ in 0..MORE_THAN_TICKS {
             let before = seen.times;
             self.touch();
-            last = self.remember(seen);
+            self.remember(seen);
             if seen.times <= before {
                 seen.fine = Some(false);
-                return last;
+                return;
             }
         }
         if began.elapsed() < TICK {
             seen.fine = Some(true);
         }
-        last
     }
 
     fn set_now(&self) -> io::Result<()> {

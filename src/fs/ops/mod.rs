@@ -250,7 +250,7 @@ where
             // It may take a disk's time, and so more than the driver's.
             dax.release_all(|| self.lives.is_current(life));
         }
-        self.lives.clear(life, || {
+        self.lives.while_current(life, || {
             if let Some(dax) = &self.dax {
                 dax.clear_nodes();
             }
@@ -505,7 +505,7 @@ where
 
     fn syncfs(&self, ctx: Context, nodeid: u64) -> io::Result<()> {
         if let Some(dax) = &self.dax {
-            dax.settle_all();
+            dax.settle_all(Occasion::Look);
             dax.sync_all()?;
         }
         self.fs.syncfs(ctx, nodeid)
