@@ -25,7 +25,7 @@ const BOTH: u64 = MAP_READ | MAP_WRITE;
 const OLD: u64 = 1000;
 
 /// A file of four ranges, the first two granted for writing, opened for writing.
-struct Rig {
+struct Fixture {
     guest: FsGuest,
     host: FsHost,
     node: u64,
@@ -35,7 +35,7 @@ struct Rig {
     bytes: usize,
 }
 
-impl Rig {
+impl Fixture {
     fn new(below: PathBuf, in_memory: bool, bytes: usize) -> Self {
         // A reset with live maps is QEMU's death if its memory table has slots (Q12).
         let host = FsHost::with(FsOptions { below, mem_slots: false, ..FsOptions::default() });
@@ -101,15 +101,15 @@ impl Rig {
 }
 
 /// Runs a case with stores of 4 KiB and 2 MiB, on a disk and in memory.
-fn everywhere(case: impl Fn(&mut Rig)) {
+fn everywhere(case: impl Fn(&mut Fixture)) {
     for (below, in_memory) in [(std::env::temp_dir(), false), ("/dev/shm".into(), true)] {
         let is_memory = below.starts_with("/dev/shm");
         if is_memory != in_memory {
             continue; // The whole suite in memory: once will do.
         }
         for bytes in [4096, RANGE as usize] {
-            let mut rig = Rig::new(below.clone(), in_memory, bytes);
-            case(&mut rig);
+            let mut fixture = Fixture::new(below.clone(), in_memory, bytes);
+            case(&mut fixture);
         }
     }
 }
@@ -118,25 +118,25 @@ fn everywhere(case: impl Fn(&mut Rig)) {
 /// when FLUSH or FSYNC returns.
 #[test]
 fn a_close_and_a_sync_have_new_times() {
-    everywhere(|rig| {
+    everywhere(|fixture| {
         for way in 0..3 {
-            let before = rig.times();
-            rig.store();
-            rig.flush();
-            let first = rig.times();
+            let before = fixture.times();
+            fixture.store();
+            fixture.flush();
+            let first = fixture.times();
             assert!(first > before && first[1] > before[1], "the first store: {before:?}");
-            rig.store_to_dirty();
-            let before = rig.times();
+            fixture.store_to_dirty();
+            let before = fixture.times();
             match way {
-                0 => rig.flush(),
-                1 => rig.guest.fsync(rig.node, rig.fh).unwrap(),
+                0 => fixture.flush(),
+                1 => fixture.guest.fsync(fixture.node, fixture.fh).unwrap(),
                 _ => {
-                    let datasync = abi::fsync(rig.fh, true);
-                    rig.guest.call(op::FSYNC, rig.node, &datasync, 0).unwrap();
+                    let datasync = abi::fsync(fixture.fh, true);
+                    fixture.guest.call(op::FSYNC, fixture.node, &datasync, 0).unwrap();
                 }
             }
-            let after = rig.times();
-            assert!(!rig.is_old() && after[1] > before[1], "way {way}: {before:?}, {after:?}");
+            let after = fixture.times();
+            assert!(!fixture.is_old() && after[1] > before[1], "way {way}: {before:?}, {after:?}");
         }
     });
 }
@@ -144,53 +144,55 @@ fn a_close_and_a_sync_have_new_times() {
 /// Shows: a store is told of though the host's kernel has made its page clean before the close.
 #[test]
 fn a_store_that_was_written_back_is_told_of() {
-    everywhere(|rig| {
-        rig.store();
-        rig.flush();
-        let before = rig.times();
-        rig.store();
-        File::open(rig.host.path("file")).unwrap().sync_all().unwrap();
-        rig.flush();
-        assert!(rig.times()[0] > before[0]);
+    everywhere(|fixture| {
+        fixture.store();
+        fixture.flush();
+        let before = fixture.times();
+        fixture.store();
+        File::open(fixture.host.path("file")).unwrap().sync_all().unwrap();
+        fixture.flush();
+        assert!(fixture.times()[0] > before[0]);
         // And one to a page that was made clean so.
-        rig.make_old();
-        rig.store();
-        rig.flush();
-        assert!(!rig.is_old());
+        fixture.make_old();
+        fixture.store();
+        fixture.flush();
+        assert!(!fixture.is_old());
     });
 }
 
 /// Shows: a stat tells of what was stored, once: the next one has the same times.
 #[test]
 fn a_stat_has_new_times_once() {
-    everywhere(|rig| {
-        rig.store();
-        let first = rig.seen();
-        assert!(first.0 > OLD && rig.seen() == first);
-        assert_eq!(rig.guest.node("file"), rig.node);
-        assert_eq!(rig.seen(), first);
-        if rig.in_memory {
+    everywhere(|fixture| {
+        fixture.store();
+        let first = fixture.seen();
+        assert!(first.0 > OLD && fixture.seen() == first);
+        assert_eq!(fixture.guest.node("file"), fixture.node);
+        assert_eq!(fixture.seen(), first);
+        if fixture.in_memory {
             return; // What meets a dirty page is seen at the next close.
         }
         // A stat sends pages to the disk, and what is stored to one that is on its way is told of
         // twice.
-        let at_rest = |rig: &mut Rig| rig.guest.fsync(rig.node, rig.fh).unwrap();
-        at_rest(rig);
-        rig.store_to_dirty();
-        let second = rig.seen();
-        assert!(second > first && rig.seen() == second, "{first:?}, {second:?}");
-        at_rest(rig);
-        rig.store_to_dirty();
-        let body = rig.guest.call(op::LOOKUP, abi::ROOT, &Arg::new().name("file"), abi::ENTRY_OUT);
+        let at_rest =
+            |fixture: &mut Fixture| fixture.guest.fsync(fixture.node, fixture.fh).unwrap();
+        at_rest(fixture);
+        fixture.store_to_dirty();
+        let second = fixture.seen();
+        assert!(second > first && fixture.seen() == second, "{first:?}, {second:?}");
+        at_rest(fixture);
+        fixture.store_to_dirty();
+        let body =
+            fixture.guest.call(op::LOOKUP, abi::ROOT, &Arg::new().name("file"), abi::ENTRY_OUT);
         assert!(u64_at(&body.unwrap(), 40 + 32) > OLD, "LOOKUP");
-        at_rest(rig);
-        rig.store_to_dirty();
-        rig.guest.names().unwrap();
-        assert!(!rig.is_old(), "READDIRPLUS");
-        at_rest(rig);
-        let third = rig.seen();
-        rig.flush();
-        assert_eq!(rig.seen(), third, "a close behind the stat");
+        at_rest(fixture);
+        fixture.store_to_dirty();
+        fixture.guest.names().unwrap();
+        assert!(!fixture.is_old(), "READDIRPLUS");
+        at_rest(fixture);
+        let third = fixture.seen();
+        fixture.flush();
+        assert_eq!(fixture.seen(), third, "a close behind the stat");
     });
 }
 
@@ -198,41 +200,41 @@ fn a_stat_has_new_times_once() {
 /// its times.
 #[test]
 fn an_unwritten_file_keeps_its_times() {
-    everywhere(|rig| {
-        rig.store();
-        rig.close();
-        rig.make_old();
+    everywhere(|fixture| {
+        fixture.store();
+        fixture.close();
+        fixture.make_old();
         // For reading: nobody has it open for writing.
-        let reader = rig.guest.open(rig.node, libc::O_RDONLY).unwrap();
-        assert_eq!(rig.seen(), (OLD, 0));
-        rig.guest.flush(rig.node, reader).unwrap();
-        rig.guest.fsync(rig.node, reader).unwrap();
-        rig.guest.release(rig.node, reader).unwrap();
-        assert!(rig.is_old(), "read");
+        let reader = fixture.guest.open(fixture.node, libc::O_RDONLY).unwrap();
+        assert_eq!(fixture.seen(), (OLD, 0));
+        fixture.guest.flush(fixture.node, reader).unwrap();
+        fixture.guest.fsync(fixture.node, reader).unwrap();
+        fixture.guest.release(fixture.node, reader).unwrap();
+        assert!(fixture.is_old(), "read");
         // The host writes to it, and sets its times.
-        rig.host.put("other", b"");
+        fixture.host.put("other", b"");
         File::options()
             .write(true)
-            .open(rig.host.path("file"))
+            .open(fixture.host.path("file"))
             .unwrap()
             .set_len(3 * RANGE)
             .unwrap();
-        rig.make_old();
-        if rig.in_memory {
+        fixture.make_old();
+        if fixture.in_memory {
             return; // There is no way to tell.
         }
         for _ in 0..2 {
-            rig.open();
-            rig.seen();
-            rig.guest.fsync(rig.node, rig.fh).unwrap();
-            rig.close();
-            assert!(rig.is_old(), "opened for writing");
+            fixture.open();
+            fixture.seen();
+            fixture.guest.fsync(fixture.node, fixture.fh).unwrap();
+            fixture.close();
+            assert!(fixture.is_old(), "opened for writing");
         }
-        rig.open();
-        rig.guest.remove(&[(0, RANGE)]).unwrap();
-        rig.guest.remove(&[(RANGE, RANGE)]).unwrap();
-        rig.close();
-        assert!(rig.is_old(), "not granted any more");
+        fixture.open();
+        fixture.guest.remove(&[(0, RANGE)]).unwrap();
+        fixture.guest.remove(&[(RANGE, RANGE)]).unwrap();
+        fixture.close();
+        assert!(fixture.is_old(), "not granted any more");
     });
 }
 
@@ -240,31 +242,31 @@ fn an_unwritten_file_keeps_its_times() {
 /// whatever else is changed then, and though the range is taken back. A later store counts again.
 #[test]
 fn a_time_that_the_guest_sets_stays() {
-    everywhere(|rig| {
+    everywhere(|fixture| {
         for _ in 0..2 {
-            rig.store();
-            rig.set(&abi::set_mtime(OLD));
-            rig.flush();
-            assert!(rig.is_old(), "a close");
-            rig.set(&abi::set_mode(0o640));
-            rig.guest.rename("file", "file.new").unwrap();
-            rig.guest.rename("file.new", "file").unwrap();
-            rig.guest.fsync(rig.node, rig.fh).unwrap();
-            assert_eq!(rig.seen(), (OLD, 0));
-            rig.guest.remove(&[(RANGE, RANGE)]).unwrap();
-            rig.close();
-            assert!(rig.is_old(), "chmod, rename, fsync, REMOVEMAPPING, close");
-            rig.open();
-            rig.guest.setup(rig.node, RANGE, RANGE, BOTH, RANGE).unwrap();
-            rig.set(&abi::set_mtime(OLD));
-            if rig.in_memory {
+            fixture.store();
+            fixture.set(&abi::set_mtime(OLD));
+            fixture.flush();
+            assert!(fixture.is_old(), "a close");
+            fixture.set(&abi::set_mode(0o640));
+            fixture.guest.rename("file", "file.new").unwrap();
+            fixture.guest.rename("file.new", "file").unwrap();
+            fixture.guest.fsync(fixture.node, fixture.fh).unwrap();
+            assert_eq!(fixture.seen(), (OLD, 0));
+            fixture.guest.remove(&[(RANGE, RANGE)]).unwrap();
+            fixture.close();
+            assert!(fixture.is_old(), "chmod, rename, fsync, REMOVEMAPPING, close");
+            fixture.open();
+            fixture.guest.setup(fixture.node, RANGE, RANGE, BOTH, RANGE).unwrap();
+            fixture.set(&abi::set_mtime(OLD));
+            if fixture.in_memory {
                 // Only an open, or a grant, tells of stores to come.
-                rig.close();
-                rig.open();
+                fixture.close();
+                fixture.open();
             }
-            rig.store();
-            rig.flush();
-            assert!(!rig.is_old(), "a store behind it");
+            fixture.store();
+            fixture.flush();
+            assert!(!fixture.is_old(), "a store behind it");
         }
     });
 }
@@ -272,18 +274,18 @@ fn a_time_that_the_guest_sets_stays() {
 /// Shows: a change of other attributes does not hide what was stored before it.
 #[test]
 fn a_chmod_behind_a_store_has_new_times() {
-    everywhere(|rig| {
-        if rig.in_memory {
+    everywhere(|fixture| {
+        if fixture.in_memory {
             return;
         }
-        rig.store_to_dirty();
-        rig.set(&abi::set_mode(0o600));
-        assert!(!rig.is_old());
-        rig.store();
-        rig.make_old();
-        rig.set(&abi::set_mode(0o640));
-        rig.flush();
-        assert!(!rig.is_old());
+        fixture.store_to_dirty();
+        fixture.set(&abi::set_mode(0o600));
+        assert!(!fixture.is_old());
+        fixture.store();
+        fixture.make_old();
+        fixture.set(&abi::set_mode(0o640));
+        fixture.flush();
+        assert!(!fixture.is_old());
     });
 }
 
@@ -291,26 +293,26 @@ fn a_chmod_behind_a_store_has_new_times() {
 /// and when the guest unmounts, begins anew, or ends.
 #[test]
 fn the_end_of_a_grant_has_new_times() {
-    everywhere(|rig| {
-        rig.store_to_dirty();
-        rig.guest.remove(&[(0, RANGE)]).unwrap();
-        rig.flush();
-        assert!(!rig.is_old(), "one of two");
-        assert!(rig.guest.vmm.store(RANGE, &[1]));
-        rig.make_old();
-        assert!(rig.guest.vmm.store(RANGE, &[2]));
-        rig.guest.remove(&[(RANGE, RANGE)]).unwrap();
-        assert!(!rig.is_old(), "the last one");
-        rig.guest.setup(rig.node, 0, RANGE, BOTH, 0).unwrap();
-        rig.store_to_dirty();
-        rig.guest.init();
-        assert!(!rig.is_old(), "INIT");
+    everywhere(|fixture| {
+        fixture.store_to_dirty();
+        fixture.guest.remove(&[(0, RANGE)]).unwrap();
+        fixture.flush();
+        assert!(!fixture.is_old(), "one of two");
+        assert!(fixture.guest.vmm.store(RANGE, &[1]));
+        fixture.make_old();
+        assert!(fixture.guest.vmm.store(RANGE, &[2]));
+        fixture.guest.remove(&[(RANGE, RANGE)]).unwrap();
+        assert!(!fixture.is_old(), "the last one");
+        fixture.guest.setup(fixture.node, 0, RANGE, BOTH, 0).unwrap();
+        fixture.store_to_dirty();
+        fixture.guest.init();
+        assert!(!fixture.is_old(), "INIT");
     });
-    everywhere(|rig| {
-        rig.store_to_dirty();
-        rig.guest.reset();
-        rig.guest.init();
-        assert!(!rig.is_old(), "a reset");
+    everywhere(|fixture| {
+        fixture.store_to_dirty();
+        fixture.guest.reset();
+        fixture.guest.init();
+        assert!(!fixture.is_old(), "a reset");
     });
 }
 
@@ -318,9 +320,9 @@ fn the_end_of_a_grant_has_new_times() {
 #[test]
 fn the_end_of_the_vm_has_new_times() {
     for below in [std::env::temp_dir(), "/dev/shm".into()] {
-        let mut rig = Rig::new(below, false, 4096);
-        rig.store_to_dirty();
-        let Rig { guest, mut host, .. } = rig;
+        let mut fixture = Fixture::new(below, false, 4096);
+        fixture.store_to_dirty();
+        let Fixture { guest, mut host, .. } = fixture;
         guest.kill();
         host.wait_end();
         let found = fs::metadata(host.path("file")).unwrap();
@@ -332,23 +334,23 @@ fn the_end_of_the_vm_has_new_times() {
 /// more; a store by mmap behind the last FLUSH is told of by RELEASE.
 #[test]
 fn two_handles() {
-    everywhere(|rig| {
-        let first = rig.fh;
-        rig.open();
-        rig.store_to_dirty();
-        rig.guest.flush(rig.node, first).unwrap();
-        assert!(!rig.is_old());
-        let before = rig.times();
-        rig.guest.release(rig.node, first).unwrap();
-        assert_eq!(rig.times(), before, "RELEASE behind FLUSH");
-        if rig.in_memory {
+    everywhere(|fixture| {
+        let first = fixture.fh;
+        fixture.open();
+        fixture.store_to_dirty();
+        fixture.guest.flush(fixture.node, first).unwrap();
+        assert!(!fixture.is_old());
+        let before = fixture.times();
+        fixture.guest.release(fixture.node, first).unwrap();
+        assert_eq!(fixture.times(), before, "RELEASE behind FLUSH");
+        if fixture.in_memory {
             return; // Each close of a file that is open for writing counts.
         }
-        rig.flush();
-        assert_eq!(rig.times(), before, "nothing was stored");
-        rig.store_to_dirty();
-        rig.guest.release(rig.node, rig.fh).unwrap();
-        assert!(!rig.is_old(), "RELEASE");
+        fixture.flush();
+        assert_eq!(fixture.times(), before, "nothing was stored");
+        fixture.store_to_dirty();
+        fixture.guest.release(fixture.node, fixture.fh).unwrap();
+        assert!(!fixture.is_old(), "RELEASE");
     });
 }
 

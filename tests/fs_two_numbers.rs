@@ -32,13 +32,13 @@ fn host(options: FsOptions) -> Option<FsHost> {
 }
 
 /// A guest, and the directories by which it gets to a file.
-struct Rig {
+struct Fixture {
     host: FsHost,
     guest: FsGuest,
     dirs: [u64; 2],
 }
 
-impl Rig {
+impl Fixture {
     fn new(options: FsOptions) -> Option<Self> {
         let host = host(options)?;
         let mut guest = host.boot();
@@ -72,71 +72,75 @@ impl Rig {
 
 /// A change of a file by one of its numbers; what errno the file system may answer with where it
 /// can't do that; and how long the file is then.
-type Change = (&'static str, fn(&mut Rig, u64, &str) -> Result<(), i32>, u64);
+type Change = (&'static str, fn(&mut Fixture, u64, &str) -> Result<(), i32>, u64);
 
 const CHANGES: [Change; 9] = [
-    ("SETATTR", |rig, node, _| rig.guest.set_size(node, 5000).map(drop), 5000),
+    ("SETATTR", |fixture, node, _| fixture.guest.set_size(node, 5000).map(drop), 5000),
     (
         "SETATTR with a handle",
-        |rig, node, _| {
-            let fh = rig.guest.open(node, libc::O_RDWR)?;
+        |fixture, node, _| {
+            let fh = fixture.guest.open(node, libc::O_RDWR)?;
             // FATTR_SIZE and FATTR_FH.
             let arg = abi::Arg::new().u32s(&[1 << 3 | 1 << 6, 0]).u64s(&[fh, 5000, 0, 0, 0, 0]);
-            rig.guest.call(op::SETATTR, node, &arg.u32s(&[0; 8]), abi::ATTR_OUT).map(drop)
+            fixture.guest.call(op::SETATTR, node, &arg.u32s(&[0; 8]), abi::ATTR_OUT).map(drop)
         },
         5000,
     ),
-    ("OPEN", |rig, node, _| rig.guest.open(node, libc::O_RDWR | libc::O_TRUNC).map(drop), 0),
+    (
+        "OPEN",
+        |fixture, node, _| fixture.guest.open(node, libc::O_RDWR | libc::O_TRUNC).map(drop),
+        0,
+    ),
     (
         "CREATE",
-        |rig, _, name| {
+        |fixture, _, name| {
             let flags = libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC;
             let (arg, out) = (abi::create(name, flags, 0o644), abi::ENTRY_OUT + abi::OPEN_OUT);
-            rig.guest.call(op::CREATE, rig.dirs[1], &arg, out).map(drop)
+            fixture.guest.call(op::CREATE, fixture.dirs[1], &arg, out).map(drop)
         },
         0,
     ),
     (
         "COLLAPSE_RANGE",
-        |rig, node, _| {
-            let fh = rig.guest.open(node, libc::O_RDWR)?;
-            rig.guest.fallocate(node, fh, 0, BYTES / 2, libc::FALLOC_FL_COLLAPSE_RANGE)
+        |fixture, node, _| {
+            let fh = fixture.guest.open(node, libc::O_RDWR)?;
+            fixture.guest.fallocate(node, fh, 0, BYTES / 2, libc::FALLOC_FL_COLLAPSE_RANGE)
         },
         BYTES / 2,
     ),
     (
         "PUNCH_HOLE",
-        |rig, node, _| {
-            let fh = rig.guest.open(node, libc::O_RDWR)?;
+        |fixture, node, _| {
+            let fh = fixture.guest.open(node, libc::O_RDWR)?;
             let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-            rig.guest.fallocate(node, fh, 0, BYTES, mode)
+            fixture.guest.fallocate(node, fh, 0, BYTES, mode)
         },
         BYTES,
     ),
     (
         "WRITE",
-        |rig, node, _| {
-            let fh = rig.guest.open(node, libc::O_RDWR)?;
-            rig.guest.write(node, fh, BYTES - 100, b"w").map(drop)
+        |fixture, node, _| {
+            let fh = fixture.guest.open(node, libc::O_RDWR)?;
+            fixture.guest.write(node, fh, BYTES - 100, b"w").map(drop)
         },
         BYTES,
     ),
     (
         "COPY_FILE_RANGE",
-        |rig, node, _| {
-            let fh = rig.guest.open(node, libc::O_RDWR)?;
-            let (from, from_fh) = rig.guest.create("source")?;
-            rig.guest.write(from, from_fh, 0, &[7; 5000])?;
+        |fixture, node, _| {
+            let fh = fixture.guest.open(node, libc::O_RDWR)?;
+            let (from, from_fh) = fixture.guest.create("source")?;
+            fixture.guest.write(from, from_fh, 0, &[7; 5000])?;
             let arg = abi::copy_file_range((from_fh, 0), (node, fh, 0), 5000);
-            rig.guest.call(op::COPY_FILE_RANGE, from, &arg, 8).map(drop)
+            fixture.guest.call(op::COPY_FILE_RANGE, from, &arg, 8).map(drop)
         },
         BYTES,
     ),
     (
         "FSYNC",
-        |rig, node, _| {
-            let fh = rig.guest.open(node, libc::O_RDWR)?;
-            rig.guest.fsync(node, fh)
+        |fixture, node, _| {
+            let fh = fixture.guest.open(node, libc::O_RDWR)?;
+            fixture.guest.fsync(node, fh)
         },
         BYTES,
     ),
@@ -147,38 +151,38 @@ const CHANGES: [Change; 9] = [
 /// blocks.
 #[test]
 fn a_change_by_the_other_number() {
-    let Some(mut rig) = Rig::new(FsOptions::default()) else { return };
+    let Some(mut fixture) = Fixture::new(FsOptions::default()) else { return };
     for (i, (what, change, bytes)) in CHANGES.into_iter().enumerate() {
         for mapped_by in [0, 1] {
             let name = format!("file{i}-{mapped_by}");
-            let (real, numbers) = rig.file(&name);
-            rig.guest.setup(numbers[mapped_by], 0, BYTES, BOTH, 0).unwrap();
+            let (real, numbers) = fixture.file(&name);
+            fixture.guest.setup(numbers[mapped_by], 0, BYTES, BOTH, 0).unwrap();
             let other = if what == "CREATE" { 1 } else { 1 - mapped_by };
-            match change(&mut rig, numbers[other], &name) {
+            match change(&mut fixture, numbers[other], &name) {
                 Ok(()) => {}
                 Err(libc::EOPNOTSUPP) if what == "COLLAPSE_RANGE" => continue,
                 Err(errno) => panic!("{what}: errno {errno}"),
             }
             let found = real.metadata().unwrap();
             assert_eq!(found.len(), bytes, "{what}");
-            assert!(rig.is_shown_to(0, bytes, RANGE), "{what}: {bytes} bytes");
+            assert!(fixture.is_shown_to(0, bytes, RANGE), "{what}: {bytes} bytes");
             assert!(found.blocks() * 512 >= bytes, "{what}: {} blocks", found.blocks());
-            rig.guest.remove(&[(0, BYTES)]).unwrap();
+            fixture.guest.remove(&[(0, BYTES)]).unwrap();
         }
     }
-    rig.guest.vmm.check();
-    assert_eq!(rig.guest.vmm.refused(), [""; 0]);
+    fixture.guest.vmm.check();
+    assert_eq!(fixture.guest.vmm.refused(), [""; 0]);
 }
 
 /// Shows: a truncation by the other number lets go of the window first: where the front-end keeps
 /// the map, the file stays as long as it was.
 #[test]
 fn a_truncation_by_the_other_number_waits_for_the_window() {
-    let Some(mut rig) = Rig::new(FsOptions::default()) else { return };
-    let (real, [one, other]) = rig.file("file");
-    rig.guest.setup(one, 0, BYTES, BOTH, 0).unwrap();
-    rig.guest.vmm.refuse_maps(true);
-    assert!(rig.guest.set_size(other, 5000).is_err(), "what is left of the map is refused");
+    let Some(mut fixture) = Fixture::new(FsOptions::default()) else { return };
+    let (real, [one, other]) = fixture.file("file");
+    fixture.guest.setup(one, 0, BYTES, BOTH, 0).unwrap();
+    fixture.guest.vmm.refuse_maps(true);
+    assert!(fixture.guest.set_size(other, 5000).is_err(), "what is left of the map is refused");
     assert_eq!(real.metadata().unwrap().len(), BYTES);
 }
 
@@ -186,12 +190,12 @@ fn a_truncation_by_the_other_number_waits_for_the_window() {
 /// answered.
 #[test]
 fn growth_by_the_other_number_has_blocks() {
-    let Some(mut rig) = Rig::new(FsOptions::default()) else { return };
-    let (real, [one, other]) = rig.file("file");
+    let Some(mut fixture) = Fixture::new(FsOptions::default()) else { return };
+    let (real, [one, other]) = fixture.file("file");
     real.set_len(100).unwrap();
-    rig.guest.setup(one, 0, RANGE, BOTH, 0).unwrap();
-    rig.guest.set_size(other, RANGE).unwrap();
-    assert!(rig.is_shown_to(0, RANGE, RANGE));
+    fixture.guest.setup(one, 0, RANGE, BOTH, 0).unwrap();
+    fixture.guest.set_size(other, RANGE).unwrap();
+    assert!(fixture.is_shown_to(0, RANGE, RANGE));
     assert!(real.metadata().unwrap().blocks() * 512 >= RANGE);
 }
 
@@ -199,47 +203,48 @@ fn growth_by_the_other_number_has_blocks() {
 /// of one address space: a change by either clips both maps.
 #[test]
 fn one_number_goes_then_the_other() {
-    let Some(mut rig) = Rig::new(FsOptions::default()) else { return };
+    let Some(mut fixture) = Fixture::new(FsOptions::default()) else { return };
     for (round, first) in [0, 1, 0, 1].into_iter().enumerate() {
-        let (_, numbers) = rig.file(&format!("file{round}"));
+        let (_, numbers) = fixture.file(&format!("file{round}"));
         let at = |i: usize| i as u64 * BYTES;
-        (0..2).for_each(|i| rig.guest.setup(numbers[i], 0, BYTES, BOTH, at(i)).unwrap());
+        (0..2).for_each(|i| fixture.guest.setup(numbers[i], 0, BYTES, BOTH, at(i)).unwrap());
         if round < 2 {
-            rig.guest.remove(&[(0, 2 * BYTES)]).unwrap();
+            fixture.guest.remove(&[(0, 2 * BYTES)]).unwrap();
         } else {
-            rig.guest.remove(&[(at(first), BYTES)]).unwrap();
-            rig.guest.remove(&[(at(1 - first), BYTES)]).unwrap();
+            fixture.guest.remove(&[(at(first), BYTES)]).unwrap();
+            fixture.guest.remove(&[(at(1 - first), BYTES)]).unwrap();
         }
-        (0..2).for_each(|i| rig.guest.setup(numbers[i], 0, BYTES, BOTH, at(i)).unwrap());
-        rig.guest.set_size(numbers[first], 5000).unwrap();
-        let shown = |i| rig.is_shown_to(at(i), 5000, RANGE);
+        (0..2).for_each(|i| fixture.guest.setup(numbers[i], 0, BYTES, BOTH, at(i)).unwrap());
+        fixture.guest.set_size(numbers[first], 5000).unwrap();
+        let shown = |i| fixture.is_shown_to(at(i), 5000, RANGE);
         assert!(shown(0) && shown(1), "round {round}");
-        rig.guest.remove(&[(0, 2 * BYTES)]).unwrap();
+        fixture.guest.remove(&[(0, 2 * BYTES)]).unwrap();
     }
-    assert_eq!(rig.guest.vmm.mapped_bytes(), 0);
+    assert_eq!(fixture.guest.vmm.mapped_bytes(), 0);
 }
 
 /// Shows: two first maps of a file at the same time, by both numbers, make one address space, and
 /// what the host then does to the file is heard of.
 #[test]
 fn two_first_maps_at_once() {
-    let Some(mut rig) = Rig::new(FsOptions { request_queues: 2, ..FsOptions::default() }) else {
+    let Some(mut fixture) = Fixture::new(FsOptions { request_queues: 2, ..FsOptions::default() })
+    else {
         return;
     };
     for round in 0..20 {
-        let (real, numbers) = rig.file(&format!("file{round}"));
+        let (real, numbers) = fixture.file(&format!("file{round}"));
         let pending = [0, 1].map(|i| {
-            rig.guest.on = 1 + i;
-            rig.guest.send_setup(numbers[i], 0, RANGE, BOTH, i as u64 * RANGE)
+            fixture.guest.on = 1 + i;
+            fixture.guest.send_setup(numbers[i], 0, RANGE, BOTH, i as u64 * RANGE)
         });
-        pending.into_iter().for_each(|setup| drop(rig.guest.result(setup).unwrap()));
+        pending.into_iter().for_each(|setup| drop(fixture.guest.result(setup).unwrap()));
         real.set_len(5000).unwrap();
         eventually("both maps to be clipped", || {
-            rig.is_shown_to(0, 5000, PAGE) && rig.is_shown_to(RANGE, 5000, PAGE)
+            fixture.is_shown_to(0, 5000, PAGE) && fixture.is_shown_to(RANGE, 5000, PAGE)
         });
-        rig.guest.set_size(numbers[round % 2], 0).unwrap();
-        assert!(!rig.guest.vmm.is_mapped(0) && !rig.guest.vmm.is_mapped(RANGE));
-        rig.guest.remove(&[(0, 2 * RANGE)]).unwrap();
+        fixture.guest.set_size(numbers[round % 2], 0).unwrap();
+        assert!(!fixture.guest.vmm.is_mapped(0) && !fixture.guest.vmm.is_mapped(RANGE));
+        fixture.guest.remove(&[(0, 2 * RANGE)]).unwrap();
     }
 }
 

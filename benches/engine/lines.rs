@@ -60,7 +60,7 @@ impl Libpmem {
 }
 
 /// A file in memory, as the daemon maps it.
-struct Rig {
+struct Fixture {
     libpmem: Libpmem,
     /// As the engine has it.
     persist: Box<dyn Persist>,
@@ -69,7 +69,7 @@ struct Rig {
     from: Vec<u8>,
 }
 
-impl Rig {
+impl Fixture {
     fn new(libpmem: Libpmem) -> Self {
         let file = tempfile::tempfile_in("/dev/shm").unwrap();
         file.set_len(BYTES as u64).unwrap();
@@ -77,15 +77,15 @@ impl Rig {
         let chosen = Durability::choose(Backing::Memory, PersistMode::Cacheline).unwrap();
         let chosen = chosen.persist(&file, BYTES as u64).unwrap();
         let base = mapped(&file);
-        let rig = Self {
+        let fixture = Self {
             libpmem,
             persist: chosen.persist,
             direct: chosen.direct.unwrap(),
             base,
             from: vec![7; BYTES],
         };
-        rig.dirty(BYTES); // All pages are there.
-        rig
+        fixture.dirty(BYTES); // All pages are there.
+        fixture
     }
 
     fn dirty(&self, bytes: usize) {
@@ -146,7 +146,7 @@ pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
         println!("SKIPPED point 6: no libpmem.so.1 here (Debian: libpmem1)");
         return;
     };
-    let rig = Rig::new(libpmem);
+    let fixture = Fixture::new(libpmem);
     let mut table = Table::new(&["what", "size", "ours us", "libpmem us", "libpmem / ours"]);
     for (name, bytes, rounds) in SIZES {
         for what in ["dirty", "clean", "copy"] {
@@ -156,17 +156,17 @@ pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
                 let mut spent = 0.0;
                 for _ in 0..repeat {
                     if what == "dirty" {
-                        rig.dirty(bytes);
+                        fixture.dirty(bytes);
                     }
                     spent += nanos(work);
                 }
                 spent / repeat as f64
             };
             let side = |ours: bool| match (what, ours) {
-                ("copy", true) => turns(&|| rig.copy_ours(bytes)),
-                ("copy", false) => turns(&|| rig.copy_theirs(bytes)),
-                (_, true) => turns(&|| rig.ours(bytes)),
-                (_, false) => turns(&|| rig.theirs(bytes)),
+                ("copy", true) => turns(&|| fixture.copy_ours(bytes)),
+                ("copy", false) => turns(&|| fixture.copy_theirs(bytes)),
+                (_, true) => turns(&|| fixture.ours(bytes)),
+                (_, false) => turns(&|| fixture.theirs(bytes)),
             };
             // Alternately who is first.
             let samples = Samples::of((0..effort.pick(rounds, 5)).map(|round| {

@@ -11,9 +11,9 @@ mod common;
 #[path = "../figures/mod.rs"]
 mod figures;
 mod flushes;
-mod lane;
 mod peer;
 mod place;
+mod queue;
 mod requests;
 mod rest;
 mod window;

@@ -17,7 +17,7 @@ use crate::common::fuse_abi::{self as abi, op};
 use crate::common::memory::{GuestMem, guest_ram_with};
 use crate::common::strict_vmm::{Ring, StrictVmm, VmmOptions};
 
-use super::lane::{Lane, RINGS_BYTES, Request, SLOTS_BYTES};
+use super::queue::{QueueDriver, RINGS_BYTES, Request, SLOTS_BYTES};
 
 /// Debian's, as `images/build` unpacks it.
 pub const VIRTIOFSD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/guest/virtiofsd");
@@ -172,10 +172,10 @@ impl Ground {
         self.dir.path().join("share")
     }
 
-    fn lane(&self, queue: u64) -> Lane {
+    fn queue(&self, queue: u64) -> QueueDriver {
         let place = self.rings.replace(self.rings.get() + 1) * RINGS_BYTES;
         assert!(place + RINGS_BYTES <= Self::SLOTS_AT && queue < Self::MOST_QUEUES);
-        Lane::new(self.ram.clone(), place, Self::SLOTS_AT + queue * SLOTS_BYTES)
+        QueueDriver::new(self.ram.clone(), place, Self::SLOTS_AT + queue * SLOTS_BYTES)
     }
 }
 
@@ -185,7 +185,7 @@ pub struct Peer {
     /// Dropped first: that ends the session.
     pub vmm: StrictVmm,
     /// hiprio, then the request queues.
-    pub lanes: Vec<Lane>,
+    pub lanes: Vec<QueueDriver>,
     pub daemon: Daemon,
     pub ground: Rc<Ground>,
 }
@@ -200,8 +200,8 @@ impl Peer {
         let options =
             VmmOptions { queues, config_bytes: 44, device_features: 0, ..VmmOptions::default() };
         let mut vmm = StrictVmm::connect(&daemon.socket, &ground.ram, options).unwrap();
-        let mut lanes: Vec<_> = (0..queues as u64).map(|queue| ground.lane(queue)).collect();
-        let mut rings: Vec<_> = lanes.iter_mut().map(|lane| lane as &mut dyn Ring).collect();
+        let mut lanes: Vec<_> = (0..queues as u64).map(|queue| ground.queue(queue)).collect();
+        let mut rings: Vec<_> = lanes.iter_mut().map(|queue| queue as &mut dyn Ring).collect();
         vmm.start_all(&mut rings);
         lanes[1].ask(&Request::new(op::INIT, 0, abi::init().0, abi::INIT_OUT));
         Self { kind, vmm, lanes, daemon, ground }

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use crate::common::fuse_abi::{self as abi, Arg, op};
 
-use super::lane::{DEPTH, Lane, Request};
 use super::peer::{DATA, DATA_BYTES, FILES, Peer, file};
 use super::place::{Place, stay_on};
+use super::queue::{DEPTH, QueueDriver, Request};
 
 /// A kind of work.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -143,17 +143,17 @@ impl Op {
     }
 
     /// Takes out of a reply what the next request needs.
-    fn learn(self, lane: &Lane, slot: usize, at: &mut At) {
+    fn learn(self, queue: &QueueDriver, slot: usize, at: &mut At) {
         match (self, at.step % 4) {
             (Self::OpenRelease, 0 | 2) => {
-                at.fh = abi::u64_at(&lane.body(slot, abi::OPEN_OUT), 0);
+                at.fh = abi::u64_at(&queue.body(slot, abi::OPEN_OUT), 0);
             }
             (Self::CreateUnlink, 0) => {
-                let body = lane.body(slot, abi::ENTRY_OUT + abi::OPEN_OUT);
+                let body = queue.body(slot, abi::ENTRY_OUT + abi::OPEN_OUT);
                 (at.nodeid, at.fh) = (abi::u64_at(&body, 0), abi::u64_at(&body, abi::ENTRY_OUT));
             }
             (Self::CreateUnlink, 3) => {}
-            _ => lane.check(slot),
+            _ => queue.check(slot),
         }
         at.step += 1;
     }
@@ -168,7 +168,7 @@ impl Op {
     }
 }
 
-/// What one lane, or all together, did.
+/// What one queue, or all together, did.
 #[derive(Default)]
 pub struct Done {
     /// Requests in a second.
@@ -199,7 +199,9 @@ pub fn run(peer: &mut Peer, names: &Names, op: Op, load: Load, time: Duration) -
     thread::scope(|scope| {
         let lanes = peer.lanes[1..].iter_mut().enumerate();
         let threads: Vec<_> = lanes
-            .map(|(i, lane)| scope.spawn(move || run_lane(lane, names, op, i * DEPTH, load, time)))
+            .map(|(i, queue)| {
+                scope.spawn(move || run_lane(queue, names, op, i * DEPTH, load, time))
+            })
             .collect();
         let mut all = Done::default();
         for thread in threads {
@@ -212,7 +214,7 @@ pub fn run(peer: &mut Peer, names: &Names, op: Op, load: Load, time: Duration) -
 }
 
 fn run_lane(
-    lane: &mut Lane,
+    queue: &mut QueueDriver,
     names: &Names,
     op: Op,
     first: usize,
@@ -226,25 +228,25 @@ fn run_lane(
     let mut latencies = Vec::with_capacity(1 << 16);
     for (slot, stream) in streams.iter_mut().enumerate().take(depth) {
         stream.random = (first + slot) as u64;
-        lane.post(slot, &op.next(names, first + slot, stream));
+        queue.post(slot, &op.next(names, first + slot, stream));
     }
-    lane.kick();
+    queue.kick();
     let (mut open, mut slots) = (depth, Vec::new());
     while open > 0 {
-        lane.reap(&mut slots);
+        queue.reap(&mut slots);
         let now = Instant::now();
         let over = now - began >= time;
         for &slot in &slots {
             latencies.push((now - posted[slot]).as_nanos() as u64);
-            op.learn(lane, slot, &mut streams[slot]);
+            op.learn(queue, slot, &mut streams[slot]);
             if over && op.may_end(streams[slot].step) {
                 open -= 1;
                 continue;
             }
             posted[slot] = Instant::now();
-            lane.post(slot, &op.next(names, first + slot, &mut streams[slot]));
+            queue.post(slot, &op.next(names, first + slot, &mut streams[slot]));
         }
-        lane.kick();
+        queue.kick();
     }
     Done { per_second: latencies.len() as f64 / began.elapsed().as_secs_f64(), latencies }
 }

@@ -133,7 +133,7 @@ pub trait ExtentSource: Send + Sync {
 pub struct FileExtents {
     file: Arc<File>,
     /// What the front-end gets, if that is not the file itself.
-    stretched: Option<Arc<File>>,
+    map_file: Option<Arc<File>>,
     /// All of it is one extent, of this many bytes.
     preallocated: Option<u64>,
     on_device: bool,
@@ -146,13 +146,13 @@ impl FileExtents {
     /// Asks the file system for holes, and allocates for write grants.
     pub fn new(file: Arc<File>) -> Self {
         let holes_tell_all = OnceLock::new();
-        Self { file, stretched: None, preallocated: None, on_device: false, holes_tell_all }
+        Self { file, map_file: None, preallocated: None, on_device: false, holes_tell_all }
     }
 
-    /// The same, and the front-end maps `stretched`: the same page cache, as long as one may wish.
+    /// The same, and the front-end maps `map_file`: the same page cache, as long as one may wish.
     /// The chunk with the file's last byte is then mapped whole, so that a growth needs no message.
-    pub fn stretched(file: Arc<File>, stretched: Arc<File>) -> Self {
-        Self { stretched: Some(stretched), ..Self::new(file) }
+    pub fn with_map_file(file: Arc<File>, map_file: Arc<File>) -> Self {
+        Self { map_file: Some(map_file), ..Self::new(file) }
     }
 
     /// Takes the whole file as one extent of `bytes`: virtio-pmem's file was allocated when it was
@@ -244,7 +244,7 @@ impl FileExtents {
 
 impl ExtentSource for FileExtents {
     fn file(&self) -> &Arc<File> {
-        self.stretched.as_ref().unwrap_or(&self.file)
+        self.map_file.as_ref().unwrap_or(&self.file)
     }
 
     fn file_bytes(&self) -> io::Result<u64> {
@@ -255,7 +255,7 @@ impl ExtentSource for FileExtents {
     }
 
     fn mappable_bytes(&self, file_bytes: u64) -> u64 {
-        match &self.stretched {
+        match &self.map_file {
             Some(_) => file_bytes.next_multiple_of(PMD_BYTES),
             None => file_bytes / PAGE_BYTES * PAGE_BYTES,
         }

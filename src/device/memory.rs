@@ -10,7 +10,7 @@
 //! | a region's file | is |
 //! |---|---|
 //! | none; a memfd that is sealed against shrinking (QEMU's RAM) | RAM |
-//! | on a FUSE file system: a window of this program ([`stretch`](crate::passthrough)), or of one like it | no RAM |
+//! | on a FUSE file system: a window of this program ([`passthrough`](crate::passthrough)), or of one like it | no RAM |
 //! | any other: `/dev/shm`, huge pages, a disk, a pmem file | RAM in which SIGBUS is caught |
 
 use std::fs::File;

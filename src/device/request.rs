@@ -12,7 +12,7 @@ use super::memory::Memory;
 /// What a reply of virtio-fs begins with.
 pub type Header = [u8; 16];
 
-/// One stretch in the life of a ring.
+/// One period in the life of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Epoch(u64);
 

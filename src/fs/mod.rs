@@ -60,7 +60,7 @@ use self::pool::Pool;
 use self::schedule::JobClass;
 use self::server::{Metrics, Serve, Server};
 use crate::fs::sync_errors::{Losses, WritebackErrors};
-use crate::passthrough::{Stretch, Unavailable};
+use crate::passthrough::{PassthroughMount, Unavailable};
 
 pub use crate::fs::config::{DaxPolicy, FsConfig, Tag, WindowSize};
 
@@ -275,8 +275,8 @@ fn make_dax(
         warn!("no window: the share is mounted read-only; --readonly says so, too");
         return Ok(None);
     }
-    let stretch = match Stretch::new() {
-        Ok(stretch) => stretch,
+    let mount = match PassthroughMount::new() {
+        Ok(mount) => mount,
         Err(e) if config.dax == DaxPolicy::Always => return Err(FsError::NoWindow(e)),
         Err(e) => {
             warn!(
@@ -294,7 +294,7 @@ fn make_dax(
     let dax = Dax::new(
         config.window.bytes(),
         config.dax,
-        stretch,
+        mount,
         config.persist,
         regions.clone(),
         losses.clone(),

@@ -17,23 +17,23 @@
 //!
 //! | what | lives until |
 //! |---|---|
-//! | [`Stretch`]: the mount, the connection, one thread | it is dropped; kill -9 ends them all the same; aborted, they are made anew |
-//! | [`StretchedFile`]: one inode, one backing id | it is dropped |
+//! | [`PassthroughMount`]: the mount, the connection, one thread | it is dropped; kill -9 ends them all the same; aborted, they are made anew |
+//! | [`PassthroughFile`]: one inode, one backing id | it is dropped |
 //! | a map of it, in any process | it is unmapped, whatever became of the two above |
 //!
 //! The mount is detached: it is in no mount table, needs no directory, and works from any mount
 //! namespace, since files are opened relative to its descriptor.
 //!
-//! A descriptor outlives its [`Stretch`] as well, and can still be mapped, and measured with
+//! A descriptor outlives its [`PassthroughMount`] as well, and can still be mapped, and measured with
 //! `lseek`; what needs the server (`fstat` after a map, `fstatfs`) then gets ENOTCONN.
 //!
 //! # Needs
 //!
-//! No fork without exec while there is a [`Stretch`]: the child would keep the connection open, and
-//! whoever asks something of it after the [`Stretch`] is gone would wait for the child to end.
+//! No fork without exec while there is a [`PassthroughMount`]: the child would keep the connection open, and
+//! whoever asks something of it after the [`PassthroughMount`] is gone would wait for the child to end.
 //!
-//! CAP_SYS_ADMIN in [`Stretch::new`], and in the threads that call [`Stretch::open`] and drop a
-//! [`StretchedFile`]: the kernel asks for it each time a backing id is made or closed.
+//! CAP_SYS_ADMIN in [`PassthroughMount::new`], and in the threads that call [`PassthroughMount::open`] and drop a
+//! [`PassthroughFile`]: the kernel asks for it each time a backing id is made or closed.
 
 mod backing_id;
 mod mount;
@@ -57,7 +57,7 @@ use thiserror::Error;
 use self::server::{Connection, NodeId};
 use crate::support::lock::lock;
 
-/// The length that every stretched file claims to have.
+/// The length that every passthrough file claims to have.
 ///
 /// QEMU 11.1 wants `lseek(fd, 0, SEEK_END) >= offset + length`, added as u64 and compared as i64.
 /// 2^62 is more than any file that ext4 can hold and half of what an off_t can, so rounding it up,
@@ -65,7 +65,7 @@ use crate::support::lock::lock;
 /// accepts up to 2^63 - 1 (`s_maxbytes`, `fuse_valid_size`).
 pub const CLAIMED_BYTES: u64 = 1 << 62;
 
-/// Why this host can't stretch files.
+/// Why this host has no passthrough files.
 #[derive(Debug, Error)]
 pub enum Unavailable {
     /// The device node.
@@ -121,7 +121,7 @@ impl Unavailable {
 
 /// A private FUSE mount whose files are passthrough files that claim to be longer than any map of
 /// them. Somebody may abort it (`/sys/fs/fuse/connections`): then the next file makes it anew.
-pub struct Stretch {
+pub struct PassthroughMount {
     /// A leaf.
     current: Mutex<Arc<PrivateMount>>,
     /// Whose turn it is to make a new one; held while that is made, by requests for files alone.
@@ -137,7 +137,7 @@ struct PrivateMount {
     server: Option<JoinHandle<()>>,
 }
 
-impl Stretch {
+impl PassthroughMount {
     /// Makes the mount, and tries it with a file in memory.
     ///
     /// # Errors
@@ -162,7 +162,7 @@ impl Stretch {
     /// - ELOOP: on a file system stacked twice (overlayfs over overlayfs, or one of these files).
     /// - EOPNOTSUPP: on a file system that passthrough can't use.
     /// - ENOTCONN: someone aborted the connection, and a new one could not be made.
-    pub fn open(&self, file: &File) -> io::Result<StretchedFile> {
+    pub fn open(&self, file: &File) -> io::Result<PassthroughFile> {
         check(file)?;
         let mount = lock(&self.current).clone();
         match mount.open(file) {
@@ -203,7 +203,7 @@ impl PrivateMount {
         let connection = Arc::new(Connection::new(device));
         let theirs = connection.clone();
         let server = std::thread::Builder::new()
-            .name("stretch".into())
+            .name("passthrough".into())
             .spawn(move || server::serve(&theirs, &stopped))
             .map_err(Unavailable::at("thread"))?;
         let made = Self { connection, root, stop: Some(stop), server: Some(server) };
@@ -211,7 +211,7 @@ impl PrivateMount {
         Ok(made)
     }
 
-    fn open(&self, file: &File) -> io::Result<StretchedFile> {
+    fn open(&self, file: &File) -> io::Result<PassthroughFile> {
         let node = self.connection.add(file.as_fd())?;
         // From here on it is dropped, and with it the backing id, if anything fails.
         let held = Held { node, connection: Arc::downgrade(&self.connection) };
@@ -221,20 +221,20 @@ impl PrivateMount {
             rustix::fs::openat(&self.root, node.name(), flags, Mode::empty())
         });
         self.connection.forget_name(node);
-        Ok(StretchedFile { file: Arc::new(File::from(opened?)), _held: held })
+        Ok(PassthroughFile { file: Arc::new(File::from(opened?)), _held: held })
     }
 
     /// What the kernel grants and what it does may differ, by a security module for one.
     fn try_it(&self) -> Result<(), Unavailable> {
         const TOLD: &[u8] = b"vhost-user-dax";
-        let memory = rustix::fs::memfd_create("stretch", MemfdFlags::CLOEXEC)
+        let memory = rustix::fs::memfd_create("passthrough", MemfdFlags::CLOEXEC)
             .map_err(|e| Unavailable::at("memfd_create")(e.into()))?;
         let memory = File::from(memory);
         let mut seen = [0; TOLD.len()];
         let tried = memory.write_all_at(TOLD, 0).and_then(|()| {
-            let stretched = self.open(&memory)?;
-            stretched.read_exact_at(&mut seen, 0)?;
-            Ok(stretched.metadata()?.len())
+            let passthrough = self.open(&memory)?;
+            passthrough.read_exact_at(&mut seen, 0)?;
+            Ok(passthrough.metadata()?.len())
         });
         match tried {
             Ok(CLAIMED_BYTES) if seen == TOLD => Ok(()),
@@ -257,7 +257,7 @@ impl Drop for PrivateMount {
         self.connection.close_all();
         drop(self.stop.take());
         if self.server.take().is_some_and(|server| server.join().is_err()) {
-            warn!("the thread that serves stretched files panicked");
+            warn!("the thread that serves passthrough files panicked");
         }
         // It has closed the connection, so nobody waits for an answer of ours. The mount goes with
         // its descriptor, now or when the last map does.
@@ -269,20 +269,20 @@ impl Drop for PrivateMount {
 /// Only maps of it, and reads and writes through it, are the real file's. Its attributes are made
 /// up, and it can't be synced or resized: `fsync`, `ftruncate` and `fallocate` fail. Locks on it
 /// are not locks on the real file.
-pub struct StretchedFile {
+pub struct PassthroughFile {
     file: Arc<File>,
     _held: Held,
 }
 
-impl StretchedFile {
+impl PassthroughFile {
     /// For those who want to keep it for themselves. It can be mapped for as long as it is kept,
-    /// but opened anew (`/proc/self/fd`) only until the [`StretchedFile`] is dropped.
+    /// but opened anew (`/proc/self/fd`) only until the [`PassthroughFile`] is dropped.
     pub fn file(&self) -> &Arc<File> {
         &self.file
     }
 }
 
-impl Deref for StretchedFile {
+impl Deref for PassthroughFile {
     type Target = File;
 
     fn deref(&self) -> &File {
@@ -293,7 +293,7 @@ impl Deref for StretchedFile {
 /// A backing id, for as long as its inode may be opened.
 struct Held {
     node: NodeId,
-    /// Gone when the [`Stretch`] is, which closes all the ids that are left.
+    /// Gone when the [`PassthroughMount`] is, which closes all the ids that are left.
     connection: Weak<Connection>,
 }
 

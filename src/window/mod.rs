@@ -28,7 +28,7 @@ pub(crate) use whole_file::WholeFile;
 /// Which file a descriptor is of: device (major and minor) and number.
 pub(crate) type Inode = (u32, u32, u64);
 
-/// Nothing else is asked for: more would be a request to the server of a stretched file.
+/// Nothing else is asked for: more would be a request to the server of a passthrough file.
 pub(crate) fn inode_of(file: &File) -> Option<Inode> {
     let found = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::INO).ok()?;
     Some((found.stx_dev_major, found.stx_dev_minor, found.stx_ino))

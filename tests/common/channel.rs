@@ -135,10 +135,10 @@ impl Channel {
 
     fn answer(&mut self, message: Message, began: Instant) -> io::Result<()> {
         let mut machine = self.machine.machine.lock().unwrap();
-        if message.request == SHMEM_MAP && machine.bends.hang_in_map {
+        if message.request == SHMEM_MAP && machine.misbehaviour.hang_in_map {
             machine.map_requests += 1;
             self.machine.served.notify_all();
-            drop(self.machine.served.wait_while(machine, |m| m.bends.hang_in_map).unwrap());
+            drop(self.machine.served.wait_while(machine, |m| m.misbehaviour.hang_in_map).unwrap());
             return Err(io::ErrorKind::ConnectionAborted.into());
         }
         let result = match message.request {

@@ -84,7 +84,7 @@ pub enum CallError {
 
 /// What of the machine a test may bend.
 #[derive(Default)]
-pub(super) struct Bends {
+pub(super) struct Misbehaviour {
     /// Answer every SHMEM_MAP with a failure.
     pub refuse_maps: bool,
     /// Leave live maps out of the table at a start (as with a stale table).
@@ -111,7 +111,7 @@ pub(super) struct Machine {
     pub frontend: Frontend,
     pub watchdog: Watchdog,
     pub reply_deadline: Duration,
-    pub bends: Bends,
+    pub misbehaviour: Misbehaviour,
     pub slots: bool,
     pub window_bytes: u64,
     pub started: bool,
@@ -143,7 +143,7 @@ impl Machine {
             frontend,
             watchdog,
             reply_deadline: limit,
-            bends: Bends::default(),
+            misbehaviour: Misbehaviour::default(),
             slots: false,
             window_bytes: 0,
             started: false,
@@ -170,11 +170,11 @@ impl Machine {
 
     /// All regions in the order of their guest addresses, as QEMU's flat view has them: RAM first.
     pub fn regions(&self) -> Vec<Region> {
-        let ram = self.ram.iter().skip(usize::from(self.bends.hide_rings)).copied();
+        let ram = self.ram.iter().skip(usize::from(self.misbehaviour.hide_rings)).copied();
         let mut regions: Vec<_> = ram
             .chain(self.live.iter().map(|live| {
                 let mut region = live.region();
-                region.guest += self.bends.moved;
+                region.guest += self.misbehaviour.moved;
                 region
             }))
             .collect();
@@ -244,7 +244,7 @@ impl Machine {
 
     /// The rules of a start. `Err(105)` is `Error starting vhost-user-base: 105` (Q13).
     pub fn tell_regions_at_start(&mut self) -> Result<(), i32> {
-        if self.told_freed_region && !self.bends.start_at_once {
+        if self.told_freed_region && !self.misbehaviour.start_at_once {
             self.violation("Q12", "QEMU would segfault: it removes a region that the reset freed");
             return Err(libc::EFAULT);
         }
@@ -253,11 +253,11 @@ impl Machine {
         if !self.slots && regions.len() > BASELINE_REGIONS {
             return Err(libc::ENOBUFS);
         }
-        if self.bends.hide_maps_at_start {
+        if self.misbehaviour.hide_maps_at_start {
             regions.truncate(self.ram.len());
             return self.send_table(&regions).map_err(|_| libc::EPROTO);
         }
-        if self.bends.start_untold {
+        if self.misbehaviour.start_untold {
             return Ok(());
         }
         self.tell_regions().map_err(|_| libc::EPROTO)
@@ -265,7 +265,7 @@ impl Machine {
 
     /// A virtio reset: the maps go, and the back-end is told nothing (Q10).
     pub fn drop_maps(&mut self) {
-        if self.bends.keep_maps {
+        if self.misbehaviour.keep_maps {
             return;
         }
         // Q12: with CONFIGURE_MEM_SLOTS, QEMU keeps pointers to the regions that it told about.
@@ -295,7 +295,7 @@ impl Machine {
     pub fn map(&mut self, req: &VhostUserMMap, mut file: File) -> io::Result<u64> {
         self.map_requests += 1;
         self.may_serve("SHMEM_MAP")?;
-        if self.bends.refuse_maps {
+        if self.misbehaviour.refuse_maps {
             return self.refuse("test", "told to refuse", libc::EIO);
         }
         if !self.in_window(req) {
@@ -303,7 +303,7 @@ impl Machine {
         }
         let (at, bytes, fd_offset) = (req.shm_offset, req.len, req.fd_offset);
         if self.live.iter().any(|m| at < m.at + m.bytes && m.at < at + bytes) {
-            if self.bends.tell_before_refusing {
+            if self.misbehaviour.tell_before_refusing {
                 let _ = self.tell_regions();
             }
             return self.refuse("Q4", "VIRTIO Shared Memory mapping overlap", libc::EEXIST);

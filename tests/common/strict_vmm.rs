@@ -25,7 +25,7 @@ use super::channel::Channel;
 use super::driver::{Driver, DriverOptions};
 pub use super::handshake::Offer;
 use super::handshake::{get_config, negotiate, set_up_ring};
-use super::machine::{Bends, CallError, Machine, Region, SharedMachine};
+use super::machine::{CallError, Machine, Misbehaviour, Region, SharedMachine};
 use super::memory::GuestMem;
 use super::watchdog::Watchdog;
 
@@ -164,7 +164,7 @@ impl StrictVmm {
     pub fn try_set_up_all(&mut self, rings: &mut [&mut dyn Ring]) -> Result<(), i32> {
         self.check();
         let mut bql = self.shared.bql.lock().unwrap();
-        if !self.shared.machine().bends.deaf {
+        if !self.shared.machine().misbehaviour.deaf {
             bql.serve_pending();
         }
         let mut machine = self.shared.machine();
@@ -294,9 +294,9 @@ impl StrictVmm {
         self.shared.machine().tell_regions()
     }
 
-    /// Bends the machine; see the fields of `Bends`.
-    pub(super) fn bend(&mut self, how: impl FnOnce(&mut Bends)) {
-        how(&mut self.shared.machine().bends);
+    /// Misbehaviour the machine; see the fields of `Misbehaviour`.
+    pub(super) fn bend(&mut self, how: impl FnOnce(&mut Misbehaviour)) {
+        how(&mut self.shared.machine().misbehaviour);
     }
 
     /// Answers every map with a failure.
@@ -316,32 +316,32 @@ impl StrictVmm {
         self.bend(|b| b.hide_rings = hide);
     }
 
-    /// See `Bends::keep_maps`.
+    /// See `Misbehaviour::keep_maps`.
     pub fn keep_maps(&mut self) {
         self.bend(|b| b.keep_maps = true);
     }
 
-    /// See `Bends::moved`.
+    /// See `Misbehaviour::moved`.
     pub fn move_window(&mut self) {
         self.bend(|b| b.moved += 1 << 32);
     }
 
-    /// See `Bends::deaf`.
+    /// See `Misbehaviour::deaf`.
     pub fn turn_deaf(&mut self) {
         self.bend(|b| b.deaf = true);
     }
 
-    /// See `Bends::hang_in_map`.
+    /// See `Misbehaviour::hang_in_map`.
     pub fn hang_in_map(&mut self) {
         self.bend(|b| b.hang_in_map = true);
     }
 
-    /// See `Bends::start_at_once`.
+    /// See `Misbehaviour::start_at_once`.
     pub fn start_at_once(&mut self, at_once: bool) {
         self.bend(|b| b.start_at_once = at_once);
     }
 
-    /// See `Bends::start_untold`.
+    /// See `Misbehaviour::start_untold`.
     pub fn start_untold(&mut self) {
         self.bend(|b| (b.start_at_once, b.start_untold) = (true, true));
     }
@@ -511,7 +511,7 @@ fn spawn_main_loop(shared: &Arc<Shared>, quit: &EventFd) -> JoinHandle<()> {
             let Ok(n) = epoll.wait(-1, &mut events) else { continue };
             let woke = Instant::now();
             let mut bql = shared.bql.lock().unwrap();
-            let deaf = shared.machine().bends.deaf;
+            let deaf = shared.machine().misbehaviour.deaf;
             if deaf {
                 thread::yield_now();
             } else {

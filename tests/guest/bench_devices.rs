@@ -31,7 +31,7 @@ const NAMES: [&str; 4] = ["our pmem", "QEMU's pmem", "virtio-blk", "tmpfs"];
 const PARALLEL: usize = NAMES.len();
 
 /// A VM with all of them.
-struct Rig<'g> {
+struct Fixture<'g> {
     vm: Vm<'g>,
     /// By peer; none is the guest's own memory.
     devices: [Option<String>; NAMES.len()],
@@ -39,7 +39,7 @@ struct Rig<'g> {
     _folder: TempDir,
 }
 
-impl<'g> Rig<'g> {
+impl<'g> Fixture<'g> {
     fn boot(guest: &'g Guest, kernel: Option<PathBuf>) -> Self {
         let disk = Disk::new(DISK_MIB);
         let folder = TempDir::new().unwrap();
@@ -139,11 +139,11 @@ pub fn run(guest: &Guest, quick: bool, rounds: usize, how: &How, step: &dyn Fn(&
         step(&format!("round {} of {rounds}: {}", round + 1, NAMES.join(", ")));
         let peers = if quick { BLK } else { NAMES.len() };
         let mut add = |row: String, peer, iops| figures.add(&row, "/s", Better::More, peer, iops);
-        Rig::boot(guest, None).measure(peers, round, runtime, jobs().into_iter(), &mut add);
+        Fixture::boot(guest, None).measure(peers, round, runtime, jobs().into_iter(), &mut add);
         if let Some(kernel) = &parallel {
             step(&format!("round {} of {rounds}: a kernel with parallel flushes", round + 1));
-            let rig = Rig::boot(guest, Some(kernel.clone()));
-            rig.measure(BLK, round, runtime, fsyncs(), |row, peer, iops| {
+            let fixture = Fixture::boot(guest, Some(kernel.clone()));
+            fixture.measure(BLK, round, runtime, fsyncs(), |row, peer, iops| {
                 add(row, PARALLEL + peer, iops);
             });
         }

@@ -79,14 +79,14 @@ impl Mapper for Looks {
 
 /// What became of the requests.
 #[derive(Default)]
-struct Tally {
+struct Counts {
     done: AtomicU64,
     stopped: AtomicU64,
     failed: AtomicU64,
     over: AtomicBool,
 }
 
-impl Tally {
+impl Counts {
     fn get(count: &AtomicU64) -> u64 {
         count.load(Ordering::Relaxed)
     }
@@ -94,27 +94,27 @@ impl Tally {
 
 /// Maps and unmaps one range without a pause, and again when the device was stopped: what failed
 /// was not done, and what was done lasts, so no request may ever be refused.
-fn storm(script: &Script, tally: &Tally) {
+fn storm(script: &Script, counts: &Counts) {
     let mapper = script.mapper();
     let again = |request: &dyn Fn() -> Result<(), MapError>| {
-        while !tally.over.load(Ordering::Relaxed) {
+        while !counts.over.load(Ordering::Relaxed) {
             match request() {
                 Ok(()) => {
-                    tally.done.fetch_add(1, Ordering::Relaxed);
+                    counts.done.fetch_add(1, Ordering::Relaxed);
                     return;
                 }
                 Err(MapError::Stopped) => {
-                    tally.stopped.fetch_add(1, Ordering::Relaxed);
+                    counts.stopped.fetch_add(1, Ordering::Relaxed);
                     thread::yield_now();
                 }
                 Err(_) => {
-                    tally.failed.fetch_add(1, Ordering::Relaxed);
+                    counts.failed.fetch_add(1, Ordering::Relaxed);
                     return;
                 }
             }
         }
     };
-    while !tally.over.load(Ordering::Relaxed) && Tally::get(&tally.failed) == 0 {
+    while !counts.over.load(Ordering::Relaxed) && Counts::get(&counts.failed) == 0 {
         again(&|| script.map(&*mapper, 0));
         again(&|| script.unmap(&*mapper, 0));
     }
@@ -125,13 +125,13 @@ const STORM: u64 = 100;
 
 /// Stops and continues the VM until it has been done `times` times and there was a storm, or QEMU is
 /// gone; how often.
-fn pauses(vm: &mut Vm<'_>, tally: &Tally, times: usize) -> usize {
+fn pauses(vm: &mut Vm<'_>, counts: &Counts, times: usize) -> usize {
     let pause = |vm: &mut Vm<'_>| {
         vm.qmp("stop", json!({}));
         vm.qmp("cont", json!({}));
     };
     let is_over = |done: usize| {
-        done >= times && (Tally::get(&tally.done) > STORM || Tally::get(&tally.failed) > 0)
+        done >= times && (Counts::get(&counts.done) > STORM || Counts::get(&counts.failed) > 0)
     };
     let mut done = 0;
     while !is_over(done) && catch_unwind(AssertUnwindSafe(|| pause(vm))).is_ok() {
@@ -141,37 +141,37 @@ fn pauses(vm: &mut Vm<'_>, tally: &Tally, times: usize) -> usize {
 }
 
 /// Boots a VM with the device and pauses it `times` times in the storm.
-fn cross(test: &'static str, make: MakeMapper, times: usize) -> Option<(usize, Tally)> {
+fn cross(test: &'static str, make: MakeMapper, times: usize) -> Option<(usize, Counts)> {
     let guest = Guest::enter(test)?;
     let script = Script::start(make);
     let options = Options { qemu: script.qemu_arguments(), ..Options::default() };
     let mut vm = guest.boot_with(&[], &options);
-    let tally = Tally::default();
+    let counts = Counts::default();
     let began = Instant::now();
     let survived = thread::scope(|scope| {
-        scope.spawn(|| storm(&script, &tally));
-        let survived = pauses(&mut vm, &tally, times);
-        tally.over.store(true, Ordering::Relaxed);
+        scope.spawn(|| storm(&script, &counts));
+        let survived = pauses(&mut vm, &counts, times);
+        counts.over.store(true, Ordering::Relaxed);
         survived
     });
     println!(
         "{survived} of {times} pauses in {:.1} s; requests: {} done, {} stopped, {} failed",
         began.elapsed().as_secs_f64(),
-        Tally::get(&tally.done),
-        Tally::get(&tally.stopped),
-        Tally::get(&tally.failed)
+        Counts::get(&counts.done),
+        Counts::get(&counts.stopped),
+        Counts::get(&counts.failed)
     );
     vm.print_end();
-    Some((survived, tally))
+    Some((survived, counts))
 }
 
 /// Maps and unmaps go on, and none is lost or done twice, however often a stop meets one.
 #[test]
 fn stops_cross_maps() {
-    let Some((survived, tally)) = cross("stops_cross_maps", OURS, 300) else { return };
+    let Some((survived, counts)) = cross("stops_cross_maps", OURS, 300) else { return };
     assert!(survived >= 300, "QEMU died");
-    assert_eq!(Tally::get(&tally.failed), 0);
-    assert!(Tally::get(&tally.done) > STORM, "there was no storm");
+    assert_eq!(Counts::get(&counts.failed), 0);
+    assert!(Counts::get(&counts.done) > STORM, "there was no storm");
 }
 
 /// The same without what `window/channel.rs` does: shows that the test above finds it.

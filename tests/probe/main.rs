@@ -10,7 +10,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod backend;
-mod lab;
+mod harness;
 #[allow(dead_code)] // The guest tests need more of it.
 #[path = "../guest/output.rs"]
 mod output;
@@ -28,8 +28,8 @@ use std::time::{Duration, Instant};
 use nix::sys::resource::{Resource, setrlimit};
 use serde_json::json;
 
-use lab::Lab;
-use qemu::Trouble;
+use harness::Harness;
+use qemu::ProbeError;
 use table::{Outcome, Row, Verdict};
 
 /// Only tells a hang from a slow machine: no QEMU lives longer.
@@ -85,30 +85,30 @@ fn version(program: &Path) -> Result<String, String> {
 
 /// What every row stands on: QEMU comes up, the device starts, a map is done and can be read.
 fn control(program: &Path) -> Result<(), String> {
-    let mut lab = Lab::new(program).map_err(|e| format!("{e:?}"))?;
-    let tried = rows::control(&mut lab);
-    tried.map_err(|e| match (e, lab.death()) {
-        (Trouble::Io(_), Some(death)) => death.to_string(),
-        (Trouble::Io(e), None) => e.to_string(),
-        (Trouble::Other(why), _) => why,
+    let mut harness = Harness::new(program).map_err(|e| format!("{e:?}"))?;
+    let tried = rows::control(&mut harness);
+    tried.map_err(|e| match (e, harness.death()) {
+        (ProbeError::Io(_), Some(death)) => death.to_string(),
+        (ProbeError::Io(e), None) => e.to_string(),
+        (ProbeError::Other(why), _) => why,
     })
 }
 
 fn try_row<'a>(row: &'a Row, program: &Path) -> Outcome<'a> {
     let began = Instant::now();
-    let mut lab = match Lab::new(program) {
-        Ok(lab) => lab,
+    let mut harness = match Harness::new(program) {
+        Ok(harness) => harness,
         Err(e) => return Outcome::not_tried(row, format!("{e:?}"), began.elapsed()),
     };
     // Alive after all that was done, or it is none of "done" and "refused".
-    let found = (row.probe)(&mut lab).and_then(|found| lab.ping().map(|()| found));
+    let found = (row.probe)(&mut harness).and_then(|found| harness.ping().map(|()| found));
     match found {
         Ok(found) => Outcome::new(row, &found, began.elapsed()),
-        Err(Trouble::Io(error)) => match lab.death() {
+        Err(ProbeError::Io(error)) => match harness.death() {
             Some(death) => Outcome::new(row, &death, began.elapsed()),
             None => Outcome::not_tried(row, error.to_string(), began.elapsed()),
         },
-        Err(Trouble::Other(why)) => Outcome::not_tried(row, why, began.elapsed()),
+        Err(ProbeError::Other(why)) => Outcome::not_tried(row, why, began.elapsed()),
     }
 }
 

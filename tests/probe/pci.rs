@@ -3,7 +3,7 @@
 //! The least of a virtio-pci driver: finds the device's registers and its window, starts the
 //! device with one empty ring, resets it. Virtio 1.2, section 4.1.
 
-use crate::qemu::{Qemu, Res, Trouble};
+use crate::qemu::{ProbeError, Qemu, Res};
 
 /// Where the probe puts BARs. RAM is small and far below, and no firmware has put anything there.
 const BARS_32_BIT: u64 = 0xc000_0000;
@@ -79,8 +79,8 @@ impl Driver {
             at = self.config_read(qemu, at + 1, 1)?;
         }
         match (self.common, self.window) {
-            (0, _) => Err(Trouble::Other("no virtio device in the slot".into())),
-            (_, 0) => Err(Trouble::Other("the device has no shared memory region".into())),
+            (0, _) => Err(ProbeError::Other("no virtio device in the slot".into())),
+            (_, 0) => Err(ProbeError::Other("the device has no shared memory region".into())),
             _ => Ok(()),
         }
     }

@@ -21,20 +21,20 @@ use crate::output::Output;
 
 /// Something that kept a row from being tried to its end.
 #[derive(Debug)]
-pub enum Trouble {
+pub enum ProbeError {
     /// A connection broke. If QEMU died, that is the finding.
     Io(io::Error),
     /// QEMU or the probe itself did something that no row is about.
     Other(String),
 }
 
-impl From<io::Error> for Trouble {
+impl From<io::Error> for ProbeError {
     fn from(e: io::Error) -> Self {
         Self::Io(e)
     }
 }
 
-pub type Res<T> = Result<T, Trouble>;
+pub type Res<T> = Result<T, ProbeError>;
 
 /// How a QEMU ended.
 #[derive(Debug, Clone)]
@@ -138,7 +138,7 @@ impl Qemu {
         self.sockets = Some(Sockets { qmp: BufReader::new(qmp), qtest: BufReader::new(qtest) });
         let greeting = self.read_qmp()?;
         if greeting.get("QMP").is_none() {
-            return Err(Trouble::Other(format!("not a QMP greeting: {greeting}")));
+            return Err(ProbeError::Other(format!("not a QMP greeting: {greeting}")));
         }
         self.qmp("qmp_capabilities", json!({})).map(|_| ())
     }
@@ -155,7 +155,7 @@ impl Qemu {
             let mut answer = self.read_qmp()?;
             if let Some(error) = answer.get("error") {
                 let text = error.get("desc").and_then(Value::as_str).unwrap_or("?");
-                return Err(Trouble::Other(format!("QMP {command}: {text}")));
+                return Err(ProbeError::Other(format!("QMP {command}: {text}")));
             }
             if let Some(value) = answer.get_mut("return") {
                 return Ok(value.take());
@@ -175,7 +175,7 @@ impl Qemu {
     fn read_qmp(&mut self) -> Res<Value> {
         let line = read_line(&mut self.sockets()?.qmp)?;
         let said: Value = serde_json::from_str(&line)
-            .map_err(|e| Trouble::Other(format!("QMP said '{line}': {e}")))?;
+            .map_err(|e| ProbeError::Other(format!("QMP said '{line}': {e}")))?;
         if let Some(event) = said.get("event").and_then(Value::as_str) {
             self.events.push(event.to_owned());
         }
@@ -194,7 +194,7 @@ impl Qemu {
                 return Ok(());
             }
             if Instant::now() > end {
-                return Err(Trouble::Other("QEMU keeps the region of a dropped map".into()));
+                return Err(ProbeError::Other("QEMU keeps the region of a dropped map".into()));
             }
             thread::sleep(Duration::from_millis(5));
         }
@@ -207,7 +207,7 @@ impl Qemu {
         let line = read_line(qtest)?;
         match line.strip_prefix("OK") {
             Some(value) => Ok(value.trim().to_owned()),
-            None => Err(Trouble::Other(format!("qtest {command}: '{line}'"))),
+            None => Err(ProbeError::Other(format!("qtest {command}: '{line}'"))),
         }
     }
 
@@ -215,7 +215,7 @@ impl Qemu {
     pub fn qtest_number(&mut self, command: &str) -> Res<u64> {
         let value = self.qtest(command)?;
         u64::from_str_radix(value.trim_start_matches("0x"), 16)
-            .map_err(|e| Trouble::Other(format!("qtest {command}: '{value}': {e}")))
+            .map_err(|e| ProbeError::Other(format!("qtest {command}: '{value}': {e}")))
     }
 
     /// QEMU's error messages.

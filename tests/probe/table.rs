@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::lab::Lab;
+use crate::harness::Harness;
 use crate::qemu::{End, Res};
 
 /// One row of docs/front-ends.md, or a part of one.
@@ -21,7 +21,7 @@ pub struct Row {
     pub expected: Expected,
     /// What a user gains when it does not any more.
     pub gain: &'static str,
-    pub probe: fn(&mut Lab) -> Res<Found>,
+    pub probe: fn(&mut Harness) -> Res<Found>,
 }
 
 /// What docs/front-ends.md says.

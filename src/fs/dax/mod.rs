@@ -36,7 +36,7 @@ use super::dax::window::FsWindow;
 use super::identity::Subject;
 use super::message::invalid;
 use super::sync_errors::Losses;
-use crate::passthrough::Stretch;
+use crate::passthrough::PassthroughMount;
 use crate::window::locate::{SharedBase, WindowLocation};
 
 /// FUSE_SETUPMAPPING_FLAG_WRITE and _READ.
@@ -95,7 +95,7 @@ impl Dax {
     pub(crate) fn new(
         bytes: WindowBytes,
         policy: DaxPolicy,
-        stretch: Stretch,
+        mount: PassthroughMount,
         persist: PersistMode,
         regions: Arc<AtomicUsize>,
         losses: Losses,
@@ -103,7 +103,7 @@ impl Dax {
         let front_end = Arc::new(FrontEnd::default());
         let engine = Arc::new(Engine::new(bytes, front_end.clone(), most_maps(bytes)));
         Ok(Self {
-            nodes: Nodes::new(engine.clone(), stretch, persist, losses)?,
+            nodes: Nodes::new(engine.clone(), mount, persist, losses)?,
             engine,
             front_end,
             current: Mutex::default(),

@@ -21,7 +21,7 @@ use crate::fs::dax::times::Times;
 use crate::fs::dax::watch::{Watch, Watching};
 use crate::fs::identity::{FileId, Subject};
 use crate::fs::sync_errors::Losses;
-use crate::passthrough::{Stretch, StretchedFile};
+use crate::passthrough::{PassthroughFile, PassthroughMount};
 
 /// So many of the guest's numbers are remembered for one file. (One file has several by bind
 /// mounts, and by FORGETs that meet a SETUPMAPPING on its way.)
@@ -34,7 +34,7 @@ pub(crate) struct Node {
     pub(crate) direct: Option<Arc<Direct>>,
     pub(crate) times: Times,
     file: Arc<File>,
-    _stretched: StretchedFile,
+    _passthrough: PassthroughFile,
     /// Set by whoever first uses the node, and waited for by all others: only a node that is in the
     /// table is watched, since the kernel has one watch for a file, and dropping another node would
     /// end it.
@@ -121,7 +121,7 @@ pub(crate) struct Found<'a> {
 pub(crate) struct Nodes {
     table: Mutex<Table>,
     engine: Arc<Engine>,
-    stretch: Stretch,
+    mount: PassthroughMount,
     watch: Watch,
     persist: PersistMode,
     losses: Losses,
@@ -133,13 +133,13 @@ impl Nodes {
     /// The system's.
     pub(crate) fn new(
         engine: Arc<Engine>,
-        stretch: Stretch,
+        mount: PassthroughMount,
         persist: PersistMode,
         losses: Losses,
     ) -> io::Result<Self> {
         let watch = Watch::new(engine.clone())?;
         let (table, unwatched) = (Mutex::default(), RateLimit::default());
-        Ok(Self { table, engine, stretch, watch, persist, losses, unwatched })
+        Ok(Self { table, engine, mount, watch, persist, losses, unwatched })
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -210,11 +210,11 @@ impl Nodes {
     }
 
     fn make(&self, file: File) -> io::Result<Node> {
-        let stretched = self.stretch.open(&file)?;
+        let passthrough = self.mount.open(&file)?;
         let file = Arc::new(file);
         let durability = Durability::of_file(&file, self.persist);
         let FilePersist { persist, direct } = durability.persist(&file, file.metadata()?.len())?;
-        let source = FileExtents::stretched(file.clone(), stretched.file().clone())
+        let source = FileExtents::with_map_file(file.clone(), passthrough.file().clone())
             .on_device(durability.backing == Backing::DaxFile);
         let source: Box<dyn ExtentSource> = match &direct {
             Some(direct) => Box::new(DirectExtents::new(source, direct.clone())),
@@ -224,7 +224,7 @@ impl Nodes {
         let watching = OnceLock::new();
         let (id, losses) = (FileId::of(&file)?, self.losses.clone());
         let times = Times::new(file.clone(), id, durability.backing, losses);
-        Ok(Node { space, direct, times, file, _stretched: stretched, watching })
+        Ok(Node { space, direct, times, file, _passthrough: passthrough, watching })
     }
 
     fn watch(&self, node: &Node) -> Option<Watching> {

@@ -12,7 +12,7 @@ use vhost_user_dax::dax::index::{Mark, Occupied};
 use vhost_user_dax::dax::space::Entries;
 use vhost_user_dax::dax::wait::{SpaceId, WaitTable};
 
-use super::{Rig, own_block, pmd, pte, receive, until, zero};
+use super::{Fixture, own_block, pmd, pte, receive, until, zero};
 
 pub fn no_unmap(at: PageIndex, order: Order) {
     panic!("{order:?} at {at:?} was unmapped");
@@ -127,14 +127,14 @@ fn row_03_grab_mapping_entry_every_pair() {
 /// Row 3: a write to one page of a PMD that has blocks leaves the PMD, and dirties all of it.
 #[test]
 fn row_03_grab_mapping_entry_leaves_a_real_pmd_and_dirties_it() {
-    let rig = Rig::new(PMD_PAGES);
-    rig.source.fill(0, PMD_PAGES);
-    rig.grant(0, 0, PMD_PAGES, Access::Read).unwrap();
-    assert_eq!((rig.entries(), rig.dirty()), (vec![(0, pmd(0))], vec![]));
-    rig.grant(100, PMD_PAGES + 100, 1, Access::Write).unwrap();
-    assert_eq!((rig.entries(), rig.dirty()), (vec![(0, pmd(0))], vec![0]));
-    rig.sync().unwrap();
-    assert_eq!(rig.flushed(), [(0, PMD_PAGES)]);
+    let fixture = Fixture::new(PMD_PAGES);
+    fixture.source.fill(0, PMD_PAGES);
+    fixture.grant(0, 0, PMD_PAGES, Access::Read).unwrap();
+    assert_eq!((fixture.entries(), fixture.dirty()), (vec![(0, pmd(0))], vec![]));
+    fixture.grant(100, PMD_PAGES + 100, 1, Access::Write).unwrap();
+    assert_eq!((fixture.entries(), fixture.dirty()), (vec![(0, pmd(0))], vec![0]));
+    fixture.sync().unwrap();
+    assert_eq!(fixture.flushed(), [(0, PMD_PAGES)]);
 }
 
 /// Row 3: many threads that ask for both orders all over one chunk: each holds its entry alone, and
@@ -214,29 +214,29 @@ fn row_05_invalidate_leaves_what_is_dirty() {
 /// entry stays behind the end, and none when all is over.
 #[test]
 fn row_05_truncate_under_load() {
-    let rig = Rig::new(2 * PMD_PAGES);
+    let fixture = Fixture::new(2 * PMD_PAGES);
     thread::scope(|scope| {
         for half in 0..2 {
-            let rig = &rig;
+            let fixture = &fixture;
             scope.spawn(move || {
                 for n in 0..300 {
                     let access = if n % 2 == 0 { Access::Write } else { Access::Read };
                     // It may lie behind the end just now.
-                    let _ = rig.grant(half * PMD_PAGES + n % 40, half * PMD_PAGES, 8, access);
-                    rig.sync().unwrap();
+                    let _ = fixture.grant(half * PMD_PAGES + n % 40, half * PMD_PAGES, 8, access);
+                    fixture.sync().unwrap();
                     if n % 3 == 0 {
-                        rig.revoke(&[(half * PMD_PAGES, 8)]).unwrap();
+                        fixture.revoke(&[(half * PMD_PAGES, 8)]).unwrap();
                     }
                 }
             });
         }
         for n in 0..150 {
             let pages = if n % 2 == 0 { PMD_PAGES + n % 20 } else { 2 * PMD_PAGES };
-            rig.engine.resize(&rig.space, pages * 4096).unwrap();
-            let past = rig.space.entries().next(PageIndex(pages), PageIndex::LAST, None);
+            fixture.engine.resize(&fixture.space, pages * 4096).unwrap();
+            let past = fixture.space.entries().next(PageIndex(pages), PageIndex::LAST, None);
             assert!(pages == 2 * PMD_PAGES || past.is_none(), "{past:?} behind page {pages}");
         }
     });
-    rig.revoke(&[(0, 2 * PMD_PAGES)]).unwrap();
-    assert_eq!((rig.entries(), rig.mapper.maps().len()), (vec![], 0));
+    fixture.revoke(&[(0, 2 * PMD_PAGES)]).unwrap();
+    assert_eq!((fixture.entries(), fixture.mapper.maps().len()), (vec![], 0));
 }

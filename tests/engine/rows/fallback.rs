@@ -9,19 +9,19 @@ use vhost_user_dax::dax::entry::{Order, PMD_PAGES};
 use vhost_user_dax::dax::extent::Access;
 
 use super::trace::record;
-use super::{Rig, pmd, zero};
+use super::{Fixture, pmd, zero};
 
 /// Grants and checks: PTEs only, one reason counted, and named in the trace.
 fn falls_back(
-    rig: &Rig,
+    fixture: &Fixture,
     (from, at, pages): (u64, u64, u64),
     access: Access,
     why: &str,
     counter: fn(&Snapshot) -> u64,
 ) {
-    let before = rig.counted();
-    let lines = record(|| rig.grant(from, at, pages, access).unwrap());
-    let after = rig.counted();
+    let before = fixture.counted();
+    let lines = record(|| fixture.grant(from, at, pages, access).unwrap());
+    let after = fixture.counted();
     assert_eq!(after.pmd, before.pmd, "{why}: a PMD was made");
     assert_eq!((counter(&after) - counter(&before), all(&after) - all(&before)), (1, 1), "{why}");
     let done: Vec<_> =
@@ -39,67 +39,70 @@ fn all(snapshot: &Snapshot) -> u64 {
         + snapshot.fallback_extent
 }
 
-fn chunk_of_blocks() -> Rig {
-    let rig = Rig::new(2 * PMD_PAGES);
-    rig.source.fill(0, 2 * PMD_PAGES);
-    rig
+fn chunk_of_blocks() -> Fixture {
+    let fixture = Fixture::new(2 * PMD_PAGES);
+    fixture.source.fill(0, 2 * PMD_PAGES);
+    fixture
 }
 
 /// Row 15: where all conditions hold it is one PMD: read or write, blocks or a hole.
 #[test]
 fn row_15_pmd_fault_where_all_holds() {
     for access in [Access::Read, Access::Write] {
-        let rig = chunk_of_blocks();
-        let lines = record(|| rig.grant(PMD_PAGES, 0, PMD_PAGES, access).unwrap());
-        assert_eq!(rig.entries(), [(PMD_PAGES, pmd(PMD_PAGES))]);
+        let fixture = chunk_of_blocks();
+        let lines = record(|| fixture.grant(PMD_PAGES, 0, PMD_PAGES, access).unwrap());
+        assert_eq!(fixture.entries(), [(PMD_PAGES, pmd(PMD_PAGES))]);
         assert!(lines.last().unwrap().ends_with("mapped"), "{lines:?}");
-        assert_eq!((rig.counted().pmd, rig.counted().pte, all(&rig.counted())), (1, 0, 0));
+        assert_eq!(
+            (fixture.counted().pmd, fixture.counted().pte, all(&fixture.counted())),
+            (1, 0, 0)
+        );
     }
-    let rig = Rig::new(PMD_PAGES);
-    rig.grant(0, 0, PMD_PAGES, Access::Read).unwrap();
-    assert_eq!(rig.entries(), [(0, zero(Order::Pmd))]);
+    let fixture = Fixture::new(PMD_PAGES);
+    fixture.grant(0, 0, PMD_PAGES, Access::Read).unwrap();
+    assert_eq!(fixture.entries(), [(0, zero(Order::Pmd))]);
 }
 
 /// Row 15: the whole chunk must lie in the grant: a page less at either end will not do.
 #[test]
 fn row_15_fallback_when_the_grant_holds_a_part() {
     for range in [(1, 1, PMD_PAGES - 1), (0, 0, PMD_PAGES - 1)] {
-        let rig = chunk_of_blocks();
-        falls_back(&rig, range, Access::Read, "Partial", |c| c.fallback_partial);
-        assert_eq!(rig.entries().len() as u64, PMD_PAGES - 1);
+        let fixture = chunk_of_blocks();
+        falls_back(&fixture, range, Access::Read, "Partial", |c| c.fallback_partial);
+        assert_eq!(fixture.entries().len() as u64, PMD_PAGES - 1);
     }
 }
 
 /// Row 15: the whole chunk must lie inside the file.
 #[test]
 fn row_15_fallback_at_the_end_of_the_file() {
-    let rig = Rig::new(PMD_PAGES - 1);
-    rig.source.fill(0, PMD_PAGES - 1);
-    falls_back(&rig, (0, 0, PMD_PAGES), Access::Write, "Eof", |c| c.fallback_eof);
-    assert_eq!(rig.entries().len() as u64, PMD_PAGES - 1);
+    let fixture = Fixture::new(PMD_PAGES - 1);
+    fixture.source.fill(0, PMD_PAGES - 1);
+    falls_back(&fixture, (0, 0, PMD_PAGES), Access::Write, "Eof", |c| c.fallback_eof);
+    assert_eq!(fixture.entries().len() as u64, PMD_PAGES - 1);
 }
 
 /// Row 15: file and window must agree modulo 2 MiB.
 #[test]
 fn row_15_fallback_when_the_window_disagrees() {
-    let rig = chunk_of_blocks();
-    falls_back(&rig, (0, 1, PMD_PAGES), Access::Read, "Window", |c| c.fallback_window);
+    let fixture = chunk_of_blocks();
+    falls_back(&fixture, (0, 1, PMD_PAGES), Access::Read, "Window", |c| c.fallback_window);
 }
 
 /// Row 15: the backing must be able to map 2 MiB.
 #[test]
 fn row_15_fallback_when_the_backing_cannot() {
-    let rig = chunk_of_blocks();
-    rig.source.state().maps_pmd.store(false, SeqCst);
-    falls_back(&rig, (0, 0, PMD_PAGES), Access::Read, "Backing", |c| c.fallback_backing);
+    let fixture = chunk_of_blocks();
+    fixture.source.state().maps_pmd.store(false, SeqCst);
+    falls_back(&fixture, (0, 0, PMD_PAGES), Access::Read, "Backing", |c| c.fallback_backing);
 }
 
 /// Row 15: the backing's block must be aligned to 2 MiB.
 #[test]
 fn row_15_fallback_when_the_block_is_not_aligned() {
-    let rig = Rig::new(PMD_PAGES);
-    (0..PMD_PAGES).for_each(|page| rig.source.set_block(page, Some(PMD_PAGES * 9 + 1 + page)));
-    falls_back(&rig, (0, 0, PMD_PAGES), Access::Write, "Extent", |c| c.fallback_extent);
+    let fixture = Fixture::new(PMD_PAGES);
+    (0..PMD_PAGES).for_each(|page| fixture.source.set_block(page, Some(PMD_PAGES * 9 + 1 + page)));
+    falls_back(&fixture, (0, 0, PMD_PAGES), Access::Write, "Extent", |c| c.fallback_extent);
 }
 
 /// Row 15: one extent must cover the chunk: neither two runs of blocks, nor a hole beside blocks.
@@ -107,9 +110,9 @@ fn row_15_fallback_when_the_block_is_not_aligned() {
 fn row_15_fallback_when_extents_are_two() {
     for other in [None, Some(5)] {
         for page in [1, 300, PMD_PAGES - 1] {
-            let rig = chunk_of_blocks();
-            rig.source.set_block(page, other);
-            falls_back(&rig, (0, 0, PMD_PAGES), Access::Read, "Extent", |c| c.fallback_extent);
+            let fixture = chunk_of_blocks();
+            fixture.source.set_block(page, other);
+            falls_back(&fixture, (0, 0, PMD_PAGES), Access::Read, "Extent", |c| c.fallback_extent);
         }
     }
 }
@@ -118,9 +121,9 @@ fn row_15_fallback_when_extents_are_two() {
 #[test]
 fn row_15_fallback_when_a_pte_is_in_the_way() {
     for page in [0, 1, PMD_PAGES - 1] {
-        let rig = chunk_of_blocks();
-        rig.grant(page, 4 * PMD_PAGES, 1, Access::Read).unwrap();
-        falls_back(&rig, (0, 0, PMD_PAGES), Access::Write, "Pte", |c| c.fallback_pte);
-        assert_eq!(rig.entries().len() as u64, PMD_PAGES);
+        let fixture = chunk_of_blocks();
+        fixture.grant(page, 4 * PMD_PAGES, 1, Access::Read).unwrap();
+        falls_back(&fixture, (0, 0, PMD_PAGES), Access::Write, "Pte", |c| c.fallback_pte);
+        assert_eq!(fixture.entries().len() as u64, PMD_PAGES);
     }
 }

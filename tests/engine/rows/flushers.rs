@@ -13,14 +13,14 @@ use vhost_user_dax::dax::extent::Access;
 use vhost_user_dax::dax::index::Mark;
 
 use super::entries::no_unmap;
-use super::{Rig, receive};
+use super::{Fixture, receive};
 use crate::fakes::lock;
 
-fn flusher(rig: &Arc<Rig>, first: u64, last: u64) -> Receiver<io::Result<()>> {
+fn flusher(fixture: &Arc<Fixture>, first: u64, last: u64) -> Receiver<io::Result<()>> {
     let (said, heard) = channel();
-    let rig = rig.clone();
+    let fixture = fixture.clone();
     thread::spawn(move || {
-        let done = rig.engine.writeback(&rig.space, PageIndex(first), PageIndex(last));
+        let done = fixture.engine.writeback(&fixture.space, PageIndex(first), PageIndex(last));
         said.send(done).unwrap();
     });
     heard
@@ -29,13 +29,13 @@ fn flusher(rig: &Arc<Rig>, first: u64, last: u64) -> Receiver<io::Result<()>> {
 /// Row 10: an entry is flushed whole, a PMD even when asked for one page in its middle.
 #[test]
 fn row_10_writeback_one_flushes_the_whole_entry() {
-    let rig = Rig::new(3 * PMD_PAGES);
-    rig.grant(0, 0, 3 * PMD_PAGES, Access::Write).unwrap();
-    rig.log.take();
+    let fixture = Fixture::new(3 * PMD_PAGES);
+    fixture.grant(0, 0, 3 * PMD_PAGES, Access::Write).unwrap();
+    fixture.log.take();
     let middle = PageIndex(PMD_PAGES + 77);
-    rig.engine.writeback(&rig.space, middle, middle).unwrap();
-    assert_eq!(rig.flushed(), [(PMD_PAGES, PMD_PAGES)]);
-    assert_eq!((rig.counted().flushes, rig.counted().bytes_written_back), (1, 2 << 20));
+    fixture.engine.writeback(&fixture.space, middle, middle).unwrap();
+    assert_eq!(fixture.flushed(), [(PMD_PAGES, PMD_PAGES)]);
+    assert_eq!((fixture.counted().flushes, fixture.counted().bytes_written_back), (1, 2 << 20));
 }
 
 /// Row 10: an entry that has gone by the time its turn comes is skipped; so is one whose block has
@@ -43,13 +43,13 @@ fn row_10_writeback_one_flushes_the_whole_entry() {
 #[test]
 fn row_10_writeback_one_skips_what_has_gone_or_moved() {
     for moved in [false, true] {
-        let rig = Rig::new(3);
-        rig.grant(0, 0, 1, Access::Write).unwrap();
-        rig.grant(1, 1, 1, Access::Write).unwrap();
-        rig.grant(2, 2, 1, Access::Write).unwrap();
-        rig.log.take();
-        let space = rig.space.clone();
-        *lock(&rig.persist.state().during) = Some(Arc::new(move |from| {
+        let fixture = Fixture::new(3);
+        fixture.grant(0, 0, 1, Access::Write).unwrap();
+        fixture.grant(1, 1, 1, Access::Write).unwrap();
+        fixture.grant(2, 2, 1, Access::Write).unwrap();
+        fixture.log.take();
+        let space = fixture.space.clone();
+        *lock(&fixture.persist.state().during) = Some(Arc::new(move |from| {
             if from == 0 {
                 space.entries().delete(PageIndex(1)).unwrap();
                 if moved {
@@ -60,21 +60,21 @@ fn row_10_writeback_one_skips_what_has_gone_or_moved() {
                 }
             }
         }));
-        rig.sync().unwrap();
-        assert_eq!(rig.flushed(), [(0, 1), (2, 1)], "moved: {moved}");
+        fixture.sync().unwrap();
+        assert_eq!(fixture.flushed(), [(0, 1), (2, 1)], "moved: {moved}");
     }
 }
 
 /// Row 10: two flushers of one entry: the second does not return before the first has flushed it.
 #[test]
 fn row_10_two_flushers_of_one_entry() {
-    let rig = Arc::new(Rig::new(1));
-    rig.grant(0, 0, 1, Access::Write).unwrap();
-    let stop = rig.persist.stop_in_flush();
-    let first = flusher(&rig, 0, 0);
+    let fixture = Arc::new(Fixture::new(1));
+    fixture.grant(0, 0, 1, Access::Write).unwrap();
+    let stop = fixture.persist.stop_in_flush();
+    let first = flusher(&fixture, 0, 0);
     stop.wait_stopped();
-    let second = flusher(&rig, 0, 0);
-    rig.until_waits(1);
+    let second = flusher(&fixture, 0, 0);
+    fixture.until_waits(1);
     assert!(second.try_recv().is_err() && first.try_recv().is_err());
     stop.open();
     receive(&first).unwrap();
@@ -86,22 +86,22 @@ fn row_10_two_flushers_of_one_entry() {
 #[test]
 fn row_10_two_flushers_when_the_mark_is_gone_before_the_search() {
     // 65 entries: one more than a batch, so that the last one is searched for later.
-    let rig = Arc::new(Rig::new(65));
-    rig.source.state().maps_pmd.store(false, SeqCst);
-    rig.grant(0, 0, 65, Access::Write).unwrap();
+    let fixture = Arc::new(Fixture::new(65));
+    fixture.source.state().maps_pmd.store(false, SeqCst);
+    fixture.grant(0, 0, 65, Access::Write).unwrap();
     let (batch, last) = (crate::fakes::FlushStop::default(), crate::fakes::FlushStop::default());
     let (batch_stops, last_stops) = (batch.clone(), last.clone());
-    *lock(&rig.persist.state().during) = Some(Arc::new(move |from| match from / PAGE_BYTES {
+    *lock(&fixture.persist.state().during) = Some(Arc::new(move |from| match from / PAGE_BYTES {
         63 => batch_stops.stop(),
         64 => last_stops.stop(),
         _ => {}
     }));
-    let second = flusher(&rig, 0, 64);
+    let second = flusher(&fixture, 0, 64);
     batch.wait_stopped();
-    let first = flusher(&rig, 64, 64);
+    let first = flusher(&fixture, 64, 64);
     last.wait_stopped();
     batch.open();
-    rig.until_waits(1);
+    fixture.until_waits(1);
     assert!(second.try_recv().is_err(), "page 64 is not flushed yet");
     last.open();
     receive(&first).unwrap();
@@ -112,14 +112,14 @@ fn row_10_two_flushers_when_the_mark_is_gone_before_the_search() {
 #[test]
 fn row_10_a_flusher_that_waited_is_told_of_the_failure() {
     for _ in 0..50 {
-        let rig = Arc::new(Rig::new(1));
-        rig.grant(0, 0, 1, Access::Write).unwrap();
-        let stop = rig.persist.stop_in_flush();
-        let first = flusher(&rig, 0, 0);
+        let fixture = Arc::new(Fixture::new(1));
+        fixture.grant(0, 0, 1, Access::Write).unwrap();
+        let stop = fixture.persist.stop_in_flush();
+        let first = flusher(&fixture, 0, 0);
         stop.wait_stopped();
-        let second = flusher(&rig, 0, 0);
-        rig.until_waits(1);
-        rig.persist.state().fails.store(true, SeqCst);
+        let second = flusher(&fixture, 0, 0);
+        fixture.until_waits(1);
+        fixture.persist.state().fails.store(true, SeqCst);
         stop.open();
         assert!(receive(&first).is_err());
         assert!(receive(&second).is_err());
@@ -130,20 +130,20 @@ fn row_10_a_flusher_that_waited_is_told_of_the_failure() {
 /// comes meanwhile makes it dirty after that.
 #[test]
 fn row_10_a_grant_during_the_flush_dirties_after_it() {
-    let rig = Arc::new(Rig::new(1));
-    rig.source.fill(0, 1);
-    rig.grant(0, 0, 1, Access::Read).unwrap();
-    let held = rig.space.entries().grab(PageIndex(0), Order::Pte, &mut no_unmap).unwrap();
+    let fixture = Arc::new(Fixture::new(1));
+    fixture.source.fill(0, 1);
+    fixture.grant(0, 0, 1, Access::Read).unwrap();
+    let held = fixture.space.entries().grab(PageIndex(0), Order::Pte, &mut no_unmap).unwrap();
     held.mark(Mark::Dirty, true);
     drop(held);
-    let stop = rig.persist.stop_in_flush();
-    let flush = flusher(&rig, 0, 0);
+    let stop = fixture.persist.stop_in_flush();
+    let flush = flusher(&fixture, 0, 0);
     stop.wait_stopped();
     thread::scope(|scope| {
-        scope.spawn(|| rig.grant(0, 1, 1, Access::Write).unwrap());
-        rig.until_waits(1);
+        scope.spawn(|| fixture.grant(0, 1, 1, Access::Write).unwrap());
+        fixture.until_waits(1);
         stop.open();
     });
     receive(&flush).unwrap();
-    assert_eq!(rig.dirty(), [0]);
+    assert_eq!(fixture.dirty(), [0]);
 }

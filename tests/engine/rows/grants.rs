@@ -10,7 +10,7 @@ use vhost_user_dax::dax::entry::{Order, PAGE_BYTES, PMD_PAGES};
 use vhost_user_dax::dax::extent::Access;
 use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 
-use super::{MOST_MAPS, Rig, WINDOW_PAGES, map, pte, zero};
+use super::{Fixture, MOST_MAPS, WINDOW_PAGES, map, pte, zero};
 use crate::fakes::{Event, lock};
 
 /// Row 14: a grant wholly behind the end of the file is refused, and leaves nothing.
@@ -18,12 +18,12 @@ use crate::fakes::{Event, lock};
 fn row_14_wholly_past_eof_is_refused() {
     for (bytes, from) in [(0, 0), (3 * PAGE_BYTES, 3), (2 * PAGE_BYTES + 1, 3), (PAGE_BYTES, 9)] {
         for access in [Access::Read, Access::Write] {
-            let rig = Rig::with(bytes, false);
-            let refused = rig.grant(from, 0, 4, access).unwrap_err();
+            let fixture = Fixture::with(bytes, false);
+            let refused = fixture.grant(from, 0, 4, access).unwrap_err();
             assert!(matches!(refused, GrantError::PastEof), "{refused}");
             assert_eq!(refused.errno(), Errno::ENXIO);
-            assert_eq!((rig.log.take(), rig.entries()), (vec![], vec![]));
-            assert_eq!((rig.counted().grants, rig.counted().grants_failed), (0, 1));
+            assert_eq!((fixture.log.take(), fixture.entries()), (vec![], vec![]));
+            assert_eq!((fixture.counted().grants, fixture.counted().grants_failed), (0, 1));
         }
     }
 }
@@ -33,15 +33,15 @@ fn row_14_wholly_past_eof_is_refused() {
 #[test]
 fn row_14_inside_eof_page_by_page() {
     for asked in [3, 4, PMD_PAGES] {
-        let rig = Rig::new(3);
-        rig.source.fill(1, 2);
-        rig.grant(0, 0, asked, Access::Read).unwrap();
-        assert_eq!(rig.entries(), [(0, zero(Order::Pte)), (1, pte(1)), (2, zero(Order::Pte))]);
-        assert_eq!(rig.log.take(), [map(0, 0, 3)]);
-        rig.grant(0, 0, asked, Access::Write).unwrap();
-        assert_eq!(rig.entries(), [(0, pte(0)), (1, pte(1)), (2, pte(2))]);
-        assert_eq!(rig.source.allocated().into_iter().collect::<Vec<_>>(), [0, 1, 2]);
-        assert_eq!(rig.messages(), []);
+        let fixture = Fixture::new(3);
+        fixture.source.fill(1, 2);
+        fixture.grant(0, 0, asked, Access::Read).unwrap();
+        assert_eq!(fixture.entries(), [(0, zero(Order::Pte)), (1, pte(1)), (2, zero(Order::Pte))]);
+        assert_eq!(fixture.log.take(), [map(0, 0, 3)]);
+        fixture.grant(0, 0, asked, Access::Write).unwrap();
+        assert_eq!(fixture.entries(), [(0, pte(0)), (1, pte(1)), (2, pte(2))]);
+        assert_eq!(fixture.source.allocated().into_iter().collect::<Vec<_>>(), [0, 1, 2]);
+        assert_eq!(fixture.messages(), []);
     }
 }
 
@@ -49,20 +49,20 @@ fn row_14_inside_eof_page_by_page() {
 /// it, else refused as such, with nothing done.
 #[test]
 fn row_14_a_last_page_that_is_not_whole() {
-    let rig = Rig::with(2 * PAGE_BYTES + 5, false);
-    let refused = rig.grant(0, 0, 4, Access::Write).unwrap_err();
+    let fixture = Fixture::with(2 * PAGE_BYTES + 5, false);
+    let refused = fixture.grant(0, 0, 4, Access::Write).unwrap_err();
     assert!(matches!(refused, GrantError::Tail), "{refused}");
-    assert_eq!((rig.log.take(), rig.entries()), (vec![], vec![]));
+    assert_eq!((fixture.log.take(), fixture.entries()), (vec![], vec![]));
     // What ends before it is granted as ever.
-    rig.grant(0, 0, 2, Access::Read).unwrap();
-    assert_eq!(rig.entries().len(), 2);
+    fixture.grant(0, 0, 2, Access::Read).unwrap();
+    assert_eq!(fixture.entries().len(), 2);
 }
 
 /// Numbers that can't be are refused, each as such, and change nothing.
 #[test]
 fn row_14_numbers_that_cannot_be() {
-    let rig = Rig::new(1);
-    let span = |at, bytes| rig.engine.span(WindowOffset(at), WindowBytes(bytes));
+    let fixture = Fixture::new(1);
+    let span = |at, bytes| fixture.engine.span(WindowOffset(at), WindowBytes(bytes));
     let window = WINDOW_PAGES * PAGE_BYTES;
     for (at, bytes) in [
         (0, 0),
@@ -77,38 +77,38 @@ fn row_14_numbers_that_cannot_be() {
     }
     for from in [1, u64::MAX, u64::MAX - PAGE_BYTES + 1, 1 << 63, (1 << 63) - PAGE_BYTES] {
         let span = span(0, PAGE_BYTES).unwrap();
-        let refused = rig.engine.grant(&rig.space, FileOffset(from), span, Access::Write);
+        let refused = fixture.engine.grant(&fixture.space, FileOffset(from), span, Access::Write);
         assert_eq!(refused.unwrap_err().errno(), Errno::EINVAL, "{from:#x}");
     }
-    assert_eq!((rig.log.take(), rig.entries()), (vec![], vec![]));
+    assert_eq!((fixture.log.take(), fixture.entries()), (vec![], vec![]));
 }
 
 /// Row 16: a write grant allocates before it does anything else.
 #[test]
 fn row_16_a_write_grant_allocates_first() {
-    let rig = Rig::new(PMD_PAGES);
-    rig.grant(0, 0, 8, Access::Write).unwrap();
-    assert_eq!(rig.log.take(), [Event::Allocate { first: 0, last: 7 }, map(0, 0, 8)]);
+    let fixture = Fixture::new(PMD_PAGES);
+    fixture.grant(0, 0, 8, Access::Write).unwrap();
+    assert_eq!(fixture.log.take(), [Event::Allocate { first: 0, last: 7 }, map(0, 0, 8)]);
 }
 
 /// Row 16: a full disk is ENOSPC before anything is promised: no map, no entry, no grant; and what
 /// was granted there before still is.
 #[test]
 fn row_16_a_full_disk_is_enospc_before_anything_is_promised() {
-    let rig = Rig::new(2 * PMD_PAGES);
-    rig.grant(0, 0, 2 * PMD_PAGES, Access::Read).unwrap();
-    let before = (rig.entries(), rig.mapper.maps());
-    rig.log.take();
-    rig.source.state().free.store(20, SeqCst);
-    let refused = rig.grant(0, 0, PMD_PAGES, Access::Write).unwrap_err();
+    let fixture = Fixture::new(2 * PMD_PAGES);
+    fixture.grant(0, 0, 2 * PMD_PAGES, Access::Read).unwrap();
+    let before = (fixture.entries(), fixture.mapper.maps());
+    fixture.log.take();
+    fixture.source.state().free.store(20, SeqCst);
+    let refused = fixture.grant(0, 0, PMD_PAGES, Access::Write).unwrap_err();
     assert_eq!(refused.errno(), Errno::ENOSPC);
     let asked = Event::Allocate { first: 0, last: PMD_PAGES - 1 };
-    assert_eq!(rig.log.take(), [asked], "and nothing else was done");
-    assert_eq!((rig.entries(), rig.mapper.maps()), before);
-    assert_eq!((rig.dirty(), rig.engine.sizes()), (vec![], (1, 1)));
+    assert_eq!(fixture.log.take(), [asked], "and nothing else was done");
+    assert_eq!((fixture.entries(), fixture.mapper.maps()), before);
+    assert_eq!((fixture.dirty(), fixture.engine.sizes()), (vec![], (1, 1)));
     // The same where nothing was granted.
-    rig.grant(0, 4 * PMD_PAGES, PMD_PAGES, Access::Write).unwrap_err();
-    assert_eq!(rig.engine.sizes(), (1, 1));
+    fixture.grant(0, 4 * PMD_PAGES, PMD_PAGES, Access::Write).unwrap_err();
+    assert_eq!(fixture.engine.sizes(), (1, 1));
 }
 
 /// Row 16: a file system that fails in the middle of a fault: the grant is refused with its error,
@@ -123,26 +123,26 @@ fn row_16_a_lookup_that_fails_leaves_nothing() {
         (chunk, two, Access::Read),
         (chunk, two, Access::Write),
     ] {
-        let rig = Rig::new(two);
-        rig.source.fill(0, 4);
-        *lock(&rig.source.state().bad_page) = Some(bad);
-        let refused = rig.grant(0, 0, asked, access).unwrap_err();
+        let fixture = Fixture::new(two);
+        fixture.source.fill(0, 4);
+        *lock(&fixture.source.state().bad_page) = Some(bad);
+        let refused = fixture.grant(0, 0, asked, access).unwrap_err();
         assert_eq!(refused.errno(), Errno::EIO);
-        assert_eq!((rig.entries(), rig.engine.sizes()), (vec![], (0, 0)), "page {bad}");
-        assert_eq!(rig.messages(), []);
+        assert_eq!((fixture.entries(), fixture.engine.sizes()), (vec![], (0, 0)), "page {bad}");
+        assert_eq!(fixture.messages(), []);
     }
 }
 
 /// Row Q2 of the front-end: more maps than the VM can take are refused before anything is sent.
 #[test]
 fn row_16_too_many_maps_are_refused_before_anything_is_sent() {
-    let rig = Rig::new(1);
+    let fixture = Fixture::new(1);
     for n in 0..MOST_MAPS as u64 {
-        rig.grant(0, 2 * n, 1, Access::Read).unwrap();
+        fixture.grant(0, 2 * n, 1, Access::Read).unwrap();
     }
-    rig.log.take();
-    let refused = rig.grant(0, 1000, 1, Access::Read).unwrap_err();
-    assert_eq!((refused.errno(), rig.messages()), (Errno::ENOMEM, vec![]));
-    rig.revoke(&[(0, WINDOW_PAGES)]).unwrap();
-    assert_eq!((rig.engine.sizes(), rig.entries()), ((0, 0), vec![]));
+    fixture.log.take();
+    let refused = fixture.grant(0, 1000, 1, Access::Read).unwrap_err();
+    assert_eq!((refused.errno(), fixture.messages()), (Errno::ENOMEM, vec![]));
+    fixture.revoke(&[(0, WINDOW_PAGES)]).unwrap();
+    assert_eq!((fixture.engine.sizes(), fixture.entries()), ((0, 0), vec![]));
 }

@@ -7,31 +7,31 @@ use vhost_user_dax::dax::extent::Access;
 use vhost_user_dax::dax::index::Mark;
 
 use super::entries::{new_entries, no_unmap, put};
-use super::{Rig, map, own_block, pmd, pte, unmap_hole, zero};
+use super::{Fixture, map, own_block, pmd, pte, unmap_hole, zero};
 use crate::fakes::Event;
 
 /// Row 6: a read grant over holes makes ZERO entries of either order, and allocates nothing.
 #[test]
 fn row_06_load_hole_allocates_nothing() {
-    let rig = Rig::new(PMD_PAGES + 2);
-    rig.source.fill(PMD_PAGES + 1, PMD_PAGES + 2);
-    rig.grant(0, 0, PMD_PAGES + 2, Access::Read).unwrap();
+    let fixture = Fixture::new(PMD_PAGES + 2);
+    fixture.source.fill(PMD_PAGES + 1, PMD_PAGES + 2);
+    fixture.grant(0, 0, PMD_PAGES + 2, Access::Read).unwrap();
     let expected =
         [(0, zero(Order::Pmd)), (PMD_PAGES, zero(Order::Pte)), (PMD_PAGES + 1, pte(PMD_PAGES + 1))];
-    assert_eq!(rig.entries(), expected);
-    assert_eq!(rig.log.take(), [map(0, 0, PMD_PAGES + 2)], "no allocation");
-    assert_eq!(rig.source.allocated().len(), 1);
-    assert_eq!(rig.counted().holes, 2);
+    assert_eq!(fixture.entries(), expected);
+    assert_eq!(fixture.log.take(), [map(0, 0, PMD_PAGES + 2)], "no allocation");
+    assert_eq!(fixture.source.allocated().len(), 1);
+    assert_eq!(fixture.counted().holes, 2);
 }
 
 /// Row 6: blocks that were never written are a hole to a reader.
 #[test]
 fn row_06_load_hole_takes_unwritten_blocks_for_one() {
-    let rig = Rig::new(1);
-    rig.source.fill(0, 1);
-    rig.source.set_unwritten(0);
-    rig.grant(0, 0, 1, Access::Read).unwrap();
-    assert_eq!(rig.entries(), [(0, zero(Order::Pte))]);
+    let fixture = Fixture::new(1);
+    fixture.source.fill(0, 1);
+    fixture.source.set_unwritten(0);
+    fixture.grant(0, 0, 1, Access::Read).unwrap();
+    assert_eq!(fixture.entries(), [(0, zero(Order::Pte))]);
 }
 
 /// Row 6: ZERO and EMPTY entries are never written back, whatever their marks say.
@@ -39,14 +39,14 @@ fn row_06_load_hole_takes_unwritten_blocks_for_one() {
 fn row_06_holes_are_never_written_back() {
     for order in [Order::Pte, Order::Pmd] {
         for entry in [Entry::empty(order), zero(order)] {
-            let rig = Rig::new(PMD_PAGES);
-            put(rig.space.entries(), 0, entry);
-            let held = rig.space.entries().grab(PageIndex(0), order, &mut no_unmap).unwrap();
+            let fixture = Fixture::new(PMD_PAGES);
+            put(fixture.space.entries(), 0, entry);
+            let held = fixture.space.entries().grab(PageIndex(0), order, &mut no_unmap).unwrap();
             held.mark(Mark::Dirty, true);
             held.mark(Mark::ToWrite, true);
             drop(held);
-            rig.sync().unwrap();
-            assert_eq!(rig.flushed(), [], "{entry:?}");
+            fixture.sync().unwrap();
+            assert_eq!(fixture.flushed(), [], "{entry:?}");
         }
     }
 }
@@ -55,17 +55,17 @@ fn row_06_holes_are_never_written_back() {
 /// entries and blocks stay as they are, whatever it finds.
 #[test]
 fn row_07_a_private_mapping_dirties_and_allocates_nothing() {
-    let rig = Rig::new(2 * PMD_PAGES);
-    rig.source.fill(PMD_PAGES, 2 * PMD_PAGES);
-    let before = rig.source.allocated();
+    let fixture = Fixture::new(2 * PMD_PAGES);
+    fixture.source.fill(PMD_PAGES, 2 * PMD_PAGES);
+    let before = fixture.source.allocated();
     for at in [0, 2 * PMD_PAGES] {
-        rig.grant(0, at, 2 * PMD_PAGES, Access::Read).unwrap();
-        assert_eq!(rig.entries(), [(0, zero(Order::Pmd)), (PMD_PAGES, pmd(PMD_PAGES))]);
-        assert_eq!((rig.dirty(), rig.source.allocated()), (vec![], before.clone()));
+        fixture.grant(0, at, 2 * PMD_PAGES, Access::Read).unwrap();
+        assert_eq!(fixture.entries(), [(0, zero(Order::Pmd)), (PMD_PAGES, pmd(PMD_PAGES))]);
+        assert_eq!((fixture.dirty(), fixture.source.allocated()), (vec![], before.clone()));
     }
-    rig.sync().unwrap();
-    rig.revoke(&[(0, 5 * PMD_PAGES)]).unwrap();
-    assert!(!rig.log.take().iter().any(|event| matches!(event, Event::Flush { .. })));
+    fixture.sync().unwrap();
+    fixture.revoke(&[(0, 5 * PMD_PAGES)]).unwrap();
+    assert!(!fixture.log.take().iter().any(|event| matches!(event, Event::Flush { .. })));
 }
 
 /// Row 8: a hole gets blocks only after what showed it is unmapped, under the entry's lock.
@@ -93,41 +93,42 @@ fn row_08_insert_mapping_entry_unmaps_the_hole_first() {
 /// yet) the map; and the entry is dirty.
 #[test]
 fn row_08_insert_mapping_entry_order_of_events() {
-    let rig = Rig::new(PMD_PAGES);
-    rig.grant(0, 0, PMD_PAGES, Access::Read).unwrap();
-    rig.log.take();
-    rig.grant(0, 0, PMD_PAGES, Access::Write).unwrap();
+    let fixture = Fixture::new(PMD_PAGES);
+    fixture.grant(0, 0, PMD_PAGES, Access::Read).unwrap();
+    fixture.log.take();
+    fixture.grant(0, 0, PMD_PAGES, Access::Write).unwrap();
     let allocate = Event::Allocate { first: 0, last: PMD_PAGES - 1 };
-    assert_eq!(rig.log.take(), [allocate, unmap_hole(0, PMD_PAGES)]);
-    assert_eq!((rig.entries(), rig.dirty()), (vec![(0, pmd(0))], vec![0]));
+    assert_eq!(fixture.log.take(), [allocate, unmap_hole(0, PMD_PAGES)]);
+    assert_eq!((fixture.entries(), fixture.dirty()), (vec![(0, pmd(0))], vec![0]));
 }
 
 /// Row 8 and 3: a write to one page of a hole of 2 MiB unmaps all of the hole, and splits it.
 #[test]
 fn row_08_a_write_to_one_page_of_a_large_hole() {
-    let rig = Rig::new(PMD_PAGES);
-    rig.grant(0, 0, PMD_PAGES, Access::Read).unwrap();
-    rig.log.take();
-    rig.grant(9, PMD_PAGES, 1, Access::Write).unwrap();
+    let fixture = Fixture::new(PMD_PAGES);
+    fixture.grant(0, 0, PMD_PAGES, Access::Read).unwrap();
+    fixture.log.take();
+    fixture.grant(9, PMD_PAGES, 1, Access::Write).unwrap();
     let allocate = Event::Allocate { first: 9, last: 9 };
-    assert_eq!(rig.log.take(), [allocate, unmap_hole(0, PMD_PAGES), map(PMD_PAGES, 9, 1)]);
-    assert_eq!((rig.entries(), rig.dirty()), (vec![(9, pte(9))], vec![9]));
-    assert_eq!((rig.counted().splits, rig.source.allocated().len()), (1, 1));
+    assert_eq!(fixture.log.take(), [allocate, unmap_hole(0, PMD_PAGES), map(PMD_PAGES, 9, 1)]);
+    assert_eq!((fixture.entries(), fixture.dirty()), (vec![(9, pte(9))], vec![9]));
+    assert_eq!((fixture.counted().splits, fixture.source.allocated().len()), (1, 1));
 }
 
 /// Row 8: an entry that has blocks is never overwritten: not by another block, not by a hole.
 #[test]
 fn row_08_a_real_entry_is_never_overwritten() {
     for other in [None, Some(77)] {
-        let rig = Rig::new(PMD_PAGES + 1);
-        rig.source.fill(0, PMD_PAGES + 1);
+        let fixture = Fixture::new(PMD_PAGES + 1);
+        fixture.source.fill(0, PMD_PAGES + 1);
         let expected = [(0, pmd(0)), (PMD_PAGES, pte(PMD_PAGES))];
-        rig.grant(0, 0, PMD_PAGES + 1, Access::Read).unwrap();
-        assert_eq!(rig.entries(), expected);
-        (0..=PMD_PAGES).for_each(|page| rig.source.set_block(page, other.map(|n| n + 3 * page)));
-        rig.log.take();
-        rig.grant(0, 2 * PMD_PAGES, PMD_PAGES + 1, Access::Read).unwrap();
-        assert_eq!(rig.entries(), expected);
-        assert!(!rig.log.take().iter().any(|event| matches!(event, Event::UnmapHole { .. })));
+        fixture.grant(0, 0, PMD_PAGES + 1, Access::Read).unwrap();
+        assert_eq!(fixture.entries(), expected);
+        (0..=PMD_PAGES)
+            .for_each(|page| fixture.source.set_block(page, other.map(|n| n + 3 * page)));
+        fixture.log.take();
+        fixture.grant(0, 2 * PMD_PAGES, PMD_PAGES + 1, Access::Read).unwrap();
+        assert_eq!(fixture.entries(), expected);
+        assert!(!fixture.log.take().iter().any(|event| matches!(event, Event::UnmapHole { .. })));
     }
 }

@@ -98,13 +98,13 @@ fn lines_of(page: u64, pages: u64) -> impl Iterator<Item = u64> {
 /// them.
 #[test]
 fn row_10_exactly_the_dirty_lines_and_one_fence() {
-    let rig = LineRig::new();
+    let fixture = LineRig::new();
     for page in [1, 3, 77] {
-        rig.grant(page, 1, Access::Write);
+        fixture.grant(page, 1, Access::Write);
     }
-    rig.grant(5, 2, Access::Read);
-    rig.grant(PMD_PAGES, PMD_PAGES, Access::Write);
-    rig.grant(2 * PMD_PAGES, PMD_PAGES, Access::Read);
+    fixture.grant(5, 2, Access::Read);
+    fixture.grant(PMD_PAGES, PMD_PAGES, Access::Write);
+    fixture.grant(2 * PMD_PAGES, PMD_PAGES, Access::Read);
     let expected: BTreeMap<u64, u32> = [(1, 1), (3, 1), (77, 1), (PMD_PAGES, PMD_PAGES)]
         .into_iter()
         .flat_map(|(page, pages)| lines_of(page, pages))
@@ -112,25 +112,25 @@ fn row_10_exactly_the_dirty_lines_and_one_fence() {
         .collect();
     for _ in 0..2 {
         // Under their write grants they are dirty again at once (row 9).
-        rig.engine.writeback(&rig.space, PageIndex(0), PageIndex::LAST).unwrap();
-        assert_eq!(rig.batches().as_slice(), std::slice::from_ref(&expected));
+        fixture.engine.writeback(&fixture.space, PageIndex(0), PageIndex::LAST).unwrap();
+        assert_eq!(fixture.batches().as_slice(), std::slice::from_ref(&expected));
     }
     // Of a part of the file, the entries in it.
-    rig.engine.writeback(&rig.space, PageIndex(2), PageIndex(70)).unwrap();
-    assert_eq!(rig.batches(), [lines_of(3, 1).map(|line| (line, 1)).collect()]);
+    fixture.engine.writeback(&fixture.space, PageIndex(2), PageIndex(70)).unwrap();
+    assert_eq!(fixture.batches(), [lines_of(3, 1).map(|line| (line, 1)).collect()]);
 }
 
 /// Shows: more entries than one batch holds: each batch has its fence, and no line comes twice.
 #[test]
 fn row_10_each_batch_has_its_fence() {
-    let rig = LineRig::new();
+    let fixture = LineRig::new();
     for page in (0..200).map(|n| 2 * n) {
-        rig.grant(page, 1, Access::Write);
+        fixture.grant(page, 1, Access::Write);
     }
-    rig.batches();
-    rig.engine.writeback(&rig.space, PageIndex(0), PageIndex::LAST).unwrap();
-    let batches = rig.batches();
-    assert_eq!(batches.len() as u64, rig.engine.counters().snapshot().fences);
+    fixture.batches();
+    fixture.engine.writeback(&fixture.space, PageIndex(0), PageIndex::LAST).unwrap();
+    let batches = fixture.batches();
+    assert_eq!(batches.len() as u64, fixture.engine.counters().snapshot().fences);
     assert_eq!(batches.len(), 200_usize.div_ceil(64));
     let mut all = BTreeMap::new();
     for (line, times) in batches.into_iter().flatten() {
@@ -143,19 +143,19 @@ fn row_10_each_batch_has_its_fence() {
 /// Shows: the last flush of an entry that loses its write grant has its fence, too.
 #[test]
 fn row_10_a_last_flush_has_its_fence() {
-    let rig = LineRig::new();
-    rig.grant(9, 1, Access::Write);
-    let span = rig.engine.span(WindowOffset(9 * PAGE_BYTES), WindowBytes(PAGE_BYTES)).unwrap();
-    rig.engine.revoke(&[span]).unwrap();
-    assert_eq!(rig.batches(), [lines_of(9, 1).map(|line| (line, 1)).collect()]);
+    let fixture = LineRig::new();
+    fixture.grant(9, 1, Access::Write);
+    let span = fixture.engine.span(WindowOffset(9 * PAGE_BYTES), WindowBytes(PAGE_BYTES)).unwrap();
+    fixture.engine.revoke(&[span]).unwrap();
+    assert_eq!(fixture.batches(), [lines_of(9, 1).map(|line| (line, 1)).collect()]);
 }
 
 /// Shows: what a WRITE has stored is durable when it returns: its pages' lines, and a fence.
 #[test]
 fn row_13_a_write_has_its_fence() {
-    let rig = LineRig::new();
-    rig.engine.write(&rig.space, FileOffset(5000), b"written").unwrap();
-    assert_eq!(rig.batches(), [lines_of(1, 1).map(|line| (line, 1)).collect()]);
+    let fixture = LineRig::new();
+    fixture.engine.write(&fixture.space, FileOffset(5000), b"written").unwrap();
+    assert_eq!(fixture.batches(), [lines_of(1, 1).map(|line| (line, 1)).collect()]);
 }
 
 /// A file in memory as its own direct memory.

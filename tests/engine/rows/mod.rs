@@ -35,7 +35,7 @@ pub const WINDOW_PAGES: u64 = 64 * PMD_PAGES;
 pub const MOST_MAPS: usize = 64;
 
 /// An engine between doubles, with one file.
-pub struct Rig {
+pub struct Fixture {
     pub log: Log,
     pub mapper: Arc<StrictMapper>,
     pub engine: Arc<Engine>,
@@ -44,7 +44,7 @@ pub struct Rig {
     pub space: Arc<Space>,
 }
 
-impl Rig {
+impl Fixture {
     /// A file of so many pages whose dirty lines only our entries know.
     pub fn new(pages: u64) -> Self {
         Self::with(pages * PAGE_BYTES, false)

@@ -10,28 +10,30 @@ use vhost_user_dax::dax::entry::{Order, PAGE_BYTES, PMD_PAGES};
 use vhost_user_dax::dax::extent::Access;
 use vhost_user_dax::window::layout::ShowError;
 
-use super::{Rig, map, pte, unmap, zero};
+use super::{Fixture, map, pte, unmap, zero};
 use crate::fakes::lock;
 
-type Change = fn(&Rig) -> Result<(), GrantError>;
+type Change = fn(&Fixture) -> Result<(), GrantError>;
 
 /// Three grants in a row, and changes that take some away, cut some, and give back what stuck out.
-fn prepared() -> Rig {
-    let rig = Rig::new(8 * PMD_PAGES);
-    rig.grant(0, 0, 100, Access::Read).unwrap();
-    rig.grant(1000, 100, 100, Access::Write).unwrap();
-    rig.grant(2000, 200, 100, Access::Read).unwrap();
-    rig.log.take();
-    rig
+fn prepared() -> Fixture {
+    let fixture = Fixture::new(8 * PMD_PAGES);
+    fixture.grant(0, 0, 100, Access::Read).unwrap();
+    fixture.grant(1000, 100, 100, Access::Write).unwrap();
+    fixture.grant(2000, 200, 100, Access::Read).unwrap();
+    fixture.log.take();
+    fixture
 }
 
 const CHANGES: [(&str, u64, Change); 6] = [
-    ("replace a whole one", 2, |rig| rig.grant(500, 100, 100, Access::Read)),
-    ("replace parts of two and all of one", 6, |rig| rig.grant(500, 50, 200, Access::Write)),
-    ("replace the middle of one", 4, |rig| rig.grant(500, 120, 10, Access::Write)),
-    ("remove the middle of one", 3, |rig| rig.revoke(&[(120, 10)])),
-    ("remove over two ends", 4, |rig| rig.revoke(&[(50, 100)])),
-    ("remove all", 3, |rig| rig.revoke(&[(0, 300)])),
+    ("replace a whole one", 2, |fixture| fixture.grant(500, 100, 100, Access::Read)),
+    ("replace parts of two and all of one", 6, |fixture| {
+        fixture.grant(500, 50, 200, Access::Write)
+    }),
+    ("replace the middle of one", 4, |fixture| fixture.grant(500, 120, 10, Access::Write)),
+    ("remove the middle of one", 3, |fixture| fixture.revoke(&[(120, 10)])),
+    ("remove over two ends", 4, |fixture| fixture.revoke(&[(50, 100)])),
+    ("remove all", 3, |fixture| fixture.revoke(&[(0, 300)])),
 ];
 
 /// A refused step, in whichever position, leaves maps, grants, entries and dirt as they were; and
@@ -40,25 +42,26 @@ const CHANGES: [(&str, u64, Change); 6] = [
 fn row_08_a_refused_step_leaves_all_as_it_was() {
     for (what, steps, change) in CHANGES {
         for position in 0..steps {
-            let rig = prepared();
-            let state =
-                |rig: &Rig| (rig.mapper.maps(), rig.engine.sizes(), rig.entries(), rig.dirty());
-            let before = state(&rig);
-            *lock(&rig.mapper.refuse_in) = Some(position);
-            let refused = change(&rig).expect_err(what);
+            let fixture = prepared();
+            let state = |fixture: &Fixture| {
+                (fixture.mapper.maps(), fixture.engine.sizes(), fixture.entries(), fixture.dirty())
+            };
+            let before = state(&fixture);
+            *lock(&fixture.mapper.refuse_in) = Some(position);
+            let refused = change(&fixture).expect_err(what);
             assert!(
                 matches!(refused, GrantError::Window(ShowError::Refused(_))),
                 "{what}, step {position}: {refused}"
             );
-            assert_eq!(state(&rig), before, "{what}, step {position}");
-            *lock(&rig.mapper.refuse_in) = None;
-            change(&rig).unwrap();
-            rig.revoke(&[(0, 300)]).unwrap();
-            assert_eq!((rig.engine.sizes(), rig.entries()), ((0, 0), vec![]), "{what}");
+            assert_eq!(state(&fixture), before, "{what}, step {position}");
+            *lock(&fixture.mapper.refuse_in) = None;
+            change(&fixture).unwrap();
+            fixture.revoke(&[(0, 300)]).unwrap();
+            assert_eq!((fixture.engine.sizes(), fixture.entries()), ((0, 0), vec![]), "{what}");
         }
-        let rig = prepared();
-        *lock(&rig.mapper.refuse_in) = Some(steps);
-        change(&rig).unwrap_or_else(|e| panic!("{what} takes more than {steps} steps: {e}"));
+        let fixture = prepared();
+        *lock(&fixture.mapper.refuse_in) = Some(steps);
+        change(&fixture).unwrap_or_else(|e| panic!("{what} takes more than {steps} steps: {e}"));
     }
 }
 
@@ -66,25 +69,25 @@ fn row_08_a_refused_step_leaves_all_as_it_was() {
 /// removed.
 #[test]
 fn row_08_a_refused_way_back_is_told() {
-    let rig = prepared();
-    rig.mapper.refuse_for_ever.store(true, SeqCst);
-    *lock(&rig.mapper.refuse_in) = Some(3);
-    let torn = rig.grant(500, 50, 200, Access::Write).unwrap_err();
+    let fixture = prepared();
+    fixture.mapper.refuse_for_ever.store(true, SeqCst);
+    *lock(&fixture.mapper.refuse_in) = Some(3);
+    let torn = fixture.grant(500, 50, 200, Access::Write).unwrap_err();
     assert!(matches!(torn, GrantError::Window(ShowError::Torn(_))), "{torn}");
-    assert!(rig.mapper.maps().is_empty());
-    rig.mapper.refuse_for_ever.store(false, SeqCst);
-    *lock(&rig.mapper.refuse_in) = None;
-    rig.revoke(&[(0, 300)]).unwrap();
-    assert_eq!((rig.engine.sizes(), rig.entries()), ((0, 0), vec![]));
+    assert!(fixture.mapper.maps().is_empty());
+    fixture.mapper.refuse_for_ever.store(false, SeqCst);
+    *lock(&fixture.mapper.refuse_in) = None;
+    fixture.revoke(&[(0, 300)]).unwrap();
+    assert_eq!((fixture.engine.sizes(), fixture.entries()), ((0, 0), vec![]));
 }
 
 /// A grant over others: the few whole maps and unmaps that get there, and what stuck out given
 /// back.
 #[test]
 fn row_08_a_grant_over_others_is_planned_in_whole_maps() {
-    let rig = prepared();
-    rig.grant(500, 50, 200, Access::Write).unwrap();
-    let mut sent = rig.messages();
+    let fixture = prepared();
+    fixture.grant(500, 50, 200, Access::Write).unwrap();
+    let mut sent = fixture.messages();
     sent[3..].sort_by_key(|event| format!("{event:?}"));
     let mut expected = [
         unmap(0, 100),
@@ -96,11 +99,11 @@ fn row_08_a_grant_over_others_is_planned_in_whole_maps() {
     ];
     expected[3..].sort_by_key(|event| format!("{event:?}"));
     assert_eq!(sent, expected);
-    assert_eq!(rig.engine.sizes(), (3, 3));
-    let pages: Vec<_> = rig.entries().into_iter().map(|(page, _)| page).collect();
+    assert_eq!(fixture.engine.sizes(), (3, 3));
+    let pages: Vec<_> = fixture.entries().into_iter().map(|(page, _)| page).collect();
     let left: Vec<_> = (0..50).chain(500..700).chain(2050..2100).collect();
     assert_eq!(pages, left, "entries that no grant covers any more are gone");
-    assert_eq!(rig.dirty(), (500..700).collect::<Vec<_>>());
+    assert_eq!(fixture.dirty(), (500..700).collect::<Vec<_>>());
 }
 
 /// With the limit far below the maps that there are (other devices' came), removals, replacements
@@ -109,33 +112,33 @@ fn row_08_a_grant_over_others_is_planned_in_whole_maps() {
 #[test]
 fn row_08_a_lowered_limit_refuses_only_what_adds_maps() {
     for most in 0..=3 {
-        let rig = prepared();
-        rig.engine.set_most_maps(most);
+        let fixture = prepared();
+        fixture.engine.set_most_maps(most);
         let full = |done| matches!(done, Err(GrantError::Window(ShowError::TooMany(most_maps))) if most_maps == most);
-        assert!(full(rig.grant(0, 400, 10, Access::Read)), "{most}: one more map");
-        assert!(full(rig.revoke(&[(120, 10), (0, 50)])), "{most}: the middle of one");
-        assert_eq!(rig.engine.sizes(), (3, 3), "{most}: the range behind it is gone");
-        assert!(!rig.entries().iter().any(|(page, _)| *page < 50), "{most}");
-        rig.grant(3000, 100, 100, Access::Write).unwrap();
-        rig.engine.resize(&rig.space, 2010 * PAGE_BYTES).unwrap();
+        assert!(full(fixture.grant(0, 400, 10, Access::Read)), "{most}: one more map");
+        assert!(full(fixture.revoke(&[(120, 10), (0, 50)])), "{most}: the middle of one");
+        assert_eq!(fixture.engine.sizes(), (3, 3), "{most}: the range behind it is gone");
+        assert!(!fixture.entries().iter().any(|(page, _)| *page < 50), "{most}");
+        fixture.grant(3000, 100, 100, Access::Write).unwrap();
+        fixture.engine.resize(&fixture.space, 2010 * PAGE_BYTES).unwrap();
         let end = |(bytes, _, from): (u64, u64, u64)| (from + bytes) / PAGE_BYTES;
-        assert!(rig.mapper.maps().into_values().all(|map| end(map) <= 2010), "{most}");
-        rig.revoke(&[(0, 75), (250, 50), (100, 100), (0, 300)]).unwrap();
-        assert_eq!((rig.engine.sizes(), rig.entries()), ((0, 0), vec![]), "{most}");
+        assert!(fixture.mapper.maps().into_values().all(|map| end(map) <= 2010), "{most}");
+        fixture.revoke(&[(0, 75), (250, 50), (100, 100), (0, 300)]).unwrap();
+        assert_eq!((fixture.engine.sizes(), fixture.entries()), ((0, 0), vec![]), "{most}");
     }
 }
 
 /// Removal of a part leaves the rest granted: its entries, its dirt, and its bytes in the window.
 #[test]
 fn row_09_removal_of_a_part() {
-    let rig = Rig::new(100);
-    rig.grant(0, 0, 100, Access::Write).unwrap();
-    rig.log.take();
-    rig.revoke(&[(40, 20)]).unwrap();
-    let flushed = rig.flushed();
+    let fixture = Fixture::new(100);
+    fixture.grant(0, 0, 100, Access::Write).unwrap();
+    fixture.log.take();
+    fixture.revoke(&[(40, 20)]).unwrap();
+    let flushed = fixture.flushed();
     assert_eq!(flushed, (40..60).map(|page| (page, 1)).collect::<Vec<_>>(), "a last flush");
-    assert_eq!(rig.dirty(), (0..40).chain(60..100).collect::<Vec<_>>());
-    let maps: Vec<_> = rig
+    assert_eq!(fixture.dirty(), (0..40).chain(60..100).collect::<Vec<_>>());
+    let maps: Vec<_> = fixture
         .mapper
         .maps()
         .into_iter()
@@ -147,35 +150,38 @@ fn row_09_removal_of_a_part() {
 /// Removal of ranges of several files at once, in any order, holes among them.
 #[test]
 fn row_09_removal_of_ranges_of_several_files() {
-    let rig = Rig::new(PMD_PAGES);
-    let (second, third) = (rig.another_file(PMD_PAGES), rig.another_file(4));
-    rig.grant(0, 0, 10, Access::Write).unwrap();
-    rig.grant_of(&second, 0, 10, 10, Access::Write).unwrap();
-    rig.grant_of(&third, 0, 40, 4, Access::Read).unwrap();
-    rig.revoke(&[(40, 4), (5, 10), (20, 20), (0, 1)]).unwrap();
+    let fixture = Fixture::new(PMD_PAGES);
+    let (second, third) = (fixture.another_file(PMD_PAGES), fixture.another_file(4));
+    fixture.grant(0, 0, 10, Access::Write).unwrap();
+    fixture.grant_of(&second, 0, 10, 10, Access::Write).unwrap();
+    fixture.grant_of(&third, 0, 40, 4, Access::Read).unwrap();
+    fixture.revoke(&[(40, 4), (5, 10), (20, 20), (0, 1)]).unwrap();
     assert_eq!(third.entries().len(), 0);
-    assert_eq!((rig.entries().len(), second.entries().len()), (4, 5));
-    assert_eq!(rig.engine.sizes(), (2, 2));
+    assert_eq!((fixture.entries().len(), second.entries().len()), (4, 5));
+    assert_eq!(fixture.engine.sizes(), (2, 2));
     // In the middle of a list the front-end refuses: what is in front of it has gone.
-    *lock(&rig.mapper.refuse_in) = Some(2);
-    assert!(rig.revoke(&[(1, 2), (3, 1), (15, 5)]).is_err());
-    assert_eq!((rig.entries().len(), second.entries().len()), (2, 5));
-    rig.revoke(&[(0, 1), (0, 64), (0, 64)]).unwrap();
-    assert_eq!((rig.entries().len(), second.entries().len(), rig.engine.sizes()), (0, 0, (0, 0)));
+    *lock(&fixture.mapper.refuse_in) = Some(2);
+    assert!(fixture.revoke(&[(1, 2), (3, 1), (15, 5)]).is_err());
+    assert_eq!((fixture.entries().len(), second.entries().len()), (2, 5));
+    fixture.revoke(&[(0, 1), (0, 64), (0, 64)]).unwrap();
+    assert_eq!(
+        (fixture.entries().len(), second.entries().len(), fixture.engine.sizes()),
+        (0, 0, (0, 0))
+    );
 }
 
 /// A virtio reset: the front-end has dropped all maps by itself; all is granted anew afterwards.
 #[test]
 fn row_09_a_reset_forgets_all_and_flushes_a_last_time() {
-    let rig = Rig::new(PMD_PAGES);
-    rig.grant(0, 0, 4, Access::Write).unwrap();
-    rig.log.take();
-    rig.mapper.drop_all();
-    rig.engine.reset();
-    assert_eq!(rig.flushed().len(), 4);
-    assert_eq!((rig.engine.sizes(), rig.entries()), ((0, 0), vec![]));
-    rig.grant(0, 0, 2, Access::Read).unwrap();
-    assert_eq!(rig.messages(), [map(0, 0, 2)]);
-    assert_eq!(rig.entries(), [(0, pte(0)), (1, pte(1))]);
-    assert_ne!(rig.entries()[0].1, zero(Order::Pte));
+    let fixture = Fixture::new(PMD_PAGES);
+    fixture.grant(0, 0, 4, Access::Write).unwrap();
+    fixture.log.take();
+    fixture.mapper.drop_all();
+    fixture.engine.reset();
+    assert_eq!(fixture.flushed().len(), 4);
+    assert_eq!((fixture.engine.sizes(), fixture.entries()), ((0, 0), vec![]));
+    fixture.grant(0, 0, 2, Access::Read).unwrap();
+    assert_eq!(fixture.messages(), [map(0, 0, 2)]);
+    assert_eq!(fixture.entries(), [(0, pte(0)), (1, pte(1))]);
+    assert_ne!(fixture.entries()[0].1, zero(Order::Pte));
 }

@@ -8,11 +8,11 @@ use vhost_user_dax::dax::entry::{PAGE_BYTES, PMD_PAGES};
 use vhost_user_dax::dax::extent::{Access, ExtentSource};
 use vhost_user_dax::dax::resize::Resized;
 
-use super::{Rig, map, pmd, pte, unmap};
+use super::{Fixture, map, pmd, pte, unmap};
 use crate::fakes::Event;
 
-fn resize(rig: &Rig, bytes: u64) -> Resized {
-    rig.engine.resize(&rig.space, bytes).unwrap()
+fn resize(fixture: &Fixture, bytes: u64) -> Resized {
+    fixture.engine.resize(&fixture.space, bytes).unwrap()
 }
 
 const SHOWN: Resized = Resized { tail_hidden: false };
@@ -21,38 +21,41 @@ const SHOWN: Resized = Resized { tail_hidden: false };
 /// are gone; and what is left of a split chunk is there, and dirty under its write grant.
 #[test]
 fn row_05_truncation_under_a_live_grant() {
-    let rig = Rig::new(2 * PMD_PAGES);
-    rig.grant(0, 0, 2 * PMD_PAGES, Access::Write).unwrap();
-    rig.log.take();
+    let fixture = Fixture::new(2 * PMD_PAGES);
+    fixture.grant(0, 0, 2 * PMD_PAGES, Access::Write).unwrap();
+    fixture.log.take();
     let keep = PMD_PAGES + 3;
-    assert_eq!(resize(&rig, keep * PAGE_BYTES), SHOWN);
-    let sent: Vec<_> = rig.log.take();
+    assert_eq!(resize(&fixture, keep * PAGE_BYTES), SHOWN);
+    let sent: Vec<_> = fixture.log.take();
     let shrunk = sent.iter().position(|event| matches!(event, Event::SetBytes(_))).unwrap();
     assert_eq!(sent[..shrunk], [unmap(0, 2 * PMD_PAGES), map(0, 0, keep)]);
     let left: Vec<_> =
         [(0, pmd(0))].into_iter().chain((PMD_PAGES..keep).map(|n| (n, pte(n)))).collect();
-    assert_eq!(rig.entries(), left);
-    assert_eq!(rig.dirty(), left.iter().map(|(page, _)| *page).collect::<Vec<_>>());
-    rig.sync().unwrap();
-    assert_eq!(rig.flushed().len(), 4);
+    assert_eq!(fixture.entries(), left);
+    assert_eq!(fixture.dirty(), left.iter().map(|(page, _)| *page).collect::<Vec<_>>());
+    fixture.sync().unwrap();
+    assert_eq!(fixture.flushed().len(), 4);
     // To nothing, and the guest has not removed its grant.
-    assert_eq!(resize(&rig, 0), SHOWN);
-    assert_eq!((rig.entries(), rig.mapper.maps().len(), rig.engine.sizes().0), (vec![], 0, 1));
-    rig.revoke(&[(0, 2 * PMD_PAGES)]).unwrap();
-    assert_eq!(rig.engine.sizes(), (0, 0));
+    assert_eq!(resize(&fixture, 0), SHOWN);
+    assert_eq!(
+        (fixture.entries(), fixture.mapper.maps().len(), fixture.engine.sizes().0),
+        (vec![], 0, 1)
+    );
+    fixture.revoke(&[(0, 2 * PMD_PAGES)]).unwrap();
+    assert_eq!(fixture.engine.sizes(), (0, 0));
 }
 
 /// Row 5: what a dirty chunk holds in front of the cut is flushed before its entry goes; behind it
 /// there is no memory any more.
 #[test]
 fn row_05_truncation_writes_back_what_a_cut_chunk_keeps() {
-    let rig = Rig::new(PMD_PAGES);
-    rig.grant(0, 0, PMD_PAGES, Access::Write).unwrap();
-    rig.log.take();
-    resize(&rig, 7 * PAGE_BYTES);
-    assert_eq!(rig.flushed(), [(0, 7)]);
-    rig.engine.punch(&rig.space, 3 * PAGE_BYTES, PAGE_BYTES).unwrap();
-    assert_eq!(rig.flushed(), [], "a PTE has no rest");
+    let fixture = Fixture::new(PMD_PAGES);
+    fixture.grant(0, 0, PMD_PAGES, Access::Write).unwrap();
+    fixture.log.take();
+    resize(&fixture, 7 * PAGE_BYTES);
+    assert_eq!(fixture.flushed(), [(0, 7)]);
+    fixture.engine.punch(&fixture.space, 3 * PAGE_BYTES, PAGE_BYTES).unwrap();
+    assert_eq!(fixture.flushed(), [], "a PTE has no rest");
 }
 
 /// Row 14: a live grant shows what the file has grown by, without a moment in which what was there
@@ -60,31 +63,31 @@ fn row_05_truncation_writes_back_what_a_cut_chunk_keeps() {
 #[test]
 fn row_14_growth_under_a_live_grant() {
     for access in [Access::Read, Access::Write] {
-        let rig = Rig::new(3);
-        rig.grant(0, 0, PMD_PAGES, access).unwrap();
-        rig.log.take();
-        assert_eq!(resize(&rig, 10 * PAGE_BYTES), SHOWN);
-        assert_eq!(rig.messages(), [map(3, 3, 7)]);
-        assert_eq!(rig.entries().len(), 10);
-        assert_eq!(rig.dirty().len(), if access == Access::Write { 10 } else { 0 });
-        assert_eq!(rig.source.allocated().len(), rig.dirty().len());
-        assert_eq!(resize(&rig, 2 * PMD_PAGES * PAGE_BYTES), SHOWN);
-        assert_eq!(rig.messages(), [map(10, 10, PMD_PAGES - 10)], "as far as the grant goes");
-        rig.revoke(&[(0, PMD_PAGES)]).unwrap();
-        assert_eq!((rig.entries(), rig.mapper.maps().len()), (vec![], 0));
+        let fixture = Fixture::new(3);
+        fixture.grant(0, 0, PMD_PAGES, access).unwrap();
+        fixture.log.take();
+        assert_eq!(resize(&fixture, 10 * PAGE_BYTES), SHOWN);
+        assert_eq!(fixture.messages(), [map(3, 3, 7)]);
+        assert_eq!(fixture.entries().len(), 10);
+        assert_eq!(fixture.dirty().len(), if access == Access::Write { 10 } else { 0 });
+        assert_eq!(fixture.source.allocated().len(), fixture.dirty().len());
+        assert_eq!(resize(&fixture, 2 * PMD_PAGES * PAGE_BYTES), SHOWN);
+        assert_eq!(fixture.messages(), [map(10, 10, PMD_PAGES - 10)], "as far as the grant goes");
+        fixture.revoke(&[(0, PMD_PAGES)]).unwrap();
+        assert_eq!((fixture.entries(), fixture.mapper.maps().len()), (vec![], 0));
     }
 }
 
 /// Row 14: growth by other hands shows, too; so does shrinking by them.
 #[test]
 fn row_14_resized_by_other_hands() {
-    let rig = Rig::new(3);
-    rig.grant(0, 0, 8, Access::Read).unwrap();
+    let fixture = Fixture::new(3);
+    fixture.grant(0, 0, 8, Access::Read).unwrap();
     for pages in [6, 8, 2, 0, 5] {
-        rig.source.file().set_len(pages * PAGE_BYTES).unwrap();
-        assert_eq!(rig.engine.resized(&rig.space).unwrap(), SHOWN);
-        let shown: u64 = rig.mapper.maps().values().map(|(bytes, ..)| bytes / PAGE_BYTES).sum();
-        assert_eq!((shown, rig.entries().len() as u64), (pages, pages));
+        fixture.source.file().set_len(pages * PAGE_BYTES).unwrap();
+        assert_eq!(fixture.engine.resized(&fixture.space).unwrap(), SHOWN);
+        let shown: u64 = fixture.mapper.maps().values().map(|(bytes, ..)| bytes / PAGE_BYTES).sum();
+        assert_eq!((shown, fixture.entries().len() as u64), (pages, pages));
     }
 }
 
@@ -92,27 +95,27 @@ fn row_14_resized_by_other_hands() {
 /// again as soon as it is whole.
 #[test]
 fn row_14_a_tail_that_cannot_be_mapped_is_told_of() {
-    let rig = Rig::new(4);
-    rig.grant(0, 0, 8, Access::Read).unwrap();
-    rig.log.take();
-    assert_eq!(resize(&rig, 2 * PAGE_BYTES + 1), Resized { tail_hidden: true });
-    assert_eq!(rig.messages(), [unmap(0, 4), map(0, 0, 2)]);
-    assert_eq!(resize(&rig, 5 * PAGE_BYTES - 1), Resized { tail_hidden: true });
-    assert_eq!(resize(&rig, 5 * PAGE_BYTES), SHOWN);
-    let shown: u64 = rig.mapper.maps().values().map(|(bytes, ..)| bytes / PAGE_BYTES).sum();
+    let fixture = Fixture::new(4);
+    fixture.grant(0, 0, 8, Access::Read).unwrap();
+    fixture.log.take();
+    assert_eq!(resize(&fixture, 2 * PAGE_BYTES + 1), Resized { tail_hidden: true });
+    assert_eq!(fixture.messages(), [unmap(0, 4), map(0, 0, 2)]);
+    assert_eq!(resize(&fixture, 5 * PAGE_BYTES - 1), Resized { tail_hidden: true });
+    assert_eq!(resize(&fixture, 5 * PAGE_BYTES), SHOWN);
+    let shown: u64 = fixture.mapper.maps().values().map(|(bytes, ..)| bytes / PAGE_BYTES).sum();
     assert_eq!(shown, 5);
 }
 
 /// Row 5: a truncation that the file system refuses leaves what is granted shown.
 #[test]
 fn row_05_a_refused_truncation_shows_all_again() {
-    let rig = Rig::new(PMD_PAGES);
-    rig.grant(0, 0, PMD_PAGES, Access::Write).unwrap();
-    let before = (rig.entries(), rig.dirty());
-    rig.source.state().refuses_bytes.store(true, SeqCst);
-    assert!(rig.engine.resize(&rig.space, PAGE_BYTES).is_err());
-    let shown: u64 = rig.mapper.maps().values().map(|(bytes, ..)| bytes / PAGE_BYTES).sum();
-    assert_eq!((shown, (rig.entries(), rig.dirty())), (PMD_PAGES, before));
+    let fixture = Fixture::new(PMD_PAGES);
+    fixture.grant(0, 0, PMD_PAGES, Access::Write).unwrap();
+    let before = (fixture.entries(), fixture.dirty());
+    fixture.source.state().refuses_bytes.store(true, SeqCst);
+    assert!(fixture.engine.resize(&fixture.space, PAGE_BYTES).is_err());
+    let shown: u64 = fixture.mapper.maps().values().map(|(bytes, ..)| bytes / PAGE_BYTES).sum();
+    assert_eq!((shown, (fixture.entries(), fixture.dirty())), (PMD_PAGES, before));
 }
 
 /// Row 12: whole blocks and odd ends alike are the file system's to clear: it is asked for exactly
@@ -120,21 +123,21 @@ fn row_05_a_refused_truncation_shows_all_again() {
 #[test]
 fn row_12_zeroing_at_odd_offsets() {
     let (from, end) = (3 * PAGE_BYTES + 5, 9 * PAGE_BYTES - 7);
-    let zeroed = |rig: &Rig| {
-        rig.log.take();
-        rig.engine.punch(&rig.space, from, end - from).unwrap();
+    let zeroed = |fixture: &Fixture| {
+        fixture.log.take();
+        fixture.engine.punch(&fixture.space, from, end - from).unwrap();
         let is_zero = |event: &Event| matches!(event, Event::Zero { .. });
-        rig.log.take().into_iter().filter(is_zero).collect::<Vec<_>>()
+        fixture.log.take().into_iter().filter(is_zero).collect::<Vec<_>>()
     };
-    let rig = Rig::new(PMD_PAGES);
-    rig.source.fill(0, PMD_PAGES);
+    let fixture = Fixture::new(PMD_PAGES);
+    fixture.source.fill(0, PMD_PAGES);
     let all = Event::Zero { from, bytes: end - from, keep: false };
-    assert_eq!(zeroed(&rig), [all]);
-    rig.grant(0, 0, PMD_PAGES, Access::Read).unwrap();
-    rig.grant(5, PMD_PAGES, 2, Access::Write).unwrap();
+    assert_eq!(zeroed(&fixture), [all]);
+    fixture.grant(0, 0, PMD_PAGES, Access::Read).unwrap();
+    fixture.grant(5, PMD_PAGES, 2, Access::Write).unwrap();
     let (start, stop) = (5 * PAGE_BYTES, 7 * PAGE_BYTES);
     assert_eq!(
-        zeroed(&rig),
+        zeroed(&fixture),
         [
             Event::Zero { from, bytes: start - from, keep: false },
             Event::Zero { from: start, bytes: stop - start, keep: true },
@@ -142,31 +145,31 @@ fn row_12_zeroing_at_odd_offsets() {
         ]
     );
     // An odd end under the write grant itself.
-    rig.grant(3, 2 * PMD_PAGES, 1, Access::Write).unwrap();
+    fixture.grant(3, 2 * PMD_PAGES, 1, Access::Write).unwrap();
     let next = 4 * PAGE_BYTES;
-    assert_eq!(zeroed(&rig)[0], Event::Zero { from, bytes: next - from, keep: true });
+    assert_eq!(zeroed(&fixture)[0], Event::Zero { from, bytes: next - from, keep: true });
 }
 
 /// Row 12 and 5: after a punch the entries say what the file has: holes under read grants, blocks
 /// under write grants; and nothing behind the end is touched.
 #[test]
 fn row_12_entries_follow_a_punch() {
-    let rig = Rig::new(PMD_PAGES);
-    rig.source.fill(0, PMD_PAGES);
-    rig.grant(0, 0, PMD_PAGES, Access::Read).unwrap();
-    assert_eq!(rig.entries(), [(0, pmd(0))]);
-    rig.engine.punch(&rig.space, 2 * PAGE_BYTES, 3 * PAGE_BYTES).unwrap();
-    for (page, entry) in rig.entries() {
+    let fixture = Fixture::new(PMD_PAGES);
+    fixture.source.fill(0, PMD_PAGES);
+    fixture.grant(0, 0, PMD_PAGES, Access::Read).unwrap();
+    assert_eq!(fixture.entries(), [(0, pmd(0))]);
+    fixture.engine.punch(&fixture.space, 2 * PAGE_BYTES, 3 * PAGE_BYTES).unwrap();
+    for (page, entry) in fixture.entries() {
         assert_eq!(entry.is_zero(), (2..5).contains(&page), "page {page}");
     }
-    assert_eq!((rig.entries().len() as u64, rig.dirty()), (PMD_PAGES, vec![]));
-    rig.grant(0, 0, PMD_PAGES, Access::Write).unwrap();
-    rig.engine.punch(&rig.space, 0, u64::from(u32::MAX)).unwrap();
-    assert!(rig.entries().iter().all(|(_, entry)| entry.is_real()), "a store must find blocks");
-    assert_eq!(rig.dirty().len(), rig.entries().len());
-    rig.log.take();
-    rig.engine.punch(&rig.space, PMD_PAGES * PAGE_BYTES, 100).unwrap();
-    assert_eq!(rig.log.take(), []);
-    assert!(rig.engine.punch(&rig.space, 0, 0).is_err());
-    assert!(rig.engine.punch(&rig.space, u64::MAX, 2).is_err());
+    assert_eq!((fixture.entries().len() as u64, fixture.dirty()), (PMD_PAGES, vec![]));
+    fixture.grant(0, 0, PMD_PAGES, Access::Write).unwrap();
+    fixture.engine.punch(&fixture.space, 0, u64::from(u32::MAX)).unwrap();
+    assert!(fixture.entries().iter().all(|(_, entry)| entry.is_real()), "a store must find blocks");
+    assert_eq!(fixture.dirty().len(), fixture.entries().len());
+    fixture.log.take();
+    fixture.engine.punch(&fixture.space, PMD_PAGES * PAGE_BYTES, 100).unwrap();
+    assert_eq!(fixture.log.take(), []);
+    assert!(fixture.engine.punch(&fixture.space, 0, 0).is_err());
+    assert!(fixture.engine.punch(&fixture.space, u64::MAX, 2).is_err());
 }

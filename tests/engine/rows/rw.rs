@@ -9,22 +9,23 @@ use vhost_user_dax::dax::entry::{Order, PAGE_BYTES, PMD_BYTES, PMD_PAGES};
 use vhost_user_dax::dax::extent::Access;
 use vhost_user_dax::window::FileOffset;
 
-use super::{Rig, map, pmd, pte, unmap_hole};
+use super::{Fixture, map, pmd, pte, unmap_hole};
 use crate::fakes::Event;
 
-fn write(rig: &Rig, from: u64, data: &[u8]) -> usize {
-    rig.engine.write(&rig.space, FileOffset(from), data).unwrap()
+fn write(fixture: &Fixture, from: u64, data: &[u8]) -> usize {
+    fixture.engine.write(&fixture.space, FileOffset(from), data).unwrap()
 }
 
 /// Row 13: a read stops at the end of the file, reads holes as zeros, and makes nothing of them.
 #[test]
 fn row_13_a_read_stops_at_eof_and_reads_holes_as_zeros() {
-    let rig = Rig::with(3 * PAGE_BYTES + 5, false);
-    write(&rig, PAGE_BYTES, b"data");
-    let allocated = rig.source.allocated();
-    rig.log.take();
+    let fixture = Fixture::with(3 * PAGE_BYTES + 5, false);
+    write(&fixture, PAGE_BYTES, b"data");
+    let allocated = fixture.source.allocated();
+    fixture.log.take();
     let mut to = vec![0xff; 4 * PAGE_BYTES as usize];
-    let read = |from, to: &mut [u8]| rig.engine.read(&rig.space, FileOffset(from), to).unwrap();
+    let read =
+        |from, to: &mut [u8]| fixture.engine.read(&fixture.space, FileOffset(from), to).unwrap();
     assert_eq!(read(0, &mut to), 3 * PAGE_BYTES as usize + 5);
     let (file, behind) = to.split_at(3 * PAGE_BYTES as usize + 5);
     assert_eq!(&file[PAGE_BYTES as usize..][..4], b"data");
@@ -33,46 +34,46 @@ fn row_13_a_read_stops_at_eof_and_reads_holes_as_zeros() {
     assert_eq!(read(3 * PAGE_BYTES + 4, &mut to), 1);
     assert_eq!(read(3 * PAGE_BYTES + 5, &mut to), 0);
     assert_eq!(read(u64::MAX, &mut to), 0);
-    assert_eq!((rig.log.take(), rig.source.allocated()), (vec![], allocated));
+    assert_eq!((fixture.log.take(), fixture.source.allocated()), (vec![], allocated));
 }
 
 /// Row 13: a write that gives blocks to a hole makes the window show them: what stood for the hole
 /// is unmapped, and its entries become what is there now.
 #[test]
 fn row_13_a_write_to_a_hole_shows_in_the_window() {
-    let rig = Rig::new(2 * PMD_PAGES);
-    rig.grant(0, 0, 2 * PMD_PAGES, Access::Read).unwrap();
-    rig.log.take();
-    assert_eq!(write(&rig, 5 * PAGE_BYTES + 1, &[1; 4096]), 4096);
+    let fixture = Fixture::new(2 * PMD_PAGES);
+    fixture.grant(0, 0, 2 * PMD_PAGES, Access::Read).unwrap();
+    fixture.log.take();
+    assert_eq!(write(&fixture, 5 * PAGE_BYTES + 1, &[1; 4096]), 4096);
     let allocated = Event::Allocate { first: 5, last: 6 };
-    let events = rig.log.take();
+    let events = fixture.log.take();
     assert_eq!(events[0], allocated);
     assert_eq!(events.last(), Some(&unmap_hole(0, PMD_PAGES)));
-    for (page, entry) in rig.entries().into_iter().take(PMD_PAGES as usize) {
+    for (page, entry) in fixture.entries().into_iter().take(PMD_PAGES as usize) {
         assert_eq!((entry.order(), entry.is_real()), (Order::Pte, (5..=6).contains(&page)));
     }
-    assert!(rig.dirty().is_empty(), "it is written back, and nobody may store");
+    assert!(fixture.dirty().is_empty(), "it is written back, and nobody may store");
     // A whole chunk stays one entry.
-    write(&rig, PMD_BYTES, &vec![2; PMD_BYTES as usize]);
-    assert_eq!(rig.entries().last(), Some(&(PMD_PAGES, pmd(PMD_PAGES))));
+    write(&fixture, PMD_BYTES, &vec![2; PMD_BYTES as usize]);
+    assert_eq!(fixture.entries().last(), Some(&(PMD_PAGES, pmd(PMD_PAGES))));
     // And what has blocks is left alone.
-    rig.log.take();
-    write(&rig, PMD_BYTES, &[3; 10]);
-    assert!(!rig.log.take().iter().any(|event| matches!(event, Event::UnmapHole { .. })));
+    fixture.log.take();
+    write(&fixture, PMD_BYTES, &[3; 10]);
+    assert!(!fixture.log.take().iter().any(|event| matches!(event, Event::UnmapHole { .. })));
 }
 
 /// Row 13: a write to what nobody is granted makes no entry; its lines are written back all the
 /// same, since no entry will ever tell of them.
 #[test]
 fn row_13_a_write_is_written_back_without_entries() {
-    let rig = Rig::new(8);
-    write(&rig, 2 * PAGE_BYTES - 1, &[1; 2]);
-    assert_eq!((rig.flushed(), rig.entries()), (vec![(1, 2)], vec![]));
-    rig.persist.state().fails.store(true, SeqCst);
-    assert!(rig.engine.write(&rig.space, FileOffset(0), b"x").is_err());
-    rig.persist.state().fails.store(false, SeqCst);
-    assert!(rig.sync().is_err(), "final for the file");
-    let kernel_tracks = Rig::with(PAGE_BYTES, true);
+    let fixture = Fixture::new(8);
+    write(&fixture, 2 * PAGE_BYTES - 1, &[1; 2]);
+    assert_eq!((fixture.flushed(), fixture.entries()), (vec![(1, 2)], vec![]));
+    fixture.persist.state().fails.store(true, SeqCst);
+    assert!(fixture.engine.write(&fixture.space, FileOffset(0), b"x").is_err());
+    fixture.persist.state().fails.store(false, SeqCst);
+    assert!(fixture.sync().is_err(), "final for the file");
+    let kernel_tracks = Fixture::with(PAGE_BYTES, true);
     write(&kernel_tracks, 0, b"x");
     assert_eq!(kernel_tracks.flushed(), [], "the kernel knows");
 }
@@ -80,24 +81,27 @@ fn row_13_a_write_is_written_back_without_entries() {
 /// Row 13: a write behind the end makes the file longer, and live grants show what is new.
 #[test]
 fn row_13_a_write_that_makes_the_file_longer() {
-    let rig = Rig::new(2);
-    rig.grant(0, 0, 8, Access::Write).unwrap();
-    rig.log.take();
-    write(&rig, 4 * PAGE_BYTES, &[7; PAGE_BYTES as usize]);
-    assert_eq!(rig.messages(), [map(2, 2, 3)]);
-    assert_eq!(rig.entries(), (0..5).map(|page| (page, pte(page))).collect::<Vec<_>>());
+    let fixture = Fixture::new(2);
+    fixture.grant(0, 0, 8, Access::Write).unwrap();
+    fixture.log.take();
+    write(&fixture, 4 * PAGE_BYTES, &[7; PAGE_BYTES as usize]);
+    assert_eq!(fixture.messages(), [map(2, 2, 3)]);
+    assert_eq!(fixture.entries(), (0..5).map(|page| (page, pte(page))).collect::<Vec<_>>());
     let mut to = [0; 1];
-    assert_eq!(rig.engine.read(&rig.space, FileOffset(5 * PAGE_BYTES - 1), &mut to).unwrap(), 1);
+    assert_eq!(
+        fixture.engine.read(&fixture.space, FileOffset(5 * PAGE_BYTES - 1), &mut to).unwrap(),
+        1
+    );
     assert_eq!(to, [7]);
-    let too_long = rig.engine.write(&rig.space, FileOffset(i64::MAX as u64), b"xy");
+    let too_long = fixture.engine.write(&fixture.space, FileOffset(i64::MAX as u64), b"xy");
     assert_eq!(too_long.unwrap_err().errno(), Errno::EINVAL);
 }
 
 /// Row 13: a write without a block left to be had is ENOSPC.
 #[test]
 fn row_13_a_write_on_a_full_disk() {
-    let rig = Rig::new(8);
-    rig.source.state().free.store(0, SeqCst);
-    let full = rig.engine.write(&rig.space, FileOffset(0), b"x").unwrap_err();
+    let fixture = Fixture::new(8);
+    fixture.source.state().free.store(0, SeqCst);
+    let full = fixture.engine.write(&fixture.space, FileOffset(0), b"x").unwrap_err();
     assert_eq!(full.errno(), Errno::ENOSPC);
 }

@@ -9,7 +9,7 @@ use log::{LevelFilter, Log, Metadata, Record};
 use vhost_user_dax::dax::entry::PMD_PAGES;
 use vhost_user_dax::dax::extent::Access;
 
-use super::Rig;
+use super::Fixture;
 use crate::fakes::lock;
 
 thread_local! {
@@ -64,10 +64,10 @@ fn names(job: impl FnOnce()) -> Vec<String> {
 /// kernel names them.
 #[test]
 fn row_17_a_recorded_trace_of_faults() {
-    let rig = Rig::new(PMD_PAGES + 2);
-    rig.source.fill(PMD_PAGES, PMD_PAGES + 1);
+    let fixture = Fixture::new(PMD_PAGES + 2);
+    fixture.source.fill(PMD_PAGES, PMD_PAGES + 1);
     assert_eq!(
-        names(|| rig.grant(0, 0, PMD_PAGES + 2, Access::Read).unwrap()),
+        names(|| fixture.grant(0, 0, PMD_PAGES + 2, Access::Read).unwrap()),
         [
             "dax_pmd_fault 0x0",
             "dax_pmd_load_hole 0x0",
@@ -83,7 +83,7 @@ fn row_17_a_recorded_trace_of_faults() {
         ]
     );
     assert_eq!(
-        names(|| rig.grant(0, 0, PMD_PAGES + 2, Access::Write).unwrap()),
+        names(|| fixture.grant(0, 0, PMD_PAGES + 2, Access::Write).unwrap()),
         [
             "dax_pmd_fault 0x0",
             "dax_pmd_insert_mapping 0x0",
@@ -97,7 +97,7 @@ fn row_17_a_recorded_trace_of_faults() {
         ]
     );
     assert_eq!(
-        names(|| rig.grant(7, 4 * PMD_PAGES, 1, Access::Write).unwrap()),
+        names(|| fixture.grant(7, 4 * PMD_PAGES, 1, Access::Write).unwrap()),
         [
             "dax_pmd_fault 0x7",
             "dax_pmd_fault_done 0x7",
@@ -112,9 +112,9 @@ fn row_17_a_recorded_trace_of_faults() {
 /// Row 17: a chunk of two extents says so before it falls back.
 #[test]
 fn row_17_a_recorded_trace_of_a_fallback() {
-    let rig = Rig::new(PMD_PAGES);
-    rig.source.fill(0, PMD_PAGES - 1);
-    let lines = names(|| rig.grant(0, 0, PMD_PAGES, Access::Read).unwrap());
+    let fixture = Fixture::new(PMD_PAGES);
+    fixture.source.fill(0, PMD_PAGES - 1);
+    let lines = names(|| fixture.grant(0, 0, PMD_PAGES, Access::Read).unwrap());
     assert_eq!(
         lines[..3],
         ["dax_pmd_fault 0x0", "dax_pmd_insert_mapping_fallback 0x0", "dax_pmd_fault_done 0x0"]
@@ -124,9 +124,9 @@ fn row_17_a_recorded_trace_of_a_fallback() {
 /// Row 17: a writeback, with what it covered.
 #[test]
 fn row_17_a_recorded_trace_of_a_writeback() {
-    let rig = Rig::new(PMD_PAGES + 1);
-    rig.grant(0, 0, PMD_PAGES + 1, Access::Write).unwrap();
-    let lines = record(|| rig.sync().unwrap());
+    let fixture = Fixture::new(PMD_PAGES + 1);
+    fixture.grant(0, 0, PMD_PAGES + 1, Access::Write).unwrap();
+    let lines = record(|| fixture.sync().unwrap());
     let whole = |line: &str| lines.iter().filter(|other| other.as_str() == line).count();
     assert_eq!(lines.len(), 4, "{lines:?}");
     assert!(lines[0].starts_with("dax_writeback_range: space 0 page 0x0"));

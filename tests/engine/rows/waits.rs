@@ -12,7 +12,7 @@ use vhost_user_dax::dax::index::Mark;
 use vhost_user_dax::dax::space::Entries;
 
 use super::entries::{new_entries, no_unmap, put};
-use super::{Rig, pmd, pte, receive, until};
+use super::{Fixture, pmd, pte, receive, until};
 
 /// A thread that grabs a PTE, says so, and holds it until the barrier.
 fn grabber(entries: &Arc<Entries>, page: u64, hold: Option<Arc<Barrier>>) -> Receiver<Entry> {
@@ -133,30 +133,30 @@ fn row_04_an_invalidation_in_vain_passes_the_wake_up_on() {
 /// Row 4: so does a flusher that finds its entry flushed by another one.
 #[test]
 fn row_04_a_flusher_that_comes_late_passes_the_wake_up_on() {
-    let rig = Arc::new(Rig::new(1));
-    rig.grant(0, 0, 1, Access::Write).unwrap();
-    let gate = rig.persist.stop_in_flush();
-    let run = |job: fn(&Rig)| {
+    let fixture = Arc::new(Fixture::new(1));
+    fixture.grant(0, 0, 1, Access::Write).unwrap();
+    let gate = fixture.persist.stop_in_flush();
+    let run = |job: fn(&Fixture)| {
         let (said, heard) = channel();
-        let theirs = rig.clone();
+        let theirs = fixture.clone();
         thread::spawn(move || {
             job(&theirs);
             said.send(()).unwrap();
         });
         heard
     };
-    let first = run(|rig| rig.sync().unwrap());
+    let first = run(|fixture| fixture.sync().unwrap());
     gate.wait_stopped();
     // Both tag it anew; one of them flushes it, and the other has nothing left to do.
-    let second = run(|rig| rig.sync().unwrap());
-    rig.until_waits(1);
-    let third = run(|rig| rig.sync().unwrap());
-    rig.until_waits(2);
-    let grant = run(|rig| rig.grant(0, 1, 1, Access::Write).unwrap());
-    rig.until_waits(3);
+    let second = run(|fixture| fixture.sync().unwrap());
+    fixture.until_waits(1);
+    let third = run(|fixture| fixture.sync().unwrap());
+    fixture.until_waits(2);
+    let grant = run(|fixture| fixture.grant(0, 1, 1, Access::Write).unwrap());
+    fixture.until_waits(3);
     gate.open();
     for heard in [first, second, third, grant] {
         receive(&heard);
     }
-    assert_eq!(rig.flushed().len(), 2);
+    assert_eq!(fixture.flushed().len(), 2);
 }

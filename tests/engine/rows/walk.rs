@@ -16,7 +16,7 @@ use vhost_user_dax::persist::Persist;
 use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 
 use super::entries::{no_unmap, put};
-use super::{ALL, MOST_MAPS, Rig, pte};
+use super::{ALL, Fixture, MOST_MAPS, pte};
 use crate::fakes::{Log, StrictMapper, lock};
 
 /// A file of blocks in order, that can be mapped by pages only: as cheap as can be.
@@ -134,12 +134,12 @@ fn row_11_clean_entries_cost_nothing() {
 fn row_11_a_writer_that_never_stops() {
     const BEGAN_WITH: u64 = 100;
     let pages = 8 * PMD_PAGES;
-    let rig = Rig::new(pages);
-    rig.source.state().maps_pmd.store(false, SeqCst);
-    rig.grant(0, 0, BEGAN_WITH, Access::Write).unwrap();
-    rig.log.take();
-    let (space, calls) = (rig.space.clone(), AtomicU64::new(0));
-    *lock(&rig.persist.state().during) = Some(Arc::new(move |_| {
+    let fixture = Fixture::new(pages);
+    fixture.source.state().maps_pmd.store(false, SeqCst);
+    fixture.grant(0, 0, BEGAN_WITH, Access::Write).unwrap();
+    fixture.log.take();
+    let (space, calls) = (fixture.space.clone(), AtomicU64::new(0));
+    *lock(&fixture.persist.state().during) = Some(Arc::new(move |_| {
         let next = BEGAN_WITH + calls.fetch_add(1, SeqCst);
         if next < pages {
             put(space.entries(), next, pte(next));
@@ -147,9 +147,9 @@ fn row_11_a_writer_that_never_stops() {
             held.mark(Mark::Dirty, true);
         }
     }));
-    rig.sync().unwrap();
-    *lock(&rig.persist.state().during) = None;
-    let flushed: Vec<_> = rig.flushed().into_iter().map(|(page, _)| page).collect();
+    fixture.sync().unwrap();
+    *lock(&fixture.persist.state().during) = None;
+    let flushed: Vec<_> = fixture.flushed().into_iter().map(|(page, _)| page).collect();
     assert_eq!(flushed, (0..BEGAN_WITH).collect::<Vec<_>>());
-    assert_eq!(rig.dirty().len() as u64, 2 * BEGAN_WITH, "the new ones are for the next");
+    assert_eq!(fixture.dirty().len() as u64, 2 * BEGAN_WITH, "the new ones are for the next");
 }

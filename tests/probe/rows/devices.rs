@@ -6,8 +6,8 @@ use serde_json::json;
 
 use super::RANGE;
 use crate::backend::{Answer, Options};
-use crate::lab::Lab;
-use crate::qemu::{Res, Trouble};
+use crate::harness::Harness;
+use crate::qemu::{ProbeError, Res};
 use crate::table::{Expected, Found, Row};
 use crate::wire::Range;
 
@@ -31,43 +31,43 @@ pub const ROWS: &[Row] = &[
         done: "32 maps of one device, beside one that has no CONFIGURE_MEM_SLOTS",
         expected: Expected::Seen(OTHER_STALE),
         gain: "pmem and fs in one VM with no switch and no noise",
-        probe: |lab| beside(lab, false),
+        probe: |harness| beside(harness, false),
     },
     Row {
         name: "Q14",
         done: "the same, both with CONFIGURE_MEM_SLOTS",
         expected: Expected::Seen(BOTH_UPDATED),
         gain: "less work at each map",
-        probe: |lab| beside(lab, true),
+        probe: |harness| beside(harness, true),
     },
 ];
 
-fn migrate(lab: &mut Lab) -> Res<Found> {
-    lab.started(false)?;
-    let uri = format!("file:{}", lab.path("state").display());
-    match lab.qemu()?.qmp("migrate", json!({ "uri": uri })) {
-        Err(Trouble::Other(text)) => Ok(Found::Refused(text)),
+fn migrate(harness: &mut Harness) -> Res<Found> {
+    harness.started(false)?;
+    let uri = format!("file:{}", harness.path("state").display());
+    match harness.qemu()?.qmp("migrate", json!({ "uri": uri })) {
+        Err(ProbeError::Other(text)) => Ok(Found::Refused(text)),
         other => other.map(|_| Found::Accepted),
     }
 }
 
 /// Device 0 has many maps, device 1 has none: what does it see of them?
-fn beside(lab: &mut Lab, other_has_slots: bool) -> Res<Found> {
-    lab.boot(&[Options::new(true), Options::new(other_has_slots)])?;
-    lab.start(0)?;
-    lab.start(1)?;
-    let file = lab.file("file", RANGE)?;
-    let updates = |lab: &Lab| [0, 1].map(|device| lab.backend(device).memory_updates());
-    let before = updates(lab);
+fn beside(harness: &mut Harness, other_has_slots: bool) -> Res<Found> {
+    harness.boot(&[Options::new(true), Options::new(other_has_slots)])?;
+    harness.start(0)?;
+    harness.start(1)?;
+    let file = harness.file("file", RANGE)?;
+    let updates = |harness: &Harness| [0, 1].map(|device| harness.backend(device).memory_updates());
+    let before = updates(harness);
     for index in 0..MAPS {
-        if lab.backend(0).map(Range::new(index * RANGE, RANGE), &file)? == Answer::Refused {
-            return Err(Trouble::Other(format!("map {index} is refused")));
+        if harness.backend(0).map(Range::new(index * RANGE, RANGE), &file)? == Answer::Refused {
+            return Err(ProbeError::Other(format!("map {index} is refused")));
         }
     }
-    lab.ping()?;
-    let after = updates(lab);
+    harness.ping()?;
+    let after = updates(harness);
     let [mapper, other] = [0, 1].map(|device| after[device] - before[device]);
-    let error = lab.qemu()?.lines().pop();
+    let error = harness.qemu()?.lines().pop();
     let words = match (other == mapper, &error) {
         (true, None) => BOTH_UPDATED,
         (false, Some(_)) => OTHER_STALE,

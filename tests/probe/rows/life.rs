@@ -10,8 +10,8 @@ use serde_json::json;
 
 use super::{PAGE, RANGE};
 use crate::backend::{Answer, Backend, Options, send_map};
-use crate::lab::{Device, Lab};
-use crate::qemu::{Res, Trouble};
+use crate::harness::{Device, Harness};
+use crate::qemu::{ProbeError, Res};
 use crate::table::{Expected, Found, Row};
 use crate::wire::{Range, front_end};
 
@@ -86,7 +86,7 @@ pub const ROWS: &[Row] = &[
         done: "a virtio reset with a live map, CONFIGURE_MEM_SLOTS negotiated, and a start",
         expected: Expected::Dies(Signal::SIGSEGV, ""),
         gain: "--mem-slots on is safe in every VM; no -action reboot=shutdown",
-        probe: |lab| reset_with_map(lab, true),
+        probe: |harness| reset_with_map(harness, true),
     },
     Row {
         name: "Q12",
@@ -100,7 +100,7 @@ pub const ROWS: &[Row] = &[
         done: "the same reset, but without CONFIGURE_MEM_SLOTS",
         expected: Expected::Seen(STARTS),
         gain: NO_GAIN,
-        probe: |lab| reset_with_map(lab, false),
+        probe: |harness| reset_with_map(harness, false),
     },
     Row {
         name: "Q12",
@@ -114,14 +114,14 @@ pub const ROWS: &[Row] = &[
         done: "pause and continue with 10 maps, CONFIGURE_MEM_SLOTS not negotiated",
         expected: Expected::Seen("the device stays dead: Error starting vhost-user-base: 105"),
         gain: "--mem-slots off for virtio-fs too, and more devices in a VM",
-        probe: |lab| pause_with_maps(lab, false),
+        probe: |harness| pause_with_maps(harness, false),
     },
     Row {
         name: "Q13",
         done: "pause and continue with 10 maps, CONFIGURE_MEM_SLOTS negotiated",
         expected: Expected::Seen(KEEPS),
         gain: NO_GAIN,
-        probe: |lab| pause_with_maps(lab, true),
+        probe: |harness| pause_with_maps(harness, true),
     },
     Row {
         name: "Q16",
@@ -135,54 +135,54 @@ pub const ROWS: &[Row] = &[
         done: "pause and continue with a map, CONFIGURE_MEM_SLOTS negotiated",
         expected: Expected::Seen(UNTOLD),
         gain: "none: a back-end must not wait for what does not come",
-        probe: |lab| told_at_pause(lab, true),
+        probe: |harness| told_at_pause(harness, true),
     },
     Row {
         name: "Q17",
         done: "the same, but without CONFIGURE_MEM_SLOTS",
         expected: Expected::Seen(TOLD),
         gain: NO_GAIN,
-        probe: |lab| told_at_pause(lab, false),
+        probe: |harness| told_at_pause(harness, false),
     },
 ];
 
-fn map_before_start(lab: &mut Lab) -> Res<Found> {
-    lab.boot(&[Options::new(false)])?;
-    let file = lab.file("file", RANGE)?;
-    lab.doing("at the map");
-    let answer = lab.backend(0).map(Range::new(0, RANGE), &file)?;
-    lab.found(answer)
+fn map_before_start(harness: &mut Harness) -> Res<Found> {
+    harness.boot(&[Options::new(false)])?;
+    let file = harness.file("file", RANGE)?;
+    harness.doing("at the map");
+    let answer = harness.backend(0).map(Range::new(0, RANGE), &file)?;
+    harness.found(answer)
 }
 
-fn map_after_reset(lab: &mut Lab) -> Res<Found> {
-    let backend = lab.started(false)?;
-    let file = lab.file("file", RANGE)?;
-    lab.reset(0)?;
-    lab.doing("at the map");
+fn map_after_reset(harness: &mut Harness) -> Res<Found> {
+    let backend = harness.started(false)?;
+    let file = harness.file("file", RANGE)?;
+    harness.reset(0)?;
+    harness.doing("at the map");
     let answer = backend.map(Range::new(0, RANGE), &file)?;
-    lab.found(answer)
+    harness.found(answer)
 }
 
-fn map_in_pause(lab: &mut Lab) -> Res<Found> {
-    let backend = lab.started(false)?;
-    let file = lab.file("file", RANGE)?;
-    lab.qemu()?.qmp("stop", json!({}))?;
-    lab.doing("at the map");
+fn map_in_pause(harness: &mut Harness) -> Res<Found> {
+    let backend = harness.started(false)?;
+    let file = harness.file("file", RANGE)?;
+    harness.qemu()?.qmp("stop", json!({}))?;
+    harness.doing("at the map");
     let answer = backend.map(Range::new(0, RANGE), &file)?;
-    lab.found(answer)
+    harness.found(answer)
 }
 
-fn map_crosses_stop(lab: &mut Lab) -> Res<Found> {
-    let backend = lab.started(false)?;
-    let file = lab.file("file", RANGE)?;
+fn map_crosses_stop(harness: &mut Harness) -> Res<Found> {
+    let backend = harness.started(false)?;
+    let file = harness.file("file", RANGE)?;
     backend.set_hook(front_end::SET_VRING_ENABLE, move |channel| {
         let _ = send_map(channel, Range::new(0, RANGE), &file, false);
     });
-    lab.doing("after the stop");
-    lab.reset(0)?;
+    harness.doing("after the stop");
+    harness.reset(0)?;
     // The main loop comes by the channel at least once between these.
     for _ in 0..3 {
-        lab.ping()?;
+        harness.ping()?;
     }
     Ok(Found::Seen("QEMU lives".into()))
 }
@@ -192,22 +192,22 @@ fn map_ranges(backend: &Backend, file: &File, count: u64) -> Res<()> {
     for index in 0..count {
         let range = Range { fd_offset: index * PAGE, ..Range::new(index * RANGE, PAGE) };
         if backend.map(range, file)? == Answer::Refused {
-            return Err(Trouble::Other(format!("map {index} is refused")));
+            return Err(ProbeError::Other(format!("map {index} is refused")));
         }
     }
     Ok(())
 }
 
-fn back_end_vanishes(lab: &mut Lab) -> Res<Found> {
-    let backend = lab.started(false)?;
-    let file = lab.file("file", RANGE)?;
+fn back_end_vanishes(harness: &mut Harness) -> Res<Found> {
+    let backend = harness.started(false)?;
+    let file = harness.file("file", RANGE)?;
     map_ranges(&backend, &file, 1)?;
     backend.vanish();
-    lab.ping()?;
-    lab.doing("at a load");
-    let loaded = lab.load(0, 0)?;
-    lab.store(0, 1, b'w')?;
-    let text = std::fs::read(lab.path("file"))?;
+    harness.ping()?;
+    harness.doing("at a load");
+    let loaded = harness.load(0, 0)?;
+    harness.store(0, 1, b'w')?;
+    let text = std::fs::read(harness.path("file"))?;
     Ok(Found::Seen(match (loaded, &text[..2]) {
         (b'p', b"pw") => "the guest reads and writes the file".into(),
         _ => "the window is gone".into(),
@@ -215,51 +215,51 @@ fn back_end_vanishes(lab: &mut Lab) -> Res<Found> {
 }
 
 /// Connects as soon as QEMU listens.
-fn connect(lab: &mut Lab) -> Res<Backend> {
+fn connect(harness: &mut Harness) -> Res<Backend> {
     loop {
-        match Backend::connect(&lab.path("vhost-0"), Options::new(false)) {
-            Err(_) if !lab.qemu()?.is_gone() => std::thread::sleep(Duration::from_millis(2)),
+        match Backend::connect(&harness.path("vhost-0"), Options::new(false)) {
+            Err(_) if !harness.qemu()?.is_gone() => std::thread::sleep(Duration::from_millis(2)),
             other => return Ok(other?),
         }
     }
 }
 
-fn back_end_returns(lab: &mut Lab) -> Res<Found> {
-    let path = lab.path("vhost-0").display().to_string();
-    lab.launch(&[format!("path={path},server=on")])?;
-    let backend = connect(lab)?;
-    lab.devices.push(Device::new(backend.clone()));
-    lab.greet()?;
-    lab.start(0)?;
+fn back_end_returns(harness: &mut Harness) -> Res<Found> {
+    let path = harness.path("vhost-0").display().to_string();
+    harness.launch(&[format!("path={path},server=on")])?;
+    let backend = connect(harness)?;
+    harness.devices.push(Device::new(backend.clone()));
+    harness.greet()?;
+    harness.start(0)?;
     backend.vanish();
-    lab.ping()?;
-    lab.doing("when a new back-end connects");
-    let second = connect(lab)?;
+    harness.ping()?;
+    harness.doing("when a new back-end connects");
+    let second = connect(harness)?;
     // The last message of a start; it does not come if QEMU dies.
     second.wait_for(front_end::SET_VRING_ENABLE);
-    lab.ping()?;
+    harness.ping()?;
     Ok(Found::Seen("QEMU goes on with the new back-end".into()))
 }
 
-fn reconnect(lab: &mut Lab) -> Res<Found> {
-    let path = lab.path("vhost-0");
+fn reconnect(harness: &mut Harness) -> Res<Found> {
+    let path = harness.path("vhost-0");
     let backend = Backend::listen(&path, Options::new(false))?;
-    lab.devices.push(Device::new(backend));
-    lab.launch(&[format!("path={},reconnect-ms=100", path.display())])?;
-    lab.greet()?;
+    harness.devices.push(Device::new(backend));
+    harness.launch(&[format!("path={},reconnect-ms=100", path.display())])?;
+    harness.greet()?;
     Ok(Found::Seen("QEMU starts".into()))
 }
 
-fn reset_drops_maps(lab: &mut Lab) -> Res<Found> {
-    lab.boot(&[Options { reset_device: true, ..Options::new(false) }])?;
-    lab.start(0)?;
-    let backend = lab.backend(0);
-    let file = lab.file("file", RANGE)?;
+fn reset_drops_maps(harness: &mut Harness) -> Res<Found> {
+    harness.boot(&[Options { reset_device: true, ..Options::new(false) }])?;
+    harness.start(0)?;
+    let backend = harness.backend(0);
+    let file = harness.file("file", RANGE)?;
     map_ranges(&backend, &file, 1)?;
-    lab.doing("at the reset");
-    lab.reset(0)?;
-    lab.start(0)?;
-    let map = if lab.load(0, 0)? == b'p' { "still there" } else { "gone" };
+    harness.doing("at the reset");
+    harness.reset(0)?;
+    harness.start(0)?;
+    let map = if harness.load(0, 0)? == b'p' { "still there" } else { "gone" };
     let came = match backend.count(front_end::RESET_DEVICE) {
         0 => "did not come",
         _ => "came",
@@ -267,90 +267,90 @@ fn reset_drops_maps(lab: &mut Lab) -> Res<Found> {
     Ok(Found::Seen(format!("the map is {map}, RESET_DEVICE {came}")))
 }
 
-fn map_again_after_pause(lab: &mut Lab) -> Res<Found> {
-    let backend = lab.started(false)?;
-    let file = lab.file("file", RANGE)?;
+fn map_again_after_pause(harness: &mut Harness) -> Res<Found> {
+    let backend = harness.started(false)?;
+    let file = harness.file("file", RANGE)?;
     map_ranges(&backend, &file, 1)?;
-    lab.doing("at the pause");
-    lab.pause()?;
+    harness.doing("at the pause");
+    harness.pause()?;
     let answer = backend.map(Range::new(0, PAGE), &file)?;
-    lab.found(answer)
+    harness.found(answer)
 }
 
 /// Started again: can it be used?
-fn use_again(lab: &mut Lab, file: &File) -> Res<Found> {
-    let path = lab.path("file");
-    lab.qemu()?.wait_unmapped(&path)?;
-    lab.doing("at the next start");
-    lab.start(0)?;
-    lab.doing("at the next map");
-    map_ranges(&lab.backend(0), file, 1)?;
-    Ok(Found::Seen(match lab.load(0, 0)? {
+fn use_again(harness: &mut Harness, file: &File) -> Res<Found> {
+    let path = harness.path("file");
+    harness.qemu()?.wait_unmapped(&path)?;
+    harness.doing("at the next start");
+    harness.start(0)?;
+    harness.doing("at the next map");
+    map_ranges(&harness.backend(0), file, 1)?;
+    Ok(Found::Seen(match harness.load(0, 0)? {
         b'p' => STARTS.into(),
         _ => "the device starts, and the map shows something else".into(),
     }))
 }
 
-fn reset_with_map(lab: &mut Lab, mem_slots: bool) -> Res<Found> {
-    let backend = lab.started(mem_slots)?;
-    let file = lab.file("file", RANGE)?;
+fn reset_with_map(harness: &mut Harness, mem_slots: bool) -> Res<Found> {
+    let backend = harness.started(mem_slots)?;
+    let file = harness.file("file", RANGE)?;
     map_ranges(&backend, &file, 1)?;
-    lab.doing("at the reset");
-    lab.reset(0)?;
-    use_again(lab, &file)
+    harness.doing("at the reset");
+    harness.reset(0)?;
+    use_again(harness, &file)
 }
 
-fn reboot_with_map(lab: &mut Lab) -> Res<Found> {
-    let backend = lab.started(true)?;
-    let file = lab.file("file", RANGE)?;
+fn reboot_with_map(harness: &mut Harness) -> Res<Found> {
+    let backend = harness.started(true)?;
+    let file = harness.file("file", RANGE)?;
     map_ranges(&backend, &file, 1)?;
-    lab.doing("at the reboot");
-    lab.reboot()?;
-    use_again(lab, &file)
+    harness.doing("at the reboot");
+    harness.reboot()?;
+    use_again(harness, &file)
 }
 
-fn reset_after_unmap(lab: &mut Lab) -> Res<Found> {
-    let backend = lab.started(true)?;
-    let file = lab.file("file", RANGE)?;
+fn reset_after_unmap(harness: &mut Harness) -> Res<Found> {
+    let backend = harness.started(true)?;
+    let file = harness.file("file", RANGE)?;
     map_ranges(&backend, &file, 1)?;
     backend.unmap(Range::new(0, PAGE))?;
-    lab.doing("at the reset");
-    lab.reset(0)?;
-    use_again(lab, &file)
+    harness.doing("at the reset");
+    harness.reset(0)?;
+    use_again(harness, &file)
 }
 
-fn pause_with_maps(lab: &mut Lab, mem_slots: bool) -> Res<Found> {
-    let backend = lab.started(mem_slots)?;
-    let file = lab.file("file", RANGE)?;
+fn pause_with_maps(harness: &mut Harness, mem_slots: bool) -> Res<Found> {
+    let backend = harness.started(mem_slots)?;
+    let file = harness.file("file", RANGE)?;
     map_ranges(&backend, &file, MANY)?;
     let starts = backend.count(front_end::SET_VRING_ENABLE);
-    lab.doing("at the pause");
-    lab.pause()?;
+    harness.doing("at the pause");
+    harness.pause()?;
     // One message to stop, one to start.
     if backend.count(front_end::SET_VRING_ENABLE) < starts + 2 {
-        let qemu = lab.qemu()?;
+        let qemu = harness.qemu()?;
         let why = qemu.written_line("Error starting").unwrap_or_default();
         let why = why.split_once(": ").map_or("QEMU says nothing", |(_, why)| why);
         return Ok(Found::Seen(format!("the device stays dead: {why}")));
     }
-    Ok(Found::Seen(match lab.load(0, 0)? {
+    Ok(Found::Seen(match harness.load(0, 0)? {
         b'p' => KEEPS.into(),
         _ => "the device starts, and the maps are gone".into(),
     }))
 }
 
-fn told_at_pause(lab: &mut Lab, mem_slots: bool) -> Res<Found> {
-    let backend = lab.started(mem_slots)?;
-    let file = lab.file("file", RANGE)?;
+fn told_at_pause(harness: &mut Harness, mem_slots: bool) -> Res<Found> {
+    let backend = harness.started(mem_slots)?;
+    let file = harness.file("file", RANGE)?;
     map_ranges(&backend, &file, 1)?;
-    lab.ping()?;
+    harness.ping()?;
     let (updates, starts) = (backend.memory_updates(), backend.count(front_end::SET_VRING_ENABLE));
-    lab.doing("at the pause");
-    lab.pause()?;
+    harness.doing("at the pause");
+    harness.pause()?;
     if backend.count(front_end::SET_VRING_ENABLE) < starts + 2 {
         return Ok(Found::Seen("the device stays dead".into()));
     }
-    Ok(Found::Seen(match (lab.load(0, 0)?, backend.memory_updates() - updates) {
+    Ok(Found::Seen(match (harness.load(0, 0)?, backend.memory_updates() - updates) {
         (b'p', 0) => UNTOLD.into(),
         (b'p', _) => TOLD.into(),
         _ => "the map is gone".into(),

@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 
 use super::PAGE;
 use crate::backend::{Answer, Options};
-use crate::lab::Lab;
+use crate::harness::Harness;
 use crate::qemu::Res;
 use crate::table::{Expected, Found, Row};
 use crate::wire::Range;
@@ -30,14 +30,14 @@ pub const ROWS: &[Row] = &[
         done: "GET_SHMEM_CONFIG answered with one region of 48 MiB",
         expected: Expected::Dies(Signal::SIGABRT, "pci_register_bar"),
         gain: "windows of any size without a second region that fills them up",
-        probe: |lab| window(lab, &[48 * MIB]),
+        probe: |harness| window(harness, &[48 * MIB]),
     },
     Row {
         name: "Q15",
         done: "the same with a second region of 16 MiB",
         expected: Expected::Seen("QEMU starts"),
         gain: "none: it would be a loss",
-        probe: |lab| window(lab, &[48 * MIB, 16 * MIB]),
+        probe: |harness| window(harness, &[48 * MIB, 16 * MIB]),
     },
     Row {
         name: "Q18",
@@ -48,43 +48,43 @@ pub const ROWS: &[Row] = &[
     },
 ];
 
-fn many_maps_untold(lab: &mut Lab) -> Res<Found> {
-    let backend = lab.started(false)?;
-    let file = lab.file("file", TOO_MANY_MAPS * PAGE)?;
+fn many_maps_untold(harness: &mut Harness) -> Res<Found> {
+    let backend = harness.started(false)?;
+    let file = harness.file("file", TOO_MANY_MAPS * PAGE)?;
     for index in 0..TOO_MANY_MAPS {
-        lab.doing(&format!("at map {}", index + 1));
+        harness.doing(&format!("at map {}", index + 1));
         let range = Range { fd_offset: index * PAGE, ..Range::new(index * PAGE, PAGE) };
         let answer = backend.map(range, &file)?;
         if answer == Answer::Refused {
-            return lab.found(answer);
+            return harness.found(answer);
         }
     }
     Ok(Found::Accepted)
 }
 
-fn many_maps(lab: &mut Lab) -> Res<Found> {
-    lab.boot(&[Options::new(false), Options::new(true)])?;
-    let file = lab.file("file", TOO_MANY_MAPS * PAGE)?;
-    lab.start(0)?;
+fn many_maps(harness: &mut Harness) -> Res<Found> {
+    harness.boot(&[Options::new(false), Options::new(true)])?;
+    let file = harness.file("file", TOO_MANY_MAPS * PAGE)?;
+    harness.start(0)?;
     for index in 0..TOO_MANY_MAPS {
         // A map is dear once a device with CONFIGURE_MEM_SLOTS is started: with all of them made
         // so, this row would take 27 seconds.
         let mapper = usize::from(index >= CHEAP_MAPS);
         if index == CHEAP_MAPS {
-            lab.doing("at the start of the second device");
-            lab.start(1)?;
+            harness.doing("at the start of the second device");
+            harness.start(1)?;
         }
-        lab.doing(&format!("at map {}", index + 1));
+        harness.doing(&format!("at map {}", index + 1));
         let range = Range { fd_offset: index * PAGE, ..Range::new(index * PAGE, PAGE) };
-        let answer = lab.backend(mapper).map(range, &file)?;
+        let answer = harness.backend(mapper).map(range, &file)?;
         if answer == Answer::Refused {
-            return lab.found(answer);
+            return harness.found(answer);
         }
     }
     Ok(Found::Accepted)
 }
 
-fn window(lab: &mut Lab, sizes: &[u64]) -> Res<Found> {
-    lab.boot(&[Options { windows: sizes.to_vec(), ..Options::new(false) }])?;
+fn window(harness: &mut Harness, sizes: &[u64]) -> Res<Found> {
+    harness.boot(&[Options { windows: sizes.to_vec(), ..Options::new(false) }])?;
     Ok(Found::Seen("QEMU starts".into()))
 }

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use super::{PAGE, RANGE};
 use crate::backend::{WINDOW_BYTES, has_answer, read_answer, send_map};
-use crate::lab::Lab;
-use crate::qemu::{Res, Trouble};
+use crate::harness::Harness;
+use crate::qemu::{ProbeError, Res};
 use crate::table::{Expected, Found, Row};
 use crate::wire::{Range, back_end, front_end, send_request};
 
@@ -105,11 +105,11 @@ pub const ROWS: &[Row] = &[
 
 /// Sends a request, and looks at the channel when the update comes.
 fn order(
-    lab: &mut Lab,
+    harness: &mut Harness,
     update: u32,
     send: impl FnOnce(&std::os::unix::net::UnixStream) -> std::io::Result<()>,
 ) -> Res<Found> {
-    let backend = lab.backend(0);
+    let backend = harness.backend(0);
     let channel_to_qemu = backend.channel()?;
     let (tell, told) = channel();
     // One thread of QEMU's writes both: if the ack was first, it is in the socket by now.
@@ -126,25 +126,25 @@ fn order(
     }))
 }
 
-fn order_at_map(lab: &mut Lab) -> Res<Found> {
-    lab.started(true)?;
-    let file = lab.file("file", RANGE)?;
-    order(lab, front_end::ADD_MEM_REG, |channel| {
+fn order_at_map(harness: &mut Harness) -> Res<Found> {
+    harness.started(true)?;
+    let file = harness.file("file", RANGE)?;
+    order(harness, front_end::ADD_MEM_REG, |channel| {
         send_map(channel, Range::new(0, RANGE), &file, true)
     })
 }
 
-fn order_at_unmap(lab: &mut Lab) -> Res<Found> {
-    mapped(lab)?;
-    order(lab, front_end::REM_MEM_REG, |channel| {
+fn order_at_unmap(harness: &mut Harness) -> Res<Found> {
+    mapped(harness)?;
+    order(harness, front_end::REM_MEM_REG, |channel| {
         let payload = Range::new(0, RANGE).payload();
         send_request(channel, back_end::SHMEM_UNMAP, true, &payload, None)
     })
 }
 
-fn map_during_update(lab: &mut Lab) -> Res<Found> {
-    let backend = lab.started(true)?;
-    let file = lab.file("file", 2 * RANGE)?;
+fn map_during_update(harness: &mut Harness) -> Res<Found> {
+    let backend = harness.started(true)?;
+    let file = harness.file("file", 2 * RANGE)?;
     let to_qemu = backend.channel()?;
     let second = Range { fd_offset: RANGE, ..Range::new(RANGE, RANGE) };
     let second_file = file.try_clone()?;
@@ -172,58 +172,60 @@ fn map_during_update(lab: &mut Lab) -> Res<Found> {
 }
 
 /// One map of 2 MiB at the window's start.
-fn mapped(lab: &mut Lab) -> Res<File> {
-    let backend = lab.started(true)?;
-    let file = lab.file("file", RANGE)?;
+fn mapped(harness: &mut Harness) -> Res<File> {
+    let backend = harness.started(true)?;
+    let file = harness.file("file", RANGE)?;
     match backend.map(Range::new(0, RANGE), &file)? {
         crate::backend::Answer::Done => Ok(file),
-        crate::backend::Answer::Refused => Err(Trouble::Other("the first map is refused".into())),
+        crate::backend::Answer::Refused => {
+            Err(ProbeError::Other("the first map is refused".into()))
+        }
     }
 }
 
-fn map_over_map(lab: &mut Lab) -> Res<Found> {
-    let file = mapped(lab)?;
-    let answer = lab.backend(0).map(Range::new(0, RANGE), &file)?;
-    lab.found(answer)
+fn map_over_map(harness: &mut Harness) -> Res<Found> {
+    let file = mapped(harness)?;
+    let answer = harness.backend(0).map(Range::new(0, RANGE), &file)?;
+    harness.found(answer)
 }
 
-fn unmap_half(lab: &mut Lab) -> Res<Found> {
-    mapped(lab)?;
-    let answer = lab.backend(0).unmap(Range::new(0, RANGE / 2))?;
-    lab.found(answer)
+fn unmap_half(harness: &mut Harness) -> Res<Found> {
+    mapped(harness)?;
+    let answer = harness.backend(0).unmap(Range::new(0, RANGE / 2))?;
+    harness.found(answer)
 }
 
-fn unmap_page(lab: &mut Lab) -> Res<Found> {
-    let backend = lab.started(true)?;
-    let file = lab.file("file", PAGE)?;
+fn unmap_page(harness: &mut Harness) -> Res<Found> {
+    let backend = harness.started(true)?;
+    let file = harness.file("file", PAGE)?;
     let page = Range::new(RANGE + PAGE, PAGE);
     let answer = backend.map(page, &file)?;
     if answer == crate::backend::Answer::Refused {
-        return lab.found(answer);
+        return harness.found(answer);
     }
     let answer = backend.unmap(page)?;
-    lab.found(answer)
+    harness.found(answer)
 }
 
-fn map_past_window(lab: &mut Lab) -> Res<Found> {
-    let backend = lab.started(true)?;
-    let file = lab.file("file", RANGE)?;
+fn map_past_window(harness: &mut Harness) -> Res<Found> {
+    let backend = harness.started(true)?;
+    let file = harness.file("file", RANGE)?;
     let answer = backend.map(Range::new(WINDOW_BYTES - PAGE, RANGE), &file)?;
-    lab.found(answer)
+    harness.found(answer)
 }
 
-fn map_past_end(lab: &mut Lab) -> Res<Found> {
-    let backend = lab.started(true)?;
-    let file = lab.file("file", 5000)?;
+fn map_past_end(harness: &mut Harness) -> Res<Found> {
+    let backend = harness.started(true)?;
+    let file = harness.file("file", 5000)?;
     let answer = backend.map(Range::new(0, RANGE), &file)?;
-    lab.found(answer)
+    harness.found(answer)
 }
 
-fn map_empty_file(lab: &mut Lab) -> Res<Found> {
-    let backend = lab.started(true)?;
-    let file = lab.file("file", 0)?;
+fn map_empty_file(harness: &mut Harness) -> Res<Found> {
+    let backend = harness.started(true)?;
+    let file = harness.file("file", 0)?;
     let answer = backend.map(Range::new(0, RANGE), &file)?;
-    match lab.found(answer)? {
+    match harness.found(answer)? {
         Found::Accepted => {
             let bytes = file.metadata()?.len();
             Ok(Found::Seen(format!("done, and the file is {bytes} bytes long now")))
@@ -232,14 +234,14 @@ fn map_empty_file(lab: &mut Lab) -> Res<Found> {
     }
 }
 
-fn store_to_read_only(lab: &mut Lab) -> Res<Found> {
-    let backend = lab.started(true)?;
-    let file = lab.file("file", RANGE)?;
+fn store_to_read_only(harness: &mut Harness) -> Res<Found> {
+    let backend = harness.started(true)?;
+    let file = harness.file("file", RANGE)?;
     let answer = backend.map(Range { writable: false, ..Range::new(0, RANGE) }, &file)?;
-    if let refused @ Found::Refused(_) = lab.found(answer)? {
+    if let refused @ Found::Refused(_) = harness.found(answer)? {
         return Ok(refused);
     }
-    lab.store(0, 0, b'w')?;
+    harness.store(0, 0, b'w')?;
     let mut byte = [0];
     file.read_exact_at(&mut byte, 0)?;
     Ok(Found::Seen(match byte {
@@ -248,10 +250,10 @@ fn store_to_read_only(lab: &mut Lab) -> Res<Found> {
     }))
 }
 
-fn map_read_only_file(lab: &mut Lab) -> Res<Found> {
-    let backend = lab.started(true)?;
-    lab.file("file", RANGE)?;
-    let file = File::open(lab.path("file"))?;
+fn map_read_only_file(harness: &mut Harness) -> Res<Found> {
+    let backend = harness.started(true)?;
+    harness.file("file", RANGE)?;
+    let file = File::open(harness.path("file"))?;
     let answer = backend.map(Range { writable: false, ..Range::new(0, RANGE) }, &file)?;
-    lab.found(answer)
+    harness.found(answer)
 }

@@ -8,8 +8,8 @@ mod limits;
 mod maps;
 
 use crate::backend::Answer;
-use crate::lab::Lab;
-use crate::qemu::{Res, Trouble};
+use crate::harness::Harness;
+use crate::qemu::{ProbeError, Res};
 use crate::table::Row;
 use crate::wire::Range;
 
@@ -27,12 +27,12 @@ const RANGE: u64 = 2 << 20;
 const PAGE: u64 = 4096;
 
 /// What every row stands on.
-pub fn control(lab: &mut Lab) -> Res<()> {
-    let backend = lab.started(false)?;
-    let file = lab.file("file", RANGE)?;
+pub fn control(harness: &mut Harness) -> Res<()> {
+    let backend = harness.started(false)?;
+    let file = harness.file("file", RANGE)?;
     let answer = backend.map(Range::new(0, RANGE), &file)?;
-    if answer == Answer::Done && lab.load(0, 0)? == b'p' {
+    if answer == Answer::Done && harness.load(0, 0)? == b'p' {
         return Ok(());
     }
-    Err(Trouble::Other(format!("a plain map: {answer:?}, or it shows something else")))
+    Err(ProbeError::Other(format!("a plain map: {answer:?}, or it shows something else")))
 }

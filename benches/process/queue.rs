@@ -29,12 +29,12 @@ const DATA_AT: u64 = 5 * PAGE;
 const MOST_DATA: u64 = 1 << 20;
 const SLOT_BYTES: u64 = DATA_AT + MOST_DATA;
 
-/// Guest memory of a lane's rings.
+/// Guest memory of a queue's rings.
 pub const RINGS_BYTES: u64 = 0x9000;
 
-/// How many requests a lane can have in flight.
+/// How many requests a queue can have in flight.
 pub const DEPTH: usize = 32;
-/// Guest memory of a lane's slots.
+/// Guest memory of a queue's slots.
 pub const SLOTS_BYTES: u64 = DEPTH as u64 * SLOT_BYTES;
 
 /// A request: what it says, and how many bytes of data go in and come out.
@@ -58,7 +58,7 @@ impl Request {
 }
 
 /// The driver of one queue.
-pub struct Lane {
+pub struct QueueDriver {
     mem: GuestMem,
     at: u64,
     slots_at: u64,
@@ -69,7 +69,7 @@ pub struct Lane {
     call: EventFd,
 }
 
-impl Lane {
+impl QueueDriver {
     /// A queue whose rings lie at `at`, and its slots at `slots_at`: lanes of which one works at a
     /// time may share these.
     pub fn new(mem: GuestMem, at: u64, slots_at: u64) -> Self {
@@ -197,7 +197,7 @@ fn pages(descs: &mut Vec<(u64, u32, u16)>, at: u64, bytes: u32, flags: u16) {
     }
 }
 
-impl Ring for Lane {
+impl Ring for QueueDriver {
     fn options(&self) -> DriverOptions {
         DriverOptions { size: SIZE, ..DriverOptions::default() }
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What can't be stretched, and what a stretched file won't do.
+//! What can't be passthrough, and what a passthrough file won't do.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -10,13 +10,13 @@ use std::process::Command;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use tempfile::NamedTempFile;
-use vhost_user_dax::passthrough::{CLAIMED_BYTES, Stretch};
+use vhost_user_dax::passthrough::{CLAIMED_BYTES, PassthroughMount};
 
 use crate::life::{servers, until};
 use crate::map::Map;
 use crate::places;
 use crate::roles::Player;
-use crate::{alone, among_others, file_here, skipped, stretch};
+use crate::{alone, among_others, file_here, mount, skipped};
 
 fn errno<T>(result: io::Result<T>) -> Errno {
     Errno::from_raw(result.err().expect("refused").raw_os_error().expect("the system's"))
@@ -27,10 +27,10 @@ fn errno<T>(result: io::Result<T>) -> Errno {
 #[test]
 fn what_can_not_be_mapped_for_writing_is_refused() {
     let _others = among_others();
-    let Some(stretch) = stretch() else { return };
+    let Some(mount) = mount() else { return };
     let named = NamedTempFile::new_in(".").unwrap();
     let open = |options: &mut OpenOptions| options.open(named.path()).unwrap();
-    let refused = |file: &File| errno(stretch.open(file));
+    let refused = |file: &File| errno(mount.open(file));
     assert_eq!(refused(&open(OpenOptions::new().read(true))), Errno::EACCES);
     assert_eq!(refused(&open(OpenOptions::new().write(true))), Errno::EACCES);
     let by_path = open(OpenOptions::new().read(true).custom_flags(OFlag::O_PATH.bits()));
@@ -59,47 +59,47 @@ fn what_can_not_be_mapped_for_writing_is_refused() {
         assert!(chattr("-"));
         assert_eq!(error, Errno::EPERM);
     }
-    assert!(stretch.open(&writable).is_ok());
+    assert!(mount.open(&writable).is_ok());
 }
 
 /// Shows: a file as long as the claim, and file systems stacked too high, are refused.
 #[test]
 fn too_long_or_too_deep_is_refused() {
     let _others = among_others();
-    let Some(stretch) = stretch() else { return };
+    let Some(mount) = mount() else { return };
     let long = tempfile::tempfile_in("/dev/shm").unwrap();
     long.set_len(CLAIMED_BYTES).unwrap();
-    assert_eq!(errno(stretch.open(&long)), Errno::EFBIG);
+    assert_eq!(errno(mount.open(&long)), Errno::EFBIG);
     long.set_len(CLAIMED_BYTES - 1).unwrap();
-    let stretched = stretch.open(&long).unwrap();
-    assert_eq!(errno(stretch.open(&stretched)), Errno::EFBIG);
+    let passthrough = mount.open(&long).unwrap();
+    assert_eq!(errno(mount.open(&passthrough)), Errno::EFBIG);
     match places::overlay().and_then(|below| Ok((places::overlay_over(&below)?, below))) {
         Ok((place, _below)) => {
-            assert_eq!(errno(stretch.open(&place.create("file"))), Errno::ELOOP);
+            assert_eq!(errno(mount.open(&place.create("file"))), Errno::ELOOP);
         }
         Err(e) => skipped(&format!("overlayfs over overlayfs: {e}")),
     }
 }
 
-/// Shows: through a stretched descriptor nobody can resize the file, and a sync, which would be of
+/// Shows: through a passthrough descriptor nobody can resize the file, and a sync, which would be of
 /// nothing, does not pretend to be one.
 #[test]
 fn no_resize_and_no_false_sync() {
     let _others = among_others();
-    let Some(stretch) = stretch() else { return };
+    let Some(mount) = mount() else { return };
     let real = file_here(5000);
-    let stretched = stretch.open(&real).unwrap();
+    let passthrough = mount.open(&real).unwrap();
     // Twice: the kernel remembers what is not implemented.
     for _ in 0..2 {
-        assert_eq!(errno(stretched.sync_data()), Errno::EINVAL);
-        assert_eq!(errno(stretched.sync_all()), Errno::EINVAL);
-        assert_eq!(errno(stretched.set_len(10)), Errno::EPERM);
-        assert_eq!(errno(stretched.set_modified(std::time::UNIX_EPOCH)), Errno::EPERM);
+        assert_eq!(errno(passthrough.sync_data()), Errno::EINVAL);
+        assert_eq!(errno(passthrough.sync_all()), Errno::EINVAL);
+        assert_eq!(errno(passthrough.set_len(10)), Errno::EPERM);
+        assert_eq!(errno(passthrough.set_modified(std::time::UNIX_EPOCH)), Errno::EPERM);
         for flags in [
             FallocateFlags::empty(),
             FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
         ] {
-            assert_eq!(fallocate(&*stretched, flags, 0, 4096), Err(Errno::EOPNOTSUPP));
+            assert_eq!(fallocate(&*passthrough, flags, 0, 4096), Err(Errno::EOPNOTSUPP));
         }
     }
     assert_eq!(real.metadata().unwrap().len(), 5000);
@@ -110,18 +110,18 @@ fn no_resize_and_no_false_sync() {
 #[test]
 fn an_aborted_connection_is_made_anew() {
     let _alone = alone();
-    let Some(stretch) = stretch() else { return };
+    let Some(mount) = mount() else { return };
     let list = places::connections();
     let real = file_here(5000);
     for round in 0..5_u8 {
-        let stretched = stretch.open(&real).unwrap();
-        let number = nix::sys::stat::minor(stretched.metadata().unwrap().dev());
+        let passthrough = mount.open(&real).unwrap();
+        let number = nix::sys::stat::minor(passthrough.metadata().unwrap().dev());
         fs::write(list.join(number.to_string()).join("abort"), "1").unwrap();
-        let map = Map::of(&stretched, 4096);
+        let map = Map::of(&passthrough, 4096);
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
-                    let again = Map::of(&stretch.open(&real).unwrap(), 4096);
+                    let again = Map::of(&mount.open(&real).unwrap(), 4096);
                     assert_eq!(again.load(1, 1), [0]);
                 });
             }
@@ -132,7 +132,7 @@ fn an_aborted_connection_is_made_anew() {
         std::os::unix::fs::FileExt::read_exact_at(&real, &mut seen, 0).unwrap();
         assert_eq!(seen, [round]);
     }
-    drop(stretch);
+    drop(mount);
     assert_eq!(servers(), 0);
 }
 
@@ -140,7 +140,7 @@ fn an_aborted_connection_is_made_anew() {
 #[test]
 fn without_privilege_the_reason_is_clear() {
     let _others = among_others();
-    if stretch().is_none() {
+    if mount().is_none() {
         return;
     }
     let mut nobody = Player::start("refused", Some(65534));
@@ -160,7 +160,7 @@ fn thread_without_sys_admin() -> String {
         let mut sets = rustix::thread::capabilities(None).unwrap();
         sets.effective.remove(rustix::thread::CapabilitySet::SYS_ADMIN);
         rustix::thread::set_capabilities(None, sets).unwrap();
-        Stretch::new().err().unwrap().to_string()
+        PassthroughMount::new().err().unwrap().to_string()
     });
     thread.join().unwrap()
 }

@@ -8,12 +8,12 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vhost_user_dax::passthrough::Stretch;
+use vhost_user_dax::passthrough::PassthroughMount;
 
 use crate::map::{Map, own_mount_namespace};
 use crate::places::connections;
 use crate::roles::{Player, receive_file, send_file};
-use crate::{RANGE_BYTES, alone, among_others, file_here, stretch};
+use crate::{RANGE_BYTES, alone, among_others, file_here, mount};
 
 fn entries(dir: impl AsRef<Path>) -> usize {
     fs::read_dir(dir).unwrap().count()
@@ -23,7 +23,7 @@ fn entries(dir: impl AsRef<Path>) -> usize {
 pub fn servers() -> usize {
     let tasks = fs::read_dir("/proc/self/task").unwrap();
     let names = tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("comm")).ok());
-    names.filter(|name| name.trim() == "stretch").count()
+    names.filter(|name| name.trim() == "passthrough").count()
 }
 
 fn resident_kib() -> u64 {
@@ -53,15 +53,15 @@ pub fn until(what: &str, holds: impl Fn() -> bool) {
 #[test]
 fn ten_thousand_rounds_leave_nothing() {
     let _alone = alone();
-    let Some(stretch) = stretch() else { return };
+    let Some(mount) = mount() else { return };
     let real = file_here(5000);
     let round = || {
-        let stretched = stretch.open(&real).unwrap();
-        Map::of(&stretched, RANGE_BYTES).store(0, b"round");
+        let passthrough = mount.open(&real).unwrap();
+        Map::of(&passthrough, RANGE_BYTES).store(0, b"round");
     };
     (0..1000).for_each(|_| round());
     let began = Instant::now();
-    (0..1000).for_each(|_| drop(stretch.open(&real).unwrap()));
+    (0..1000).for_each(|_| drop(mount.open(&real).unwrap()));
     println!("1,000 opens and drops: {:?}", began.elapsed());
     let counts = || (entries("/proc/self/fd"), entries("/proc/self/task"));
     let (before, kib, inodes) = (counts(), resident_kib(), fuse_inodes());
@@ -81,15 +81,15 @@ fn ten_thousand_rounds_leave_nothing() {
 #[test]
 fn many_threads_at_once() {
     let _others = among_others();
-    let Some(stretch) = stretch() else { return };
+    let Some(mount) = mount() else { return };
     let all = file_here(RANGE_BYTES);
     thread::scope(|scope| {
         for n in 0..16_u64 {
-            let (stretch, all) = (&stretch, &all);
+            let (mount, all) = (&mount, &all);
             scope.spawn(move || {
                 let own = file_here(5000);
                 for round in 0..200_u64 {
-                    let (mine, ours) = (stretch.open(&own).unwrap(), stretch.open(all).unwrap());
+                    let (mine, ours) = (mount.open(&own).unwrap(), mount.open(all).unwrap());
                     let told = (n << 32 | round).to_ne_bytes();
                     Map::of(&mine, RANGE_BYTES).store(0, &told);
                     Map::of(&ours, RANGE_BYTES).store(n * 4096, &told);
@@ -110,14 +110,14 @@ fn no_mount_table_knows_it() {
     let _alone = alone();
     let mounts = || fs::read_to_string("/proc/self/mountinfo").unwrap();
     let before = mounts();
-    let Some(stretch) = stretch() else { return };
+    let Some(mount) = mount() else { return };
     let real = file_here(5000);
-    let _stretched = stretch.open(&real).unwrap();
+    let _passthrough = mount.open(&real).unwrap();
     assert_eq!(mounts(), before);
     thread::scope(|scope| {
         scope.spawn(|| {
             own_mount_namespace();
-            Map::of(&stretch.open(&real).unwrap(), RANGE_BYTES).store(0, b"elsewhere");
+            Map::of(&mount.open(&real).unwrap(), RANGE_BYTES).store(0, b"elsewhere");
         });
     });
     let mut seen = [0; 9];
@@ -126,8 +126,8 @@ fn no_mount_table_knows_it() {
 }
 
 /// The number that the kernel knows a mount's connection by.
-fn connection(stretched: &fs::File) -> String {
-    nix::sys::stat::minor(stretched.metadata().unwrap().dev()).to_string()
+fn connection(passthrough: &fs::File) -> String {
+    nix::sys::stat::minor(passthrough.metadata().unwrap().dev()).to_string()
 }
 
 /// Shows: dropping the mount ends its thread and its descriptors though another process, of another
@@ -136,21 +136,21 @@ fn connection(stretched: &fs::File) -> String {
 #[test]
 fn dropping_the_mount_ends_it_while_it_is_mapped_elsewhere() {
     let _alone = alone();
-    if stretch().is_none() {
+    if mount().is_none() {
         return;
     }
     let list = connections();
     let counts = || (entries("/proc/self/fd"), servers());
     let before = counts();
-    let stretch = Stretch::new().unwrap();
+    let mount = PassthroughMount::new().unwrap();
     let real = file_here(5000);
-    let stretched = stretch.open(&real).unwrap();
-    let connection = list.join(connection(&stretched));
+    let passthrough = mount.open(&real).unwrap();
+    let connection = list.join(connection(&passthrough));
     let mut front_end = Player::start("front-end", Some(65534));
-    send_file(&front_end.line, &stretched);
+    send_file(&front_end.line, &passthrough);
     front_end.told();
-    drop(stretch);
-    drop(stretched);
+    drop(mount);
+    drop(passthrough);
     // The real file and the line are what is left.
     assert_eq!(counts(), (before.0 + 2, before.1));
     real.write_all_at(b"later", 1 << 20).unwrap();
@@ -174,7 +174,7 @@ fn dropping_the_mount_ends_it_while_it_is_mapped_elsewhere() {
 #[test]
 fn a_dropped_mount_holds_no_file() {
     let _others = among_others();
-    let Some(stretch) = stretch() else { return };
+    let Some(mount) = mount() else { return };
     let place = crate::places::memory("2m").unwrap();
     let full = || {
         let real = place.create("file");
@@ -183,12 +183,12 @@ fn a_dropped_mount_holds_no_file() {
         real
     };
     let (real, kept) = (full(), file_here(5000));
-    let held = stretch.open(&kept).unwrap();
+    let held = mount.open(&kept).unwrap();
     // Keeps the superblock; the other has a backing id, too.
     let map = Map::of(&held, RANGE_BYTES);
-    let stretched = stretch.open(&real).unwrap();
-    drop(stretch);
-    drop((real, stretched));
+    let passthrough = mount.open(&real).unwrap();
+    drop(mount);
+    drop((real, passthrough));
     until("space again", || {
         let again = place.create("again");
         let fits = again.write_all_at(&[1; 2 << 20], 0).is_ok();
@@ -202,21 +202,21 @@ fn a_dropped_mount_holds_no_file() {
 #[test]
 fn a_killed_daemon_takes_no_map_along() {
     let _others = among_others();
-    if stretch().is_none() {
+    if mount().is_none() {
         return;
     }
     let mut daemon = Player::start("daemon", None);
-    let stretched = receive_file(&daemon.line);
+    let passthrough = receive_file(&daemon.line);
     let real = receive_file(&daemon.line);
-    let map = Map::of(&stretched, RANGE_BYTES);
+    let map = Map::of(&passthrough, RANGE_BYTES);
     map.store(0, b"before");
     daemon.process.kill().unwrap();
     daemon.process.wait().unwrap();
     map.store(4096, b"after");
     real.write_all_at(b"grown", 1 << 20).unwrap();
     assert_eq!(map.load(1 << 20, 5), b"grown");
-    let again = Map::of(&stretched, RANGE_BYTES);
-    drop(stretched);
+    let again = Map::of(&passthrough, RANGE_BYTES);
+    drop(passthrough);
     again.store(8000, b"again");
     for (at, stored) in [(0, &b"before"[..]), (4096, b"after"), (8000, b"again")] {
         let mut seen = vec![0; stored.len()];
@@ -230,7 +230,7 @@ fn a_killed_daemon_takes_no_map_along() {
 #[test]
 fn a_hundred_mounts_leave_nothing() {
     let _alone = alone();
-    if stretch().is_none() {
+    if mount().is_none() {
         return;
     }
     let list = connections();
@@ -238,9 +238,9 @@ fn a_hundred_mounts_leave_nothing() {
     let counts = || (entries("/proc/self/fd"), servers(), entries(&list));
     let before = counts();
     for _ in 0..100 {
-        let stretch = Stretch::new().unwrap();
-        let stretched = stretch.open(&real).unwrap();
-        Map::of(&stretched, RANGE_BYTES).store(0, b"x");
+        let mount = PassthroughMount::new().unwrap();
+        let passthrough = mount.open(&real).unwrap();
+        Map::of(&passthrough, RANGE_BYTES).store(0, b"x");
     }
     until("all gone", || counts() == before);
 }

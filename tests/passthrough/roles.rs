@@ -12,12 +12,12 @@ use std::process::{Child, Command, Stdio};
 
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use tempfile::TempDir;
-use vhost_user_dax::passthrough::{CLAIMED_BYTES, Stretch};
+use vhost_user_dax::passthrough::{CLAIMED_BYTES, PassthroughMount};
 
 use crate::map::Map;
 use crate::{RANGE_BYTES, file_here};
 
-const ROLE: &str = "VUD_STRETCH_ROLE";
+const ROLE: &str = "VUD_PASSTHROUGH_ROLE";
 
 /// A process and the line to it.
 pub struct Player {
@@ -98,37 +98,37 @@ fn plays_a_role() {
         // Makes a mount, hands two files out (the real one last), and waits to be killed.
         "daemon" => {
             let real = file_here(5000);
-            let stretch = Stretch::new().unwrap();
-            let stretched = stretch.open(&real).unwrap();
-            send_file(&line, &stretched);
+            let mount = PassthroughMount::new().unwrap();
+            let passthrough = mount.open(&real).unwrap();
+            send_file(&line, &passthrough);
             send_file(&line, &real);
             line.read_exact(&mut [0]).unwrap();
             panic!("the daemon was to be killed");
         }
         // Does what QEMU does with a descriptor, then what a guest does with the map.
         "front-end" => {
-            let stretched = receive_file(&line);
-            assert_eq!(stretched.metadata().unwrap().len(), CLAIMED_BYTES);
-            let _ = nix::sys::statfs::fstatfs(&stretched).unwrap();
-            let map = Map::of(&stretched, RANGE_BYTES);
+            let passthrough = receive_file(&line);
+            assert_eq!(passthrough.metadata().unwrap().len(), CLAIMED_BYTES);
+            let _ = nix::sys::statfs::fstatfs(&passthrough).unwrap();
+            let map = Map::of(&passthrough, RANGE_BYTES);
             map.store(0, b"mapped");
             line.write_all(&[1]).unwrap();
             line.read_exact(&mut [0]).unwrap();
             // The daemon's end is gone by now.
             assert_eq!(map.load(1 << 20, 5), b"later");
             map.store(1000, b"still mapped");
-            assert_eq!(Seek::seek(&mut &stretched, SeekFrom::End(0)).unwrap(), CLAIMED_BYTES);
-            let told = stretched.metadata().unwrap_err().raw_os_error();
+            assert_eq!(Seek::seek(&mut &passthrough, SeekFrom::End(0)).unwrap(), CLAIMED_BYTES);
+            let told = passthrough.metadata().unwrap_err().raw_os_error();
             assert_eq!(told, Some(nix::errno::Errno::ENOTCONN as i32));
-            let again = Map::of(&stretched, RANGE_BYTES);
+            let again = Map::of(&passthrough, RANGE_BYTES);
             assert_eq!(again.load(1000, 12), b"still mapped");
-            drop(stretched);
+            drop(passthrough);
             map.store(2000, b"without a descriptor");
             line.write_all(&[1]).unwrap();
             line.read_exact(&mut [0]).unwrap();
         }
         "refused" => {
-            let error = Stretch::new().err().unwrap().to_string();
+            let error = PassthroughMount::new().err().unwrap().to_string();
             line.write_all(error.as_bytes()).unwrap();
         }
         other => panic!("no role: {other}"),

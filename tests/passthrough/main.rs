@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Stretched files against the real kernel: what a map of one shows, and what is left behind.
+//! Passthrough files against the real kernel: what a map of one shows, and what is left behind.
 //!
 //! Needs root and Linux >= 6.9. What can't be had here is a loud SKIPPED line.
 
@@ -17,7 +17,7 @@ use std::fs::File;
 use std::io::Write;
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use vhost_user_dax::passthrough::{Stretch, Unavailable};
+use vhost_user_dax::passthrough::{PassthroughMount, Unavailable};
 
 /// What the guests of QEMU always ask for.
 const RANGE_BYTES: u64 = 2 << 20;
@@ -36,13 +36,13 @@ fn alone() -> RwLockWriteGuard<'static, ()> {
 
 /// Past the harness, which would keep it to itself, and in one piece, on a line of its own.
 fn skipped(what: &str) {
-    let _ = std::io::stderr().write_all(format!("\nSKIPPED stretch: {what}\n").as_bytes());
+    let _ = std::io::stderr().write_all(format!("\nSKIPPED passthrough: {what}\n").as_bytes());
 }
 
 /// None, and said so, where the host can't.
-fn stretch() -> Option<Stretch> {
-    match Stretch::new() {
-        Ok(stretch) => Some(stretch),
+fn mount() -> Option<PassthroughMount> {
+    match PassthroughMount::new() {
+        Ok(mount) => Some(mount),
         Err(e @ (Unavailable::NoPassthrough { .. } | Unavailable::NotPermitted(_))) => {
             skipped(&e.to_string());
             None

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use crate::backend::{Answer, Backend, Options};
 use crate::pci::Driver;
-use crate::qemu::{Qemu, Res, Trouble};
+use crate::qemu::{ProbeError, Qemu, Res};
 use crate::table::Found;
 
 /// The PCI slot of the first device.
@@ -28,7 +28,7 @@ impl Device {
 }
 
 /// One row's workplace. It outlives the row, so that what became of QEMU can be seen.
-pub struct Lab {
+pub struct Harness {
     program: PathBuf,
     folder: TempDir,
     qemu: Option<Qemu>,
@@ -37,7 +37,7 @@ pub struct Lab {
     pub doing: String,
 }
 
-impl Lab {
+impl Harness {
     pub fn new(program: &Path) -> Res<Self> {
         Ok(Self {
             program: program.to_owned(),
@@ -98,7 +98,7 @@ impl Lab {
         qemu.greet()?;
         for (index, device) in self.devices.iter_mut().enumerate() {
             if let Some(lacks) = device.backend.lacks() {
-                return Err(Trouble::Other(format!("this QEMU can't be probed: {lacks}")));
+                return Err(ProbeError::Other(format!("this QEMU can't be probed: {lacks}")));
             }
             let index = index as u64;
             device.driver = Some(Driver::find(qemu, FIRST_SLOT + index, index)?);
@@ -217,8 +217,8 @@ impl Lab {
     }
 }
 
-fn no_qemu() -> Trouble {
-    Trouble::Other("the row has no such QEMU or device".into())
+fn no_qemu() -> ProbeError {
+    ProbeError::Other("the row has no such QEMU or device".into())
 }
 
 /// QEMU begins its lines with its program's name.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A map of a stretched file is a map of the file.
+//! A map of a passthrough file is a map of the file.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
@@ -13,7 +13,7 @@ use vhost_user_dax::passthrough::CLAIMED_BYTES;
 
 use crate::map::Map;
 use crate::places::{self, Place};
-use crate::{RANGE_BYTES, among_others, file_here, stretch};
+use crate::{RANGE_BYTES, among_others, file_here, mount};
 
 const PAGE_BYTES: u64 = 4096;
 
@@ -29,24 +29,24 @@ fn pread(file: &File, from: u64, bytes: usize) -> Vec<u8> {
 #[test]
 fn both_directions_on_each_file_system() {
     let _others = among_others();
-    let Some(stretch) = stretch() else { return };
+    let Some(mount) = mount() else { return };
     for place in places::all() {
         let real = place.create("file");
         real.write_all_at(&[3; 5000], 0).unwrap();
-        let mut stretched = stretch.open(&real).unwrap_or_else(|e| panic!("{}: {e}", place.name));
-        assert_eq!(stretched.metadata().unwrap().len(), CLAIMED_BYTES);
-        assert_eq!(Seek::seek(&mut &*stretched, SeekFrom::End(0)).unwrap(), CLAIMED_BYTES);
-        let map = Map::of(&stretched, RANGE_BYTES);
-        both_directions(&place, &real, &stretched, &map);
+        let mut passthrough = mount.open(&real).unwrap_or_else(|e| panic!("{}: {e}", place.name));
+        assert_eq!(passthrough.metadata().unwrap().len(), CLAIMED_BYTES);
+        assert_eq!(Seek::seek(&mut &*passthrough, SeekFrom::End(0)).unwrap(), CLAIMED_BYTES);
+        let map = Map::of(&passthrough, RANGE_BYTES);
+        both_directions(&place, &real, &passthrough, &map);
         // Descriptor and inode gone, the map is still there.
-        stretched = stretch.open(&real).unwrap();
-        drop(stretched);
+        passthrough = mount.open(&real).unwrap();
+        drop(passthrough);
         map.store(77, b"after");
         assert_eq!(pread(&real, 77, 5), b"after", "{}", place.name);
     }
 }
 
-fn both_directions(place: &Place, real: &File, stretched: &File, map: &Map) {
+fn both_directions(place: &Place, real: &File, passthrough: &File, map: &Map) {
     let name = place.name;
     let own = Map::of(real, RANGE_BYTES);
     assert_eq!(map.load(0, 5000), [3; 5000], "{name}");
@@ -60,7 +60,7 @@ fn both_directions(place: &Place, real: &File, stretched: &File, map: &Map) {
     assert_eq!(map.load(10, 9), b"by pwrite", "{name}");
     own.store(100, b"by the file's map");
     assert_eq!(map.load(100, 17), b"by the file's map", "{name}");
-    assert_eq!(pread(stretched, 100, 17), b"by the file's map", "{name}");
+    assert_eq!(pread(passthrough, 100, 17), b"by the file's map", "{name}");
 
     // Past the old end.
     real.write_all_at(b"grown", 1 << 20).unwrap();
@@ -81,7 +81,7 @@ fn both_directions(place: &Place, real: &File, stretched: &File, map: &Map) {
     assert_eq!(own.load(1 << 20, 5), b"again", "{name}");
 
     // The descriptor itself writes to the file, too.
-    stretched.write_all_at(b"by descriptor", 300).unwrap();
+    passthrough.write_all_at(b"by descriptor", 300).unwrap();
     assert_eq!(map.load(300, 13), b"by descriptor", "{name}");
 }
 
@@ -89,10 +89,10 @@ fn both_directions(place: &Place, real: &File, stretched: &File, map: &Map) {
 #[test]
 fn from_an_overlays_lower_layer() {
     let _others = among_others();
-    let Some(stretch) = stretch() else { return };
+    let Some(mount) = mount() else { return };
     let Ok(place) = places::overlay() else { return };
     let real = place.open("from-below");
-    let map = Map::of(&stretch.open(&real).unwrap(), RANGE_BYTES);
+    let map = Map::of(&mount.open(&real).unwrap(), RANGE_BYTES);
     assert_eq!(map.load(0, 5000), [7; 5000]);
     map.store(0, b"above");
     assert_eq!(pread(&place.open("from-below"), 0, 5), b"above");
@@ -103,10 +103,10 @@ fn from_an_overlays_lower_layer() {
 #[test]
 fn many_of_one_file_are_one() {
     let _others = among_others();
-    let (Some(stretch), Some(other)) = (stretch(), stretch()) else { return };
+    let (Some(mount), Some(other)) = (mount(), mount()) else { return };
     let real = file_here(5000);
     let (one, two, three) =
-        (stretch.open(&real).unwrap(), stretch.open(&real).unwrap(), other.open(&real).unwrap());
+        (mount.open(&real).unwrap(), mount.open(&real).unwrap(), other.open(&real).unwrap());
     let anew = format!("/proc/self/fd/{}", one.as_raw_fd());
     let anew = OpenOptions::new().read(true).write(true).open(anew).unwrap();
     let maps = [&*one, &*two, &*three, &anew, &real].map(|file| Map::of(file, RANGE_BYTES));
@@ -126,13 +126,13 @@ fn many_of_one_file_are_one() {
 #[test]
 fn fdatasync_of_the_real_file_makes_stores_durable() {
     let _others = among_others();
-    let Some(stretch) = stretch() else { return };
+    let Some(mount) = mount() else { return };
     for mut place in places::all() {
         let Some(mut disk) = place.disk.take() else { continue };
         let real = place.create("file");
         real.set_len(5000).unwrap();
         real.sync_all().unwrap();
-        let map = Map::of(&stretch.open(&real).unwrap(), RANGE_BYTES);
+        let map = Map::of(&mount.open(&real).unwrap(), RANGE_BYTES);
         let told: Vec<u8> = (0..PAGE_BYTES).map(|n| (n * n % 251) as u8 ^ 0xa5).collect();
         map.store(0, &told);
         real.sync_data().unwrap();
@@ -148,17 +148,17 @@ fn fdatasync_of_the_real_file_makes_stores_durable() {
 #[test]
 fn blocks_and_mtime_are_the_files() {
     let _others = among_others();
-    let Some(stretch) = stretch() else { return };
+    let Some(mount) = mount() else { return };
     for place in places::all() {
-        let changed = [false, true].map(|stretched| {
-            let real = place.create(if stretched { "stretched" } else { "plain" });
+        let changed = [false, true].map(|passthrough| {
+            let real = place.create(if passthrough { "passthrough" } else { "plain" });
             real.set_len(RANGE_BYTES).unwrap();
             let old = UNIX_EPOCH + Duration::from_secs(1_000_000);
             real.set_modified(old).unwrap();
             real.sync_all().unwrap();
             assert_eq!(real.metadata().unwrap().blocks(), 0);
-            let map = match stretched {
-                true => Map::of(&stretch.open(&real).unwrap(), RANGE_BYTES),
+            let map = match passthrough {
+                true => Map::of(&mount.open(&real).unwrap(), RANGE_BYTES),
                 false => Map::of(&real, RANGE_BYTES),
             };
             map.load(1 << 20, 1);
@@ -180,14 +180,13 @@ fn blocks_and_mtime_are_the_files() {
 #[test]
 fn a_full_file_system_is_full() {
     let _others = among_others();
-    let Some(stretch) = stretch() else { return };
+    let Some(mount) = mount() else { return };
     let small = [places::ext4(), places::memory("2m")];
     for place in small.map(Result::unwrap) {
         let real = place.create("sparse");
         real.set_len(RANGE_BYTES).unwrap();
         real.write_all_at(&[2; PAGE_BYTES as usize], 0).unwrap();
-        let maps =
-            [Map::of(&real, RANGE_BYTES), Map::of(&stretch.open(&real).unwrap(), RANGE_BYTES)];
+        let maps = [Map::of(&real, RANGE_BYTES), Map::of(&mount.open(&real).unwrap(), RANGE_BYTES)];
         let filler = place.create("filler");
         let fill = |from: u64| {
             let mut to = from;
