@@ -398,7 +398,7 @@ impl Device for Fs {
             }
             Err(_) => {
                 self.server.metrics().malformed.add(1);
-                if let Some(held_back) = self.log_limit.told(Instant::now()) {
+                if let Some(held_back) = self.log_limit.admit(Instant::now()) {
                     warn!("the guest sent a chain that holds no FUSE message{held_back}");
                 }
                 self.pool

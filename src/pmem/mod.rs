@@ -142,7 +142,7 @@ impl Pmem {
 
     fn log_bad_request(&self, what: &str) {
         self.metrics.malformed.add(1);
-        if let Some(held_back) = self.log_limit.told(Instant::now()) {
+        if let Some(held_back) = self.log_limit.admit(Instant::now()) {
             warn!("the guest sent a bad request: {what}{held_back}");
         }
     }

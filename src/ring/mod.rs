@@ -314,7 +314,7 @@ impl Ring {
 
     fn warn_of<T>(&self, what: &str, result: Result<T, QueueError>) -> Option<T> {
         if let Err(e) = &result
-            && let Some(held_back) = self.log_limit.told(Instant::now())
+            && let Some(held_back) = self.log_limit.admit(Instant::now())
         {
             warn!("{what}: {e}{held_back}");
         }

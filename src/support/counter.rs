@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A number that threads add to, and that orders nothing.
+//! A statistics counter: relaxed atomics, which order no other access.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

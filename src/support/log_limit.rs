@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Keeps what a hostile guest can make us log to one line a second.
+//! Limits a log statement that a guest can trigger to one line per second.
 
 use std::fmt;
 use std::sync::Mutex;
@@ -10,7 +10,7 @@ use crate::support::lock::lock;
 
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// One line per second; the others are counted.
+/// Allows one line per second and counts the lines held back.
 #[derive(Default)]
 pub(crate) struct RateLimit {
     state: Mutex<State>,
@@ -22,7 +22,7 @@ struct State {
     suppressed: u64,
 }
 
-/// How many lines were held back before the one that it is put behind: nothing if there were none.
+/// Number of lines held back since the last line; displayed as the end of a line, empty for 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct HeldBack(pub(crate) u64);
 
@@ -36,8 +36,8 @@ impl fmt::Display for HeldBack {
 }
 
 impl RateLimit {
-    /// As [`allow`](Self::allow), with the number as it ends the line.
-    pub(crate) fn told(&self, now: Instant) -> Option<HeldBack> {
+    /// `Some` if a line may be logged at `now`, with the number of lines held back since the last one.
+    pub(crate) fn admit(&self, now: Instant) -> Option<HeldBack> {
         self.allow(now).map(HeldBack)
     }
 
@@ -69,12 +69,12 @@ mod tests {
         assert_eq!(limit.allow(start + Duration::from_secs(3)), Some(0));
     }
 
-    /// Shows: a line tells of others only where there were any.
+    /// Shows: a line reports held-back lines only if their number is above 0.
     #[test]
-    fn none_that_were_held_back_are_not_told_of() {
+    fn zero_held_back_lines_are_not_reported() {
         let limit = RateLimit::default();
         let start = Instant::now();
-        let line = |at| limit.told(start + at).map(|held_back| format!("line{held_back}"));
+        let line = |at| limit.admit(start + at).map(|held_back| format!("line{held_back}"));
         assert_eq!(line(Duration::ZERO).as_deref(), Some("line"));
         assert_eq!(line(INTERVAL / 2), None);
         assert_eq!(line(INTERVAL).as_deref(), Some("line (1 more such lines held back)"));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What every step may use. Knows no step.
+//! Utilities for every step. Imports no step.
 
 pub mod counter;
 pub(crate) mod lock;

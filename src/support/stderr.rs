@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Beside the path: what is said on stderr. A guest can't fill a log, and nobody who reads it
-//! slowly, or not at all, holds a request up.
+//! Beside the path: the log on stderr. A guest can't fill the log, and a slow reader of stderr
+//! delays no request.
 //!
-//! Each place in a program, ours or a library's, may say `BURST` lines at once and one a second
-//! from then on. The others are counted, and the number is said with the next line of that place,
-//! or a second later. (What is asked for by `debug` and `trace` is not limited.) From `detach` on a
-//! thread of its own writes: lines wait for it in a queue of `MOST_WAITING`, and what finds no room
-//! there is counted and said, too.
+//! Each log statement (ours or a library's) may log `BURST` lines at once and one line per second
+//! from then on. Further lines are held back and counted; the count is logged with the next line of
+//! that statement, or one second later. The levels `debug` and `trace` have no limit. After
+//! [`detach`] a thread of its own writes to stderr: lines wait for it in a queue of `QUEUE_LINES`
+//! lines, and lines that find the queue full are counted; that count is logged, too.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Write};
@@ -21,22 +21,22 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 use crate::support::lock::lock;
 use crate::support::log_limit::HeldBack;
 
-/// So many lines of one place are said at once.
+/// Number of lines that one log statement may log at once.
 const BURST: u64 = 20;
 
-/// And one more of them after each such time.
+/// Time after which one more line is allowed.
 const REFILL: Duration = Duration::from_secs(1);
 
-/// So many lines wait to be written.
-const MOST_WAITING: usize = 1024;
+/// Number of lines that wait to be written, at most.
+const QUEUE_LINES: usize = 1024;
 
-/// So long the end of the process waits for stderr.
+/// How long the process waits for stderr before it ends, at most.
 const LAST_WAIT: Duration = Duration::from_secs(1);
 
-/// A place in a program: file and line.
+/// A log statement: file and line.
 type Site = (&'static str, u32);
 
-/// What one place may say.
+/// The rate limit of one log statement.
 struct Limit {
     left: u64,
     since: Instant,
@@ -58,7 +58,7 @@ impl Limit {
         }
     }
 
-    /// The line, with the number of those before it; None if it is one of them.
+    /// The line, with the number of lines held back before it; None if this line is held back.
     fn admit(&mut self, now: Instant, text: String) -> Option<String> {
         self.refill(now);
         if self.left == 0 {
@@ -71,7 +71,7 @@ impl Limit {
         Some(said(self.level, &format!("{text}{held_back}")))
     }
 
-    /// What is to be said if no other line comes.
+    /// The line that reports the lines held back, if no other line comes.
     fn settle(&mut self, now: Instant, last: bool) -> Option<String> {
         self.refill(now);
         if self.held_back == 0 || (self.left == 0 && !last) {
@@ -90,26 +90,26 @@ fn said(level: Level, text: &str) -> String {
 #[derive(Default)]
 struct State {
     limits: HashMap<Site, Limit>,
-    /// What the thread is to write.
+    /// Lines that the stderr thread has to write.
     waiting: VecDeque<String>,
-    /// Lines for which there was no room.
+    /// Number of lines for which the queue had no room.
     lost: u64,
-    /// There is a thread.
+    /// The stderr thread runs.
     detached: bool,
-    /// It is writing.
+    /// The stderr thread is in write(2).
     busy: bool,
 }
 
 impl State {
     fn push(&mut self, line: String) {
-        if self.waiting.len() < MOST_WAITING {
+        if self.waiting.len() < QUEUE_LINES {
             self.waiting.push_back(line);
         } else {
             self.lost += 1;
         }
     }
 
-    /// Says how many lines were held back where nothing else is said any more.
+    /// Queues the lines that report held-back lines.
     fn settle(&mut self, now: Instant, last: bool) {
         let limits = self.limits.values_mut();
         let lines: Vec<_> = limits.filter_map(|limit| limit.settle(now, last)).collect();
@@ -136,7 +136,7 @@ impl State {
 struct Stderr {
     filter: Logger,
     state: Mutex<State>,
-    /// There is something to write, or all is written.
+    /// The queue has got its first line, or has become empty.
     changed: Condvar,
 }
 
@@ -158,7 +158,7 @@ impl Stderr {
         }
     }
 
-    /// The thread.
+    /// The body of the stderr thread.
     fn run(&self) {
         let mut state = self.lock();
         loop {
@@ -182,7 +182,7 @@ impl Stderr {
     }
 }
 
-/// Each line in one system call; who closed stderr is not to be told so.
+/// Writes the line by one system call. An error is ignored: there is no other place to report it.
 fn write_line(line: &str) {
     let _ = io::stderr().lock().write_all(format!("{line}\n").as_bytes());
 }
@@ -206,13 +206,13 @@ impl Log for Stderr {
         let limit = state.limits.entry(site).or_insert_with(|| Limit::new(now, record.level()));
         match limit.admit(now, text) {
             Some(line) => self.say(state, line),
-            // The thread learns that there is something to settle.
+            // Wakes the stderr thread: it logs the count one second later.
             None if limit.held_back == 1 => self.changed.notify_all(),
             None => {}
         }
     }
 
-    /// Waits until all is written, but no longer than a second.
+    /// Waits until the queue is empty, at most `LAST_WAIT`.
     fn flush(&self) {
         let mut state = self.lock();
         state.settle(Instant::now(), true);
@@ -228,14 +228,14 @@ impl Log for Stderr {
     }
 }
 
-/// Begins to log to stderr, from `level` on and as RUST_LOG says. Lines go there without a time:
-/// systemd and libvirt add their own.
+/// Starts logging to stderr at `level`; RUST_LOG overrides it. Lines have no time stamp: systemd
+/// and libvirt add their own.
 pub fn init(level: LevelFilter) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(level);
-    // The queue's crate logs each bad chain; ours are counted and held to a bounded rate.
+    // The crate virtio-queue logs each malformed chain; the device logs them itself, by a limit.
     builder.filter_module("virtio_queue", LevelFilter::Off);
-    // A hard limit of open files below virtiofsd's wish is the usual case, and no news.
+    // A hard limit of open files below the one that virtiofsd asks for is the usual case.
     builder.filter_module("virtiofsd::limits", LevelFilter::Off);
     if std::env::var_os("RUST_LOG").is_some() {
         builder.parse_default_env();
@@ -249,10 +249,10 @@ pub fn init(level: LevelFilter) {
     }
 }
 
-/// From here on a thread writes. Before it, whoever logs waits for stderr.
+/// Starts the stderr thread. Until then each logging thread writes to stderr itself.
 ///
 /// # Errors
-/// The system's: no thread can be started.
+/// The error of clone(2) if the thread can't be started.
 pub(crate) fn detach() -> io::Result<()> {
     let Some(stderr) = STDERR.get() else { return Ok(()) };
     let mut state = stderr.lock();
@@ -263,13 +263,13 @@ pub(crate) fn detach() -> io::Result<()> {
     Ok(())
 }
 
-/// Says why the process ends, behind all that was said before. Waits 1 second at most for stderr,
-/// unless the system refuses a thread.
+/// Logs why the process ends, after all earlier lines. Waits at most `LAST_WAIT` for stderr, unless
+/// the stderr thread can't be started.
 pub fn last_words(text: &str) {
     let line = format!("vhost-user-dax: {text}");
     match STDERR.get() {
         Some(stderr) => {
-            // After an error this thread writes.
+            // If it fails, the calling thread writes.
             let _ = detach();
             stderr.say(stderr.lock(), line);
             stderr.flush();
@@ -286,7 +286,8 @@ mod tests {
         Limit::new(start, Level::Warn)
     }
 
-    /// Shows: of a flood the first lines are said, then one a second, which says how many were not.
+    /// Shows: of a flood the first `BURST` lines are logged, then one line per second with the number
+    /// of lines held back.
     #[test]
     fn a_flood_is_counted() {
         let start = Instant::now();
@@ -301,10 +302,10 @@ mod tests {
         assert!(said[20].ends_with("line 1000 (980 more such lines held back)"), "{}", said[20]);
     }
 
-    /// Shows: what was held back is said once it may be, also if nothing else comes, and at the end
-    /// in any case.
+    /// Shows: the number of lines held back is logged after `REFILL` though no other line comes, and
+    /// at the end of the process in any case.
     #[test]
-    fn the_rest_is_told() {
+    fn held_back_lines_are_reported() {
         let start = Instant::now();
         let mut limit = limit(start);
         (0..100).for_each(|i| drop(limit.admit(start, format!("line {i}"))));
@@ -316,13 +317,13 @@ mod tests {
         assert!(limit.settle(start + REFILL, true).is_some());
     }
 
-    /// Shows: what nobody writes is bounded, and counted.
+    /// Shows: the queue of lines is bounded, and lines that find it full are counted.
     #[test]
-    fn what_waits_is_bounded() {
+    fn the_queue_is_bounded() {
         let mut state = State::default();
-        (0..MOST_WAITING + 7).for_each(|i| state.push(i.to_string()));
+        (0..QUEUE_LINES + 7).for_each(|i| state.push(i.to_string()));
         let lines: Vec<_> = std::iter::from_fn(|| state.next()).collect();
-        assert_eq!(lines.len(), MOST_WAITING + 1);
-        assert!(lines[MOST_WAITING].contains("7 lines were lost"), "{}", lines[MOST_WAITING]);
+        assert_eq!(lines.len(), QUEUE_LINES + 1);
+        assert!(lines[QUEUE_LINES].contains("7 lines were lost"), "{}", lines[QUEUE_LINES]);
     }
 }

@@ -230,7 +230,7 @@ impl Nodes {
     fn watch(&self, node: &Node) -> Option<Watching> {
         let watching = self.watch.add(&node.file, &node.space);
         if let Err(e) = &watching
-            && let Some(held_back) = self.unwatched.told(Instant::now())
+            && let Some(held_back) = self.unwatched.admit(Instant::now())
         {
             warn!(
                 "a file can't be watched ({e}): if it is made shorter on the host while the guest has it \

@@ -59,7 +59,7 @@ pub(crate) struct Retries(RateLimit);
 impl Retries {
     /// Says why, and waits a moment, in which the front-end waits in the listener's queue.
     pub(crate) fn after(&self, cause: &dyn std::fmt::Display) {
-        if let Some(held_back) = self.0.told(Instant::now()) {
+        if let Some(held_back) = self.0.admit(Instant::now()) {
             error!(
                 "a front-end can't be served yet: {cause}; it is tried again every {} ms\
                  {held_back}",
@@ -106,7 +106,7 @@ fn watch(listener: &UnixListener) -> io::Result<(EventFd, JoinHandle<()>)> {
     let thread = Builder::new().name("waiting".into()).spawn(move || {
         let limit = RateLimit::default();
         while came(&epoll) {
-            if let Some(held_back) = limit.told(Instant::now()) {
+            if let Some(held_back) = limit.admit(Instant::now()) {
                 warn!(
                     "another front-end has connected, and waits until the one that is served has gone: \
                      a daemon serves one at a time{held_back}"
