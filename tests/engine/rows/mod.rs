@@ -28,7 +28,7 @@ use vhost_user_dax::dax::extent::Access;
 use vhost_user_dax::dax::index::Mark;
 use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 
-use crate::fakes::{Event, FakePersist, FakeSource, Log, StrictMapper};
+use testkit::fakes::{Event, FakePersist, FakeSource, Log, StrictMapper};
 
 pub const ALL: (PageIndex, PageIndex) = (PageIndex(0), PageIndex::LAST);
 pub const WINDOW_PAGES: u64 = 64 * PMD_PAGES;
