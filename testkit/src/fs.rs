@@ -305,6 +305,32 @@ impl FsHost {
         fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().count()
     }
 
+    /// Waits until no thread of it runs, or has run between two looks: what can be done is done, and
+    /// what is left waits for something outside.
+    pub fn wait_idle(&self) {
+        let mut before = None;
+        eventually("the daemon to be idle", || {
+            let now = self.switches();
+            let is_idle = now.is_some() && now == before;
+            before = now;
+            is_idle
+        });
+    }
+
+    /// How often its threads have left a processor; `None` while one of them is on it.
+    fn switches(&self) -> Option<Vec<u64>> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        let of = |status: String| {
+            let lines: Vec<_> = status.lines().filter_map(|line| line.split_once(":\t")).collect();
+            let get = |key| lines.iter().find(|line| line.0 == key).map(|line| line.1);
+            let number = |key| get(key)?.parse::<u64>().ok();
+            let runs = get("State")?.starts_with('R');
+            (!runs).then_some(number("voluntary_ctxt_switches")?)
+        };
+        // A thread that ends between the listing and the look has run.
+        tasks.map(|task| of(fs::read_to_string(task.ok()?.path().join("status")).ok()?)).collect()
+    }
+
     /// Waits until it holds no more than `before` of descriptors.
     pub fn wait_descriptors(&self, before: &[String]) {
         eventually("the descriptors to be closed", || self.descriptors() == before);

@@ -165,6 +165,11 @@ impl<V> FsGuest<V> {
         self.queues[pending.queue].is_returned(pending.offered)
     }
 
+    /// Waits until the chain has come back, and looks at nothing of it.
+    pub fn wait_returned(&mut self, pending: Pending) {
+        let _ = self.queues[pending.queue].wait(pending.offered);
+    }
+
     /// Waits for a reply and checks its form (fuse_out_header, and virtio 1.4 section 5.11.6.1).
     pub fn reply(&mut self, pending: Pending) -> Reply {
         let reply = self.reply_of(pending);

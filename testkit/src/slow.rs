@@ -16,8 +16,11 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::HANG;
 
-/// How long a call is held back. No test depends on it, but that all else is faster.
-pub const DELAY: &str = "delay_enter=5000000";
+/// A call is held back until the [`Strace`] is dropped (or for 10 minutes: the test hangs then).
+pub const HELD: &str = "delay_enter=600000000";
+/// A call is held back for 2 s: for tests that see it end by itself. They hold whatever happens
+/// first, but show less if all else takes longer than that.
+pub const DELAY: &str = "delay_enter=2000000";
 /// The calls that make a file durable.
 pub const SYNCS: &str = "fsync,fdatasync";
 

@@ -513,7 +513,8 @@ fn spawn_main_loop(shared: &Arc<Shared>, quit: &EventFd) -> JoinHandle<()> {
             let mut bql = shared.bql.lock().unwrap();
             let deaf = shared.machine().misbehaviour.deaf;
             if deaf {
-                thread::yield_now();
+                // From now on only the end is waited for: no front-end hears again.
+                let _ = epoll.ctl(ControlOperation::Delete, channel, EpollEvent::default());
             } else {
                 bql.serve_since(woke);
             }

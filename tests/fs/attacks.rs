@@ -495,7 +495,7 @@ fn a_flood_of_inits() {
         guest.init();
         guest.destroy();
     }
-    eventually("the rest to be counted", || host.said().contains("held back"));
+    host.wait_said("held back");
     let said = host.said();
     assert!(said.contains("mounted; the guest may map files"), "{said}");
     assert!(!said.contains("Warning:"), "virtiofsd's own line: {said}");

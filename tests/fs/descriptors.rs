@@ -6,7 +6,6 @@
 
 use std::fs;
 
-use testkit::eventually;
 use testkit::fs::{FsHost, FsOptions, RANGE};
 use testkit::fuse::FsGuest;
 use testkit::fuse_abi::{self as abi, Arg, Entry, MAP_READ, MAP_WRITE, ROOT, op};
@@ -164,7 +163,7 @@ fn without_file_handles() {
     });
     assert_eq!(refused, Some(libc::ENFILE));
     assert!(nodes.len() > 250, "{} of 400", nodes.len());
-    eventually("the warning", || host.said().contains("raise --rlimit-nofile"));
+    host.wait_said("raise --rlimit-nofile");
 
     let before = on_host(&host);
     let mode = libc::S_IFREG | 0o644;

@@ -13,7 +13,6 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
-use testkit::eventually;
 use testkit::fs::{FsHost, FsOptions, RANGE};
 use testkit::fuse_abi::{MAP_READ, MAP_WRITE};
 
@@ -76,7 +75,7 @@ fn no_inotify_watches() {
         assert_eq!(guest.vmm.fetch(0, 1).unwrap(), [7]);
         guest.remove(&[(0, RANGE)]).unwrap();
     }
-    eventually("a line", || host.said().contains("fs.inotify.max_user_watches"));
+    host.wait_said("fs.inotify.max_user_watches");
     let lines = host.said().matches("fs.inotify.max_user_watches").count();
     assert!(lines as u64 <= 1 + begun.elapsed().as_secs(), "{lines} lines");
 }

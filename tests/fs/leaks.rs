@@ -46,13 +46,8 @@ fn wait_held(host: &FsHost, before: &Held, what: &str) {
             && now.threads <= before.threads
             && now.maps <= before.maps + 8
     };
-    let mut now = held(host);
-    let begun = std::time::Instant::now();
-    while !same(&now) && begun.elapsed() < testkit::HANG {
-        std::thread::yield_now();
-        now = held(host);
-    }
-    assert!(same(&now), "{what}: before {before:#?}, now {now:#?}");
+    let what = format!("{what}: no more than {before:#?}");
+    eventually(&what, || same(&held(host)));
 }
 
 fn host_with_files(options: FsOptions) -> FsHost {

@@ -4,11 +4,10 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use testkit::eventually;
 use testkit::fs::{FsHost, FsOptions, RANGE};
 use testkit::fuse::FsGuest;
 use testkit::fuse_abi::{MAP_READ, MAP_WRITE, ROOT};
-use testkit::slow::{DELAY, SYNCS, Strace, skip};
+use testkit::slow::{DELAY, HELD, SYNCS, Strace, skip};
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
 const BOTH: u64 = MAP_READ | MAP_WRITE;
@@ -42,7 +41,7 @@ fn a_pause_with_a_slow_fsync() {
     }
     let host = FsHost::new();
     let (mut guest, node, fh) = dirty_guest(&host);
-    let mut strace = Strace::attach(host.pid(), SYNCS, DELAY);
+    let mut strace = Strace::attach(host.pid(), SYNCS, HELD);
     let fsync = guest.send_fsync(node, fh);
     strace.wait_begun(1);
     guest.vmm.stop();
@@ -51,10 +50,10 @@ fn a_pause_with_a_slow_fsync() {
     guest.start();
     guest.getattr(node).unwrap();
     assert_eq!(strace.ended(), 0, "the continue, or a request after it, waited for the disk");
-    guest.result(fsync).unwrap();
-    assert!(strace.ended() >= 1, "answered before the disk was done");
-    many_requests(&mut guest);
+    assert!(!guest.is_answered(fsync), "answered before the disk was done");
     drop(strace);
+    guest.result(fsync).unwrap();
+    many_requests(&mut guest);
     guest.power_off();
     assert!(host.ended().success());
 }
@@ -94,7 +93,7 @@ fn a_reset_with_a_slow_fsync() {
     }
     let host = FsHost::with(FsOptions { mem_slots: false, ..FsOptions::default() });
     let (mut guest, node, fh) = dirty_guest(&host);
-    let mut strace = Strace::attach(host.pid(), SYNCS, DELAY);
+    let mut strace = Strace::attach(host.pid(), SYNCS, HELD);
     let _never_answered = guest.send_fsync(node, fh);
     strace.wait_begun(1);
     guest.reset();
@@ -102,9 +101,9 @@ fn a_reset_with_a_slow_fsync() {
     guest.init();
     many_requests(&mut guest);
     assert_eq!(strace.ended(), 0, "the new session waited for the old one's disk");
-    strace.wait_ended(1);
-    many_requests(&mut guest);
     drop(strace);
+    host.wait_idle();
+    many_requests(&mut guest);
     let (node, fh) = guest.opened("file");
     guest.fsync(node, fh).unwrap();
     many_requests(&mut guest);
@@ -263,7 +262,7 @@ fn the_next_vm_need_not_wait_for_the_last_ones_disk() {
     let host = FsHost::with(FsOptions { keep_listening: true, ..FsOptions::default() });
     let (mut guest, node, fh) = dirty_guest(&host);
     guest.setup(node, 0, RANGE, BOTH, 0).unwrap();
-    let mut strace = Strace::attach(host.pid(), SYNCS, DELAY);
+    let mut strace = Strace::attach(host.pid(), SYNCS, HELD);
     let _never_answered = guest.send_fsync(node, fh);
     strace.wait_begun(1);
     guest.kill();
@@ -273,9 +272,9 @@ fn the_next_vm_need_not_wait_for_the_last_ones_disk() {
     next.setup(node, 0, RANGE, BOTH, RANGE).unwrap();
     assert_eq!(next.vmm.fetch(RANGE, 5).unwrap(), b"dirty");
     many_requests(&mut next);
-    strace.wait_ended(1);
-    many_requests(&mut next);
     drop(strace);
+    host.wait_idle();
+    many_requests(&mut next);
     next.power_off();
 }
 
@@ -315,7 +314,7 @@ fn the_next_vm_behind_a_map_that_is_never_answered() {
         let host = FsHost::with(FsOptions { keep_listening: true, ..FsOptions::default() });
         let first = hung_in_a_map(&host, lacks);
         first.vmm.hang_up();
-        eventually("the session to end", || host.said().contains("session ended"));
+        host.wait_said("session ended");
         let mut next = host.boot();
         let (node, _) = next.opened("file");
         next.setup(node, 0, RANGE, BOTH, 0).unwrap();

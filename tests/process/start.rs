@@ -15,6 +15,7 @@ use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Gid, Group, Pid, Uid, mkfifo};
 use tempfile::TempDir;
+use testkit::daemon::wait_end;
 use testkit::driver::{Answer, Driver, DriverOptions};
 use testkit::eventually;
 use testkit::fs::FsHost;
@@ -85,8 +86,7 @@ impl Silent {
     }
 
     fn ended(&mut self) -> Option<i32> {
-        eventually("the daemon to end", || self.0.try_wait().unwrap().is_some());
-        self.0.wait().unwrap().code()
+        wait_end(&mut self.0).code()
     }
 }
 
@@ -152,9 +152,9 @@ impl Daemon {
 
     /// Its exit code, and all that it has said.
     fn ended(&mut self) -> (Option<i32>, String) {
-        eventually("the daemon to end", || self.child.try_wait().unwrap().is_some());
+        let ended = wait_end(&mut self.child);
         while self.stderr.read_line(&mut self.said).unwrap() > 0 {}
-        (self.child.wait().unwrap().code(), self.said.clone())
+        (ended.code(), self.said.clone())
     }
 
     fn terminated(mut self) {
