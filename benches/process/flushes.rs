@@ -9,11 +9,11 @@ use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::driver::{Answer, Driver, DriverOptions};
-use crate::common::memory::guest_ram;
-use crate::common::strict_vmm::{StrictVmm, VmmOptions};
 use crate::figures::{Better, Figures, How};
 use crate::peer::{Daemon, pmem_command};
+use testkit::driver::{Answer, Driver, DriverOptions};
+use testkit::memory::guest_ram;
+use testkit::strict_vmm::{StrictVmm, VmmOptions};
 
 const FILE_BYTES: u64 = 64 << 20;
 const PAGE: u64 = 4096;

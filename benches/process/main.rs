@@ -6,8 +6,6 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![allow(clippy::indexing_slicing)] // By peer, of as many peers as there are.
 
-#[path = "../../tests/common/mod.rs"]
-mod common;
 #[path = "../figures/mod.rs"]
 mod figures;
 mod flushes;

@@ -4,18 +4,17 @@
 
 use std::cell::Cell;
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
 
 use tempfile::TempDir;
 
-use crate::common::fuse_abi::{self as abi, op};
-use crate::common::memory::{GuestMem, guest_ram_with};
-use crate::common::strict_vmm::{Ring, StrictVmm, VmmOptions};
+use testkit::daemon::binary;
+use testkit::fuse_abi::{self as abi, op};
+use testkit::memory::{GuestMem, guest_ram_with};
+use testkit::strict_vmm::{Ring, StrictVmm, VmmOptions};
 
 use super::queue::{QueueDriver, RINGS_BYTES, Request, SLOTS_BYTES};
 
@@ -68,13 +67,13 @@ impl Kind {
     pub fn command(self, socket: &Path, share: &Path) -> Command {
         match self {
             Self::ByHandle => {
-                let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-dax"));
+                let mut command = Command::new(binary());
                 command.arg("fs").arg("--socket-path").arg(socket).arg("--shared-dir").arg(share);
                 command.args(["--tag", "share"]);
                 command
             }
             Self::Ours { window_mib, queues } => {
-                let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-dax"));
+                let mut command = Command::new(binary());
                 command.arg("fs").arg("--socket-path").arg(socket).arg("--shared-dir").arg(share);
                 command.args(["--tag", "share", "--window-size", &format!("{window_mib}M")]);
                 command.args(["--num-request-queues", &queues.to_string()]);
@@ -94,14 +93,14 @@ impl Kind {
 
 /// Our pmem device's command line.
 pub fn pmem_command(socket: &Path, file: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-dax"));
+    let mut command = Command::new(binary());
     command.arg("pmem").arg("--socket-path").arg(socket).arg("--file").arg(file);
     command
 }
 
-/// A process that ends with its owner.
+/// A daemon, and the socket that it listens on.
 pub struct Daemon {
-    child: Child,
+    daemon: testkit::daemon::Daemon,
     pub socket: PathBuf,
 }
 
@@ -111,20 +110,13 @@ impl Daemon {
         static STARTED: AtomicU64 = AtomicU64::new(0);
         let socket = dir.join(format!("sock-{}", STARTED.fetch_add(1, Ordering::Relaxed)));
         let mut command = command(&socket);
-        command.env_remove("RUST_LOG").stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let mut stderr = BufReader::new(child.stderr.take().unwrap());
-        let mut line = String::new();
-        while !line.to_lowercase().contains("waiting for") {
-            assert_ne!(stderr.read_line(&mut line).unwrap(), 0, "the daemon ended: {line}");
-        }
-        thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
-        Self { child, socket }
+        command.env_remove("RUST_LOG");
+        Self { daemon: testkit::daemon::Daemon::start(command), socket }
     }
 
     /// Its process.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.daemon.pid()
     }
 
     /// Resident memory of the kind `key` of /proc/PID/status, in KiB.
@@ -132,13 +124,6 @@ impl Daemon {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
         line.trim_start_matches(':').trim().trim_end_matches(" kB").parse().unwrap()
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

@@ -5,22 +5,18 @@
 //! EVENT_IDX, and a wait that blocks. It keeps the rules, and checks no more than the reply's
 //! error.
 
-use std::sync::atomic::{Ordering, fence};
-
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use testkit::fuse_abi::{IN_HEADER, OUT_HEADER, in_header};
+use testkit::memory::GuestMem;
+use testkit::strict_vmm::Ring;
+pub use testkit::virtqueue::RINGS_BYTES;
+use testkit::virtqueue::{Desc, DriverOptions, MOST_SIZE, Virtqueue};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
-
-use crate::common::driver::{DriverOptions, INDIRECT, NEXT, WRITE};
-use crate::common::fuse_abi::{IN_HEADER, OUT_HEADER, in_header};
-use crate::common::memory::GuestMem;
-use crate::common::strict_vmm::Ring;
 
 /// Chains of 1 MiB of pages are longer than QEMU's usual 128: the longest chain is the queue's
 /// size.
-const SIZE: u16 = 1024;
+const SIZE: u16 = MOST_SIZE;
 const PAGE: u64 = 4096;
-const AVAIL_RING: u64 = 0x4000;
-const USED_RING: u64 = 0x6000;
 /// In a slot: the table, the request's head, the reply's header, its body, and the data.
 const HEAD_AT: u64 = 2 * PAGE;
 const REPLY_AT: u64 = 3 * PAGE;
@@ -28,9 +24,6 @@ const BODY_AT: u64 = 4 * PAGE;
 const DATA_AT: u64 = 5 * PAGE;
 const MOST_DATA: u64 = 1 << 20;
 const SLOT_BYTES: u64 = DATA_AT + MOST_DATA;
-
-/// Guest memory of a queue's rings.
-pub const RINGS_BYTES: u64 = 0x9000;
 
 /// How many requests a queue can have in flight.
 pub const DEPTH: usize = 32;
@@ -57,26 +50,19 @@ impl Request {
     }
 }
 
-/// The driver of one queue.
+/// The driver of one queue: the chain of slot `n` begins with descriptor `n`.
 pub struct QueueDriver {
-    mem: GuestMem,
-    at: u64,
+    queue: Virtqueue,
     slots_at: u64,
-    next_avail: u16,
-    kicked: u16,
-    last_used: u16,
-    kick: EventFd,
-    call: EventFd,
+    posted: u64,
 }
 
 impl QueueDriver {
     /// A queue whose rings lie at `at`, and its slots at `slots_at`: lanes of which one works at a
     /// time may share these.
     pub fn new(mem: GuestMem, at: u64, slots_at: u64) -> Self {
-        mem.write_slice(&[0u8; RINGS_BYTES as usize], GuestAddress(at)).unwrap();
-        let call = EventFd::new(0).unwrap();
-        let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        Self { mem, at, slots_at, next_avail: 0, kicked: 0, last_used: 0, kick, call }
+        let options = DriverOptions { size: SIZE, ..DriverOptions::default() };
+        Self { queue: Virtqueue::new(mem, at, options), slots_at, posted: 0 }
     }
 
     fn slot(&self, slot: usize) -> u64 {
@@ -88,79 +74,44 @@ impl QueueDriver {
         let at = self.slot(slot);
         let args = request.args.len() as u32;
         let bytes = IN_HEADER as u32 + args + request.data_in;
-        let unique = u64::from(self.next_avail) << 8 | slot as u64;
-        let head = in_header(bytes, request.opcode, unique, request.nodeid);
-        self.mem.write_slice(&head, GuestAddress(at + HEAD_AT)).unwrap();
+        self.posted += 1;
+        let head = in_header(bytes, request.opcode, self.posted, request.nodeid);
+        let mem = &self.queue.mem;
+        mem.write_slice(&head, GuestAddress(at + HEAD_AT)).unwrap();
         let args_at = at + HEAD_AT + IN_HEADER as u64;
-        self.mem.write_slice(&request.args, GuestAddress(args_at)).unwrap();
-        let mut descs = vec![(at + HEAD_AT, IN_HEADER as u32, 0)];
-        descs.extend((args > 0).then_some((args_at, args, 0)));
-        pages(&mut descs, at + DATA_AT, request.data_in, 0);
+        mem.write_slice(&request.args, GuestAddress(args_at)).unwrap();
+        let mut descs = vec![Desc::read(at + HEAD_AT, IN_HEADER as u32)];
+        descs.extend((args > 0).then(|| Desc::read(args_at, args)));
+        descs.extend(pages(at + DATA_AT, request.data_in, Desc::read));
         if let Some(body) = request.body {
-            descs.push((at + REPLY_AT, OUT_HEADER as u32, WRITE));
-            descs.extend((body > 0).then_some((at + BODY_AT, body, WRITE)));
-            pages(&mut descs, at + DATA_AT, request.data_out, WRITE);
+            descs.push(Desc::write(at + REPLY_AT, OUT_HEADER as u32));
+            descs.extend((body > 0).then(|| Desc::write(at + BODY_AT, body)));
+            descs.extend(pages(at + DATA_AT, request.data_out, Desc::write));
         }
-        self.write_table(slot, &descs);
-        let index = u64::from(self.next_avail % SIZE);
-        let entry = GuestAddress(self.at + AVAIL_RING + 4 + index * 2);
-        self.mem.write_obj(slot as u16, entry).unwrap();
-        self.next_avail = self.next_avail.wrapping_add(1);
-    }
-
-    fn write_table(&self, slot: usize, descs: &[(u64, u32, u16)]) {
-        let at = self.slot(slot);
-        let mut table = Vec::with_capacity(descs.len() * 16);
-        for (i, &(addr, len, flags)) in descs.iter().enumerate() {
-            let more = if i + 1 < descs.len() { NEXT } else { 0 };
-            table.extend_from_slice(&addr.to_le_bytes());
-            table.extend_from_slice(&len.to_le_bytes());
-            table.extend_from_slice(&(flags | more).to_le_bytes());
-            table.extend_from_slice(&(i as u16 + 1).to_le_bytes());
-        }
-        self.mem.write_slice(&table, GuestAddress(at)).unwrap();
-        let desc = GuestAddress(self.at + slot as u64 * 16);
-        self.mem.write_obj(at, desc).unwrap();
-        self.mem.write_obj(table.len() as u32, GuestAddress(desc.0 + 8)).unwrap();
-        self.mem.write_obj(u32::from(INDIRECT), GuestAddress(desc.0 + 12)).unwrap();
+        self.queue.write_indirect(slot as u16, at, &descs);
+        let _ = self.queue.add_kept(slot as u16);
     }
 
     /// Makes what was posted visible, and kicks if the device wants that.
     pub fn kick(&mut self) {
-        let index = GuestAddress(self.at + AVAIL_RING + 2);
-        self.mem.store(self.next_avail, index, Ordering::Release).unwrap();
-        fence(Ordering::SeqCst);
-        let event = GuestAddress(self.at + USED_RING + 4 + u64::from(SIZE) * 8);
-        let event: u16 = self.mem.load(event, Ordering::Acquire).unwrap();
-        let (new, old) = (self.next_avail, self.kicked);
-        self.kicked = new;
-        if new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old) {
-            self.kick.write(1).unwrap();
-        }
+        self.queue.publish();
+        self.queue.kick();
     }
 
     /// Waits until something comes back; the slots that did.
     pub fn reap(&mut self, slots: &mut Vec<usize>) {
         slots.clear();
+        let deadline = Virtqueue::deadline();
         loop {
-            let index = GuestAddress(self.at + USED_RING + 2);
-            let used: u16 = self.mem.load(index, Ordering::Acquire).unwrap();
-            while self.last_used != used {
-                let index = u64::from(self.last_used % SIZE);
-                let element = GuestAddress(self.at + USED_RING + 4 + index * 8);
-                slots.push(self.mem.read_obj::<u32>(element).unwrap() as usize);
-                self.last_used = self.last_used.wrapping_add(1);
+            while let Some(used) = self.queue.pop_used() {
+                slots.push(usize::from(used.head));
             }
-            let event = GuestAddress(self.at + AVAIL_RING + 4 + u64::from(SIZE) * 2);
-            self.mem.store(self.last_used, event, Ordering::Release).unwrap();
             if !slots.is_empty() {
+                // As Linux does after each buffer.
+                self.queue.ask_for_call();
                 return;
             }
-            fence(Ordering::SeqCst);
-            let used: u16 = self.mem.load(index, Ordering::Acquire).unwrap();
-            if used == self.last_used {
-                self.call.read().unwrap();
-            }
+            self.queue.sleep_until_used(deadline);
         }
     }
 
@@ -168,14 +119,14 @@ impl QueueDriver {
     pub fn body(&self, slot: usize, bytes: usize) -> Vec<u8> {
         self.check(slot);
         let mut body = vec![0u8; bytes];
-        self.mem.read_slice(&mut body, GuestAddress(self.slot(slot) + BODY_AT)).unwrap();
+        self.queue.mem.read_slice(&mut body, GuestAddress(self.slot(slot) + BODY_AT)).unwrap();
         body
     }
 
     /// That a reply is none of an error.
     pub fn check(&self, slot: usize) {
         let error = GuestAddress(self.slot(slot) + REPLY_AT + 4);
-        let error: i32 = self.mem.read_obj(error).unwrap();
+        let error: i32 = self.queue.mem.read_obj(error).unwrap();
         assert_eq!(error, 0, "a request of the bench failed");
     }
 
@@ -191,30 +142,26 @@ impl QueueDriver {
 }
 
 /// Data as Linux describes it: a descriptor for each page.
-fn pages(descs: &mut Vec<(u64, u32, u16)>, at: u64, bytes: u32, flags: u16) {
-    for from in (0..bytes).step_by(PAGE as usize) {
-        descs.push((at + u64::from(from), (bytes - from).min(PAGE as u32), flags));
-    }
+fn pages(at: u64, bytes: u32, desc: fn(u64, u32) -> Desc) -> impl Iterator<Item = Desc> {
+    (0..bytes)
+        .step_by(PAGE as usize)
+        .map(move |from| desc(at + u64::from(from), (bytes - from).min(PAGE as u32)))
 }
 
 impl Ring for QueueDriver {
     fn options(&self) -> DriverOptions {
-        DriverOptions { size: SIZE, ..DriverOptions::default() }
+        self.queue.options()
     }
 
     fn host_addresses(&self) -> [u64; 3] {
-        let host = |offset| {
-            self.mem.get_host_address(GuestAddress(self.at + offset)).unwrap().addr() as u64
-        };
-        [host(0), host(AVAIL_RING), host(USED_RING)]
+        self.queue.host_addresses()
     }
 
     fn fresh_kick(&mut self) -> EventFd {
-        self.kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        self.kick.try_clone().unwrap()
+        self.queue.fresh_kick()
     }
 
     fn call(&self) -> EventFd {
-        self.call.try_clone().unwrap()
+        self.queue.call()
     }
 }

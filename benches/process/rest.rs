@@ -9,10 +9,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use crate::common::fuse_abi::{self as abi, Arg, op};
 use crate::figures::{Better, Figures, How, verdict_most};
 use crate::peer::{Daemon, Ground, Kind, Peer, pmem_command};
 use crate::window::{RANGE, setting};
+use testkit::fuse_abi::{self as abi, Arg, op};
 
 const FS: Kind = Kind::Ours { window_mib: 512, queues: 1 };
 const VIRTIOFSD: Kind = Kind::Virtiofsd { threads: 0 };

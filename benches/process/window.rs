@@ -9,11 +9,11 @@ use std::time::Instant;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{FileOffset, VolatileMemory, VolatileSlice};
 
-use crate::common::fuse_abi::{self as abi, op};
 use crate::figures::{Better, Figures, How, verdict, verdict_most};
 use crate::peer::{DATA, DATA_BYTES, FILES, Ground, Kind, Peer, file};
 use crate::place::Place;
 use crate::queue::Request;
+use testkit::fuse_abi::{self as abi, op};
 
 /// What Linux maps at a time.
 pub const RANGE: u64 = 2 << 20;

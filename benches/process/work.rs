@@ -6,7 +6,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::fuse_abi::{self as abi, Arg, op};
+use testkit::fuse_abi::{self as abi, Arg, op};
 
 use super::peer::{DATA, DATA_BYTES, FILES, Peer, file};
 use super::place::{Place, stay_on};

@@ -1,19 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Any bytes as a sequence of calls with any numbers: the engine never panics, and does what the
-//! model of `tests/engine/model` does.
+//! model of `testkit/src/model` does.
 
 #![no_main]
-#![allow(dead_code)] // The doubles have more to them than this target needs.
 
 use libfuzzer_sys::fuzz_target;
-use model::World;
-use model::op::{Choose, Step};
-
-#[path = "../../tests/engine/fakes.rs"]
-mod fakes;
-#[path = "../../tests/engine/model/mod.rs"]
-mod model;
+use testkit::model::World;
+use testkit::model::op::{Choose, Step};
 
 /// Steps of one input: more bytes than that are not looked at.
 const MOST_STEPS: usize = 100;

@@ -12,7 +12,7 @@ use vhost_user_dax::dax::entry::{PAGE_BYTES, PMD_BYTES, PMD_PAGES, PageIndex};
 use vhost_user_dax::dax::extent::Access;
 use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 
-use crate::fakes::{FakePersist, FakeSource, Log, StrictMapper, lock};
+use testkit::fakes::{FakePersist, FakeSource, Log, StrictMapper, lock};
 
 const THREADS: u64 = 4;
 const SLOTS_EACH: u64 = 4;

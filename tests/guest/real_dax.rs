@@ -22,14 +22,20 @@ fn build_folder() -> PathBuf {
 /// and the front-end's rules, which no file system has a part in; what is about a page cache that
 /// DAX has not; and what strace does, which the guest does not have.
 const TESTS: &[(&str, &[&str])] = &[
-    ("direct_access", &["--include-ignored"]),
+    ("process", &["direct_access::", "--include-ignored"]),
     // TCG's CLWB touches no memory, and so meets no page that is gone.
     ("vhost_user_dax", &["persist::", "extent::", "--skip", "cut_off"]),
     // A store to a hole of a DAX file gets 2 MiB at once, not 4 KiB.
     ("engine", &["rows::real_files", "rows::lines", "--skip", "row_06"]),
-    ("fs_buffers", &["own_window"]),
-    ("fs_coherence", &["upgrade", "twice"]),
-    ("flush", &[]),
+    (
+        "fs",
+        &[
+            "buffers::a_file_into_its_own_window",
+            "coherence::an_upgrade",
+            "coherence::one_file_twice",
+        ],
+    ),
+    ("frontend", &["flush::"]),
 ];
 
 /// The NVDIMMs. Less their labels of 2 MiB: what xfs asks for, and a part of it.
@@ -151,7 +157,7 @@ fn a_disk_that_fails_once() {
     let mut inside = TestGuest::boot(&guest, &options);
     for kind in ["ext4", "xfs"] {
         inside.vm.run("dm-ready", &[kind, "/mnt"]);
-        inside.run("bad_disk", &["--include-ignored", "--test-threads=1"]);
+        inside.run("process", &["bad_disk::", "--include-ignored", "--test-threads=1"]);
         inside.vm.run("umount", &["/mnt"]);
     }
     inside.vm.poweroff();
@@ -164,7 +170,7 @@ fn the_kernel_judges() {
     let (mut inside, device) = TestGuest::with_nvdimms(&guest);
     for kind in ["ext4", "xfs"] {
         inside.mount_new(kind, &device);
-        inside.run("oracle", &["--include-ignored", "--nocapture", "--test-threads=1"]);
+        inside.run("engine", &["oracle::", "--include-ignored", "--nocapture", "--test-threads=1"]);
         inside.vm.run("umount", &["/mnt"]);
     }
     inside.vm.poweroff();

@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vhost_user_dax::passthrough::PassthroughMount;
 
@@ -41,11 +41,7 @@ fn fuse_inodes() -> Option<u64> {
 
 /// Until it holds, for what the kernel does a moment after a system call has returned.
 pub fn until(what: &str, holds: impl Fn() -> bool) {
-    let began = Instant::now();
-    while !holds() {
-        assert!(began.elapsed() < Duration::from_secs(60), "never: {what}");
-        thread::yield_now();
-    }
+    testkit::eventually(what, holds);
 }
 
 /// Shows: 10,000 rounds of open and drop leave descriptors, threads and memory of this process, and

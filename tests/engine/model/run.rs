@@ -8,8 +8,8 @@ use std::hash::{BuildHasher, RandomState};
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 
-use super::World;
-use super::op::{Choose, Step};
+use testkit::model::World;
+use testkit::model::op::{Choose, Step};
 
 /// Steps of one program, and programs of one run: 104,000 steps in all.
 const STEPS: u64 = 400;

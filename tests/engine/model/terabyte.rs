@@ -15,9 +15,9 @@ use vhost_user_dax::persist::Persist;
 use vhost_user_dax::window::layout::ShowError;
 use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 
-use super::op::Choose;
 use super::run::Random;
-use crate::fakes::{FakePersist, Log, StrictMapper};
+use testkit::fakes::{FakePersist, Log, StrictMapper};
+use testkit::model::op::Choose;
 
 const FILE_BYTES: u64 = 1 << 40;
 const WINDOW_BYTES: u64 = 1 << 30;

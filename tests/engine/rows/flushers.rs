@@ -14,7 +14,7 @@ use vhost_user_dax::dax::index::Mark;
 
 use super::entries::no_unmap;
 use super::{Fixture, receive};
-use crate::fakes::lock;
+use testkit::fakes::lock;
 
 fn flusher(fixture: &Arc<Fixture>, first: u64, last: u64) -> Receiver<io::Result<()>> {
     let (said, heard) = channel();
@@ -89,7 +89,8 @@ fn row_10_two_flushers_when_the_mark_is_gone_before_the_search() {
     let fixture = Arc::new(Fixture::new(65));
     fixture.source.state().maps_pmd.store(false, SeqCst);
     fixture.grant(0, 0, 65, Access::Write).unwrap();
-    let (batch, last) = (crate::fakes::FlushStop::default(), crate::fakes::FlushStop::default());
+    let (batch, last) =
+        (testkit::fakes::FlushStop::default(), testkit::fakes::FlushStop::default());
     let (batch_stops, last_stops) = (batch.clone(), last.clone());
     *lock(&fixture.persist.state().during) = Some(Arc::new(move |from| match from / PAGE_BYTES {
         63 => batch_stops.stop(),

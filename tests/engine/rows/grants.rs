@@ -11,7 +11,7 @@ use vhost_user_dax::dax::extent::Access;
 use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 
 use super::{Fixture, MOST_MAPS, WINDOW_PAGES, map, pte, zero};
-use crate::fakes::{Event, lock};
+use testkit::fakes::{Event, lock};
 
 /// Row 14: a grant wholly behind the end of the file is refused, and leaves nothing.
 #[test]

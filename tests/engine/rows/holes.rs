@@ -8,7 +8,7 @@ use vhost_user_dax::dax::index::Mark;
 
 use super::entries::{new_entries, no_unmap, put};
 use super::{Fixture, map, own_block, pmd, pte, unmap_hole, zero};
-use crate::fakes::Event;
+use testkit::fakes::Event;
 
 /// Row 6: a read grant over holes makes ZERO entries of either order, and allocates nothing.
 #[test]

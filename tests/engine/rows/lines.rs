@@ -15,7 +15,7 @@ use vhost_user_dax::dax::extent::{Access, ExtentSource, FileExtents};
 use vhost_user_dax::persist::{Backing, Direct, Durability, Persist, PersistMode};
 use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 
-use crate::fakes::{Log, StrictMapper, lock};
+use testkit::fakes::{Log, StrictMapper, lock};
 
 const LINE: u64 = 64;
 const FILE_PAGES: u64 = 4 * PMD_PAGES;

@@ -19,7 +19,6 @@ mod writeback;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::time::Duration;
 
 use vhost_user_dax::dax::counters::Snapshot;
 use vhost_user_dax::dax::engine::{Engine, GrantError, Space};
@@ -28,7 +27,7 @@ use vhost_user_dax::dax::extent::Access;
 use vhost_user_dax::dax::index::Mark;
 use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 
-use crate::fakes::{Event, FakePersist, FakeSource, Log, StrictMapper};
+use testkit::fakes::{Event, FakePersist, FakeSource, Log, StrictMapper};
 
 pub const ALL: (PageIndex, PageIndex) = (PageIndex(0), PageIndex::LAST);
 pub const WINDOW_PAGES: u64 = 64 * PMD_PAGES;
@@ -173,16 +172,12 @@ pub fn unmap_hole(from: u64, pages: u64) -> Event {
 
 /// Waits for what another thread is bound to do. That long is for ever: it has failed then.
 pub fn until(condition: impl Fn() -> bool) {
-    let begun = std::time::Instant::now();
-    while !condition() {
-        assert!(begun.elapsed() < Duration::from_secs(20), "it never happened");
-        std::thread::yield_now();
-    }
+    testkit::eventually("another thread", condition);
 }
 
 /// Receives what another thread is bound to send.
 pub fn receive<T>(from: &Receiver<T>) -> T {
-    match from.recv_timeout(Duration::from_secs(20)) {
+    match from.recv_timeout(testkit::HANG) {
         Ok(value) => value,
         Err(RecvTimeoutError::Timeout) => panic!("it never came: a lost wake-up?"),
         Err(RecvTimeoutError::Disconnected) => panic!("the other thread has died"),

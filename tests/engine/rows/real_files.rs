@@ -20,7 +20,7 @@ use vhost_user_dax::persist::Fdatasync;
 use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 
 use super::{ALL, MOST_MAPS};
-use crate::fakes::{Log, StrictMapper};
+use testkit::fakes::{Log, StrictMapper};
 
 /// A file's bytes, as the guest has them.
 struct Mapping {

@@ -11,7 +11,7 @@ use vhost_user_dax::dax::extent::Access;
 use vhost_user_dax::window::layout::ShowError;
 
 use super::{Fixture, map, pte, unmap, zero};
-use crate::fakes::lock;
+use testkit::fakes::lock;
 
 type Change = fn(&Fixture) -> Result<(), GrantError>;
 

@@ -9,7 +9,7 @@ use vhost_user_dax::dax::extent::{Access, ExtentSource};
 use vhost_user_dax::dax::resize::Resized;
 
 use super::{Fixture, map, pmd, pte, unmap};
-use crate::fakes::Event;
+use testkit::fakes::Event;
 
 fn resize(fixture: &Fixture, bytes: u64) -> Resized {
     fixture.engine.resize(&fixture.space, bytes).unwrap()

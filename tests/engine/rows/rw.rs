@@ -10,7 +10,7 @@ use vhost_user_dax::dax::extent::Access;
 use vhost_user_dax::window::FileOffset;
 
 use super::{Fixture, map, pmd, pte, unmap_hole};
-use crate::fakes::Event;
+use testkit::fakes::Event;
 
 fn write(fixture: &Fixture, from: u64, data: &[u8]) -> usize {
     fixture.engine.write(&fixture.space, FileOffset(from), data).unwrap()

@@ -10,7 +10,7 @@ use vhost_user_dax::dax::entry::PMD_PAGES;
 use vhost_user_dax::dax::extent::Access;
 
 use super::Fixture;
-use crate::fakes::lock;
+use testkit::fakes::lock;
 
 thread_local! {
     static LINES: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };

@@ -17,7 +17,7 @@ use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 
 use super::entries::{no_unmap, put};
 use super::{ALL, Fixture, MOST_MAPS, pte};
-use crate::fakes::{Log, StrictMapper, lock};
+use testkit::fakes::{Log, StrictMapper, lock};
 
 /// A file of blocks in order, that can be mapped by pages only: as cheap as can be.
 struct Flat(Arc<File>);

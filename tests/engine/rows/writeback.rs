@@ -11,7 +11,7 @@ use vhost_user_dax::dax::entry::{PAGE_BYTES, PMD_PAGES, PageIndex};
 use vhost_user_dax::dax::extent::Access;
 
 use super::{ALL, Fixture, pmd, until};
-use crate::fakes::{Event, lock};
+use testkit::fakes::{Event, lock};
 
 /// Row 9: store, fsync, store, fsync: both flush, since nobody can see the second store; and there
 /// is no flush once the grant is gone, but a last one.

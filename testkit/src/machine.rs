@@ -1,0 +1,425 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The strict front-end's machine: memory regions, the window, and QEMU's rules about them.
+//!
+//! The rows (Q1 to Q13) are those of the table of what QEMU 11.1 was seen to do. Where QEMU
+//! crashes, aborts or hangs, a violation is noted and fails the test; where QEMU refuses, the
+//! request is refused.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Condvar, Mutex};
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use vhost::VhostUserMemoryRegionInfo;
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserMMap};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{Error as VhostError, VhostBackend};
+use vhost_user_dax::persist::DaxNode;
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{FileOffset, VolatileMemory, VolatileSlice};
+
+use crate::watchdog::Watchdog;
+
+/// VHOST_USER_MAX_RAM_SLOTS of QEMU's hw/virtio/vhost-user.c.
+pub const MAX_REGIONS: usize = 512;
+/// VHOST_MEMORY_BASELINE_NREGIONS: what one SET_MEM_TABLE holds.
+pub const BASELINE_REGIONS: usize = 8;
+/// Where the guest put BAR 4.
+pub const WINDOW_ADDRESS: u64 = 0x40_0000_0000;
+
+/// A region of guest memory, as the back-end is told about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Region {
+    pub guest: u64,
+    pub bytes: u64,
+    pub host: u64,
+    pub fd_offset: u64,
+    pub fd: RawFd,
+}
+
+impl Region {
+    fn info(&self) -> VhostUserMemoryRegionInfo {
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: self.guest,
+            memory_size: self.bytes,
+            userspace_addr: self.host,
+            mmap_offset: self.fd_offset,
+            mmap_handle: self.fd,
+        }
+    }
+}
+
+/// One SHMEM_MAP that was carried out: a real mapping of the back-end's file.
+struct LiveMap {
+    at: u64,
+    bytes: u64,
+    fd_offset: u64,
+    file: File,
+    map: MmapRegion<()>,
+}
+
+impl LiveMap {
+    fn region(&self) -> Region {
+        Region {
+            guest: WINDOW_ADDRESS + self.at,
+            bytes: self.bytes,
+            host: self.map.as_ptr() as u64,
+            fd_offset: self.fd_offset,
+            fd: self.file.as_raw_fd(),
+        }
+    }
+}
+
+/// Why the back-end did not do what it was asked.
+#[derive(Debug, PartialEq, Eq)]
+pub enum CallError {
+    /// No answer in time; the connection was cut.
+    Deadlock,
+    /// The back-end said no, or is gone.
+    Failed(String),
+}
+
+/// What of the machine a test may bend.
+#[derive(Default)]
+pub(super) struct Misbehaviour {
+    /// Answer every SHMEM_MAP with a failure.
+    pub refuse_maps: bool,
+    /// Leave live maps out of the table at a start (as with a stale table).
+    pub hide_maps_at_start: bool,
+    /// Leave RAM region 0, where the rings are, out of every table.
+    pub hide_rings: bool,
+    /// Send the table again, with all in it, before a map is refused for overlap.
+    pub tell_before_refusing: bool,
+    /// Leave what comes on the back-end channel unread.
+    pub deaf: bool,
+    /// Read a map request, and neither do it nor answer until this is false again.
+    pub hang_in_map: bool,
+    /// Q12: the start comes so soon after a reset that what the reset freed is still there.
+    pub start_at_once: bool,
+    /// Nor is anything told at that start: what the reset took away goes unsaid until the next map.
+    pub start_untold: bool,
+    /// A reset leaves the maps where they are (crosvm).
+    pub keep_maps: bool,
+    /// So many bytes away from where it was the guest has put the BAR.
+    pub moved: u64,
+}
+
+pub(super) struct Machine {
+    pub frontend: Frontend,
+    pub watchdog: Watchdog,
+    pub reply_deadline: Duration,
+    pub misbehaviour: Misbehaviour,
+    pub slots: bool,
+    pub window_bytes: u64,
+    pub started: bool,
+    /// A request was already in the channel when the stop was over.
+    pub in_flight: bool,
+    pub map_requests: usize,
+    pub unmap_requests: usize,
+    /// Requests that this front-end does not know, and skipped.
+    pub unknown_requests: usize,
+    /// In requests of the back-end, up to their replies.
+    pub spent: Duration,
+    /// The largest number of live maps and other regions together.
+    pub most_regions: usize,
+    pub table_updates: usize,
+    /// Memory messages so far: with CONFIGURE_MEM_SLOTS an update takes as many as there are
+    /// differences.
+    pub memory_messages: usize,
+    pub refused: Vec<String>,
+    pub violations: Vec<String>,
+    ram: Vec<Region>,
+    live: Vec<LiveMap>,
+    told: Vec<Region>,
+    told_freed_region: bool,
+}
+
+impl Machine {
+    pub fn new(frontend: Frontend, watchdog: Watchdog, limit: Duration, ram: Vec<Region>) -> Self {
+        Self {
+            frontend,
+            watchdog,
+            reply_deadline: limit,
+            misbehaviour: Misbehaviour::default(),
+            slots: false,
+            window_bytes: 0,
+            started: false,
+            in_flight: false,
+            map_requests: 0,
+            unmap_requests: 0,
+            unknown_requests: 0,
+            spent: Duration::ZERO,
+            most_regions: 0,
+            table_updates: 0,
+            memory_messages: 0,
+            refused: Vec::new(),
+            violations: Vec::new(),
+            ram,
+            live: Vec::new(),
+            told: Vec::new(),
+            told_freed_region: false,
+        }
+    }
+
+    pub fn live_maps(&self) -> usize {
+        self.live.len()
+    }
+
+    /// All regions in the order of their guest addresses, as QEMU's flat view has them: RAM first.
+    pub fn regions(&self) -> Vec<Region> {
+        let ram = self.ram.iter().skip(usize::from(self.misbehaviour.hide_rings)).copied();
+        let mut regions: Vec<_> = ram
+            .chain(self.live.iter().map(|live| {
+                let mut region = live.region();
+                region.guest += self.misbehaviour.moved;
+                region
+            }))
+            .collect();
+        regions.sort_by_key(|region| region.guest);
+        regions
+    }
+
+    fn violation(&mut self, row: &str, what: &str) {
+        self.violations.push(format!("{row}: {what}"));
+    }
+
+    pub fn refuse(&mut self, row: &str, what: &str, errno: i32) -> io::Result<u64> {
+        self.refused.push(format!("{row}: {what}"));
+        Err(io::Error::from_raw_os_error(errno))
+    }
+
+    // --- messages on the main channel ---
+
+    /// One message. Not answered in time is Q3's deadlock: QEMU would hang with its lock held.
+    pub fn call<T>(
+        &mut self,
+        what: &str,
+        need_reply: bool,
+        message: impl FnOnce(&mut Frontend) -> Result<T, VhostError>,
+    ) -> Result<T, CallError> {
+        let reply = VhostUserHeaderFlag::NEED_REPLY;
+        let flags = if need_reply { reply } else { VhostUserHeaderFlag::empty() };
+        self.frontend.set_hdr_flags(flags);
+        let mut frontend = self.frontend.clone();
+        match self.watchdog.guard(self.reply_deadline, || message(&mut frontend)) {
+            Some(result) => result.map_err(|e| CallError::Failed(format!("{what}: {e:?}"))),
+            None => {
+                self.violation("Q3", &format!("deadlock: {what} was not answered"));
+                Err(CallError::Deadlock)
+            }
+        }
+    }
+
+    fn send_table(&mut self, regions: &[Region]) -> Result<(), CallError> {
+        let infos: Vec<_> = regions.iter().map(Region::info).collect();
+        self.table_updates += 1;
+        self.memory_messages += 1;
+        self.call("SET_MEM_TABLE", true, |f| f.set_mem_table(&infos).map(drop))
+    }
+
+    /// Tells the back-end about all regions: differences with CONFIGURE_MEM_SLOTS, else the
+    /// whole table. Without it, more than 8 regions can't be told at all: QEMU prints two error
+    /// lines, and the back-end's table goes stale.
+    pub fn tell_regions(&mut self) -> Result<(), CallError> {
+        let now = self.regions();
+        if !self.slots {
+            return if now.len() <= BASELINE_REGIONS { self.send_table(&now) } else { Ok(()) };
+        }
+        let before = std::mem::take(&mut self.told);
+        for gone in before.iter().filter(|r| !now.contains(r)) {
+            self.memory_messages += 1;
+            self.call("REM_MEM_REG", true, |f| f.remove_mem_region(&gone.info()))?;
+        }
+        for new in now.iter().filter(|r| !before.contains(r)) {
+            self.memory_messages += 1;
+            self.call("ADD_MEM_REG", true, |f| f.add_mem_region(&new.info()).map(drop))?;
+        }
+        self.table_updates += 1;
+        self.told = now;
+        Ok(())
+    }
+
+    /// The rules of a start. `Err(105)` is `Error starting vhost-user-base: 105` (Q13).
+    pub fn tell_regions_at_start(&mut self) -> Result<(), i32> {
+        if self.told_freed_region && !self.misbehaviour.start_at_once {
+            self.violation("Q12", "QEMU would segfault: it removes a region that the reset freed");
+            return Err(libc::EFAULT);
+        }
+        self.told_freed_region = false;
+        let mut regions = self.regions();
+        if !self.slots && regions.len() > BASELINE_REGIONS {
+            return Err(libc::ENOBUFS);
+        }
+        if self.misbehaviour.hide_maps_at_start {
+            regions.truncate(self.ram.len());
+            return self.send_table(&regions).map_err(|_| libc::EPROTO);
+        }
+        if self.misbehaviour.start_untold {
+            return Ok(());
+        }
+        self.tell_regions().map_err(|_| libc::EPROTO)
+    }
+
+    /// A virtio reset: the maps go, and the back-end is told nothing (Q10).
+    pub fn drop_maps(&mut self) {
+        if self.misbehaviour.keep_maps {
+            return;
+        }
+        // Q12: with CONFIGURE_MEM_SLOTS, QEMU keeps pointers to the regions that it told about.
+        self.told_freed_region |= self.slots && !self.live.is_empty();
+        self.live.clear();
+    }
+
+    // --- requests on the back-end channel ---
+
+    fn may_serve(&mut self, what: &str) -> io::Result<()> {
+        if self.started {
+            return Ok(());
+        }
+        let in_flight = std::mem::take(&mut self.in_flight);
+        let how = if in_flight { ", sent before the stop was over" } else { "" };
+        let text = format!("QEMU would segfault: {what} while the device is not started{how}");
+        self.violation("Q1", &text);
+        Err(io::Error::from_raw_os_error(libc::EIO))
+    }
+
+    fn in_window(&self, req: &VhostUserMMap) -> bool {
+        let end = { req.shm_offset }.checked_add(req.len);
+        req.shmid == 0 && req.len > 0 && end.is_some_and(|end| end <= self.window_bytes)
+    }
+
+    /// SHMEM_MAP.
+    pub fn map(&mut self, req: &VhostUserMMap, mut file: File) -> io::Result<u64> {
+        self.map_requests += 1;
+        self.may_serve("SHMEM_MAP")?;
+        if self.misbehaviour.refuse_maps {
+            return self.refuse("test", "told to refuse", libc::EIO);
+        }
+        if !self.in_window(req) {
+            return self.refuse("Q5", "Bad offset/len for mmap", libc::EINVAL);
+        }
+        let (at, bytes, fd_offset) = (req.shm_offset, req.len, req.fd_offset);
+        if self.live.iter().any(|m| at < m.at + m.bytes && m.at < at + bytes) {
+            if self.misbehaviour.tell_before_refusing {
+                let _ = self.tell_regions();
+            }
+            return self.refuse("Q4", "VIRTIO Shared Memory mapping overlap", libc::EEXIST);
+        }
+        let flags = OFlag::from_bits_truncate(fcntl(&file, FcntlArg::F_GETFL)?);
+        // Q7: the message's own flag changes nothing, QEMU always maps for writing.
+        if flags & OFlag::O_ACCMODE != OFlag::O_RDWR {
+            return self.refuse(
+                "Q8",
+                "unable to map backing store: Permission denied",
+                libc::EACCES,
+            );
+        }
+        // As QEMU asks for it: a FUSE inode may answer otherwise than with its backing file's size.
+        // Of a device-DAX node it asks sysfs.
+        let size = match DaxNode::of(&file)? {
+            Some(node) => node.bytes,
+            None => file.seek(SeekFrom::End(0))?,
+        };
+        if size <= fd_offset {
+            // QEMU lets it pass, and grows the file if it is empty. No guest must get there.
+            self.violation("Q6", &format!("map from {fd_offset} of a file of {size} bytes"));
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        if size < fd_offset.saturating_add(bytes) {
+            return self.refuse("Q6", "backing store size is too small", libc::EINVAL);
+        }
+        if self.ram.len() + self.live.len() + 1 > MAX_REGIONS {
+            self.violation("Q2", "QEMU would abort: nregions <= VHOST_USER_MAX_RAM_SLOTS");
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        let backing = FileOffset::new(file.try_clone()?, fd_offset);
+        let map = MmapRegion::from_file(backing, bytes as usize).map_err(io::Error::other)?;
+        self.live.push(LiveMap { at, bytes, fd_offset, file, map });
+        self.most_regions = self.most_regions.max(self.ram.len() + self.live.len());
+        self.update_before_ack()
+    }
+
+    /// SHMEM_UNMAP.
+    pub fn unmap(&mut self, req: &VhostUserMMap) -> io::Result<u64> {
+        self.unmap_requests += 1;
+        self.may_serve("SHMEM_UNMAP")?;
+        if !self.in_window(req) {
+            return self.refuse("Q5", "Bad offset/len for unmap", libc::EINVAL);
+        }
+        let (at, bytes) = (req.shm_offset, req.len);
+        let Some(i) = self.live.iter().position(|m| m.at == at && m.bytes == bytes) else {
+            return self.refuse("Q5", "Shared memory mapping not found", libc::ENOENT);
+        };
+        let gone = self.live.remove(i);
+        let result = self.update_before_ack();
+        drop(gone);
+        result
+    }
+
+    /// Q3: the memory update, and its reply, come before the ack.
+    fn update_before_ack(&mut self) -> io::Result<u64> {
+        match self.tell_regions() {
+            Ok(()) => Ok(0),
+            Err(e) => Err(io::Error::other(format!("{e:?}"))),
+        }
+    }
+
+    // --- the guest's view of the window ---
+
+    /// The map that holds the byte at `at`, the byte's place in it, and how much of it follows.
+    fn mapped(&self, at: u64) -> Option<(&LiveMap, usize, usize)> {
+        let live = self.live.iter().find(|m| m.at <= at && at < m.at + m.bytes)?;
+        Some((live, (at - live.at) as usize, (live.at + live.bytes - at) as usize))
+    }
+
+    /// Stores through the window; false where something is not mapped (the guest's store is lost).
+    pub fn store(&self, at: u64, bytes: &[u8]) -> bool {
+        let mut done = 0;
+        while done < bytes.len() {
+            let Some((live, offset, left)) = self.mapped(at + done as u64) else { return false };
+            let part = left.min(bytes.len() - done);
+            live.map.get_slice(offset, part).unwrap().copy_from(&bytes[done..done + part]);
+            done += part;
+        }
+        true
+    }
+
+    /// Reads through the window; `None` where something is not mapped.
+    pub fn fetch(&self, at: u64, bytes: usize) -> Option<Vec<u8>> {
+        let mut buffer = vec![0u8; bytes];
+        let mut done = 0;
+        while done < bytes {
+            let (live, offset, left) = self.mapped(at + done as u64)?;
+            let part = left.min(bytes - done);
+            live.map.get_slice(offset, part).unwrap().copy_to(&mut buffer[done..done + part]);
+            done += part;
+        }
+        Some(buffer)
+    }
+
+    /// What the window shows at `at`, which must be one map's, as the guest's own memory.
+    pub fn view(&self, at: u64, bytes: usize) -> VolatileSlice<'_> {
+        let (live, offset, _) = self.mapped(at).expect("the window shows nothing there");
+        live.map.get_slice(offset, bytes).unwrap()
+    }
+
+    /// Whether the window shows something at `at`. Does not touch it.
+    pub fn is_mapped(&self, at: u64) -> bool {
+        self.mapped(at).is_some()
+    }
+
+    /// How many bytes of the window show something.
+    pub fn mapped_bytes(&self) -> u64 {
+        self.live.iter().map(|m| m.bytes).sum()
+    }
+}
+
+/// The machine under its own lock. Whoever changes it holds the big lock as well.
+pub(super) struct SharedMachine {
+    pub machine: Mutex<Machine>,
+    /// Notified after every request of the back-end.
+    pub served: Condvar,
+}

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The guest's side of one of several virtqueues, for requests and replies of any length. Keeps
+//! the rules, as Linux does; a hostile guest gives it descriptors of its own.
+
+use std::collections::HashMap;
+use std::ops::{Deref, DerefMut};
+
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestMem;
+use crate::strict_vmm::Ring;
+use crate::virtqueue::{Desc, DriverOptions, Offered, Virtqueue};
+
+/// Guest memory of one queue: its rings, then its slots.
+pub const QUEUE_BYTES: u64 = 8 << 20;
+const SLOTS: u64 = 0x1_0000;
+/// Each chain's own memory: a table of descriptors, what the device reads, what it writes.
+const SLOT_BYTES: u64 = 0x4_0000;
+const NUM_SLOTS: u64 = 24;
+const IN_AT: u64 = 0x1000;
+const OUT_AT: u64 = 0x2_0000;
+/// The most that the device may read or write of one slot.
+pub const MOST_BYTES: usize = 0x1_f000;
+/// What a reply holds before the device has written it.
+const UNWRITTEN: u8 = 0x5a;
+
+/// A piece of guest memory that is none of a slot's: an address and a length.
+pub type Extern = (u64, u32);
+
+/// A chain to offer.
+#[derive(Debug, Clone, Default)]
+pub struct Chain {
+    /// What the device reads first, in as many descriptors.
+    pub input: Vec<Vec<u8>>,
+    /// What the device reads then, from anywhere.
+    pub input_at: Vec<Extern>,
+    /// The lengths of what the device writes first, a descriptor each.
+    pub output: Vec<usize>,
+    /// Where the device writes then.
+    pub output_at: Vec<Extern>,
+}
+
+/// A chain that came back.
+#[derive(Debug, Clone)]
+pub struct Returned {
+    /// The used element's length.
+    pub len: u32,
+    /// The slot's output, as far as the used element's length reaches.
+    pub output: Vec<u8>,
+    /// Whether the device has written to the slot behind that length.
+    pub wrote_more: bool,
+}
+
+/// A chain's own memory, and how much of it the device may write.
+struct Slot {
+    at: u64,
+    output: usize,
+}
+
+/// The queue.
+pub struct Queue {
+    ring: Virtqueue,
+    at: u64,
+    free_slots: Vec<u64>,
+    slots: HashMap<Offered, Slot>,
+    returned: HashMap<Offered, Returned>,
+}
+
+impl Deref for Queue {
+    type Target = Virtqueue;
+
+    fn deref(&self) -> &Virtqueue {
+        &self.ring
+    }
+}
+
+impl DerefMut for Queue {
+    fn deref_mut(&mut self) -> &mut Virtqueue {
+        &mut self.ring
+    }
+}
+
+impl Queue {
+    /// A queue whose memory begins at `at`.
+    pub fn new(mem: GuestMem, at: u64, options: DriverOptions) -> Self {
+        let ring = Virtqueue::new(mem, at, options);
+        let (slots, returned) = (HashMap::new(), HashMap::new());
+        let mut queue = Self { ring, at, free_slots: Vec::new(), slots, returned };
+        queue.reset();
+        queue
+    }
+
+    /// What a driver does after a device reset: new rings, nothing outstanding.
+    pub fn reset(&mut self) {
+        self.ring.reset(self.ring.options());
+        self.free_slots = (0..NUM_SLOTS).rev().map(|i| self.at + SLOTS + i * SLOT_BYTES).collect();
+        self.slots.clear();
+        self.returned.clear();
+    }
+
+    /// Offers a chain and kicks.
+    pub fn offer(&mut self, chain: &Chain) -> Offered {
+        self.collect();
+        let at = self.free_slots.pop().expect("too many chains in flight");
+        let output = chain.output.iter().sum();
+        let descs = self.lay_out(at, chain);
+        assert!(!descs.is_empty(), "a chain of nothing");
+        self.mem.write_slice(&vec![UNWRITTEN; MOST_BYTES], GuestAddress(at + OUT_AT)).unwrap();
+        let descs = self.ring.write_chain(at, &descs);
+        let offered = self.ring.offer(descs);
+        self.slots.insert(offered, Slot { at, output });
+        self.ring.kick();
+        offered
+    }
+
+    fn lay_out(&self, slot: u64, chain: &Chain) -> Vec<Desc> {
+        let mut descs = Vec::new();
+        let mut at = slot + IN_AT;
+        for part in &chain.input {
+            self.mem.write_slice(part, GuestAddress(at)).unwrap();
+            descs.push(Desc::read(at, part.len() as u32));
+            at += part.len() as u64;
+        }
+        assert!(at <= slot + IN_AT + MOST_BYTES as u64, "too much to read for a slot");
+        descs.extend(chain.input_at.iter().map(|&(addr, len)| Desc::read(addr, len)));
+        let mut at = slot + OUT_AT;
+        for &len in &chain.output {
+            descs.push(Desc::write(at, len as u32));
+            at += len as u64;
+        }
+        assert!(at <= slot + OUT_AT + MOST_BYTES as u64, "too much to write for a slot");
+        descs.extend(chain.output_at.iter().map(|&(addr, len)| Desc::write(addr, len)));
+        descs
+    }
+
+    /// Waits for one chain.
+    pub fn wait(&mut self, offered: Offered) -> Returned {
+        let deadline = Virtqueue::deadline();
+        loop {
+            self.collect();
+            if let Some(returned) = self.returned.remove(&offered) {
+                return returned;
+            }
+            self.ring.sleep_until_used(deadline);
+        }
+    }
+
+    /// Whether the chain has come back, without waiting.
+    pub fn is_returned(&mut self, offered: Offered) -> bool {
+        self.collect();
+        self.returned.contains_key(&offered)
+    }
+
+    /// How many chains are offered and not returned.
+    pub fn outstanding(&mut self) -> usize {
+        self.collect();
+        self.slots.len()
+    }
+
+    fn collect(&mut self) {
+        while let Some(used) = self.ring.pop_used() {
+            let slot = self.slots.remove(&used.offered).expect("a chain has a slot");
+            let mut output = vec![0u8; MOST_BYTES];
+            self.ring.mem.read_slice(&mut output, GuestAddress(slot.at + OUT_AT)).unwrap();
+            let told = slot.output.min(used.len as usize);
+            let wrote_more = output[told..].iter().any(|&byte| byte != UNWRITTEN);
+            output.truncate(told);
+            self.free_slots.push(slot.at);
+            self.returned.insert(used.offered, Returned { len: used.len, output, wrote_more });
+        }
+    }
+}
+
+impl Ring for Queue {
+    fn options(&self) -> DriverOptions {
+        self.ring.options()
+    }
+
+    fn host_addresses(&self) -> [u64; 3] {
+        self.ring.host_addresses()
+    }
+
+    fn fresh_kick(&mut self) -> EventFd {
+        self.ring.fresh_kick()
+    }
+
+    fn call(&self) -> EventFd {
+        self.ring.call()
+    }
+}

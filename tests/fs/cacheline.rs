@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Shows a share with `--persist=cacheline`, in memory: WRITE goes past the processor's cache and
+//! is still a write like any other, and a file that is cut off on the host costs that file an error
+//! and nobody anything else. (All other tests of shares run so, too: see ci/test.)
+
+use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::{Duration, SystemTime};
+
+use testkit::fs::{FsHost, FsOptions, RANGE};
+use testkit::fuse::FsGuest;
+use testkit::fuse_abi::{MAP_READ, MAP_WRITE};
+use testkit::slow::{Strace, skip};
+
+const BOTH: u64 = MAP_READ | MAP_WRITE;
+
+fn in_memory() -> FsHost {
+    FsHost::with(FsOptions {
+        persist: "cacheline".into(),
+        below: "/dev/shm".into(),
+        ..FsOptions::default()
+    })
+}
+
+/// A guest with all of a file of two ranges mapped to write.
+fn mapped(host: &FsHost) -> (FsGuest, u64, u64) {
+    host.put("file", &vec![1; 2 * RANGE as usize]);
+    let mut guest = host.boot();
+    let (node, fh) = guest.opened("file");
+    guest.setup(node, 0, 2 * RANGE, BOTH, 0).unwrap();
+    (guest, node, fh)
+}
+
+/// Shows: a WRITE of what is granted for writing is a store of the daemon's: no write call, the
+/// bytes in the file and in the window at once, and a new mtime; any other is the kernel's.
+#[test]
+fn writes_go_past_the_cache_where_blocks_are_sure() {
+    if !Strace::is_here() {
+        return skip("writes_go_past_the_cache_where_blocks_are_sure", "no strace");
+    }
+    let host = in_memory();
+    let (mut guest, node, fh) = mapped(&host);
+    let file = fs::File::options().write(true).open(host.path("file")).unwrap();
+    let old = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+    file.set_modified(old).unwrap();
+    let mut strace = Strace::attach(host.pid(), "pwritev,pwritev2", "");
+    let mut expected = vec![1; 2 * RANGE as usize];
+    for (at, bytes) in [(0, 1), (4095, 2), (RANGE - 5, 300), (77, 5000), (2 * RANGE - 64, 64)] {
+        let data: Vec<_> = (0..bytes).map(|n| (n % 199 + 2) as u8).collect();
+        assert_eq!(guest.write(node, fh, at, &data), Ok(bytes as u32));
+        expected[at as usize..at as usize + bytes].copy_from_slice(&data);
+        assert_eq!(guest.vmm.fetch(at, bytes).unwrap(), data);
+    }
+    assert!(!strace.text().contains("pwritev"), "by the kernel: {}", strace.text());
+    assert!(host.get("file") == expected, "other bytes in the file");
+    assert!(fs::metadata(host.path("file")).unwrap().modified().unwrap() > old, "no new mtime");
+
+    drop(strace);
+    let mut strace = Strace::attach(host.pid(), "pwritev,pwritev2", "");
+    assert_eq!(guest.write(node, fh, 2 * RANGE - 3, b"longer"), Ok(6));
+    expected.truncate(2 * RANGE as usize - 3);
+    expected.extend(b"longer");
+    assert!(strace.text().contains("pwritev"), "growth is the file system's");
+    assert!(host.get("file") == expected, "other bytes in the file that grew");
+    guest.fsync(node, fh).unwrap();
+    guest.power_off();
+    assert!(host.ended().success());
+}
+
+/// Shows: a hole punched at odd places reads as zeros on all sides, beside live write grants too.
+#[test]
+fn odd_holes_are_zeros() {
+    let host = in_memory();
+    let (mut guest, node, fh) = mapped(&host);
+    let mut expected = vec![1; 2 * RANGE as usize];
+    for (at, bytes) in [(5, 100), (4000, 200), (8191, 4098), (RANGE - 10_000, 20_001)] {
+        let mode = libc_flags();
+        guest.fallocate(node, fh, at, bytes, mode).unwrap();
+        expected[at as usize..(at + bytes) as usize].fill(0);
+        assert!(guest.vmm.fetch(0, 2 * RANGE as usize).unwrap() == expected, "{at}: window");
+        assert!(host.get("file") == expected, "{at}: file");
+    }
+    guest.fsync(node, fh).unwrap();
+    assert_eq!(fs::metadata(host.path("file")).unwrap().size(), 2 * RANGE);
+}
+
+fn libc_flags() -> i32 {
+    let flags = nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE
+        | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    flags.bits()
+}
+
+/// Shows: somebody on the host cuts a mapped file off while the guest syncs it: that file may have
+/// an error, and the daemon, the guest and another file go on.
+#[test]
+fn a_file_cut_off_on_the_host_harms_no_other() {
+    let host = in_memory();
+    let (mut guest, node, fh) = mapped(&host);
+    host.put("other", &vec![2; RANGE as usize]);
+    let (other, other_fh) = guest.opened("other");
+    guest.setup(other, 0, RANGE, BOTH, 4 * RANGE).unwrap();
+    let file = fs::File::options().read(true).write(true).open(host.path("file")).unwrap();
+    for round in 0..50 {
+        file.set_len(2 * RANGE).unwrap();
+        let pending = guest.send_fsync(node, fh);
+        file.set_len(if round % 2 == 0 { 0 } else { RANGE + 5 }).unwrap();
+        let _ = guest.result(pending); // An error is fine; no answer is not.
+        assert!(guest.vmm.store(4 * RANGE, &[round as u8]));
+        guest.fsync(other, other_fh).unwrap();
+        assert_eq!(guest.write(other, other_fh, 8, b"kept"), Ok(4));
+    }
+    let mut found = [0; 4];
+    fs::File::open(host.path("other")).unwrap().read_exact_at(&mut found, 8).unwrap();
+    assert_eq!(&found, b"kept");
+}

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A driver that begins anew: what the last one left is forgotten before any ring of the new one is
+//! served, and what still runs of the last one touches nothing of the new one's.
+
+use testkit::fs::{FsHost, FsOptions, RANGE};
+use testkit::fuse::{FIRST, FsGuest};
+use testkit::fuse_abi::{self as abi, MAP_READ, MAP_WRITE, op};
+use testkit::slow::{DELAY, Strace, skip};
+
+const BOTH: u64 = MAP_READ | MAP_WRITE;
+/// A call that forgetting a mapped file takes, at its end.
+const FORGETS: &str = "inotify_rm_watch";
+/// A request queue that the first driver does not use.
+const SECOND: usize = FIRST + 1;
+
+fn host() -> FsHost {
+    let host =
+        FsHost::with(FsOptions { request_queues: 2, mem_slots: false, ..FsOptions::default() });
+    host.put("file", &vec![b'f'; RANGE as usize]);
+    host
+}
+
+/// Maps a file, and stores to it.
+fn dirty(guest: &mut FsGuest) -> (u64, u64) {
+    let (node, fh) = guest.opened("file");
+    guest.setup(node, 0, RANGE, BOTH, 0).unwrap();
+    assert!(guest.vmm.store(0, b"dirty"));
+    (node, fh)
+}
+
+/// The file is mapped, stored to and synced, and nothing of it is EIO.
+fn works(host: &FsHost, guest: &mut FsGuest, bytes: &[u8]) {
+    let (node, fh) = guest.opened("file");
+    guest.setup(node, 0, RANGE, BOTH, 0).unwrap();
+    assert!(guest.vmm.store(0, bytes));
+    guest.fsync(node, fh).unwrap();
+    assert_eq!(host.get("file")[..bytes.len()], *bytes);
+}
+
+/// Shows: where the ring that shows that the driver has begun anew comes last, and another one has
+/// served INIT before, the file system stays mounted and the maps stay granted.
+#[test]
+fn init_on_a_ring_that_overtakes() {
+    let host = host();
+    let mut guest = host.boot();
+    for round in 0..5_u8 {
+        guest.on = FIRST;
+        works(&host, &mut guest, &[round, 1]);
+        guest.reset_and_enable(SECOND);
+        guest.on = SECOND;
+        guest.init();
+        works(&host, &mut guest, &[round, 2]);
+        guest.enable(0);
+        guest.enable(FIRST);
+        guest.on = FIRST;
+        guest.getattr(abi::ROOT).unwrap();
+        assert_eq!(guest.vmm.live_maps(), 1);
+        // A second grant of the same range meets the first one, or QEMU refuses it (Q4).
+        works(&host, &mut guest, &[round, 3]);
+        assert!(guest.vmm.refused().is_empty(), "{:?}", guest.vmm.refused());
+    }
+    guest.power_off();
+}
+
+/// Shows: while the device still forgets what the last driver had mapped, no other ring serves the
+/// new driver, whose maps would be forgotten as well.
+#[test]
+fn init_while_the_device_still_forgets() {
+    if !Strace::is_here() {
+        return skip("init_while_the_device_still_forgets", "no strace");
+    }
+    let host = host();
+    let mut guest = host.boot();
+    dirty(&mut guest);
+    let mut strace = Strace::attach(host.pid(), FORGETS, DELAY);
+    guest.reset_and_enable(FIRST);
+    strace.wait_begun(1);
+    guest.enable(SECOND);
+    guest.enable(0);
+    guest.on = SECOND;
+    guest.init();
+    assert_eq!(strace.ended(), 1, "INIT was served before the last driver was forgotten");
+    drop(strace);
+    works(&host, &mut guest, b"new");
+    guest.on = FIRST;
+    works(&host, &mut guest, b"newer");
+    assert!(guest.vmm.refused().is_empty(), "{:?}", guest.vmm.refused());
+    guest.power_off();
+}
+
+/// Shows: a DESTROY that is still at work when the driver begins anew neither unmounts nor closes
+/// what the new one has mounted and opened, nor takes its maps away.
+#[test]
+fn an_old_destroy_is_nothing_to_the_new_driver() {
+    if !Strace::is_here() {
+        return skip("an_old_destroy_is_nothing_to_the_new_driver", "no strace");
+    }
+    let host = host();
+    let mut guest = host.boot();
+    dirty(&mut guest);
+    let mut strace = Strace::attach(host.pid(), FORGETS, DELAY);
+    let _never_answered = guest.send(op::DESTROY, 0, &abi::Arg::new(), 0);
+    strace.wait_begun(1);
+    guest.reset();
+    guest.init();
+    let (node, fh) = guest.opened("file");
+    strace.wait_ended(1);
+    drop(strace);
+    // What the old DESTROY does behind that has no end that shows.
+    for _ in 0..300 {
+        guest.getattr(node).unwrap();
+        assert_eq!(guest.read(node, fh, 1, 4).unwrap(), b"irty");
+    }
+    works(&host, &mut guest, b"new");
+    guest.fsync(node, fh).unwrap();
+    guest.destroy();
+    guest.power_off();
+    assert!(host.ended().success());
+}

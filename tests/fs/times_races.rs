@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Shows that a file's times are right where two threads of a guest, two VMs, or a guest and the
+//! daemon's end meet: each store is told of by the next close, a look makes no times, and nobody
+//! waits for another one's disk.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::path::PathBuf;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use testkit::fs::{FsHost, FsOptions, RANGE};
+use testkit::fuse::FsGuest;
+use testkit::fuse_abi::{self as abi, MAP_READ, MAP_WRITE, op, u32_at, u64_at};
+use testkit::slow::{DELAY, HELD, Strace, skip};
+
+const BOTH: u64 = MAP_READ | MAP_WRITE;
+const OLD: u64 = 1000;
+
+type Stamp = (i64, i64);
+
+fn mtime(host: &FsHost, name: &str) -> Stamp {
+    let found = fs::metadata(host.path(name)).unwrap();
+    (found.mtime(), found.mtime_nsec())
+}
+
+fn make_old(host: &FsHost, name: &str) {
+    let file = File::options().write(true).open(host.path(name)).unwrap();
+    file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(OLD)).unwrap();
+}
+
+fn seen(guest: &mut FsGuest, node: u64) -> (u64, u32) {
+    let body = guest.call(op::GETATTR, node, &abi::getattr(), abi::ATTR_OUT).unwrap();
+    (u64_at(&body, 16 + 32), u32_at(&body, 16 + 52))
+}
+
+/// Another processor of the guest, which stores to the first byte of the window without a pause
+/// while `work` goes on.
+fn beside_stores<T>(guest: &mut FsGuest, work: impl FnOnce(&mut FsGuest) -> T) -> T {
+    let at = guest.vmm.view(0, 1, |first| first.ptr_guard_mut().as_ptr().addr());
+    let (stop, stopped) = channel::<()>();
+    let (begin, begun) = channel();
+    let stores = thread::spawn(move || {
+        let mut rounds = 0_u64;
+        while stopped.try_recv().is_err() {
+            // SAFETY: the map is the test's own, and stays; nothing else of the test looks at the
+            // byte.
+            #[allow(unsafe_code)]
+            unsafe {
+                std::ptr::with_exposed_provenance_mut::<u8>(at).write_volatile(4)
+            };
+            rounds += 1;
+            if rounds == 1000 {
+                let _ = begin.send(());
+            }
+        }
+    });
+    begun.recv().unwrap();
+    let done = work(guest);
+    stop.send(()).unwrap();
+    stores.join().unwrap();
+    done
+}
+
+/// One processor of the guest sets mtime while another one stores: what is stored when that has
+/// returned is in mtime at the next close.
+#[test]
+fn a_store_behind_utimens_that_met_stores_is_told_of() {
+    let host = FsHost::on_a_disk();
+    let (mut guest, node, fh) = host.boot_with_stored_file();
+    let mut stale = Vec::new();
+    const ROUNDS: u32 = 50;
+    for round in 0..ROUNDS {
+        assert!(guest.vmm.store(0, &[3]));
+        beside_stores(&mut guest, |guest| {
+            guest.call(op::SETATTR, node, &abi::set_mtime(OLD), abi::ATTR_OUT).unwrap();
+        });
+        assert!(guest.vmm.store(0, &[5]), "it is stored behind the answer");
+        guest.flush(node, fh).unwrap();
+        if mtime(&host, "file").0 == OLD as i64 {
+            stale.push(round);
+        }
+    }
+    assert!(stale.is_empty(), "stored, closed, and old in {} of {ROUNDS} rounds", stale.len());
+}
+
+/// One processor of the guest stores while another one closes: what is stored when that has
+/// returned is in mtime at the next close.
+#[test]
+fn a_store_behind_a_close_that_met_stores_is_told_of() {
+    let host = FsHost::on_a_disk();
+    let (mut guest, node, fh) = host.boot_with_stored_file();
+    let mut stale = Vec::new();
+    const ROUNDS: u32 = 300;
+    for round in 0..ROUNDS {
+        // A long way to the disk.
+        assert!(guest.vmm.store(0, &vec![round as u8; RANGE as usize]));
+        beside_stores(&mut guest, |guest| guest.flush(node, fh).unwrap());
+        let before = mtime(&host, "file");
+        assert!(guest.vmm.store(0, &[5]), "it is stored behind the answer");
+        guest.flush(node, fh).unwrap();
+        if mtime(&host, "file") == before {
+            stale.push(round);
+        }
+        guest.fsync(node, fh).unwrap();
+    }
+    assert!(stale.is_empty(), "stored, closed, and old in {} of {ROUNDS} rounds", stale.len());
+}
+
+/// A close waits for the disk; a stat "waits for no page that is on its way" there, nor does a
+/// driver that begins anew.
+#[test]
+fn nobody_waits_behind_a_slow_close() {
+    if !Strace::is_here() {
+        return skip("nobody_waits_behind_a_slow_close", "no strace");
+    }
+    for reset in [false, true] {
+        let host = FsHost::with(FsOptions {
+            below: std::env::temp_dir(),
+            mem_slots: false,
+            ..FsOptions::default()
+        });
+        let (mut guest, node, fh) = host.boot_with_stored_file();
+        assert!(guest.vmm.store(0, &[3]));
+        // The first call is the one that waits for the disk.
+        let held = format!("{HELD}:when=1");
+        let mut strace = Strace::attach(host.pid(), "sync_file_range", &held);
+        let flush = guest.send(op::FLUSH, node, &abi::flush(fh), 0);
+        strace.wait_begun(1);
+        if reset {
+            guest.reset();
+            guest.init();
+        } else {
+            guest.getattr(node).unwrap();
+        }
+        let ended = strace.text().contains("WAIT_BEFORE) = 0");
+        assert!(!ended, "reset {reset}: it waited for another one's disk: {}", strace.text());
+        drop(strace);
+        if !reset {
+            guest.result(flush).unwrap();
+        }
+    }
+}
+
+/// Two VMs have a file mapped and open for writing, and nobody stores: its times stay.
+#[test]
+fn two_vms_that_only_look_leave_the_times() {
+    let host = FsHost::on_a_disk();
+    let (mut first, node, fh) = host.boot_with_stored_file();
+    let shared = host.path("");
+    let other = FsHost::prepared(
+        FsOptions { below: std::env::temp_dir(), ..FsOptions::default() },
+        |command| {
+            let share = command.get_args().find(|arg| arg.to_string_lossy().ends_with("/share"));
+            let share = PathBuf::from(share.unwrap());
+            fs::remove_dir(&share).unwrap();
+            symlink(&shared, &share).unwrap();
+        },
+    );
+    let mut second = other.boot();
+    let (its_node, its_fh) = second.opened("file");
+    second.setup(its_node, 0, RANGE, BOTH, 0).unwrap();
+    assert!(second.vmm.store(0, &[9]));
+    // All is told of, and durable.
+    for _ in 0..2 {
+        first.fsync(node, fh).unwrap();
+        second.fsync(its_node, its_fh).unwrap();
+    }
+    let before = mtime(&host, "file");
+    let mut seen_times = Vec::new();
+    for _ in 0..5 {
+        seen_times.push(seen(&mut first, node));
+        seen_times.push(seen(&mut second, its_node));
+    }
+    assert_eq!(mtime(&host, "file"), before, "nothing was stored; seen: {seen_times:?}");
+}
+
+/// At SIGTERM the mappings end, as far as the daemon is concerned: what was stored is told of.
+#[test]
+fn the_end_of_the_daemon_has_new_times() {
+    let mut host = FsHost::on_a_disk();
+    let (mut guest, node, _) = host.boot_with_stored_file();
+    assert!(guest.vmm.store(0, &[3]));
+    make_old(&host, "file");
+    assert!(guest.vmm.store(0, &[4]));
+    let _ = (node, &mut guest);
+    kill(Pid::from_raw(host.pid() as i32), Signal::SIGTERM).unwrap();
+    assert!(host.wait_end().success());
+    assert!(mtime(&host, "file").0 > OLD as i64, "stored, and never told of");
+}
+
+/// A stat that comes while another one closes: what was stored before it was sent is in its times.
+#[test]
+fn a_stat_beside_a_close_has_new_times() {
+    if !Strace::is_here() {
+        return skip("a_stat_beside_a_close_has_new_times", "no strace");
+    }
+    let host = FsHost::on_a_disk();
+    let (mut guest, node, fh) = host.boot_with_stored_file();
+    assert!(guest.vmm.store(0, &[3]));
+    make_old(&host, "file");
+    assert!(guest.vmm.store(0, &[4]));
+    assert_eq!(mtime(&host, "file").0, OLD as i64, "the host's kernel sees it after all");
+    let mut strace = Strace::attach(host.pid(), "sync_file_range", DELAY);
+    let flush = guest.send(op::FLUSH, node, &abi::flush(fh), 0);
+    strace.wait_begun(1);
+    let during = seen(&mut guest, node);
+    guest.result(flush).unwrap();
+    assert!(
+        during.0 > OLD,
+        "stored, stat, and old: {during:?}; on the host {:?}",
+        mtime(&host, "file")
+    );
+}
