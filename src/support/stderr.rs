@@ -21,13 +21,13 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 use crate::support::lock::lock;
 use crate::support::log_limit::HeldBack;
 
-/// So many lines of one place are said at once.
+/// Number of lines from one place in the program that are written at once.
 const BURST: u64 = 20;
 
 /// And one more of them after each such time.
 const REFILL: Duration = Duration::from_secs(1);
 
-/// So many lines wait to be written.
+/// Largest number of lines that wait to be written.
 const MOST_WAITING: usize = 1024;
 
 /// So long the end of the process waits for stderr.
