@@ -135,11 +135,12 @@ fn page() -> String {
 
 fn option(page: &mut String, arg: &Arg, example: &str) {
     let value = match arg.get_value_names() {
+        _ if !arg.get_action().takes_values() => String::new(),
         Some([name]) if arg.get_num_args().is_some_and(|n| n.min_values() == 0) => {
             format!("[={name}]")
         }
         Some([name]) if arg.is_require_equals_set() => format!("={name}"),
-        Some([name]) if arg.get_action().takes_values() => format!(" {name}"),
+        Some([name]) => format!(" {name}"),
         _ => String::new(),
     };
     writeln!(page, "\n#### `--{}{value}`\n", arg.get_long().unwrap()).unwrap();

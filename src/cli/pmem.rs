@@ -47,8 +47,8 @@ pub struct PmemArgs {
 
     /// Protocol feature CONFIGURE_MEM_SLOTS: the front-end sends its memory table region by region
     ///
-    /// A VM that has an fs device, too, needs `on` for both devices. docs/front-ends.md has a table
-    /// of what each value survives.
+    /// In a VM that also has an fs device, `on` for both devices lets pauses work; start QEMU with
+    /// `-action reboot=shutdown` then. docs/front-ends.md has a table of what each value survives.
     #[arg(long, value_name = "on|off", default_value = "off")]
     mem_slots: OnOff,
 }
