@@ -129,9 +129,9 @@ fn mapped(file: &File) -> *mut u8 {
     std::ptr::with_exposed_provenance_mut(usize::from_str_radix(start, 16).unwrap())
 }
 
-/// Runs `work` so many lines deeper in the stack. A page's write-back may take twice as long by
-/// where the stack happens to be (probably a load waits for one under way that has its place in a
-/// page): so it is everywhere in turn.
+/// Runs `work` with the stack pointer lower by this number of cache lines. The write-back of a page
+/// may take twice as long at some stack addresses (probably 4K aliasing: a load waits for a
+/// write-back of a line at the same offset in a page), so the bench uses all of them in turn.
 #[inline(never)]
 fn deeper<T>(lines: usize, work: &mut dyn FnMut() -> T) -> T {
     let frame = black_box([0_u8; 64]);

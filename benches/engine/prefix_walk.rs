@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Point 1, beside it: the walk that the seed's change repaired. It looks for each batch from the
-//! start of the range again, where the engine goes on behind the batch before. For comparison only.
+//! Point 1, for comparison: the walk of Linux 4.x fs/dax.c before commit 1eb643d02b. It starts the
+//! search for each batch at the start of the range; the engine continues behind the last batch.
 //!
 //! Two things are shown. How much the restart costs depends on the search: one that looks at every
 //! entry pays batches x range; one that has summaries of its marks pays a descent per batch. What

@@ -18,7 +18,7 @@ const AIM: f64 = 3.0;
 const THREADS: [u64; 3] = [1, 2, 4];
 /// Entries taken under one lock by a marked walk, as in `Engine::writeback`.
 const BATCH: usize = 64;
-/// After the inserts one entry in so many stays dirty, for the marked walk.
+/// After the inserts one entry in this number of entries stays dirty, for the marked walk.
 const DIRTY_EVERY: u64 = 16;
 /// Odd, so that multiples of it modulo a power of two meet every number once, far from in order.
 const SCATTER: u64 = 0x9e37_79b9_7f4a_7c15;

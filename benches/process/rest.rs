@@ -17,7 +17,7 @@ use testkit::fuse_abi::{self as abi, Arg, op};
 const FS: Kind = Kind::Ours { window_mib: 512, queues: 1 };
 const VIRTIOFSD: Kind = Kind::Virtiofsd { threads: 0 };
 const NAMES: [&str; 3] = ["ours, fs", "ours, pmem", "virtiofsd"];
-/// So many ranges of 2 MiB that the window shows at once.
+/// Number of ranges of 2 MiB that the window shows at once.
 const GRANTS: u64 = 250;
 
 fn command(peer: usize, dir: &Path, socket: &Path) -> Command {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The command line of `vhost-user-dax fs`. Options of virtiofsd have its names and its meaning.
+//! The command line of `vhost-user-dax fs`. Options that virtiofsd has, too, have its names and its
+//! meaning.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -25,18 +26,26 @@ use super::{Common, OnOff};
 /// `{"type": ...}` of QEMU's back-end program conventions (docs/interop/vhost-user.json).
 pub const CAPABILITIES: &str = r#"{"type": "fs", "features": ["separate-options"]}"#;
 
+/// `--dax`
 #[derive(Clone, Copy, ValueEnum)]
 enum Dax {
+    /// files larger than --dax-threshold
     Inode,
+    /// all files; the daemon does not start where there can be no window
     Always,
+    /// no file: there is no window
     Never,
 }
 
+/// `--inode-file-handles`
 #[derive(Clone, Copy, ValueEnum)]
 enum FileHandles {
+    /// one descriptor for each inode; 2 times the LOOKUPs and 3 times the GETATTRs per second
     Never,
+    /// file handles where the file system and CAP_DAC_READ_SEARCH allow them, else as `never`
     #[value(alias = "fallback")]
     Prefer,
+    /// file handles; the daemon does not start where there are none
     Mandatory,
 }
 
@@ -47,119 +56,179 @@ enum Sandbox {
     Namespace,
 }
 
-/// Share a host directory with one VM (virtio-fs), with a window into the host's page cache (DAX).
+/// Share a host directory with one VM (virtio-fs), with a window into the host's page cache (DAX)
 ///
-/// The guest mounts it with 'mount -t virtiofs TAG /mnt', and with '-o dax' to map each file
-/// instead of asking for it piece by piece. Without a window (any vhost-user-fs front-end, or
-/// --window-size 0) it is what virtiofsd is.
+/// The guest mounts the share by its tag. Through the window its programs load and store in the
+/// host's page cache directly; a file that is not mapped is read and written by requests. The
+/// window is a shared memory region of the device, into which the front-end (QEMU 11.1 or newer)
+/// maps the files. Without a window (another front-end, or --window-size 0) the daemon works as
+/// virtiofsd does. Options that virtiofsd has, too, have its names and its meaning.
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct FsArgs {
     #[command(flatten)]
     pub common: Common,
 
-    /// The directory to share
+    /// Host directory that is shared
     #[arg(long, value_name = "PATH", required_unless_present = "print_capabilities")]
     shared_dir: Option<PathBuf>,
 
-    /// The name by which the guest mounts it: 1 to 36 bytes
+    /// Name by which the guest mounts the share, 1 to 36 bytes
     #[arg(long, value_name = "NAME", required_unless_present = "print_capabilities")]
     tag: Option<Tag>,
 
-    /// How much of the files the guest can have mapped at once; 0: no window
+    /// Size of the window: how much of the files the guest can have mapped at once; 0: no window
+    ///
+    /// A multiple of 2 MiB, at most 768M. QEMU 11.1 ends at the 513th memory region of a VM, and
+    /// each 2 MiB that is mapped is one region, so the windows of all fs devices of a VM should
+    /// have at most 768M together. In the guest a window costs 32,880 bytes of memory for each
+    /// 2 MiB.
     #[arg(long, value_name = "SIZE", default_value = "256M", help_heading = "Window")]
     window_size: WindowSize,
 
-    /// Which files a guest maps that leaves it to us: those that are large enough, all, or none
+    /// Files that the guest maps, where its mount leaves the choice to the daemon
+    ///
+    /// A mount with `-o dax=inode`, or without the option dax, leaves the choice to the daemon. A
+    /// mount with `-o dax` or `-o dax=always` maps all files, a mount with `-o dax=never` none.
     #[arg(long, value_name = "POLICY", default_value = "inode", help_heading = "Window")]
     dax: Dax,
 
-    /// With --dax=inode: map files that are larger than this
+    /// With --dax=inode: size above which a file is mapped
+    ///
+    /// A file up to this size is read by requests, of which one reads up to 1 MiB.
     #[arg(long, value_name = "SIZE", default_value_t = DEFAULT_DAX_THRESHOLD, help_heading = "Window")]
     dax_threshold: Size,
 
-    /// Let the front-end send its memory table piece by piece. 'on': the VM can pause with maps,
-    /// but a reset under a live mount kills QEMU 11.1. 'off': the other way round
+    /// Protocol feature CONFIGURE_MEM_SLOTS: the front-end sends its memory table region by region
+    ///
+    /// With `on`, start QEMU with `-action reboot=shutdown`: a reset of the guest while a file is
+    /// mapped ends QEMU 11.1. docs/front-ends.md has a table of what each value survives.
     #[arg(long, value_name = "on|off", default_value = "on", help_heading = "Window")]
     mem_slots: OnOff,
 
-    /// Request queues, 1 to 31; the front-end's num_vqs is this and 1
+    /// Number of request queues, 1 to 31
+    ///
+    /// The device has one queue more (hiprio), so num_vqs of QEMU's -device is this number plus 1.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=31))]
     num_request_queues: u16,
 
-    /// The most threads that serve requests, at least 2; they come and go as needed
+    /// Largest number of threads that serve requests, at least 2
+    ///
+    /// Threads are started and ended as needed. A quarter of them is kept free of requests that may
+    /// take long. A number below 2 is taken for 2.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_THREADS)]
     thread_pool_size: usize,
 
-    /// Refuse every change; there is no window then
+    /// Refuse every change of the share; there is no window then
+    ///
+    /// QEMU maps a window writable always, so a window can't be read-only.
     #[arg(long)]
     readonly: bool,
 
-    /// How much the guest may cache of what it does not map: auto, always, never or metadata.
-    /// Attributes of files that it may map (with -o dax all, with -o dax=inode large ones) are
-    /// asked for each time
+    /// What the guest may cache of names, attributes and data: auto, always, never or metadata
+    ///
+    /// `auto`: names and attributes for 1 second, data until the next open. `always`: all for 1
+    /// day. `never`: nothing. `metadata`: names and attributes for 1 day, no data. Attributes of
+    /// files that the guest may map are not cached with any policy: a store through the window
+    /// changes times and blocks without a request.
     #[arg(long, value_name = "POLICY", default_value = "auto", value_parser = cache_policy)]
     cache: CachePolicy,
 
-    /// Let the guest collect writes before it sends them, if it maps no files
+    /// Let the guest collect writes in its page cache; only without a window
+    ///
+    /// A guest with a window is not offered it: such a guest keeps mtime by itself, and would not
+    /// see mtime move with stores through the window.
     #[arg(long)]
     writeback: bool,
 
-    /// Honour O_DIRECT where the guest asks for it
+    /// Open a file with O_DIRECT where the guest asks for it
     #[arg(long)]
     allow_direct_io: bool,
 
-    /// With --cache=never or metadata: let the guest mmap files as shared
+    /// With --cache=never or metadata: allow the guest mmap with MAP_SHARED
+    ///
+    /// With --cache=auto and always the guest may do so without this option.
     #[arg(long)]
     allow_mmap: bool,
 
-    /// Don't send attributes with directory entries
+    /// Send directory entries without the attributes of the files (READDIR, not READDIRPLUS)
+    ///
+    /// --cache=never implies it.
     #[arg(long)]
     no_readdirplus: bool,
 
-    /// Extended attributes. The guest's root can set trusted.* and security.* on the host's files:
-    /// see --xattrmap
+    /// Extended attributes
+    ///
+    /// The guest's root can set trusted.* and security.* (file capabilities, labels) on the host's
+    /// files then, and the host's kernel honours them. --xattrmap ':map::user.virtiofs.:' keeps all
+    /// names below user. on the host.
     #[arg(long, help_heading = "Attributes and owners")]
     xattr: bool,
 
-    /// Rename extended attributes between guest and host, for example ':map::user.virtiofs.:'
+    /// Extended attributes under other names on the host; brings --xattr with it
+    ///
+    /// The rules are those of virtiofsd. The rule in the example puts user.virtiofs. before each
+    /// name of the guest. The last rule must match all names.
     #[arg(long, value_name = "RULES", value_parser = xattrmap, help_heading = "Attributes and owners")]
     xattrmap: Option<XattrMap>,
 
-    /// POSIX ACLs (and --xattr with them): never, auto or always
+    /// POSIX ACLs: never, auto or always; --posix-acl alone is always; brings --xattr with it
+    ///
+    /// `auto`: if the guest's kernel supports them. `always`: a guest whose kernel does not support
+    /// them can't mount. ACLs are not translated: --translate-uid and --translate-gid are refused
+    /// beside them.
     #[arg(long, value_name = "MODE", require_equals = true, num_args = 0..=1, default_value = "never",
           default_missing_value = "always", help_heading = "Attributes and owners")]
     posix_acl: NegotiationMode,
 
-    /// Security labels (and --xattr with them): never, auto or always
+    /// Security labels of new files: never, auto or always; alone it is always; brings --xattr
+    ///
+    /// `auto`: if the guest's kernel supports them. `always`: a guest whose kernel does not support
+    /// them can't mount.
     #[arg(long, value_name = "MODE", require_equals = true, num_args = 0..=1, default_value = "never",
           default_missing_value = "always", help_heading = "Attributes and owners")]
     security_label: NegotiationMode,
 
-    /// Without a window: clear setuid and setgid bits ourselves, not by a request of the guest
+    /// Clear setuid and setgid bits on the host at a write (FUSE_HANDLE_KILLPRIV_V2); only without
+    /// a window
+    ///
+    /// Beside a window it has no effect, and a line at start says so: the guest clears the bits by
+    /// requests, since a store through the window makes no request at which the daemon could.
     #[arg(long, overrides_with = "no_killpriv_v2", help_heading = "Attributes and owners")]
     killpriv_v2: bool,
 
     #[arg(long, hide = true)]
     no_killpriv_v2: bool,
 
-    /// Translate user numbers, for example 'map:0:100000:65536' (guest 0 is host 100000, and so on)
+    /// Rule by which user ids differ between guest and host; can be given several times
+    ///
+    /// `map:GUEST:HOST:COUNT` maps COUNT ids in both directions. `forbid-guest:GUEST:COUNT` refuses
+    /// ids of the guest. The other types are guest, host, squash-guest and squash-host, as in
+    /// virtiofsd. An id that no rule has is the same on both sides, 0 as well. Two rules for one id
+    /// are refused. Id 4294967295 is refused in any case.
     #[arg(long, value_name = "RULE", value_parser = id_rule,
           help_heading = "Attributes and owners")]
     translate_uid: Vec<IdMap>,
 
-    /// Translate group numbers, the same way
+    /// Rule by which group ids differ between guest and host; can be given several times
+    ///
+    /// The rules are those of --translate-uid.
     #[arg(long, value_name = "RULE", value_parser = id_rule,
           help_heading = "Attributes and owners")]
     translate_gid: Vec<IdMap>,
 
-    /// Not as root: enter a user namespace with this map, ':inside:outside:count:'; there is no
-    /// window then
+    /// Not as root: user ids of a user namespace that the daemon enters; there is no window then
+    ///
+    /// The form is `:INSIDE:OUTSIDE:COUNT:`, as for virtiofsd. More ids than the daemon's own one
+    /// take newuidmap (Debian package uidmap) and a range in /etc/subuid. Can be given several
+    /// times.
     #[arg(long, value_name = "MAP", value_parser = user_map::<UidMap>,
           help_heading = "Attributes and owners")]
     uid_map: Vec<UidMap>,
 
-    /// The same for groups
+    /// Not as root: group ids of a user namespace that the daemon enters; there is no window then
+    ///
+    /// The form is that of --uid-map, and the range stands in /etc/subgid.
     #[arg(long, value_name = "MAP", value_parser = user_map::<GidMap>,
           help_heading = "Attributes and owners")]
     gid_map: Vec<GidMap>,
@@ -170,21 +239,26 @@ pub struct FsArgs {
     #[arg(long, hide = true, overrides_with = "no_announce_submounts")]
     announce_submounts: bool,
 
-    /// Don't tell the guest which directories are mount points
+    /// Show the guest a mount point in the share as a plain directory
     #[arg(long)]
     no_announce_submounts: bool,
 
-    /// How inodes are held: by file handles where possible (prefer) or always (mandatory), or by a
-    /// descriptor each (never), of which there are --rlimit-nofile
+    /// How the daemon holds the inodes that the guest knows
+    ///
+    /// With file handles only open files hold descriptors, so a share may have more files than the
+    /// daemon may have descriptors. Where `prefer` finds no file handles, a line at start says so.
     #[arg(long, value_name = "MODE", require_equals = true, default_value = "prefer")]
     inode_file_handles: FileHandles,
 
-    /// Keep O_NOATIME where the guest asks for it
+    /// Open a file with O_NOATIME where the guest asks for it
     #[arg(long)]
     preserve_noatime: bool,
 
-    /// How many descriptors the daemon may have open: 1000000 or the hard limit unless set; 0
-    /// leaves the limit as it is
+    /// Number of descriptors that the daemon may have open (RLIMIT_NOFILE)
+    ///
+    /// Unless set: 1,000,000, or the hard limit where that is lower. 0 leaves the soft limit as it
+    /// is. With the defaults of all other options 2,525 is the least; the line that refuses a lower
+    /// number says what would do. A smaller window and fewer threads need fewer descriptors.
     #[arg(long, value_name = "N")]
     rlimit_nofile: Option<u64>,
 }
@@ -200,8 +274,8 @@ Example:
 
 The window needs QEMU 11.1 or newer, Linux 6.9 or newer on the host, and root.
 Without a window: -device vhost-user-fs-pci,chardev=c0,tag=share, or cloud-hypervisor's --fs.
-Exit codes: 0 the VM has gone, or SIGTERM or SIGINT came; 1 a session or the start failed;
-2 a bad option.";
+Exit codes: 0 the VM has gone, or SIGTERM or SIGINT came; 1 the session failed, or the system
+refused a thread or a system call at start; 2 a bad option.";
 
 fn cache_policy(text: &str) -> Result<CachePolicy, &'static str> {
     text.parse().map_err(|_| "take auto, always, never or metadata")
@@ -215,9 +289,9 @@ fn user_map<T: FromStr>(text: &str) -> Result<T, &'static str> {
     text.parse().map_err(|_| "write ':INSIDE:OUTSIDE:COUNT:', for example ':0:1000:1:'")
 }
 
-/// virtiofsd's own text is a structure of the program.
+/// Replaces virtiofsd's error text, which is a debug print of a structure, by a sentence.
 fn xattrmap(text: &str) -> Result<XattrMap, String> {
-    // Names that only a rule for all names takes: where there is none, virtiofsd's code panics.
+    // These names match only a rule for all names. Without such a rule virtiofsd's code panics.
     let is_terminated = |map: XattrMap| {
         map.map_client_xattr(c"\x01")?;
         map.map_server_xattrlist(b"\x01\0".to_vec())?;
@@ -244,7 +318,7 @@ fn xattrmap(text: &str) -> Result<XattrMap, String> {
     })
 }
 
-/// Sets the limit, and returns what is in force.
+/// Sets RLIMIT_NOFILE, and returns the soft limit in force.
 fn limit_descriptors(wanted: Option<u64>) -> Result<u64, String> {
     let hard = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(_, hard)| hard);
     setup_rlimit_nofile(wanted).map_err(|e| match wanted {
@@ -256,13 +330,14 @@ fn limit_descriptors(wanted: Option<u64>) -> Result<u64, String> {
     })
 }
 
-/// How virtiofsd's text of a setrlimit(2) that failed begins. A debug text of the error follows.
+/// The first words of virtiofsd's error text for a setrlimit(2) that failed. A debug print of the
+/// error follows them.
 const NOT_PERMITTED: &str = "Failed to increase the limit";
 
-/// The numbers of guest users or host users that a rule is for.
+/// The range of ids that a rule translates on one side: first id and number of ids.
 type Ids = Option<(u32, u32)>;
 
-/// The first number and the count, of the guest's and of the host's, that no other rule may have.
+/// The ranges of the guest's and of the host's ids that no other rule may translate.
 fn sources(rule: &IdMap) -> (Ids, Ids) {
     match *rule {
         IdMap::Guest { from_guest, count, .. }
@@ -281,7 +356,7 @@ fn meet(one: Ids, other: Ids) -> bool {
     })
 }
 
-/// Two rules for one number: virtiofsd's code would refuse them, and name no option.
+/// Refuses two rules for one id. virtiofsd's code refuses them, too, but its error names no option.
 fn check_overlaps(option: &str, rules: &[IdMap]) -> Result<(), String> {
     for (at, rule) in rules.iter().enumerate() {
         let (guest, host) = sources(rule);
@@ -301,8 +376,8 @@ fn check_overlaps(option: &str, rules: &[IdMap]) -> Result<(), String> {
     Ok(())
 }
 
-/// virtiofsd's code adds without a look: past the last id it would begin at 0 again, which is root.
-/// And -1 is nobody.
+/// Refuses a rule that goes past the last id. virtiofsd's code adds without an overflow check: the
+/// sum would wrap to 0, which is root. Id 4294967295 (-1) is no user.
 fn check_rules(option: &str, rules: &[IdMap]) -> Result<(), String> {
     let ends = |rule: &IdMap| match *rule {
         IdMap::Guest { from_guest: one, to_host: other, count }
@@ -320,13 +395,13 @@ fn check_rules(option: &str, rules: &[IdMap]) -> Result<(), String> {
         Some(rule) => Err(format!(
             "{option} {rule}: goes past the last id, 4294967294; take a smaller number"
         )),
-        // The sums of the ranges are known to end by now.
+        // The sums in check_overlaps do not overflow: the rules passed the check above.
         None => check_overlaps(option, rules),
     }
 }
 
 impl FsArgs {
-    /// None if something is missing that clap asks for.
+    /// None if a required option is missing; clap refuses that command line before.
     pub fn config(self) -> Option<Result<FsRunConfig, DaemonError>> {
         let socket = self.common.socket()?;
         let keep_listening = self.common.keep_listening;

@@ -4,6 +4,8 @@
 
 mod fs;
 mod option_pairs;
+#[cfg(test)]
+mod options_page;
 mod pmem;
 
 use std::io::{self, Write};
@@ -29,7 +31,10 @@ pub const EXIT_USAGE: u8 = 2;
 /// The exit code for everything else that fails.
 pub const EXIT_FAILURE: u8 = 1;
 
-/// Host files, mapped straight into virtual machines: a vhost-user daemon.
+/// Maps host files into virtual machines (vhost-user, virtio-pmem, virtio-fs with a DAX window)
+///
+/// One daemon process serves one device of one VM. The VM's front-end, which is QEMU 11.1 or newer
+/// for a mapped file, connects to the daemon's socket.
 #[derive(Parser)]
 #[command(version, propagate_version = true, args_override_self = true, max_term_width = 100)]
 pub struct Cli {
@@ -53,36 +58,58 @@ impl Command {
     }
 }
 
-/// How both devices are reached, and how they talk.
+/// The options of both devices.
 #[derive(Args)]
 pub struct Common {
-    /// Listen on this Unix socket; a dead socket there is replaced. Only this user may connect
-    /// (mode 0600)
+    /// Unix socket on which the daemon waits for the front-end (QEMU)
+    ///
+    /// The daemon replaces a socket file that no process listens on, and refuses one that a process
+    /// listens on. The mode of the socket is 0600 regardless of the umask: only the daemon's user
+    /// can connect. The directory should be one where other users can't write, such as /run.
     #[arg(long, value_name = "PATH", required_unless_present_any = ["fd", "print_capabilities"], conflicts_with = "fd")]
     pub socket_path: Option<PathBuf>,
 
-    /// Let this group connect, too (mode 0660)
+    /// Group whose members can connect to the socket, too
+    ///
+    /// The mode of the socket is 0660 then. It is for a QEMU that runs as another user than the
+    /// daemon. A process that can connect can do with the share or the file what the daemon can do.
     #[arg(long, value_name = "NAME", conflicts_with = "fd")]
     pub socket_group: Option<String>,
 
-    /// Listen on this inherited descriptor, as systemd's socket activation passes it (3)
+    /// Inherited descriptor of a listening socket, instead of --socket-path
+    ///
+    /// systemd's socket activation passes the first socket as descriptor 3. The socket keeps the
+    /// mode and the owner that its creator gave it.
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub fd: Option<RawFd>,
 
-    /// What makes the guest's bytes durable: the kernel ('sync'), this daemon by cache lines where
-    /// the bytes lie in persistent memory or memory ('cacheline'), or what that asks for ('auto')
+    /// Method by which the guest's stores become durable
+    ///
+    /// The daemon finds out at start on what the file or the share lies, and logs one line with the
+    /// method and what it is worth at a power loss.
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub persist: Persist,
 
-    /// When the VM goes, wait for the next one instead of exiting
+    /// Wait for the next VM when one has gone, instead of exiting
+    ///
+    /// One VM is served at a time. A front-end that connects meanwhile waits, and a line of the log
+    /// says so. If a front-end can't be served for lack of descriptors or memory, the daemon tries
+    /// again.
     #[arg(long)]
     pub keep_listening: bool,
 
-    /// How much to say on stderr: off, error, warn, info, debug or trace; RUST_LOG overrides it
+    /// Least severe level of the lines on stderr: off, error, warn, info, debug or trace
+    ///
+    /// The environment variable RUST_LOG overrides it. With `off` one line is left: the reason for
+    /// which the daemon ends.
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = log_level)]
     pub log_level: LevelFilter,
 
-    /// Print what this back-end is, as QEMU's conventions want it (JSON), and exit
+    /// Print the device type and features as JSON, and exit
+    ///
+    /// The format is that of QEMU's conventions for back-end programs
+    /// (docs/interop/vhost-user.json in QEMU's sources), which libvirt reads. No other option is
+    /// needed beside it.
     #[arg(long)]
     pub print_capabilities: bool,
 }
@@ -92,7 +119,7 @@ fn log_level(text: &str) -> Result<LevelFilter, &'static str> {
 }
 
 impl Common {
-    /// None if clap has let neither through, which it does not.
+    /// None if both --fd and --socket-path are missing; clap refuses that command line before.
     pub fn socket(&self) -> Option<SocketSpec> {
         match (self.fd, &self.socket_path) {
             (Some(fd), _) => Some(SocketSpec::Fd(fd)),
@@ -107,8 +134,13 @@ impl Common {
 /// `--persist`
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Persist {
+    /// cache lines on a device-DAX node, fdatasync on everything else
     Auto,
+    /// fdatasync, for an fsync on a share fsync; refused on a device-DAX node, which has none
     Sync,
+    /// the daemon writes CPU cache lines back (CLWB, CLFLUSHOPT or CLFLUSH) and fences; only for
+    /// files on a DAX file system, on a device-DAX node or in memory; refused in the page cache of
+    /// a disk
     Cacheline,
 }
 
@@ -122,20 +154,22 @@ impl From<Persist> for PersistMode {
     }
 }
 
-/// A switch that has a default.
+/// `--mem-slots`
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OnOff {
+    /// a pause works with any number of maps; a reset while a file is mapped ends QEMU
     On,
+    /// a reset works; a pause works with at most 8 memory regions in the VM
     Off,
 }
 
-/// The arguments, and which of them the command line names.
+/// The arguments, and the matches that tell which options the command line names.
 pub fn parse() -> Result<(Command, ArgMatches), clap::Error> {
     let matches = Cli::command().try_get_matches()?;
     Ok((Cli::from_arg_matches(&matches)?.command, matches))
 }
 
-/// One line, not clap's usual page; help and version are not errors.
+/// Prints one line instead of clap's page. Help and version go to stdout and are no errors.
 pub fn usage_error(e: &clap::Error) -> ExitCode {
     if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
         return printed(e.print());

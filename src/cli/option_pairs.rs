@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Options that contradict each other. What only repeats a default is no contradiction: all of
-//! these look at what the command line names. Those of virtiofsd are taken as virtiofsd takes them,
-//! with a warning, so that whoever starts it can start this.
+//! Options that contradict each other. Only options that the command line names count: a default
+//! value contradicts nothing. Options of virtiofsd that have no effect are accepted with a warning,
+//! as virtiofsd accepts them, so that a program that starts virtiofsd can start this daemon.
 
 use clap::ArgMatches;
 use clap::parser::ValueSource;
@@ -10,7 +10,7 @@ use log::warn;
 
 use vhost_user_dax::fs::WindowSize;
 
-/// The command line of `fs`, as far as it names something.
+/// The options of `fs` that the command line names.
 struct Named<'a>(&'a ArgMatches);
 
 impl Named<'_> {
@@ -23,7 +23,7 @@ impl Named<'_> {
         self.any(id) && given.is_some_and(|given| given.eq_ignore_ascii_case(value))
     }
 
-    /// A window of some size is asked for.
+    /// The command line asks for a window of at least 2 MiB.
     fn window(&self) -> bool {
         self.any("window_size") && !self.window_of_none()
     }
@@ -32,7 +32,7 @@ impl Named<'_> {
         self.0.get_one::<WindowSize>("window_size") == Some(&WindowSize::NONE)
     }
 
-    /// What takes the window away, as the user wrote it.
+    /// The option that takes the window away, as the user wrote it.
     fn without_window(&self) -> Option<&'static str> {
         [
             (self.window_of_none(), "--window-size 0"),
@@ -46,7 +46,7 @@ impl Named<'_> {
     }
 }
 
-/// A line for the user where two options of `fs` can't both be had.
+/// The error line for two options of `fs` that exclude each other.
 pub fn contradiction(matches: &ArgMatches) -> Option<String> {
     let named = Named(matches);
     let without = named.without_window();
@@ -70,7 +70,7 @@ pub fn contradiction(matches: &ArgMatches) -> Option<String> {
     })
 }
 
-/// Says which of virtiofsd's options of this command line come to nothing.
+/// Logs a warning for each option of virtiofsd that has no effect on this command line.
 pub fn warn_of_idle(matches: &ArgMatches) {
     let named = Named(matches);
     for (idle, line) in [

@@ -11,31 +11,44 @@ use vhost_user_dax::session::config::PmemConfig;
 
 use super::{Common, OnOff};
 
-/// Serve a host file to one VM as persistent memory (virtio-pmem).
+/// Serve a host file to one VM as persistent memory (virtio-pmem)
 ///
-/// The guest gets /dev/pmem0: make a file system on it, mount it with '-o dax', and programs in
-/// the guest load and store in the host's page cache directly. An fsync in the guest is an
-/// fdatasync of the file on the host.
+/// The guest has the file as the block device /dev/pmem0. A file system on it that is mounted with
+/// `-o dax` lets the guest's programs load and store in the host's page cache directly. An fsync in
+/// the guest returns after an fdatasync of the file on the host.
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct PmemArgs {
     #[command(flatten)]
     pub common: Common,
 
-    /// The file to serve, or a device-DAX node (/dev/dax0.0); its size must be a multiple of 2 MiB
+    /// Host file, or device-DAX node, that is served
+    ///
+    /// Its size must be a multiple of 2 MiB. It must be neither the socket nor the socket's lock
+    /// file (the path of the socket with .lock behind it). The daemon locks the file: one file
+    /// serves one VM.
     #[arg(long, value_name = "PATH", required_unless_present = "print_capabilities")]
     file: Option<PathBuf>,
 
-    /// Create the file with this size if it is missing, else check that it has this size
+    /// Size of the file, a multiple of 2 MiB: creates a missing file, checks an existing one
+    ///
+    /// A size is a number and a unit: 512M, 1G, 1T, in powers of 1024. A new file gets all its disk
+    /// blocks at once. A file whose creation was interrupted is 1 byte short, and is refused.
+    /// Without --size the file must exist.
     #[arg(long, value_name = "SIZE")]
     size: Option<PmemSize>,
 
-    /// Leave holes in a new file, and accept them in an old one; a full disk then kills the VM
+    /// Create the file without disk blocks, and accept holes in an existing file
+    ///
+    /// A store of the guest to a hole takes a block then. If the disk is full, that store is a
+    /// SIGBUS in QEMU, and the VM is lost.
     #[arg(long)]
     sparse: bool,
 
-    /// Let the front-end send its memory table piece by piece: 'on' in a VM that has an fs device,
-    /// too
+    /// Protocol feature CONFIGURE_MEM_SLOTS: the front-end sends its memory table region by region
+    ///
+    /// In a VM that also has an fs device, `on` for both devices lets pauses work; start QEMU with
+    /// `-action reboot=shutdown` then. docs/front-ends.md has a table of what each value survives.
     #[arg(long, value_name = "on|off", default_value = "off")]
     mem_slots: OnOff,
 }
@@ -49,15 +62,15 @@ Example:
     -device vhost-user-test-device-pci,chardev=c0,virtio-id=27,num_vqs=1,vq_size=128,config_size=16
   guest# mkfs.ext4 -b 4096 /dev/pmem0 && mount -o dax /dev/pmem0 /mnt
 
-QEMU must be 11.1 or newer.
-Exit codes: 0 the VM has gone, or SIGTERM or SIGINT came; 1 a session or the start failed;
-2 a bad option.";
+QEMU must be 11.1 or newer, and Linux in the guest 6.9 or newer.
+Exit codes: 0 the VM has gone, or SIGTERM or SIGINT came; 1 the session failed, or the system
+refused a thread or a system call at start; 2 a bad option.";
 
 /// `{"type": ...}` of QEMU's back-end program conventions (docs/interop/vhost-user.json).
 pub const CAPABILITIES: &str = r#"{"type": "pmem", "features": []}"#;
 
 impl PmemArgs {
-    /// None if something is missing that clap asks for.
+    /// None if a required option is missing; clap refuses that command line before.
     pub fn config(self) -> Option<PmemConfig> {
         let socket = self.common.socket()?;
         let file = PmemFileSpec { path: self.file?, size: self.size, sparse: self.sparse };

@@ -29,7 +29,7 @@ pub(crate) struct Checkout<T> {
 
 struct Place<T> {
     value: Option<T>,
-    /// So many wait for it: to wake nobody costs a system call, too.
+    /// Number of waiters. With 0 waiters the wake-up, which is a system call, is left out.
     waiting: u32,
 }
 

@@ -12,7 +12,7 @@ use super::sync::lock;
 use super::trace::trace_dax;
 
 /// Entries looked up at once, and tagged at once: how long the index lock is held at most.
-/// The kernel's PAGEVEC_SIZE of the seed is 14; tagging goes by 4096.
+/// Linux 4.x fs/dax.c writes back PAGEVEC_SIZE (14) entries at once, and tags 4096.
 const BATCH: usize = 64;
 const TAG_BATCH: u64 = 4096;
 
@@ -92,7 +92,7 @@ impl Engine {
     }
 
     /// Behaviour 10: an entry whose ToWrite another flusher cleared after we had tagged, and before
-    /// we searched, was not found above; but it may still be at it. (The seed does not wait here.)
+    /// we searched, was not found above; but it may still be at it. (Linux 4.x does not wait here.)
     fn wait_for_others(&self, space: &Space, first: PageIndex, last: PageIndex) {
         let mut at = first;
         loop {

@@ -56,7 +56,7 @@ pub struct Segment {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Chain {
     segments: Vec<Segment>,
-    /// So many of them come first, and are to be read.
+    /// Number of device-readable segments, which stand before the device-writable ones.
     readable: usize,
 }
 

@@ -40,8 +40,8 @@ const MAPPED_FILE: u64 = 2;
 const REQUEST: u64 = 4;
 /// Fewer than these for the guest's files are of no use.
 const LEAST_FOR_GUEST: u64 = 64;
-/// Of the guest's, so many are kept for what helps to get rid of others: opening a directory to
-/// empty it.
+/// Number of the guest's descriptors that are kept for requests by which it frees descriptors, such
+/// as OPENDIR of a directory that is to be emptied.
 const KEPT: u64 = 32;
 /// The guest's descriptors are counted anew when this part of them may have been taken.
 const PART: u64 = 16;
@@ -91,7 +91,7 @@ pub fn left_for_guest(files: u64, config: &FsConfig) -> Result<u64, String> {
 pub(crate) enum Want {
     /// One for an inode, and nothing is begun that could stay half done.
     Inode,
-    /// So many, to keep.
+    /// This number of descriptors, for as long as the guest likes.
     Keep(u64),
     /// One that is needed for a moment, or to get rid of others.
     Moment,

@@ -194,7 +194,7 @@ impl Direct {
     /// # Errors
     /// EIO where the file has no page for them.
     pub fn store(&self, from: u64, bytes: &[u8]) -> io::Result<()> {
-        // SAFETY: `bytes` are ours, and so many are mapped from `to` on.
+        // SAFETY: `bytes` are ours, and `bytes.len()` bytes are mapped from `to` on.
         self.work(from, bytes.len(), |to| unsafe {
             self.instruction.copy(to, bytes.as_ptr(), bytes.len());
         })

@@ -34,9 +34,9 @@ pub(crate) use drain::Progress;
 pub(crate) use wake::Wake;
 pub(crate) use watchdog::Watchdog;
 
-/// While more requests wait to be served by the same thread, the driver is told of so many answers
-/// at once: to wake it costs more than most requests do. (It sees an answer at once if it looks;
-/// and if the next request is held up, the relief tells.)
+/// Number of answers of which the driver is told at once while more requests wait to be served by
+/// the same thread: to wake the driver costs more than most requests. (A driver that looks sees an
+/// answer at once; if the next request is held up, the watchdog tells.)
 const SIGNAL_AT: u16 = 16;
 
 /// No answer waits longer for others to be told of with it, but for the few requests that are
@@ -88,7 +88,7 @@ struct State {
     window_lost: bool,
     /// Chains were left in the ring because `open` had reached the queue's size.
     ring_full: bool,
-    /// So many wait for [`Ring::changed`].
+    /// Number of threads that wait for [`Ring::changed`].
     waiting: u16,
     /// The thread that serves one request has the next one before it.
     more: bool,

@@ -20,8 +20,8 @@ const POLL: Duration = Duration::from_micros(32);
 /// How often one may sleep at most before it is tried again.
 const MOST_SLEEPS: u32 = 1024;
 
-/// After so many hits, others that wait for this processor come first: for the scheduler a thread
-/// that never sleeps has a right to milliseconds.
+/// Number of hits after which the thread yields the processor to other runnable threads: the
+/// scheduler gives a thread that never sleeps a time slice of milliseconds.
 const YIELD_EVERY: u32 = 8;
 
 /// Whether to poll.
@@ -29,9 +29,9 @@ const YIELD_EVERY: u32 = 8;
 pub(crate) struct Poll {
     /// After a miss, sleep so often before the next try.
     after_miss: u32,
-    /// So many of them are left.
+    /// Number of sleeps that are left of them.
     sleeps_left: u32,
-    /// So many, one after another.
+    /// Number of hits in succession.
     hits: u32,
 }
 
@@ -111,7 +111,7 @@ impl Drop for Turn<'_> {
 mod tests {
     use super::*;
 
-    /// How often it polls in so many turns, each of which ends with a sleep if it does not hit.
+    /// Number of polls in `turns` turns, each of which ends with a sleep if it does not hit.
     fn polls(poll: &mut Poll, turns: u32, hits: bool) -> u32 {
         let mut polls = 0;
         for _ in 0..turns {
@@ -162,7 +162,7 @@ mod tests {
         assert_eq!(turns.until(Poll::default(), || Some(false)), Some(false));
     }
 
-    /// Shows: no more than so many do it at once.
+    /// Shows: the number of threads that poll at the same time is limited.
     #[test]
     fn few_at_once() {
         let turns = Turns::new(2);

@@ -10,9 +10,9 @@ use std::sync::Mutex;
 use crate::support::lock::lock;
 
 struct State<T> {
-    /// So many drivers have begun anew.
+    /// Number of drivers that have begun anew.
     begun: u64,
-    /// So many of them have a device that has forgotten the one before.
+    /// Number of these drivers for which the device has forgotten the previous driver.
     done: u64,
     /// Somebody sees to it.
     running: bool,

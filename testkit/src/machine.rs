@@ -103,7 +103,7 @@ pub(super) struct Misbehaviour {
     pub start_untold: bool,
     /// A reset leaves the maps where they are (crosvm).
     pub keep_maps: bool,
-    /// So many bytes away from where it was the guest has put the BAR.
+    /// Number of bytes by which the guest has moved the BAR.
     pub moved: u64,
 }
 

@@ -99,12 +99,12 @@ impl Strace {
         self.text().matches("(DELAYED)").count()
     }
 
-    /// Waits until so many calls have begun.
+    /// Waits until `calls` calls have begun.
     pub fn wait_begun(&mut self, calls: usize) {
         self.wait_until("begun", |s| s.begun() >= calls);
     }
 
-    /// Waits until so many calls that were held back have ended.
+    /// Waits until `calls` calls that were held back have ended.
     pub fn wait_ended(&mut self, calls: usize) {
         self.wait_until("ended", |s| s.ended() >= calls);
     }

@@ -33,7 +33,7 @@ fn least(window_bytes: u64, extra: &[&str]) -> u64 {
     number.split(',').next().unwrap().parse::<u64>().unwrap() + 1
 }
 
-/// A daemon that has so many for the guest.
+/// A daemon that has `for_guest` descriptors for the guest.
 fn host(window_bytes: u64, handles: &str, for_guest: u64) -> FsHost {
     let handles = format!("--inode-file-handles={handles}");
     let extra = [handles.as_str(), "--thread-pool-size", "16"];

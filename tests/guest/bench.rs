@@ -29,8 +29,8 @@ use figures::{Better, Figures, How, in_turn, verdict};
 use tempfile::TempDir;
 use vm::Guest;
 
-/// A line of fio's: engine, pattern, threads, an fsync after so many writes, and what was done
-/// before.
+/// One fio job: engine, pattern, number of threads, number of writes between two fsyncs, and what
+/// was done before.
 struct Job {
     engine: &'static str,
     rw: &'static str,
@@ -98,7 +98,7 @@ fn main() {
 /// far it is.
 type Part = fn(&Guest, bool, usize, &How, &dyn Fn(&str));
 
-/// Runs all jobs on all peers, so many times.
+/// Runs all jobs on all peers, in the given number of rounds.
 fn measure(
     guest: &Guest,
     peers: &[Peer],

@@ -87,7 +87,7 @@ impl<'g> Fixture<'g> {
         fio(&mut self.vm, &dir, runtime, &[job.words(0)])[0]
     }
 
-    /// Runs all jobs on the first so many peers, each job on one after another: on a file, then
+    /// Runs all jobs on the given number of peers, each job on one after another: on a file, then
     /// what syncs on the bare device. Tells `add` of each row, peer and I/Os per second. Powers
     /// off.
     fn measure(

@@ -4,8 +4,8 @@
 //! step after step of a plan. Every byte that was acknowledged must be there: in the file system as
 //! it goes on after a kill, and in what a disk that loses what was not synced holds afterwards.
 //!
-//! `VUD_CRASH_ROUNDS` is how many (10 unless set), `VUD_CRASH_SEED` the seed, `VUD_CRASH_ROUND` the
-//! one round to run; `ci/crash` sets them.
+//! `VUD_CRASH_ROUNDS` is the number of rounds (10 unless set), `VUD_CRASH_SEED` their random seed,
+//! `VUD_CRASH_ROUND` the one round to run; `ci/crash` sets them.
 
 use std::collections::BTreeMap;
 use std::fmt;

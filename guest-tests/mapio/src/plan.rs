@@ -8,7 +8,7 @@
 pub const STREAMS: u64 = 2;
 /// The stream that writes; the other one stores through mappings.
 pub const WRITES: u64 = 0;
-/// On a bare device each stream has so many bytes.
+/// Number of bytes that each stream has on a bare device.
 pub const RAW_BYTES: usize = 16 << 20;
 /// How long a mapped file is.
 pub const MAPPED_BYTES: usize = 3 << 20;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use crate::Result;
 use crate::map::{Mapping, PAGE};
 
-/// So many pages, two ranges of 2 MiB, are used in turn.
+/// Number of pages that are used in turn: two ranges of 2 MiB.
 const PAGES: u64 = 1000;
 /// Only tells a hang from a slow machine.
 const HANG: Duration = Duration::from_secs(60);

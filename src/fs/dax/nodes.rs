@@ -23,8 +23,8 @@ use crate::fs::identity::{FileId, Subject};
 use crate::fs::sync_errors::Losses;
 use crate::passthrough::{PassthroughFile, PassthroughMount};
 
-/// So many of the guest's numbers are remembered for one file. (One file has several by bind
-/// mounts, and by FORGETs that meet a SETUPMAPPING on its way.)
+/// Number of the guest's inode numbers that are remembered for one file. (One file has several by
+/// bind mounts, and by a FORGET that crosses a SETUPMAPPING.)
 const MOST_NUMBERS: usize = 8;
 
 /// A file that is or is about to be granted.

@@ -59,8 +59,8 @@ pub(crate) enum Occasion {
 /// in vain tells of the attributes as they are.
 const LOOK_WAIT: Duration = Duration::from_millis(100);
 
-/// No kernel's clock ticks sooner (HZ is at most 1000), so so many changes in this time meet fewer
-/// ticks.
+/// The shortest tick of a kernel's clock (HZ is at most 1000). [`MORE_THAN_TICKS`] changes within
+/// one tick see fewer ticks than there are changes.
 const TICK: Duration = Duration::from_millis(1);
 const MORE_THAN_TICKS: u32 = 3;
 

@@ -92,7 +92,7 @@ impl Drop for Watching {
     }
 }
 
-/// Each user has so many instances, and EMFILE says nothing of them.
+/// The number of inotify instances of a user is limited; the text of EMFILE does not mention them.
 fn no_instance(errno: Errno) -> io::Error {
     let advice = match errno {
         Errno::EMFILE => {

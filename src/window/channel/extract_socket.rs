@@ -24,13 +24,13 @@ use vhost::vhost_user::{Backend, VhostUserFrontendReqHandler};
 
 use crate::window::channel::raw::{duplicate, unread};
 
-/// So many volleys must point at the same socket, and one more for each that pointed at another.
+/// Number of volleys that must point at the same socket; each that pointed at another adds one.
 const ENOUGH: usize = 2;
 
 /// Messages in a volley: of a single one, the peer may have read all before we look.
 const VOLLEY: usize = 4;
 
-/// So many volleys at most. A peer that does not read them must not make us wait: a socket takes
+/// Largest number of volleys. A peer that reads none must not make the daemon wait: a socket takes
 /// some 270 small messages (net.core.wmem_default, 212992 bytes; 768 for each).
 const MOST: u32 = 48;
 

@@ -76,7 +76,7 @@ pub enum Op {
     Reset,
     /// A new front-end has no maps yet, and the guest keeps its grants.
     MapAgain,
-    /// So many blocks are left on this file's disk.
+    /// This number of blocks is left on the disk of this file.
     Free {
         file: usize,
         blocks: u64,

@@ -12,11 +12,11 @@ pub enum Op {
     /// A store to it.
     Store(u64),
     Fsync,
-    /// write(2), from a page on, so many pages.
+    /// write(2): the first page, and the number of pages.
     Write(u64, u64),
     Fallocate(u64, u64),
     Punch(u64, u64),
-    /// ftruncate(2), to so many pages. The first one makes the file.
+    /// ftruncate(2): the new length in pages. The first one makes the file.
     Truncate(u64),
 }
 

@@ -44,7 +44,7 @@ pub struct Fixture {
 }
 
 impl Fixture {
-    /// A file of so many pages whose dirty lines only our entries know.
+    /// A file of `pages` pages whose dirty lines only our entries know.
     pub fn new(pages: u64) -> Self {
         Self::with(pages * PAGE_BYTES, false)
     }
@@ -135,7 +135,7 @@ impl Fixture {
         self.engine.counters().snapshot()
     }
 
-    /// Waits until so many have ever waited for an entry.
+    /// Waits until the number of waits for an entry is `waits`.
     pub fn until_waits(&self, waits: u64) {
         until(|| self.counted().waits >= waits);
     }

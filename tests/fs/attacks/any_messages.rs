@@ -12,7 +12,7 @@ use testkit::queue::Chain;
 
 /// How many messages each seed sends: some seconds.
 const MESSAGES: u64 = 4000;
-/// The files are made anew after so many.
+/// Number of messages after which the files are made anew.
 const AFRESH: u64 = 500;
 const NAMES: [&str; 13] =
     ["a", "b", "c", "d0", "d1", "l", "p", "x", ".", "..", "", "a/b", "\u{fffd}"];
