@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The DAX engine against doubles of its seams, against real files, and beside the kernel.
+//! The DAX engine on test doubles of its seams, on real files, and beside the kernel.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 

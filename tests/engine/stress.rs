@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Many threads at once: grants, removals, stores, writebacks, growth, truncation and punches. Run
-//! as it is, and by `ci/races` under ThreadSanitizer.
+//! Many threads at once: grants, removals, stores, writebacks, growth, truncation and punches.
+//! `cargo test` runs it, and `ci/races` runs it under ThreadSanitizer.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,7 +19,7 @@ const SLOTS_EACH: u64 = 4;
 const FILE_CHUNKS: u64 = 4;
 const ROUNDS: u64 = 400;
 
-/// xorshift, one for each thread.
+/// An xorshift generator; each thread has one.
 struct Random(u64);
 
 impl Random {
@@ -31,7 +31,8 @@ impl Random {
     }
 }
 
-/// What the guest stored in each page, and what a flush has made durable of it.
+/// The version number that the guest last stored in each page, and the one that a flush last made
+/// durable.
 struct Memory {
     stored: Vec<AtomicU64>,
     durable: Vec<AtomicU64>,
@@ -43,7 +44,7 @@ impl Memory {
         Arc::new(Self { stored: zeros(), durable: zeros() })
     }
 
-    /// All lines of a chunk: the steady file has PMD entries only.
+    /// Makes all pages of a chunk durable: the steady file has PMD entries only.
     fn flush(&self, chunk: u64) {
         assert!(chunk.is_multiple_of(PMD_BYTES), "a PTE entry in the steady file");
         let first = (chunk / PAGE_BYTES) as usize;
@@ -57,9 +58,9 @@ impl Memory {
 struct World {
     engine: Engine,
     mapper: Arc<StrictMapper>,
-    /// Never resized: each page's stores are checked.
+    /// The space of a file that is never resized; the test checks its pages.
     steady: Arc<Space>,
-    /// Grows, shrinks and gets holes.
+    /// The space of a file that grows, shrinks and gets holes.
     restless: Arc<Space>,
     memory: Arc<Memory>,
     log: Log,
@@ -80,7 +81,7 @@ fn world() -> World {
     World { engine, mapper, steady, restless, memory, log }
 }
 
-/// One guest CPU: it has some slots of the window to itself, and shares the files.
+/// One guest CPU: it has slots of the window for itself, and shares the files with the other CPUs.
 fn guest_cpu(world: &World, thread: u64) {
     let mut random = Random(thread + 1);
     let spans: Vec<_> = (0..SLOTS_EACH)
@@ -96,7 +97,10 @@ fn guest_cpu(world: &World, thread: u64) {
         if random.below(3) == 0 {
             let access = [Access::Read, Access::Write][random.below(2) as usize];
             let restless = world.engine.grant(&world.restless, from, span, access);
-            assert!(restless.is_ok() || chunk > 0, "the first chunk is never cut: {restless:?}");
+            assert!(
+                restless.is_ok() || chunk > 0,
+                "a grant of the first chunk, which is never cut, failed: {restless:?}"
+            );
         } else {
             world.engine.grant(&world.steady, from, span, Access::Write).unwrap();
             let page = chunk * PMD_PAGES + thread * 100 + random.below(100);
@@ -104,8 +108,8 @@ fn guest_cpu(world: &World, thread: u64) {
             version.fetch_add(1, Ordering::SeqCst);
             let stored = version.load(Ordering::SeqCst);
             if random.below(2) == 0 {
-                // Its removal makes it durable if it is the last write grant; else a later fsync
-                // does.
+                // The removal of the last write grant makes the store durable; otherwise the fsync
+                // below does.
                 world.engine.revoke(&[span]).unwrap();
             }
             let last = PageIndex(page + random.below(PMD_PAGES));
@@ -121,7 +125,7 @@ fn guest_cpu(world: &World, thread: u64) {
     world.engine.revoke(&spans).unwrap();
 }
 
-/// Another process changes the restless file, always leaving its first chunk.
+/// Another process changes the restless file and always leaves its first chunk.
 fn change_file(world: &World, stop: &AtomicBool) {
     let mut random = Random(99);
     while !stop.load(Ordering::Relaxed) {
@@ -139,8 +143,8 @@ fn change_file(world: &World, stop: &AtomicBool) {
     }
 }
 
-/// Shows: with everything at once no store is lost, no rule of the front-end is broken, nobody
-/// waits for ever, and nothing is left behind.
+/// Shows: under this load no store is lost, no rule of the front-end is broken, no thread waits for
+/// ever, and no grant, map or entry is left.
 #[test]
 fn many_threads_lose_nothing_and_leave_nothing() {
     let world = world();
@@ -162,7 +166,7 @@ fn many_threads_lose_nothing_and_leave_nothing() {
             cpu.unwrap();
         }
     });
-    assert_eq!(world.engine.sizes(), (0, 0), "grants and maps");
+    assert_eq!(world.engine.sizes(), (0, 0), "grants and maps are left");
     assert!(world.mapper.maps().is_empty());
     for space in [&world.steady, &world.restless] {
         assert_eq!(space.entry_count(), 0);

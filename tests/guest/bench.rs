@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! fio in a guest, on all that can show a guest a host's file: `ci/bench guests` runs it. Each
-//! share has a VM of its own, all alike, one boot for each round; devices have one together. The
-//! rounds go through the peers in turn.
+//! The benchmark in guests, run by `ci/bench guests`: fio on every way to give a guest a host file.
+//! Each share has a VM of its own with equal settings, booted once per round; all devices are in
+//! one VM. Each round begins with another peer.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code)] // The harness has more than this needs.
@@ -29,14 +29,14 @@ use figures::{Better, Figures, How, in_turn, verdict};
 use tempfile::TempDir;
 use vm::Guest;
 
-/// One fio job: engine, pattern, number of threads, number of writes between two fsyncs, and what
-/// was done before.
+/// One fio run: the engine, the pattern, the number of threads, whether each write is followed by
+/// an fsync, and the state of the guest's cache.
 struct Job {
     engine: &'static str,
     rw: &'static str,
     threads: usize,
     fsync: bool,
-    /// Nothing is cached in the guest.
+    /// The guest has nothing of the file cached at the start.
     cold: bool,
 }
 
@@ -48,7 +48,7 @@ impl Job {
         format!("{engine} {rw} x{threads}{fsync}{warmth}")
     }
 
-    /// As the case `bench-fio` wants it.
+    /// The job as the case `bench-fio` parses it.
     fn words(&self, index: usize) -> String {
         let Self { engine, rw, threads, .. } = self;
         let warmth = if self.cold { "cold" } else { "warm" };
@@ -56,7 +56,7 @@ impl Job {
     }
 }
 
-/// All jobs, in the order in which they run.
+/// All jobs, in the order of their runs.
 fn jobs() -> Vec<Job> {
     let cold = |engine, rw| Job { engine, rw, threads: 1, fsync: false, cold: true };
     let mut jobs = Vec::new();
@@ -94,11 +94,11 @@ fn main() {
     }
 }
 
-/// A part: the guest, whether it is only to be tried, how many rounds, how, and where to say how
-/// far it is.
+/// One part of the benchmark. Arguments: the guest, whether the run is a quick trial, the number of
+/// rounds, how the figures are stored, and a function that prints the progress.
 type Part = fn(&Guest, bool, usize, &How, &dyn Fn(&str));
 
-/// Runs all jobs on all peers, in the given number of rounds.
+/// Runs all jobs on all peers, `rounds` times.
 fn measure(
     guest: &Guest,
     peers: &[Peer],
@@ -123,8 +123,8 @@ fn measure(
     }
 }
 
-/// Shares: ours with windows of three sizes and without one, Debian's virtiofsd in its three modes,
-/// and the guest's own memory.
+/// Shares: ours with windows of three sizes and without one, Debian's virtiofsd in its three cache
+/// modes, and the guest's tmpfs.
 fn shares(guest: &Guest, quick: bool, rounds: usize, how: &How, step: &dyn Fn(&str)) {
     const ALL: [Peer; 8] = [
         Peer::Share { window: Some("64M") },

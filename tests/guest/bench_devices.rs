@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Persistent memory and disks, each with ext4 in the guest. All are devices of one VM, and both
-//! virtio-pmem devices show the same file, mounted from one and then from the other: which pages of
-//! the host a file has makes more of a difference than who maps them.
+//! The benchmark of persistent memory and disks, each with ext4 in the guest. All are devices of
+//! one VM. Both virtio-pmem devices show the same file, mounted from one device at a time, because
+//! which host pages back the file has more influence than which device maps it.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -17,23 +17,23 @@ use crate::machine::Options;
 use crate::vm::{Guest, Vm, slot_of};
 use crate::{Job, fsyncs, jobs};
 
-/// A file system with the file that fio works on, and its journal.
+/// Size of the file system: it holds fio's file and the journal.
 const DISK_MIB: u64 = 128;
 
-/// Our virtio-pmem, and QEMU's own.
+/// Indices of the peers: our virtio-pmem and QEMU's own.
 const OURS: usize = 0;
 const BUILT_IN: usize = 1;
-/// QEMU's virtio-blk, and the guest's own memory.
+/// QEMU's virtio-blk, and the guest's tmpfs.
 const BLK: usize = 2;
 const TMPFS: usize = 3;
 const NAMES: [&str; 4] = ["our pmem", "QEMU's pmem", "virtio-blk", "tmpfs"];
-/// Both virtio-pmem with a kernel that keeps several flushes in flight.
+/// First index of the two virtio-pmem devices with a kernel that keeps several flushes in flight.
 const PARALLEL: usize = NAMES.len();
 
-/// A VM with all of them.
+/// A VM with all devices.
 struct Fixture<'g> {
     vm: Vm<'g>,
-    /// By peer; none is the guest's own memory.
+    /// The device of each peer; `None` for tmpfs.
     devices: [Option<String>; NAMES.len()],
     _disk: Disk,
     _folder: TempDir,
@@ -63,7 +63,7 @@ impl<'g> Fixture<'g> {
         Self { vm, devices: [Some(ours), Some(built_in), blk, None], _disk: disk, _folder: folder }
     }
 
-    /// Runs one job on a peer. I/Os per second.
+    /// Runs one job on a peer. Returns I/Os per second.
     fn run(&mut self, peer: usize, runtime: &str, job: &Job) -> f64 {
         let jobs = [job.words(0)];
         let Some(dev) = &self.devices[peer] else {
@@ -79,7 +79,7 @@ impl<'g> Fixture<'g> {
         iops
     }
 
-    /// Runs one job on the device itself, whose file system is gone then. I/Os per second.
+    /// Runs one job on the bare device, which destroys its file system. Returns I/Os per second.
     fn run_bare(&mut self, peer: usize, runtime: &str, job: &Job) -> f64 {
         let dev = self.devices[peer].as_deref().expect("a device");
         let dir = format!("/tmp/bare{peer}");
@@ -87,9 +87,8 @@ impl<'g> Fixture<'g> {
         fio(&mut self.vm, &dir, runtime, &[job.words(0)])[0]
     }
 
-    /// Runs all jobs on the given number of peers, each job on one after another: on a file, then
-    /// what syncs on the bare device. Tells `add` of each row, peer and I/Os per second. Powers
-    /// off.
+    /// Runs each job on the first `peers` peers in turn: all jobs on a file, then the fsync jobs on
+    /// the bare device. Calls `add` with row, peer and I/Os per second. Powers off.
     fn measure(
         mut self,
         peers: usize,
@@ -112,7 +111,7 @@ impl<'g> Fixture<'g> {
     }
 }
 
-/// A file that has its blocks, as our daemon makes one.
+/// Makes a file with allocated blocks, as our daemon allocates them.
 fn allocated(dir: &Path) -> PathBuf {
     let path = dir.join("disk");
     let file = File::create(&path).unwrap();
@@ -120,12 +119,12 @@ fn allocated(dir: &Path) -> PathBuf {
     path
 }
 
-/// The row of a job on the device itself.
+/// Name of the row of a job on the bare device.
 fn bare(job: &Job) -> String {
     format!("the bare device, {}", job.name())
 }
 
-/// Measures, and shows.
+/// Measures and prints the figures.
 pub fn run(guest: &Guest, quick: bool, rounds: usize, how: &How, step: &dyn Fn(&str)) {
     let runtime = if quick { "20ms" } else { "500ms" };
     let parallel = guest.images().kernel_parallel().filter(|_| !quick);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Memory: two guests read the same file of the host, and each says what it cost it; the host says
-//! what its processes hold, what several share by their shares (PSS).
+//! Memory: two guests read the same host file. Each guest reports the memory that the read cost;
+//! the host reports the proportional set size (PSS) of QEMU and the daemons.
 
 use std::fs;
 
@@ -14,7 +14,7 @@ use crate::vm::Guest;
 
 const FILE_MIB: usize = 256;
 
-/// Measures, and shows.
+/// Measures and prints the figures.
 pub fn run(guest: &Guest, quick: bool, rounds: usize, how: &How, step: &dyn Fn(&str)) {
     const NAMES: [&str; 3] = ["ours, window 512M", "ours, no window", "virtiofsd always"];
     let mib = if quick { 32 } else { FILE_MIB };
@@ -55,6 +55,6 @@ pub fn run(guest: &Guest, quick: bool, rounds: usize, how: &How, step: &dyn Fn(&
             vms.iter_mut().for_each(|vm| vm.poweroff());
         }
     }
-    // The first uses next to none: no ratio says anything.
+    // The first peer uses almost no memory, so a ratio to it means nothing.
     figures.show(0, &[], how);
 }

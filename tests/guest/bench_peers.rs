@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What shows a guest a host's file, and how fio is run on it.
+//! The peers of the benchmark: the ways to give a guest a host file, and how fio runs on it.
 
 use std::fs;
 use std::path::Path;
@@ -10,17 +10,17 @@ use crate::machine::Options;
 use crate::share::Share;
 use crate::vm::{Guest, Vm};
 
-/// What fio works on: it fits into all windows but the smallest.
+/// Size of fio's file in bytes: it fits into all windows except the smallest.
 pub const DATA_BYTES: usize = 32 << 20;
 
-/// One of them.
+/// One way to give the guest a file.
 #[derive(Clone, Copy)]
 pub enum Peer {
     /// Our share, with a window or without one.
     Share { window: Option<&'static str> },
     /// Debian's virtiofsd.
     Virtiofsd { cache: &'static str },
-    /// The guest's own memory: nothing is faster.
+    /// tmpfs in the guest's own memory: the upper bound.
     Tmpfs,
 }
 
@@ -35,17 +35,17 @@ impl Peer {
         }
     }
 
-    /// Whether it can do a job, and this is of interest.
+    /// Whether the peer can run a job.
     pub fn runs(&self, job: &Job) -> bool {
         match self {
-            // No MAP_SHARED in this mode.
+            // `--cache never` forbids MAP_SHARED.
             Self::Virtiofsd { cache: "never" } => job.engine != "mmap",
             _ => true,
         }
     }
 
-    /// Boots, runs the jobs (see the case `bench-fio`) on the file `data` of `dir`, and powers off.
-    /// I/Os per second by job.
+    /// Boots a VM, runs the jobs (see the case `bench-fio`) on the file `data` of `dir`, and powers
+    /// off. Returns I/Os per second, by job.
     pub fn run(&self, guest: &Guest, dir: &Path, runtime: &str, jobs: &[String]) -> Vec<f64> {
         let share = match *self {
             Self::Share { window: Some(window) } => Share::dax(dir, "bench").window(window),
@@ -67,12 +67,13 @@ impl Peer {
     }
 }
 
-/// The file that all shares show: one for all, so that its pages are the same ones of the host.
+/// Makes the file that all shares show: one file, so that all peers use the same pages of the host.
 pub fn make_data(dir: &Path) {
     fs::write(dir.join("data"), vec![7; DATA_BYTES]).unwrap();
 }
 
-/// Runs jobs on the file `data` in `dir`, which is made if it is not there. I/Os per second by job.
+/// Runs jobs on the file `data` in `dir`; the case creates the file if it does not exist. Returns
+/// I/Os per second, by job.
 pub fn fio(vm: &mut Vm<'_>, dir: &str, runtime: &str, jobs: &[String]) -> Vec<f64> {
     let bytes = DATA_BYTES.to_string();
     let mut args = vec![dir, &bytes, runtime];

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Crashes: kill -9 of the daemon, of QEMU, of both, and a loss of power, while the guest syncs
-//! step after step of a plan. Every byte that was acknowledged must be there: in the file system as
-//! it goes on after a kill, and in what a disk that loses what was not synced holds afterwards.
+//! Crashes: kill -9 of the daemon, of QEMU, of both, and a power failure, while the guest syncs the
+//! steps of a plan. Every acknowledged byte must be there: after a kill in the file system, which
+//! stays in use, and in the images of the lossy disk that the host finds after a power failure.
 //!
-//! `VUD_CRASH_ROUNDS` is the number of rounds (10 unless set), `VUD_CRASH_SEED` their random seed,
-//! `VUD_CRASH_ROUND` the one round to run; `ci/crash` sets them.
+//! `VUD_CRASH_ROUNDS` is the number of rounds (default: 10), `VUD_CRASH_SEED` the seed,
+//! `VUD_CRASH_ROUND` the number of the only round to run; `ci/crash` sets them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -26,14 +26,15 @@ use crate::share::Share;
 use crate::vm::{Guest, Vm};
 
 const PMEM_MIB: u64 = 64;
-/// Acknowledged before the end comes.
+/// Range for the number of acknowledged steps before the kill or the power failure.
 const ACKS: std::ops::Range<u64> = 5..120;
-/// How long to listen for an acknowledgement that must not come. A broken daemon is the more surely
-/// caught, the longer this is; a good one is never blamed.
-const LIE: Duration = Duration::from_secs(1);
-const LIES: u64 = 20;
-/// Acknowledgements on their way in the guest's serial port when it dies.
-const UNHEARD: u64 = 200;
+/// How long to wait for each acknowledgement that must not come. A longer time catches a broken
+/// daemon more surely; a correct daemon never sends one.
+const WRONG_ACK_WAIT: Duration = Duration::from_secs(1);
+/// Largest number of wrong acknowledgements to wait for.
+const MAX_WRONG_ACKS: u64 = 20;
+/// Largest number of acknowledgements that were still in the guest's serial port at the kill.
+const ACKS_IN_FLIGHT: u64 = 200;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Device {
@@ -59,13 +60,14 @@ struct Round {
     device: Device,
     end: End,
     acks: u64,
-    /// One stream alone: no sync of the other's covers for one that comes too late.
+    /// The only stream to run, if any. With both streams, a sync of one can hide that a sync of the
+    /// other came too late.
     only: Option<u64>,
     coin: u64,
 }
 
 impl Round {
-    /// Nine rounds meet each file system with each device; thirty-six with each end, too.
+    /// Nine rounds cover each file system with each device; 36 rounds cover each end, too.
     fn new(number: u64, seed: u64) -> Self {
         let pick = |n: u64, of: u64| usize::try_from(n % of).unwrap();
         let random = scatter(seed.wrapping_add(number));
@@ -93,14 +95,14 @@ fn scatter(n: u64) -> u64 {
         ^ (n.wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 27)
 }
 
-/// What the guest was told is durable: the last step of each stream.
+/// The last acknowledged step of each stream.
 type Acked = [Option<u64>; STREAMS as usize];
 
 fn count(acked: &Acked) -> u64 {
     acked.iter().map(|last| last.map_or(0, |last| last + 1)).sum()
 }
 
-fn hear(acked: &mut Acked, line: &str) -> bool {
+fn record_ack(acked: &mut Acked, line: &str) -> bool {
     let Some((stream, n)) = line.strip_prefix("acked=").and_then(|ack| ack.split_once(',')) else {
         return false;
     };
@@ -109,7 +111,7 @@ fn hear(acked: &mut Acked, line: &str) -> bool {
     true
 }
 
-/// What one file must hold, byte by byte, after the acknowledged steps of a stream.
+/// The bytes that each file must hold after the acknowledged steps of a stream.
 fn expected(stream: u64, last: Option<u64>, raw: bool) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
     for n in 0..last.map_or(0, |last| last + 1) {
@@ -125,8 +127,8 @@ fn expected(stream: u64, last: Option<u64>, raw: bool) -> BTreeMap<String, Vec<u
     files
 }
 
-/// Compares what is there with what must be. A byte that a later, unacknowledged step has put there
-/// is as good. Says what is lost.
+/// Compares the bytes found with the expected ones. A byte of a later, unacknowledged step is
+/// right, too. The error says which bytes are lost.
 fn check_stream(place: &Path, raw: bool, stream: u64, last: Option<u64>) -> Result<(), String> {
     for (name, bytes) in expected(stream, last, raw) {
         let path = if raw { place.to_owned() } else { place.join(&name) };
@@ -135,7 +137,7 @@ fn check_stream(place: &Path, raw: bool, stream: u64, last: Option<u64>) -> Resu
             return Err(format!("LOST: {name} has {} of {} bytes", found.len(), bytes.len()));
         }
         let behind = last.map_or(0, |last| last + 1);
-        let later: Vec<_> = (behind..behind + UNHEARD)
+        let later: Vec<_> = (behind..behind + ACKS_IN_FLIGHT)
             .map(|n| (n, step(stream, n, raw)))
             .filter(|(_, step)| step.file == name)
             .collect();
@@ -167,7 +169,7 @@ fn sync(path: &Path) {
     std::fs::File::open(path).and_then(|file| file.sync_all()).expect("sync");
 }
 
-/// Where the round's files are, inside the host's file system.
+/// The files of a round, inside the host's file system.
 struct Place {
     pmem: Option<Disk>,
     inside: PathBuf,
@@ -184,8 +186,8 @@ impl Place {
             Device::PmemRaw | Device::PmemExt4 => {
                 let disk = Disk::below(host, PMEM_MIB);
                 let inside = disk.path().strip_prefix(host).unwrap().to_owned();
-                // It is there before all else, as the daemon makes it: blocks that nobody has
-                // written.
+                // The file exists before the daemon starts, allocated as the daemon allocates it:
+                // its blocks are unwritten extents.
                 let file = std::fs::File::create(disk.path()).unwrap();
                 let bytes = (PMEM_MIB << 20) as i64;
                 fallocate(&file, FallocateFlags::empty(), 0, bytes).unwrap();
@@ -197,7 +199,7 @@ impl Place {
         }
     }
 
-    /// What of the host's file system at `host` holds all that was acknowledged.
+    /// Checks that the host's file system at `host` holds everything that was acknowledged.
     fn check(&self, device: Device, host: &Path, acked: &Acked) -> Result<(), String> {
         let place = host.join(&self.inside);
         match device {
@@ -212,7 +214,7 @@ impl Place {
     }
 }
 
-/// Boots, and runs the plan until it has acknowledged enough.
+/// Boots a VM and runs the plan until the number of acknowledgements of the round is reached.
 fn run_plan<'g>(guest: &'g Guest, round: &Round, place: &Place, host: &Path) -> (Vm<'g>, Acked) {
     let options = Options { tools: true, ..Options::default() };
     let mut vm = match &place.pmem {
@@ -241,7 +243,7 @@ fn run_plan<'g>(guest: &'g Guest, round: &Round, place: &Place, host: &Path) -> 
     let mut acked = Acked::default();
     while count(&acked) < round.acks {
         let line = vm.case_line();
-        if !hear(&mut acked, &line) {
+        if !record_ack(&mut acked, &line) {
             vm.fail(&format!("the workload said '{line}'"));
         }
     }
@@ -257,7 +259,7 @@ fn kill(vm: &mut Vm<'_>, end: End) {
     }
 }
 
-/// Returns how many steps were acknowledged.
+/// Returns the number of acknowledged steps.
 fn run_round(guest: &Guest, round: &Round) -> Result<u64, String> {
     let host = HostDisk::new(round.kind)?;
     let place = Place::new(round.device, host.path());
@@ -265,33 +267,33 @@ fn run_round(guest: &Guest, round: &Round) -> Result<u64, String> {
     let of = |what: String| move |why: String| format!("{round}: {what}: {why}");
     let disk = if round.end == End::Power {
         host.disk().hold_syncs();
-        // A broken daemon would lie for ever.
-        for line in (0..LIES).map_while(|_| vm.case_line_within(LIE)) {
-            hear(&mut acked, &line);
+        // At most `MAX_WRONG_ACKS` lines: a broken daemon acknowledges without end.
+        for line in (0..MAX_WRONG_ACKS).map_while(|_| vm.case_line_within(WRONG_ACK_WAIT)) {
+            record_ack(&mut acked, &line);
         }
         host.disk().lose_power();
         kill(&mut vm, End::Both);
         None
     } else {
         kill(&mut vm, round.end);
-        // As if power were lost right now: what follows looks at the live file system, which makes
-        // it sync.
+        // The state of the disk if power failed now. It is copied first, because the checks of the
+        // live file system make it sync.
         let disk = host.disk().copy().map_err(|why| format!("{round}: {why}"))?;
         if round.end == End::Daemon {
-            // Nothing is acknowledged any more: it hangs, or has errors.
+            // Nothing is acknowledged any more: the guest's requests hang or fail.
             vm.kill_qemu();
         }
         Some(disk)
     };
     for line in vm.last_lines() {
-        hear(&mut acked, &line);
+        record_ack(&mut acked, &line);
     }
     drop(vm);
     let disk = match disk {
         None => host.off(),
         Some(disk) => {
             place.check(round.device, host.path(), &acked).map_err(of("after the kill".into()))?;
-            drop(host); // btrfs mounts no second disk of the same name.
+            drop(host); // btrfs refuses to mount a second file system with the same UUID.
             disk
         }
     };
@@ -309,8 +311,8 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().expect("a number"))
 }
 
-/// Whether this host can be given disks, in a namespace of this thread's own; the log of cases says
-/// so if not.
+/// Whether this host allows a mount namespace for this thread, and FUSE mounts. If not, a line in
+/// the log of cases says so.
 fn has_host_disks(test: &str) -> bool {
     let has = own_namespace().is_ok() && Path::new("/dev/fuse").exists();
     if !has && let Some(images) = Images::find(test) {
@@ -319,7 +321,7 @@ fn has_host_disks(test: &str) -> bool {
     has
 }
 
-/// Shows: no acknowledged byte is lost, on any of the file systems and devices, at any of the ends.
+/// Shows: no acknowledged byte is lost, on any file system and any device, at any end.
 #[test]
 fn crash_rounds() {
     if Guest::enter("crash_rounds").is_none() || !has_host_disks("crash_rounds") {
@@ -346,7 +348,7 @@ fn crash_rounds() {
                 println!(
                     "{round}: {}",
                     match &done {
-                        Ok(acks) => format!("{acks} acknowledged, all there"),
+                        Ok(acks) => format!("{acks} steps acknowledged, none lost"),
                         Err(_) => "FAILED".into(),
                     }
                 );
@@ -370,7 +372,7 @@ fn crash_rounds() {
     assert!(failures.is_empty(), "acknowledged bytes were lost:\n{}", failures.join("\n"));
 }
 
-/// What came of the rounds of one kind.
+/// Results of the rounds with one file system, one device and one end.
 #[derive(Default)]
 struct Row {
     rounds: u64,
@@ -396,7 +398,7 @@ fn print_table(table: &BTreeMap<(&str, Device, End), Row>) {
     line("all", &all);
 }
 
-/// Shows that the disk is no kinder than a real one: what was synced is there, what was not is
+/// Shows that the lossy disk loses as much as a real one: synced data is there, unsynced data is
 /// lost.
 #[test]
 fn the_lossy_disk_loses_what_was_not_synced() {
@@ -413,14 +415,22 @@ fn the_lossy_disk_loses_what_was_not_synced() {
         std::fs::write(host.path().join("lost"), &lost).unwrap();
         host.disk().lose_power();
         let written = std::fs::File::open(host.path().join("lost")).unwrap();
-        assert!(written.sync_all().is_err(), "{}: a sync without power", kind.name());
+        assert!(
+            written.sync_all().is_err(),
+            "{}: a sync succeeded after the power failure",
+            kind.name()
+        );
         drop(written);
         let disk = host.off();
         for survivors in [Survivors::None, Survivors::Some(5), Survivors::All] {
             let recovered = Recovered::of(&disk, survivors).unwrap();
             let found = |name: &str| std::fs::read(recovered.path().join(name)).unwrap_or_default();
-            assert!(found("kept") == kept, "{}, {survivors:?}: lost", kind.name());
-            assert!(found("lost") != lost, "{}, {survivors:?}: too kind", kind.name());
+            assert!(found("kept") == kept, "{}, {survivors:?}: synced data is lost", kind.name());
+            assert!(
+                found("lost") != lost,
+                "{}, {survivors:?}: unsynced data has survived",
+                kind.name()
+            );
         }
     }
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Q1: QEMU crashes when it handles a map or an unmap for a device that it has stopped. Here maps
-//! and unmaps never cease while the VM is stopped and continued.
+//! Q1 of docs/front-ends.md: QEMU crashes when it handles SHMEM_MAP or SHMEM_UNMAP for a device
+//! that it has stopped. These tests send maps and unmaps all the time while the VM is stopped and
+//! continued.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -22,10 +23,10 @@ use crate::machine::Options;
 use crate::script::{MakeMapper, Script};
 use crate::vm::{Guest, Vm};
 
-/// The mapper that the daemon has.
+/// The mapper that the daemon uses.
 const OURS: MakeMapper = |channel, started| Arc::new(ShmemMapper::new(channel, started));
 
-/// One that only looks, in the last moment before the system call, whether the device is started.
+/// A naive mapper: it only checks just before sendmsg(2) whether the device is started.
 const LOOKS: MakeMapper = |channel, started| Arc::new(Looks { channel, started });
 
 struct Looks {
@@ -77,7 +78,7 @@ impl Mapper for Looks {
     }
 }
 
-/// What became of the requests.
+/// Number of requests by result, and the flag that ends the test.
 #[derive(Default)]
 struct Counts {
     done: AtomicU64,
@@ -92,8 +93,8 @@ impl Counts {
     }
 }
 
-/// Maps and unmaps one range without a pause, and again when the device was stopped: what failed
-/// was not done, and what was done lasts, so no request may ever be refused.
+/// Maps and unmaps one range all the time. A request that found the device stopped is repeated. It
+/// was not carried out, and the earlier ones last, so a refusal of any request is an error.
 fn storm(script: &Script, counts: &Counts) {
     let mapper = script.mapper();
     let again = |request: &dyn Fn() -> Result<(), MapError>| {
@@ -120,11 +121,11 @@ fn storm(script: &Script, counts: &Counts) {
     }
 }
 
-/// Requests that a storm does at least: there are pauses until it has.
+/// Least number of requests that the storm must have done; the pauses go on until then.
 const STORM: u64 = 100;
 
-/// Stops and continues the VM until it has been done `times` times and there was a storm, or QEMU is
-/// gone; how often.
+/// Stops and continues the VM until there were `times` pauses and the storm has done `STORM`
+/// requests, or until QEMU has ended. Returns the number of pauses.
 fn pauses(vm: &mut Vm<'_>, counts: &Counts, times: usize) -> usize {
     let pause = |vm: &mut Vm<'_>| {
         vm.qmp("stop", json!({}));
@@ -140,7 +141,7 @@ fn pauses(vm: &mut Vm<'_>, counts: &Counts, times: usize) -> usize {
     done
 }
 
-/// Boots a VM with the device and pauses it `times` times in the storm.
+/// Boots a VM with the scripted device and pauses it `times` times during the storm.
 fn cross(test: &'static str, make: MakeMapper, times: usize) -> Option<(usize, Counts)> {
     let guest = Guest::enter(test)?;
     let script = Script::start(make);
@@ -165,25 +166,26 @@ fn cross(test: &'static str, make: MakeMapper, times: usize) -> Option<(usize, C
     Some((survived, counts))
 }
 
-/// Maps and unmaps go on, and none is lost or done twice, however often a stop meets one.
+/// Shows: maps and unmaps go on across stops; none is lost and none is done twice.
 #[test]
 fn stops_cross_maps() {
     let Some((survived, counts)) = cross("stops_cross_maps", OURS, 300) else { return };
-    assert!(survived >= 300, "QEMU died");
+    assert!(survived >= 300, "QEMU has ended");
     assert_eq!(Counts::get(&counts.failed), 0);
-    assert!(Counts::get(&counts.done) > STORM, "there was no storm");
+    assert!(Counts::get(&counts.done) > STORM, "the storm sent too few requests");
 }
 
-/// The same without what `window/channel.rs` does: shows that the test above finds it.
+/// As `stops_cross_maps`, with the naive mapper. Shows that the test detects the crash that
+/// `window/channel/` prevents.
 #[test]
-#[ignore = "shows how QEMU dies; run by hand"]
+#[ignore = "shows how QEMU crashes; run by hand"]
 fn stops_cross_maps_that_only_look() {
     let name = "stops_cross_maps_that_only_look";
     let Some((survived, _)) = cross(name, LOOKS, 3000) else { return };
     assert!(survived < 3000, "QEMU survived");
 }
 
-/// What a request costs with 32 live maps, for both ways.
+/// Measures the duration of a map and of an unmap with 32 live maps, for both mappers.
 #[test]
 #[ignore = "a measurement; run by hand"]
 fn cost_of_a_map() {

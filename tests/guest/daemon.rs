@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The daemon as a child process: started, watched, killed.
+//! The daemon as a child process: start, log, counters, end.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -11,13 +11,14 @@ use crate::images::Images;
 use crate::output::Output;
 use crate::share::Share;
 
-/// Nothing here takes this long; it only tells a hang from a slow machine.
+/// Time limit that tells a hang from a slow machine; each step takes far less.
 const HANG: Duration = Duration::from_secs(60);
 
-/// A leak of one map per mount, or per map in the window, is far more.
+/// Allowance for maps of threads. A leak of one map per mount, or per map in the window, exceeds
+/// it.
 const MAPS_OF_THREADS: usize = 64;
 
-/// What the daemon says of a session when it ends.
+/// The counters in the line that the daemon logs at the end of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Counts {
     pub flushes: u64,
@@ -26,19 +27,20 @@ pub struct Counts {
     pub malformed: u64,
 }
 
-/// File descriptors, mappings and memory of a daemon; the VM's memory is not counted.
+/// File descriptors, mappings and anonymous memory of a daemon, without the VM's memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Usage {
     pub fds: usize,
     pub maps: usize,
-    /// Those of a file, a library or a memfd.
+    /// Number of mappings of a file, a library or a memfd.
     pub file_maps: usize,
     pub rss_kib: u64,
 }
 
 impl Usage {
-    /// Nothing was left behind: no descriptor and no map of a file. Threads come and go as they are
-    /// needed, and each may have a stack, an arena and a guard page of each.
+    /// Asserts that no descriptor and no map of a file was leaked. Other maps may grow: the number
+    /// of threads varies, and each thread may have a stack, a malloc arena, and a guard page of
+    /// each.
     pub fn assert_like(self, before: Self) {
         let like = self.fds <= before.fds
             && self.file_maps <= before.file_maps
@@ -48,8 +50,8 @@ impl Usage {
     }
 }
 
-/// Our daemon; with `VUD_DAEMON`, another build of it, to see that a test finds what is broken
-/// there.
+/// Path of our daemon. `VUD_DAEMON` selects another build, for example a broken one, to see that a
+/// test detects the defect.
 pub fn binary() -> PathBuf {
     let other = std::env::var_os("VUD_DAEMON");
     other.map_or_else(|| env!("CARGO_BIN_EXE_vhost-user-dax").into(), PathBuf::from)
@@ -63,8 +65,8 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts the daemon on `disk` and waits until its socket is there. With
-    /// `strace` arguments it runs under strace, which can make its disk slow or bad.
+    /// Starts the daemon on `disk` and waits until its socket exists. With arguments for strace it
+    /// runs under strace, which can delay the daemon's system calls or make them fail.
     pub fn start(
         disk: &Disk,
         socket: &Path,
@@ -76,8 +78,8 @@ impl Daemon {
             None => Command::new(binary()),
             Some(trace) => {
                 let mut command = Command::new("strace");
-                // -D: our child is the daemon itself and the tracer its grandchild,
-                // so that a signal to the child reaches the daemon.
+                // -D: the child process is the daemon and the tracer its grandchild, so that a
+                // signal to the child reaches the daemon.
                 command.args(["-D", "-f", "-o"]).arg(trace).args(strace);
                 command.arg("--").arg(binary());
                 command
@@ -113,31 +115,31 @@ impl Daemon {
         daemon
     }
 
-    /// One more daemon on `disk` ends with code 2, and says why.
+    /// Starts another daemon on `disk`, which must end with code 2 and log `why`.
     pub fn assert_refused(disk: &Disk, why: &str) {
         let mut command = Command::new(binary());
         command.arg("pmem").arg("--socket-path").arg(disk.path().with_extension("second"));
         let output = command.arg("--file").arg(disk.path()).output().expect("start a daemon");
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.code() == Some(2) && said.contains(why), "{said}");
+        let log = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && log.contains(why), "{log}");
     }
 
-    // Not by connecting: a connection is the daemon's one session.
+    // Polls for the socket's path. A connection would be the daemon's only session.
     fn wait_for_socket(&mut self) {
-        let there = self.output.wait_until(HANG, || self.socket.exists());
-        assert!(there, "the daemon made no socket:\n{}", self.log());
+        let exists = self.output.wait_until(HANG, || self.socket.exists());
+        assert!(exists, "the daemon created no socket:\n{}", self.log());
     }
 
     pub fn log(&self) -> String {
         self.output.lines().join("\n")
     }
 
-    /// Its process.
+    /// Process ID of the daemon.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// What it holds of the host just now.
+    /// The daemon's current use of descriptors, mappings and memory.
     pub fn usage(&self) -> Usage {
         let process = PathBuf::from(format!("/proc/{}", self.pid()));
         let read = |name: &str| std::fs::read_to_string(process.join(name)).expect("read /proc");
@@ -157,7 +159,7 @@ impl Daemon {
         self.child.wait().expect("wait for the killed daemon");
     }
 
-    /// Ends it as a service manager does, with SIGTERM; it must end well.
+    /// Ends the daemon by SIGTERM, as a service manager does; the exit code must be 0.
     pub fn terminate(&mut self) {
         let pid = nix::unistd::Pid::from_raw(self.pid().cast_signed());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("send SIGTERM");
@@ -165,7 +167,7 @@ impl Daemon {
         assert!(status.success(), "the daemon ended with {status}:\n{}", self.log());
     }
 
-    /// Waits until the daemon ended on its own, as it does when its VM goes.
+    /// Waits until the daemon has ended on its own, as it does when its VM has gone.
     pub fn wait(&mut self) -> ExitStatus {
         assert!(self.output.wait_closed(HANG), "the daemon does not end:\n{}", self.log());
         self.child.wait().expect("wait for the daemon")
@@ -194,12 +196,12 @@ impl Daemon {
         }
     }
 
-    /// How often the daemon entered `call`, by strace's own account.
+    /// Number of times the daemon entered the system call `call`, counted by strace.
     pub fn traced(&self, call: &str) -> u64 {
         let trace = self.trace.as_ref().expect("the daemon runs under strace");
         let text = std::fs::read_to_string(trace).expect("read the trace");
-        // A call that another thread interrupts has a second line, `<... resumed>`,
-        // in which the name is not followed by its arguments.
+        // strace prints a call that another thread interrupts in two lines; the second one, `<...
+        // call resumed>`, does not contain `call(`.
         let entered = format!("{call}(");
         text.lines().filter(|line| line.contains(&entered)).count() as u64
     }
@@ -207,7 +209,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // Both fail when it is gone already, which is as well.
+        // Both fail if the daemon has ended already; that is no error.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The second half of the demo: one host directory, as a share with a DAX window, without one, and
-//! served by Debian's virtiofsd, in the same guest; fio compares them.
+//! The second half of the demo: fio compares, in one guest, a share with a DAX window, a share
+//! without one, and a share served by Debian's virtiofsd.
 
 use std::fs::File;
 use std::io::Write;
@@ -14,7 +14,7 @@ use crate::share::Share;
 use crate::vm::{Guest, Vm};
 
 const FILE_BYTES: usize = 16 << 20;
-/// Of each measurement.
+/// Duration of each measurement.
 const SECONDS: &str = "500ms";
 const NAMES: [&str; 3] = ["DAX", "no DAX", "virtiofsd"];
 const ROWS: [(&str, &str, &str); 8] = [
@@ -28,7 +28,7 @@ const ROWS: [(&str, &str, &str); 8] = [
     ("random write", "mmap", "randwrite"),
 ];
 
-/// KiB/s of one row, in the order of `NAMES`.
+/// Rates of one row in KiB/s, in the order of `NAMES`.
 type Row = [f64; 3];
 
 pub fn run(guest: &Guest, step: &dyn Fn(&str)) {
@@ -55,14 +55,15 @@ pub fn run(guest: &Guest, step: &dyn Fn(&str)) {
     step("fio measured them; the files had been read before");
     for (share, sum) in shares.iter().zip(sums(&mut vm, &shares)) {
         let bytes = std::fs::read(share.path("speed")).unwrap();
-        assert_eq!(sum, sha256(&bytes), "the host has other bytes than the guest");
+        assert_eq!(sum, sha256(&bytes), "the file's SHA-256 differs: guest (left), host (right)");
     }
     vm.poweroff();
-    step("guest and host agree on the SHA-256 of what fio wrote; all ended with code 0");
+    step("the SHA-256 of fio's files is equal in guest and host; all processes ended with code 0");
     print_table(&rows);
 }
 
-/// Reads each file in the guest, which warms all caches and maps, and tells the sums.
+/// Reads each file in the guest, which fills the caches and the window, and returns the SHA-256 of
+/// each.
 fn sums(vm: &mut Vm<'_>, shares: &[Share; 3]) -> Vec<String> {
     let files = shares.each_ref().map(|share| format!("/mnt/{}/speed", share.tag()));
     let report = vm.run("sums", &files.each_ref().map(String::as_str));
@@ -93,6 +94,6 @@ fn print_table(rows: &[Row]) {
         );
     }
     println!(
-        "\n  Both daemons with --cache auto: what the guest has cached without DAX, it drops at each open.\n"
+        "\n  Both daemons ran with --cache auto: without DAX the guest drops its cache at each open.\n"
     );
 }

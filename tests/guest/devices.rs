@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The device itself: several of them, resets, another driver life. Each time the
-//! window must show the same file again.
+//! Several pmem devices in a VM, resets, and a rebind of the driver. Afterwards the window must
+//! show the same file again.
 
 use crate::disk::{Disk, pattern};
 use crate::vm::{Guest, Vm, slot_of};
@@ -14,7 +14,8 @@ fn write(vm: &mut Vm<'_>, disk: &Disk, file: &str, seed: &str) -> String {
     report.get("sha256").to_owned()
 }
 
-/// Two devices in one VM: each has its own file, and no byte goes to the other.
+/// Two devices in one VM: each has its own file, and bytes written to one device do not reach the
+/// other file.
 #[test]
 fn two_devices() {
     let Some(guest) = Guest::enter("two_devices") else { return };
@@ -31,19 +32,22 @@ fn two_devices() {
     }
     for (index, disk) in disks.iter().enumerate() {
         vm.run("umount", &[&format!("/mnt/{index}")]);
-        // The first block of a file begins with its pattern.
+        // A file's first block begins with its pattern.
         let all = disk.read(0, disk.bytes());
         let has = |seed: usize| {
             let start = format!("disk-{seed}\n").into_bytes();
             all.chunks(4096).any(|block| block.starts_with(&start))
         };
-        assert!(has(index) && !has(1 - index), "disk {index} does not have its own bytes only");
+        assert!(
+            has(index) && !has(1 - index),
+            "disk {index} lacks its own bytes, or has the other disk's"
+        );
     }
     vm.poweroff();
 }
 
-/// A reset with the file system mounted: the window is mapped again, the fsynced
-/// bytes are there, and new ones reach the host.
+/// A reset with the file system mounted: the window is mapped again, the fsynced bytes are there,
+/// and newly written bytes reach the host.
 #[test]
 fn reboot_inside_the_guest() {
     let Some(guest) = Guest::enter("reboot_inside_the_guest") else { return };
@@ -66,7 +70,7 @@ fn reboot_inside_the_guest() {
     vm.poweroff();
 }
 
-/// The driver goes and comes back, twice.
+/// The driver is unbound and bound again, twice.
 #[test]
 fn driver_unbind_and_bind() {
     let Some(guest) = Guest::enter("driver_unbind_and_bind") else { return };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A backing file on the host, and the judge of its bytes. Nothing is mounted: the
-//! guest says where a file's bytes should be, and they are read from there.
+//! A backing file on the host, and the comparison of its bytes. The host mounts nothing: the guest
+//! reports the extents of a file, and the host reads them from the backing file.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -13,7 +13,8 @@ use twox_hash::XxHash3_128;
 
 use crate::report::CaseReport;
 
-/// Outlives daemons and VMs, so that a test can start new ones on it.
+/// A backing file in a temporary folder. It outlives daemons and VMs, so that a test can start new
+/// ones on it.
 pub struct Disk {
     folder: TempDir,
     bytes: u64,
@@ -21,19 +22,19 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// The file itself is made by the daemon (`--size`).
+    /// The daemon creates the file itself (`--size`).
     pub fn new(mib: u64) -> Self {
         let folder = TempDir::new().expect("make a folder for the disk");
         Self { folder, bytes: mib << 20, args: Vec::new() }
     }
 
-    /// The same, in a folder of its own below `dir`.
+    /// As `new`, in a temporary folder below `dir`.
     pub fn below(dir: &Path, mib: u64) -> Self {
         let folder = TempDir::new_in(dir).expect("make a folder for the disk");
         Self { folder, bytes: mib << 20, args: Vec::new() }
     }
 
-    /// More arguments for its daemon.
+    /// Sets additional arguments for the daemon.
     pub fn args(self, args: &[&str]) -> Self {
         Self { args: args.iter().map(|arg| (*arg).to_owned()).collect(), ..self }
     }
@@ -54,13 +55,13 @@ impl Disk {
         read_at(&self.path(), offset, len)
     }
 
-    /// The bytes of the guest's file that `report` describes, read at their place.
+    /// The bytes of the guest's file that `report` describes, read at their extents.
     pub fn file_bytes(&self, report: &CaseReport) -> Vec<u8> {
         let total = report.number("bytes");
         let mut bytes = Vec::new();
         for extent in report.extents() {
             assert_eq!(extent.logical, bytes.len() as u64, "a hole in {report:#?}");
-            // The last block of a file is longer than what the file has in it.
+            // The last block extends beyond the end of the file.
             let len = extent.len_bytes.min(total - extent.logical);
             bytes.extend(self.read(extent.physical, len));
         }
@@ -68,15 +69,16 @@ impl Disk {
         bytes
     }
 
-    /// The guest fsynced a file and told its sha256: the host has those bytes.
+    /// Checks that the host has the bytes of a file that the guest has fsynced, by the SHA-256 in
+    /// the report.
     pub fn check(&self, report: &CaseReport) {
         let sha256 = sha256(&self.file_bytes(report));
-        assert_eq!(sha256, report.get("sha256"), "other bytes on the host: {report:#?}");
+        assert_eq!(sha256, report.get("sha256"), "the bytes on the host differ: {report:#?}");
     }
 
-    /// The same, and the host knows by itself what the bytes must be.
+    /// As `check`, and compares the bytes with `expected`.
     pub fn check_is(&self, report: &CaseReport, expected: &[u8]) {
-        assert!(self.file_bytes(report) == expected, "other bytes on the host: {report:#?}");
+        assert!(self.file_bytes(report) == expected, "the bytes on the host differ: {report:#?}");
         self.check(report);
     }
 }
@@ -92,17 +94,17 @@ pub fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// What `mapio sums` tells of these bytes.
+/// The checksum that `mapio sums` prints for these bytes.
 pub fn xxh3(bytes: &[u8]) -> String {
     format!("{:032x}", XxHash3_128::oneshot(bytes))
 }
 
-/// What `pattern` in guest-tests/lib.sh makes.
+/// The bytes that the function `pattern` in guest-tests/lib.sh writes.
 pub fn pattern(seed: &str, len: usize) -> Vec<u8> {
     format!("{seed}\n").into_bytes().into_iter().cycle().take(len).collect()
 }
 
-/// What the case mmap-write stores: one value a page.
+/// The bytes that the case `mmap-write` stores: one value per page.
 pub fn page_pattern(seed: usize, len: usize) -> Vec<u8> {
     (0..len).map(|offset| u8::try_from((seed + offset / 4096) % 251).unwrap()).collect()
 }

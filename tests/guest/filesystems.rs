@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! File systems with `-o dax`: what the guest fsyncs is in the file on the host.
+//! File systems mounted with `-o dax`: the bytes that the guest fsyncs are in the backing file.
 
 use crate::disk::{Disk, page_pattern, pattern};
 use crate::vm::{Guest, Vm};
 
 const MIB: usize = 1 << 20;
 
-/// Makes the file system on a disk and mounts it with DAX on /mnt.
+/// Makes a file system on the first disk and mounts it on /mnt with DAX.
 fn mount_new(vm: &mut Vm<'_>, fs: &str) -> String {
     let (dev, _) = vm.ready(0);
     vm.run("mkfs", &[fs, &dev]);
@@ -34,11 +34,11 @@ fn dax_file_system(test: &'static str, fs: &str, mib: u64) {
     vm.run("fsck", &[fs, &dev]);
     vm.poweroff();
     vm.assert_qemu_is_quiet();
-    // Nothing that came later moved or changed it.
+    // Later operations have neither moved nor changed the bytes.
     disk.check_is(&written, &pattern("written", 1_000_000));
     disk.check_is(&mapped, &page_pattern(7, MIB));
     let counts = vm.daemon(0).counts();
-    assert!(counts.flushes > 0 && counts.syncs > 0, "nothing was flushed: {counts:?}");
+    assert!(counts.flushes > 0 && counts.syncs > 0, "no flush arrived: {counts:?}");
     assert!(counts.syncs <= counts.flushes, "{counts:?}");
     assert_eq!((counts.failed, counts.malformed), (0, 0), "{counts:?}");
 }
@@ -48,13 +48,14 @@ fn ext4_with_dax() {
     dax_file_system("ext4_with_dax", "ext4", 128);
 }
 
-// mkfs.xfs refuses anything under 300 MiB.
+// mkfs.xfs refuses a device below 300 MiB.
 #[test]
 fn xfs_with_dax() {
     dax_file_system("xfs_with_dax", "xfs", 384);
 }
 
-/// A size that is no power of two reaches the guest as it is, to the last byte.
+/// A device size that is not a power of two reaches the guest exactly, and its last bytes are
+/// usable.
 #[test]
 fn a_size_that_is_no_power_of_two() {
     let Some(guest) = Guest::enter("a_size_that_is_no_power_of_two") else { return };

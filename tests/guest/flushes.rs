@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Flushes, counted: how many the guest sent, and how many syncs the host did.
-//! strace makes the disk slow, or bad, the same way each time.
+//! Compares the number of the guest's flushes with the number of syncs on the host. strace delays
+//! the daemon's fdatasync(2) or makes it fail, reproducibly.
 
 use crate::disk::Disk;
 use crate::machine::Options;
 use crate::vm::Guest;
 
-/// Each fdatasync takes 20 ms longer.
+/// Each fdatasync is delayed by 20 ms.
 const SLOW: &[&str] = &["-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_enter=20000"];
 
-/// Eight threads fsync the bare device: each fsync is one flush, and those that
-/// wait when a sync begins share it.
+/// Eight threads fsync the bare device. Each fsync is one flush; the flushes that wait when a sync
+/// begins share that sync.
 #[test]
 fn flushes_share_syncs() {
     let Some(guest) = Guest::enter("flushes_share_syncs") else { return };
-    // Newer stock kernels send a device's flushes one after the other.
+    // Newer stock kernels send the flushes of a device one after another.
     let Some(kernel) = guest.images().kernel_parallel() else {
         guest.images().log_case("skip", "flushes_share_syncs", "no-parallel-kernel", 0);
         return;
@@ -31,13 +31,16 @@ fn flushes_share_syncs() {
     let host_syncs = vm.daemon(0).traced("fdatasync");
     eprintln!("fsyncs={fsyncs} {counts:?} fdatasync={host_syncs}");
     assert!(counts.flushes >= fsyncs, "flushes were lost: {fsyncs} fsyncs, {counts:?}");
-    assert!(host_syncs * 3 <= counts.flushes, "not shared: {host_syncs} syncs, {counts:?}");
-    // Each sync can serve no more than the eight that waited.
-    assert!(host_syncs * 8 >= fsyncs, "too few: {host_syncs} syncs, {fsyncs} fsyncs");
-    assert_eq!(host_syncs, counts.syncs, "the daemon's own count is wrong");
+    assert!(
+        host_syncs * 3 <= counts.flushes,
+        "flushes do not share syncs: {host_syncs} syncs, {counts:?}"
+    );
+    // At most 8 flushes wait at a time, so one sync answers at most 8.
+    assert!(host_syncs * 8 >= fsyncs, "too few syncs: {host_syncs}, for {fsyncs} fsyncs");
+    assert_eq!(host_syncs, counts.syncs, "the daemon counts its syncs wrong");
 }
 
-/// One failed fdatasync: the guest sees EIO then, and in every later flush.
+/// One fdatasync fails: that flush and every later flush fail with EIO in the guest.
 #[test]
 fn a_failed_sync_is_for_good() {
     let Some(guest) = Guest::enter("a_failed_sync_is_for_good") else { return };

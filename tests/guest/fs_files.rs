@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Files of many sizes have the same bytes in the guest and on the host, by read and by mmap,
-//! whoever changed them and however.
+//! whichever side has changed them.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -16,19 +16,20 @@ use crate::share::Share;
 use crate::vm::{Guest, Vm};
 
 const MIB: usize = 1 << 20;
-/// The daemon's own choice unless told otherwise.
+/// The daemon's default `--dax-threshold`.
 const DAX_THRESHOLD: usize = MIB;
 const SIZES: [usize; 10] =
     [0, 1, 4095, 4096, 4097, 2 * MIB - 1, 2 * MIB, 2 * MIB + 1, 3_000_000, 64 * MIB];
 
-/// The files of one mount, as the host knows them.
+/// The files of one mount, as seen by the host.
 struct Files<'s> {
     share: &'s Share,
     names: Vec<String>,
 }
 
 impl<'s> Files<'s> {
-    /// Made on the host, each with bytes of its own, none of which repeats in step with a page.
+    /// Makes the files on the host, each with its own pattern, whose period is no divisor of a
+    /// page.
     fn make(share: &'s Share) -> Self {
         let make = |size: &usize| {
             let name = format!("size-{size}");
@@ -42,8 +43,8 @@ impl<'s> Files<'s> {
         self.names.iter().map(|name| self.share.path(name))
     }
 
-    /// The files are mapped directly, or not, as the mount asked: with `dax=inode` it is the daemon
-    /// that chooses, by size.
+    /// Checks for each file whether it is mapped directly. With `dax=inode` the daemon decides by
+    /// size.
     fn check_dax(&self, vm: &mut Vm<'_>, mode: &str) {
         if !self.share.has_window() {
             return;
@@ -57,7 +58,7 @@ impl<'s> Files<'s> {
         }
     }
 
-    /// Runs a command of mapio over all files.
+    /// Runs a command of mapio on all files.
     fn in_guest(&self, vm: &mut Vm<'_>, command: &[&str]) -> CaseReport {
         let names: Vec<String> = self.names.iter().map(|name| format!("/mnt/{name}")).collect();
         let mut words = command.to_vec();
@@ -65,7 +66,7 @@ impl<'s> Files<'s> {
         vm.run("mapio", &words)
     }
 
-    /// Waits until the guest knows the sizes, which it may remember for a second.
+    /// Waits until the guest has the new sizes: it may cache attributes for a second.
     fn wait_for_sizes(&self, vm: &mut Vm<'_>) {
         let size = |name: &String| {
             let bytes = std::fs::metadata(self.share.path(name)).unwrap().len();
@@ -75,7 +76,7 @@ impl<'s> Files<'s> {
         vm.run("fs-sees", &words.iter().map(String::as_str).collect::<Vec<_>>());
     }
 
-    /// Both sides have the same bytes; in the guest by read and by mmap.
+    /// Checks that guest and host have the same bytes; the guest reads them by read and by mmap.
     fn compare(&self, vm: &mut Vm<'_>, step: &str) {
         let report = self.in_guest(vm, &["sums"]);
         for (name, path) in self.names.iter().zip(self.paths()) {
@@ -86,14 +87,14 @@ impl<'s> Files<'s> {
             let wrong = got.iter().find(|line| line.starts_with(&format!("{name},")));
             assert!(
                 got.contains(&expected.as_str()),
-                "{step}: the guest has other bytes (name, size, sum by read, by mmap):\n \
+                "{step}: the file differs (name, size, sum by read, sum by mmap):\n \
                  host:  {expected}\n guest: {wrong:?}"
             );
         }
     }
 }
 
-/// Each change, by either side, and what both see then.
+/// Makes each change on either side, and compares the bytes on both sides afterwards.
 fn change_and_compare(vm: &mut Vm<'_>, all: &Files<'_>, mode: &str) {
     let append = |path: PathBuf| {
         let mut file = OpenOptions::new().append(true).open(path).unwrap();
@@ -104,12 +105,12 @@ fn change_and_compare(vm: &mut Vm<'_>, all: &Files<'_>, mode: &str) {
         let bytes = file.metadata().unwrap().len();
         file.set_len(bytes.saturating_add_signed(delta)).unwrap();
     };
-    all.compare(vm, &format!("{mode}: as the host made them"));
+    all.compare(vm, &format!("{mode}: created by the host"));
     all.in_guest(vm, &["append", "5000", "guest-append"]);
     all.compare(vm, &format!("{mode}: appended to in the guest"));
     all.paths().for_each(append);
     all.wait_for_sizes(vm);
-    all.compare(vm, &format!("{mode}: appended to by both"));
+    all.compare(vm, &format!("{mode}: appended to by guest and host"));
     for delta in [-4097, 10_000] {
         all.in_guest(vm, &["resize", &delta.to_string()]);
         all.compare(vm, &format!("{mode}: resized by {delta} in the guest"));

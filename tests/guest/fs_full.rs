@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A host disk that is full: the guest gets ENOSPC or a SIGBUS of its own, and all live on.
+//! A full host disk: a guest's program gets ENOSPC or SIGBUS, and the guest, QEMU and the daemon go
+//! on.
 
 use std::path::Path;
 use std::process::Command;
@@ -17,7 +18,7 @@ const MIB: u64 = 1 << 20;
 const ENOSPC: u64 = 28;
 const SIGBUS: u64 = 7;
 
-/// A small ext4 at dir/disk, in a mount namespace that only this thread and its children see.
+/// Mounts a small ext4 at dir/disk, in a mount namespace of this thread and its children.
 fn mount_small_disk(dir: &Path, block_bytes: &str) -> bool {
     let run = |program: &str, args: &[&str]| {
         let done = Command::new(program).args(args).current_dir(dir).output();
@@ -30,11 +31,11 @@ fn mount_small_disk(dir: &Path, block_bytes: &str) -> bool {
         && run("mount", &["-o", "loop", "image", "disk"])
 }
 
-/// Stores to a file that is larger than the disk, page after page.
+/// Stores page after page to a file that is larger than the disk, until a SIGBUS.
 fn fill_by_mmap(vm: &mut Vm<'_>, share: &Share) {
     let report = vm.run("mapio", &["fill", "/mnt/mapped", &(2 * DISK_MIB * MIB).to_string()]);
     let stored = report.number("stored");
-    // Without a window the stores go to the guest's own page cache, which drops them later.
+    // Without a window the stores go to the guest's page cache, and the later writeback fails.
     if share.has_window() {
         assert_eq!(report.number("signal"), SIGBUS, "{report:#?}");
         assert!(stored > 32 * MIB && stored < DISK_MIB * MIB, "{report:#?}");
@@ -54,7 +55,10 @@ fn fill_and_use_again(guest: &Guest, share: Share) {
         vm.run("sh", &["rm", "/mnt/mapped"]);
         let report = vm.run("mapio", &["write-out", "/mnt/written", &(128 * MIB).to_string()]);
         assert_eq!(report.number("error"), ENOSPC, "{report:#?}");
-        assert!(report.number("written") > 32 * MIB, "no space after a delete: {report:#?}");
+        assert!(
+            report.number("written") > 32 * MIB,
+            "too little space after the file was removed: {report:#?}"
+        );
         vm.run("sh", &["rm", "/mnt/written"]);
     }
     let report = vm.run("fs-fio", &["/mnt", "mmap", "write", "16M", "16M"]);
@@ -63,7 +67,7 @@ fn fill_and_use_again(guest: &Guest, share: Share) {
     vm.poweroff();
 }
 
-/// Runs `job` on a share that lies on a small disk of its own.
+/// Runs `job` on a share in a small disk of its own.
 fn on_small_disk(test: &'static str, block_bytes: &str, job: fn(&Guest, Share)) {
     let Some(guest) = Guest::enter(test) else { return };
     let dir = TempDir::new().unwrap();
@@ -72,9 +76,9 @@ fn on_small_disk(test: &'static str, block_bytes: &str, job: fn(&Guest, Share)) 
         return;
     }
     job(&guest, Share::dax(&dir.path().join("disk"), "small"));
-    // Fails when somebody still holds it.
+    // umount fails if a process still has a file open there.
     let unmounted = Command::new("umount").arg(dir.path().join("disk")).status();
-    assert!(unmounted.unwrap().success(), "something still holds the disk");
+    assert!(unmounted.unwrap().success(), "a process still uses the disk");
 }
 
 #[test]
@@ -82,7 +86,7 @@ fn a_full_disk() {
     on_small_disk("a_full_disk", "4096", fill_and_use_again);
 }
 
-/// A host file system whose blocks are smaller than a page: fsync and msync work as anywhere.
+/// A host file system whose blocks are smaller than a page: fsync and msync work.
 #[test]
 fn small_blocks_on_the_host() {
     on_small_disk("small_blocks_on_the_host", "1024", |guest, share| {

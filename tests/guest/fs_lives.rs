@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The life of a device: mounts, rebinds, pauses, reboots, kills; and other shapes of it.
+//! Events in the life of a virtio-fs device (mounts, rebinds, pauses, reboots, kills), and devices
+//! with other settings.
 
 use std::fs::File;
 
@@ -14,7 +15,7 @@ use crate::vm::{Guest, Vm, slot_of_share};
 
 const LEN: usize = 3_000_000;
 
-/// Writes a file in the guest; the host has it.
+/// Writes a file in the guest and checks its bytes on the host.
 fn write(vm: &mut Vm<'_>, share: &Share, name: &str) {
     let file = format!("/mnt/{name}");
     vm.run("sh", &["touch", &file]);
@@ -22,10 +23,10 @@ fn write(vm: &mut Vm<'_>, share: &Share, name: &str) {
     vm.run("mapio", &["store", "4000", "9000", "stored", "none", &file]);
     let mut expected = pattern(name, LEN);
     expected[4000..13_000].copy_from_slice(&pattern("stored", 9000));
-    assert!(std::fs::read(share.path(name)).unwrap() == expected, "other bytes on the host");
+    assert!(std::fs::read(share.path(name)).unwrap() == expected, "the bytes on the host differ");
 }
 
-/// A hundred mounts and twenty rebinds leave nothing behind in the daemon.
+/// A hundred mounts and twenty rebinds leak no descriptor and no map in the daemon.
 #[test]
 fn mounts_and_rebinds() {
     let Some(guest) = Guest::enter("mounts_and_rebinds") else { return };
@@ -45,7 +46,7 @@ fn mounts_and_rebinds() {
     vm.assert_qemu_is_quiet();
 }
 
-/// QMP stop and cont while the guest's programs fault ranges in and out.
+/// QMP `stop` and `cont` while a guest's program makes the guest map and unmap ranges.
 #[test]
 fn pauses_under_load() {
     let Some(guest) = Guest::enter("pauses_under_load") else { return };
@@ -66,8 +67,8 @@ fn pauses_under_load() {
     vm.assert_qemu_is_quiet();
 }
 
-/// A hard reset under a live mount ends QEMU where `-action reboot=shutdown` says so, and the
-/// daemon with it; a new VM finds it all.
+/// With `-action reboot=shutdown` a hard reset under a live mount ends QEMU, and the daemon with
+/// it. A new VM finds all files.
 #[test]
 fn a_reboot_that_ends_the_vm() {
     let Some(guest) = Guest::enter("a_reboot_that_ends_the_vm") else { return };
@@ -106,7 +107,7 @@ fn a_reboot_inside_the_vm() {
     vm.poweroff();
 }
 
-/// QEMU is killed under load: the daemon ends, and well; what was stored is there.
+/// QEMU is killed under load: the daemon ends with code 0.
 #[test]
 fn a_kill_of_qemu_with_a_share() {
     let Some(guest) = Guest::enter("a_kill_of_qemu_with_a_share") else { return };
@@ -121,8 +122,8 @@ fn a_kill_of_qemu_with_a_share() {
     vm.wait_daemons();
 }
 
-/// A read-only share, which has no window: nothing of it changes, and what is there is read, by
-/// mmap too.
+/// A read-only share, which has no window: every change is refused, and files can be read, also by
+/// mmap.
 #[test]
 fn a_read_only_share() {
     let Some(guest) = Guest::enter("a_read_only_share") else { return };
@@ -145,8 +146,9 @@ fn a_read_only_share() {
     assert!(left.len() == 1 && std::fs::read(shares[0].path("file")).unwrap() == bytes);
 }
 
-/// Four request queues, used by four jobs at once, with a window and without. The driver uses as
-/// many as it has CPUs: two. Only QEMU's own device has interrupts by which to see that.
+/// Four request queues, used by four jobs at once, with a window and without. The driver uses one
+/// queue per CPU, here two. Only QEMU's own device has one interrupt per queue, which shows the
+/// queues in use.
 #[test]
 fn four_request_queues() {
     let Some(guest) = Guest::enter("four_request_queues") else { return };
@@ -171,7 +173,7 @@ fn four_request_queues() {
     vm.poweroff();
 }
 
-/// A pmem device beside a share in one VM; neither gets the other's bytes.
+/// A pmem device and a share in one VM: each keeps its own bytes.
 #[test]
 fn a_disk_beside_a_share() {
     let Some(guest) = Guest::enter("a_disk_beside_a_share") else { return };

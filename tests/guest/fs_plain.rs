@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! QEMU's own vhost-user-fs-pci: it answers the config space itself, it has no window, and its
-//! rings are longer than those of the other device.
+//! QEMU's own vhost-user-fs-pci. It answers the config space itself, has no window, and its rings
+//! are longer than those of vhost-user-test-device-pci.
 
 use serde_json::json;
 use tempfile::TempDir;
@@ -12,12 +12,12 @@ use crate::share::Share;
 use crate::vm::{Guest, Vm};
 
 const LEN: usize = 3_000_000;
-/// Each of two jobs, 4 KiB a request.
+/// Bytes that each of two jobs writes, 4 KiB per request.
 const BYTES: &str = "1048576";
-/// QEMU answers the config space itself, and says so for each device.
+/// QEMU answers the config space itself, and prints this warning for each device.
 const QEMU_SAYS: &str = "supports VHOST_USER_PROTOCOL_F_CONFIG but QEMU does not";
 
-/// The guest writes, the host reads; then the other way round.
+/// The guest writes files and the host reads them; then the host writes one and the guest reads it.
 fn both_ways(vm: &mut Vm<'_>, share: &Share, dir: &str, engine: &str, step: &str) {
     let report = vm.run("fs-fio", &[dir, engine, "randwrite", BYTES, BYTES, "2"]);
     assert_eq!(report.values("sum").len(), 2);
@@ -28,8 +28,9 @@ fn both_ways(vm: &mut Vm<'_>, share: &Share, dir: &str, engine: &str, step: &str
     vm.run("verify", &[&format!("{dir}/{step}"), &sha256(&bytes)]);
 }
 
-/// Shows: without a window everything but DAX works, with one request queue and with four, over a
-/// pause, a reset and a new mount; `dax=always` is refused and says why, `dax=inode` goes without.
+/// Shows: without a window everything except DAX works, with one request queue and with four,
+/// across a pause, a reset and a new mount. A mount with `dax=always` is refused with a reason in
+/// the kernel log; `dax=inode` works without DAX.
 #[test]
 fn a_share_without_a_window() {
     let Some(guest) = Guest::enter("a_share_without_a_window") else { return };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Several guests, or several devices of one guest, on one directory.
+//! Several guests, or several devices of one guest, that share one directory.
 
 use std::fs::File;
 
@@ -14,8 +14,8 @@ use crate::vm::Guest;
 const MIB: usize = 1 << 20;
 const ROUNDS: &str = "2001";
 
-/// Two guests with a daemon each: every store of one is seen by the other through mmap, in order,
-/// with no sync and no message.
+/// Two guests with one daemon each: each guest sees every store of the other guest through mmap, in
+/// order, without a sync or a request.
 #[test]
 fn two_guests_in_step() {
     let Some(guest) = Guest::enter("two_guests_in_step") else { return };
@@ -38,8 +38,8 @@ fn two_guests_in_step() {
     }
 }
 
-/// fsx on two devices of one directory at once, each with files of its own; then each file is read
-/// by the other mount and by the host.
+/// fsx runs at the same time on two devices that share a directory, each on files of its own; then
+/// the other mount and the host read each file.
 #[test]
 fn fsx_on_two_mounts() {
     let Some(guest) = Guest::enter("fsx_on_two_mounts") else { return };
@@ -54,8 +54,9 @@ fn fsx_on_two_mounts() {
     vm.poweroff();
 }
 
-/// O_DIRECT reads into a mapping of a DAX file and writes out of one, from and to a device of the
-/// same directory without DAX, an ordinary disk, and files that the O_DIRECT open creates.
+/// O_DIRECT reads into a mapping of a DAX file, and O_DIRECT writes from such a mapping. The other
+/// file lies on a device without DAX that shares the same directory, is an ordinary disk, or is
+/// created by the O_DIRECT open.
 #[test]
 fn direct_io_and_mappings() {
     let Some(guest) = Guest::enter("direct_io_and_mappings") else { return };
@@ -91,15 +92,27 @@ fn direct_io_and_mappings() {
     vm.run("sh", &["umount", "/dax", "&&", "umount", "/plain", "&&", "sync"]);
     vm.poweroff();
     let on_host = |name: &str| std::fs::read(dir.path().join(name)).unwrap();
-    assert!(on_host("from-plain") == source, "into the mapping, from the share");
-    assert!(on_host("from-disk") == pattern("scratch", bytes), "into the mapping, from the disk");
+    assert!(
+        on_host("from-plain") == source,
+        "O_DIRECT read from the share into the mapping: the bytes differ"
+    );
+    assert!(
+        on_host("from-disk") == pattern("scratch", bytes),
+        "O_DIRECT read from the disk into the mapping: the bytes differ"
+    );
     for name in ["to-plain", "created-plain", "created-dax"] {
-        assert!(on_host(name) == source, "out of the mapping, to the share: {name}");
+        assert!(
+            on_host(name) == source,
+            "O_DIRECT write from the mapping to the share: {name} differs"
+        );
     }
-    assert!(std::fs::read(scratch).unwrap() == source, "out of the mapping, to the disk");
+    assert!(
+        std::fs::read(scratch).unwrap() == source,
+        "O_DIRECT write from the mapping to the disk: the bytes differ"
+    );
 }
 
-/// A private mapping's stores stay in the guest.
+/// Stores to a MAP_PRIVATE mapping do not reach the host's file.
 #[test]
 fn a_private_mapping() {
     let Some(guest) = Guest::enter("a_private_mapping") else { return };

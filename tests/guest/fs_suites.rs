@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! pjdfstest, stress-ng's file-system class and fsx, with a window, without one, and on Debian's
-//! virtiofsd in the same guest. What ends worse than on virtiofsd, or is not run, stands in
-//! expected-differences.txt with its reason; any other such case fails.
+//! pjdfstest, fsx and the file-system class of stress-ng, with a window, without one, and on
+//! Debian's virtiofsd in the same guest. expected-differences.txt lists, with a reason, each case
+//! that ends worse than on virtiofsd or is not run; any other such case fails the test.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,11 +13,11 @@ use crate::report::CaseReport;
 use crate::share::Share;
 use crate::vm::{Guest, Vm};
 
-/// suite, dax or plain, case, our result, virtiofsd's result, reason.
+/// Columns: suite, dax or plain, case, our result, virtiofsd's result, reason.
 const EXPECTED: &str = include_str!("expected-differences.txt");
 
-/// Of the 57 in stress-ng's file-system class, those that are about a shared file system and end in
-/// a few seconds: link and symlink take over a minute each, and pjdfstest has them too.
+/// Stressors from the 57 of stress-ng's file-system class that concern a shared file system and end
+/// in a few seconds. link and symlink take over a minute each, and pjdfstest checks the same calls.
 const STRESSORS: &str = "access,acl,chattr,chdir,chmod,chown,copy-file,dentry,dir,dup,fallocate,\
     fcntl,fiemap,flock,fpunch,fsize,fstat,getdent,handle,hdd,io,iomix,lease,locka,lockf,lockofd,mknod,\
     open,pseek,rename,sync-file,touch,utime,xattr";
@@ -56,7 +56,8 @@ impl Shares {
     }
 }
 
-/// Compares ours with virtiofsd's, and with what is known to differ: what passes there passes here.
+/// Compares our results with virtiofsd's: each case that passes on virtiofsd must pass on ours,
+/// unless it is listed.
 fn judge(suite: &str, results: &[Results; 3]) {
     let known: BTreeSet<Vec<&str>> = EXPECTED
         .lines()
@@ -76,7 +77,7 @@ fn judge(suite: &str, results: &[Results; 3]) {
                 continue;
             }
             if our == "passed" {
-                // virtiofsd's own loss. (Its open::etxtbsy ends so once in a while.)
+                // The failure is virtiofsd's. (open::etxtbsy fails on it sometimes.)
                 eprintln!("better than virtiofsd: {}", difference.join(" "));
             } else if !known.contains(&difference) {
                 unlisted.push(difference.join(" "));
@@ -113,7 +114,7 @@ fn pjdfstest_results(report: &CaseReport) -> Results {
     report.values("result").into_iter().map(of_line).collect()
 }
 
-/// `/mnt/dax stress-ng: info: [42] passed: 3: access (1) chattr (1) ...`
+/// Parses `/mnt/dax stress-ng: info: [42] passed: 3: access (1) chattr (1) ...`.
 fn stress_results(report: &CaseReport, dir: &str) -> Results {
     let mut results = Results::new();
     for line in report.lines.iter().filter_map(|line| line.strip_prefix(dir)) {
@@ -145,7 +146,7 @@ fn pjdfstest() {
     judge("pjdfstest", &results);
 }
 
-/// Runs stressors on all three at the same time, and adds what came of them.
+/// Runs stressors on all three shares at the same time, and adds the results to `results`.
 fn stress(vm: &mut Vm<'_>, stressors: &str, results: &mut [Results; 3]) {
     let dirs = NAMES.map(|name| format!("/mnt/{name}"));
     let report = vm.run("stress-fs", &["1", stressors, &dirs[0], &dirs[1], &dirs[2]]);
@@ -177,7 +178,7 @@ fn stress_ng() {
     judge_stress(&results);
 }
 
-/// The rest of the class, one by one.
+/// Runs the other stressors of the class, one after another.
 #[test]
 #[ignore = "takes many minutes; run by hand"]
 fn stress_ng_the_rest() {
@@ -193,7 +194,8 @@ fn stress_ng_the_rest() {
     judge_stress(&results);
 }
 
-/// fsx with reads, writes, truncates, holes, copies and mappings, the same operations on each.
+/// fsx with reads, writes, truncates, holes, copies and mappings; the same operations on each
+/// share.
 #[test]
 fn fsx() {
     let Some(guest) = Guest::enter("fsx") else { return };

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What programs make of a file's times and blocks that was changed in place: the same with a
-//! window, where the change makes no request, as on Debian's virtiofsd and on the guest's own
-//! memory.
+//! Which times and blocks programs see for a file that was changed in place. With a window the
+//! change makes no request; the result must be the same as on Debian's virtiofsd and on the guest's
+//! tmpfs.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,19 +14,18 @@ use crate::machine::Options;
 use crate::share::Share;
 use crate::vm::{Guest, Vm};
 
-/// Larger than the daemon's own choice of what is mapped with `dax=inode`, and not in step with
-/// anything.
+/// Above the daemon's default `--dax-threshold`, and a multiple of no page or block size.
 const BYTES: &str = "1234567";
 
-/// What each program made of it.
+/// The results that `real-tools` reports, one per program.
 fn run(vm: &mut Vm<'_>, dir: &str) -> Vec<String> {
     let report = vm.run("real-tools", &[&format!("{dir}/tools"), BYTES]);
     report.values("did").into_iter().map(str::to_owned).collect()
 }
 
-/// Shows: rsync, git, make, tar and cp see what was written and stored, keep the times that they
-/// set, and find holes where there are some; setuid and setgid go with another user's write. With
-/// `--cache always` too.
+/// Shows: rsync, git, make, tar and cp notice changes by write(2) and by stores, keep the times
+/// that they set, and find holes; a write by another user clears setuid and setgid. Also with
+/// `--cache always`.
 #[test]
 fn real_tools() {
     let Some(guest) = Guest::enter("real_tools") else { return };
@@ -47,13 +46,13 @@ fn real_tools() {
     }
     vm.poweroff();
     let [memory, virtiofsd, ours @ ..] = &results[..] else { panic!("{results:?}") };
-    assert_eq!(memory, virtiofsd, "virtiofsd (right) differs from the guest's memory");
+    assert_eq!(memory, virtiofsd, "virtiofsd (right) differs from the guest's tmpfs (left)");
     for (share, ours) in shares[1..].iter().zip(ours) {
-        assert_eq!(virtiofsd, ours, "{} (right) differs from virtiofsd", share.tag());
+        assert_eq!(virtiofsd, ours, "{} (right) differs from virtiofsd (left)", share.tag());
     }
 }
 
-/// Files in the repository of the bench, each of 100 bytes.
+/// Number of files in the repository of the benchmark; each has 100 bytes.
 const FILES: usize = 20_000;
 
 fn git(dir: &Path, args: &[&str]) {
@@ -74,8 +73,9 @@ fn make_repository(dir: &Path) {
     git(&repo, &["commit", "-q", "-m", "all"]);
 }
 
-/// Measures: what the times of mapped files cost, by several builds of the daemon in turn, in one
-/// guest. `VUD_BUILDS=NAME=PATH,NAME=PATH...`, `VUD_ROUNDS=3`, `VUD_CACHES=auto,always`.
+/// Measures what keeping the times of mapped files costs, for several builds of the daemon in turn,
+/// in one guest. Settings: `VUD_BUILDS=NAME=PATH,NAME=PATH...`, `VUD_ROUNDS=3`,
+/// `VUD_CACHES=auto,always`.
 #[test]
 #[ignore = "takes many minutes, and needs other builds; run by hand"]
 fn the_cost_of_times() {

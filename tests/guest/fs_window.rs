@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! More data than the window has room for: ranges come and go all the time.
+//! More data than the window has room for: the guest maps and unmaps ranges all the time.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -12,13 +12,13 @@ use crate::share::Share;
 use crate::vm::Guest;
 
 const MIB: u64 = 1 << 20;
-/// A quarter of the data.
+/// Size of the window: a quarter of the data.
 const WINDOW: &str = "16M";
 const DATA: u64 = 64 * MIB;
-/// Each touches all ranges of the data, most of which are not in the window then.
+/// Number of rounds. Each round touches all ranges of the data, most of which are not mapped then.
 const ROUNDS: u64 = 64;
 
-/// fio writes and verifies four times what the window holds; the host finds the same bytes.
+/// fio writes and verifies four times the size of the window; the host finds the same bytes.
 #[test]
 fn fio_with_a_small_window() {
     let Some(guest) = Guest::enter("fio_with_a_small_window") else { return };
@@ -38,7 +38,7 @@ fn fio_with_a_small_window() {
     vm.assert_qemu_is_quiet();
 }
 
-/// A guest that reads all of a sparse file, by read and by mmap, makes the host allocate nothing.
+/// A guest that reads all of a sparse file, by read and by mmap, makes the host allocate no block.
 #[test]
 fn a_sparse_file_stays_sparse() {
     let Some(guest) = Guest::enter("a_sparse_file_stays_sparse") else { return };
@@ -51,14 +51,18 @@ fn a_sparse_file_stays_sparse() {
     vm.mount(&shares[0], "/mnt", "dax=always");
     let report = vm.run("mapio", &["zeros", "/mnt/sparse"]);
     assert_eq!(report.number("pages"), (1 << 30) / 4096);
-    assert_eq!(file.metadata().unwrap().blocks(), before, "read through mmap");
+    assert_eq!(
+        file.metadata().unwrap().blocks(),
+        before,
+        "blocks were allocated by a read through mmap"
+    );
     vm.run("sh", &["dd", "if=/mnt/sparse", "of=/dev/null", "bs=1M"]);
-    assert_eq!(file.metadata().unwrap().blocks(), before, "read");
+    assert_eq!(file.metadata().unwrap().blocks(), before, "blocks were allocated by read");
     vm.poweroff();
-    assert_eq!(file.metadata().unwrap().blocks(), before, "at the end");
+    assert_eq!(file.metadata().unwrap().blocks(), before, "blocks were allocated until power-off");
 }
 
-/// Thousands of maps and unmaps leave nothing behind in the daemon.
+/// Thousands of maps and unmaps leak no descriptor and no map in the daemon.
 #[test]
 fn thousands_of_maps() {
     let Some(guest) = Guest::enter("thousands_of_maps") else { return };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A file system of the host on a [`LossyDisk`], in a mount namespace of the thread's own.
+//! A host file system on a [`LossyDisk`], in a mount namespace of the calling thread.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -12,10 +12,10 @@ use tempfile::TempDir;
 
 use crate::lossy::{LossyDisk, NAME, Survivors};
 
-/// xfs takes no less.
+/// mkfs.xfs refuses a device below 300 MiB.
 const DISK_BYTES: u64 = 320 << 20;
 
-/// Which file system.
+/// The type of the host's file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Ext4,
@@ -34,7 +34,7 @@ impl Kind {
         }
     }
 
-    /// Looks, and changes nothing.
+    /// The file-system check with its option for "report only, repair nothing".
     pub fn fsck(self) -> (&'static str, &'static [&'static str]) {
         match self {
             Self::Ext4 => ("e2fsck", &["-fn"]),
@@ -43,7 +43,7 @@ impl Kind {
         }
     }
 
-    /// Discards would be lost work: the disk knows none.
+    /// The mkfs program, with options against discards: the disk does not support them.
     fn mkfs(self) -> (&'static str, &'static [&'static str]) {
         match self {
             Self::Ext4 => ("mkfs.ext4", &["-q", "-F", "-E", "nodiscard,lazy_itable_init=0"]),
@@ -53,7 +53,7 @@ impl Kind {
     }
 }
 
-/// Runs a program, and says what it said if it fails.
+/// Runs a program. The error contains its stderr.
 pub fn run(program: &str, args: &[&str]) -> Result<(), String> {
     let done = Command::new(program).args(args).output().map_err(|e| format!("{program}: {e}"))?;
     if done.status.success() {
@@ -62,19 +62,20 @@ pub fn run(program: &str, args: &[&str]) -> Result<(), String> {
     Err(format!("{program} {args:?}: {}", String::from_utf8_lossy(&done.stderr)))
 }
 
-/// A namespace of its own for this thread and what it starts: nothing stays mounted.
+/// Moves the calling thread and its children to a new mount namespace, so that no mount outlives
+/// them.
 pub fn own_namespace() -> Result<(), String> {
     unshare(CloneFlags::CLONE_NEWNS).map_err(|e| format!("unshare: {e}"))?;
     run("mount", &["--make-rprivate", "/"])
 }
 
-/// Mounted, until dropped.
+/// A mounted file system, unmounted at drop.
 pub struct Mounted {
     folder: TempDir,
 }
 
 impl Mounted {
-    /// An image, or a device, at a place of its own.
+    /// Mounts an image, through a loop device, on a new temporary folder.
     pub fn new(image: &Path) -> Result<Self, String> {
         let folder = TempDir::new().map_err(|e| e.to_string())?;
         let place = folder.path().display().to_string();
@@ -88,7 +89,7 @@ impl Mounted {
 }
 
 impl Mounted {
-    /// Unmounts, and asks the file system's own judge about the image, which it does not change.
+    /// Unmounts, and runs a file-system check that does not change the image.
     pub fn fsck(self, image: &Path, fsck: (&str, &[&str])) -> Result<(), String> {
         run("umount", &[&self.folder.path().display().to_string()])?;
         let image = image.display().to_string();
@@ -98,14 +99,14 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // Lazily: of a disk without power nothing can be written back.
+        // Lazily: after the power failure writeback fails, so an ordinary umount may fail, too.
         let _ = run("umount", &["-l", &self.folder.path().display().to_string()]);
     }
 }
 
-/// The host's disk, its file system, and a directory in it.
+/// The lossy disk, with a mounted file system on it.
 pub struct HostDisk {
-    // Dropped in this order.
+    // The fields are dropped in this order.
     mounted: Mounted,
     _session: BackgroundSession,
     _folder: TempDir,
@@ -133,21 +134,21 @@ impl HostDisk {
         &self.disk
     }
 
-    /// The machine is off: nothing is mounted any more.
+    /// Cuts the power and unmounts the file system.
     pub fn off(self) -> LossyDisk {
         self.disk.lose_power();
         self.disk.clone()
     }
 }
 
-/// What was there when power was back.
+/// The file system as it is found after the power failure.
 pub struct Recovered {
     mounted: Mounted,
     folder: TempDir,
 }
 
 impl Recovered {
-    /// The file system as it is found on a disk that lost power, its journal played back.
+    /// Recovers the disk's image and mounts it, which replays the journal.
     pub fn of(disk: &LossyDisk, survivors: Survivors) -> Result<Self, String> {
         let folder = TempDir::new_in("/dev/shm").map_err(|e| e.to_string())?;
         let image = folder.path().join("image");
@@ -157,7 +158,7 @@ impl Recovered {
         Ok(Self { mounted: Mounted::new(&image)?, folder })
     }
 
-    /// What fsck says of it.
+    /// Unmounts and runs the file-system check.
     pub fn fsck(self, kind: Kind) -> Result<(), String> {
         self.mounted.fsck(&self.folder.path().join("image"), kind.fsck())
     }

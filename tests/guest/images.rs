@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Where `images/build` put things, how many VMs may run, and the log of cases.
+//! The files made by `images/build`, the limit on the number of VMs, and the log of cases.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -8,13 +8,13 @@ use std::path::PathBuf;
 
 use nix::fcntl::{Flock, FlockArg};
 
-/// The artefacts of `images/build`.
+/// The folder with the files made by `images/build`.
 pub struct Images {
     folder: PathBuf,
 }
 
 impl Images {
-    /// `None` when the user asked for these tests to be left out.
+    /// `None` if `VUD_GUEST=skip` asks to skip the guest tests.
     pub fn find(test: &str) -> Option<Self> {
         let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/guest");
         let images = Self { folder };
@@ -37,7 +37,7 @@ impl Images {
         self.folder.join("vmlinuz")
     }
 
-    /// A kernel with several flushes in flight, if the archive still had one.
+    /// A kernel that keeps several flushes in flight, if the package archive still had one.
     pub fn kernel_parallel(&self) -> Option<PathBuf> {
         Some(self.folder.join("vmlinuz-parallel")).filter(|path| path.exists())
     }
@@ -46,22 +46,22 @@ impl Images {
         self.folder.join("initramfs.cpio")
     }
 
-    /// Debian's own back-end for shares, to compare with.
+    /// Debian's virtiofsd, for comparison.
     pub fn virtiofsd(&self) -> PathBuf {
         self.folder.join("virtiofsd")
     }
 
-    /// The folder of user-mode Linux, if a newer Debian release could be reached.
+    /// The folder of user-mode Linux, if `images/uml` could reach a newer Debian release.
     pub fn uml(&self) -> Option<PathBuf> {
         Some(self.folder.join("uml")).filter(|path| path.join("version").exists())
     }
 
-    /// A disk of test programs, which the demo does without.
+    /// A disk with test programs; `ci/demo` does not build it.
     pub fn tools(&self) -> Option<PathBuf> {
         Some(self.folder.join("tools.img")).filter(|path| path.exists())
     }
 
-    /// Appends one line to `cases.log`, which `ci/test` counts.
+    /// Appends one line to `cases.log`; `ci/test` counts the lines.
     pub fn log_case(&self, outcome: &str, test: &str, case: &str, millis: u128) {
         std::fs::create_dir_all(&self.folder).expect("create target/guest");
         let mut log = OpenOptions::new()
@@ -69,13 +69,13 @@ impl Images {
             .append(true)
             .open(self.folder.join("cases.log"))
             .expect("open cases.log");
-        // One write, so that lines of parallel tests don't mix.
+        // One write(2), so that lines of parallel tests do not mix.
         log.write_all(format!("{outcome} {test} {case} {millis} ms\n").as_bytes())
             .expect("write cases.log");
     }
 
-    /// Waits until one more VM may run. The lock goes with the value, also when the
-    /// process dies, and it works between processes (nextest has one per test).
+    /// Waits until one more VM may run. The lock is released when the value is dropped or the
+    /// process dies. It works across processes (nextest runs each test in its own).
     pub fn slot(&self) -> Flock<File> {
         let jobs = std::env::var("VUD_GUEST_JOBS")
             .ok()
@@ -96,7 +96,7 @@ impl Images {
     }
 }
 
-/// A guest under TCG keeps one core busy.
+/// A guest under TCG uses about one core.
 fn default_jobs() -> u32 {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
     u32::try_from(cores.min(4)).unwrap_or(1)

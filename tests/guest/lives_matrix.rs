@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a VM's devices survive: {pmem, fs, both} with `--mem-slots` on and off, in a stock QEMU and
-//! guest. Each row is lived through in one VM, with stores and fsyncs around each event, judged on
-//! the host; what came of it is the row of the table in docs/front-ends.md, word by word.
+//! Which events the devices of a VM survive: {pmem, fs, both} with `--mem-slots` on and off, in a
+//! stock QEMU and guest. Each row runs in one VM, with stores and fsyncs around each event; the
+//! host compares the bytes. The result must equal the row of the table in docs/front-ends.md, word
+//! by word.
 
 use std::path::Path;
 
@@ -20,17 +21,17 @@ const END: &str = "<!-- made by tests/guest/lives_matrix.rs: end -->";
 const EVENTS: [&str; 5] =
     ["two pauses", "driver bound anew", "unplugged, plugged", "system_reset", "reboot"];
 
-/// More than fit into the 8 regions of SET_MEM_TABLE.
+/// Number of mapped files; SET_MEM_TABLE has room for 8 regions only.
 const MANY: usize = 10;
 const LEN: usize = 300_000;
 
 const WORKS: &str = "works";
-/// Q12: the start behind a reset, which is soon after it where a driver is bound anew: sometimes
-/// QEMU survives that.
+/// Q12 of docs/front-ends.md: a start after a reset can kill QEMU. In a rebind the start follows
+/// the reset soon, and QEMU survives it sometimes, so there is no stable result to test.
 const NOT_TRIED: &str = "not tried (Q12)";
 const DIES: &str = "QEMU dies (Q12)";
 
-/// The devices of a row.
+/// One row of the table: the devices, and whether `--mem-slots` is on.
 #[derive(Clone, Copy)]
 struct Row {
     name: &'static str,
@@ -48,7 +49,7 @@ const ROWS: [Row; 6] = [
     Row { name: "both, on", pmem: true, fs: true, slots: true },
 ];
 
-/// One VM's life.
+/// One VM, during the events of one row.
 struct Life<'g> {
     row: Row,
     disks: Vec<Disk>,
@@ -56,9 +57,9 @@ struct Life<'g> {
     _dir: TempDir,
     vm: Vm<'g>,
     dev: String,
-    /// Counts the events, for files' names and bytes.
+    /// Number of the current event; part of the names and the bytes of files.
     step: usize,
-    /// The last file of the disk, with its sum.
+    /// The file last written to the pmem device, and its SHA-256.
     last: Option<(String, String)>,
 }
 
@@ -84,12 +85,12 @@ impl<'g> Life<'g> {
         life
     }
 
-    /// The daemons' numbers are those of QEMU's ports.
+    /// Index of the daemon of the share; QEMU's ports have the same indices.
     fn fs_index(&self) -> usize {
         self.disks.len()
     }
 
-    /// Where a device is in the guest: each port has a bus.
+    /// PCI address of the device in the guest: each root port has a bus of its own.
     fn slot(index: usize) -> String {
         format!("{:02x}:00", index + 1)
     }
@@ -117,7 +118,8 @@ impl<'g> Life<'g> {
         }
     }
 
-    /// The device is there, and holds what it held; what is stored and synced now is on the host.
+    /// Checks that each device works and has kept its bytes, and that newly stored and synced bytes
+    /// reach the host.
     fn use_all(&mut self) {
         self.step += 1;
         let seed = format!("step-{}", self.step);
@@ -131,7 +133,7 @@ impl<'g> Life<'g> {
             self.last = Some((file, report.get("sha256").to_owned()));
         }
         if self.row.fs {
-            // One file, and so one map, whatever happens.
+            // One file only, so that the guest has one map during all events.
             if self.step == 1 {
                 self.vm.run("sh", &["touch", "/mnt/file"]);
                 self.vm.run("mapio", &["append", &LEN.to_string(), "begin", "/mnt/file"]);
@@ -141,7 +143,7 @@ impl<'g> Life<'g> {
             assert_eq!(report.get("sum"), format!("file,{LEN},{sum},{sum}"), "in the guest (left)");
             self.vm.run("mapio", &["store", "0", &LEN.to_string(), &seed, "msync", "/mnt/file"]);
             let bytes = std::fs::read(self.shares[0].path("file")).unwrap();
-            assert!(bytes == pattern(&seed, LEN), "{seed}: other bytes on the host");
+            assert!(bytes == pattern(&seed, LEN), "{seed}: the bytes on the host differ");
         }
     }
 
@@ -157,7 +159,7 @@ impl<'g> Life<'g> {
         WORKS.into()
     }
 
-    /// A driver that lets go of its device resets it. A share that is unmounted has no maps then.
+    /// A driver that is unbound resets its device. An unmounted share has no maps at that moment.
     fn rebind(&mut self) -> String {
         let pmem_is_tried = !self.row.slots;
         self.umount();
@@ -192,7 +194,7 @@ impl<'g> Life<'g> {
         WORKS.into()
     }
 
-    /// Under a live mount.
+    /// Resets the VM under a live mount.
     fn reset(&mut self) -> String {
         if self.row.slots {
             self.vm.system_reset_kills(libc::SIGSEGV);
@@ -220,8 +222,8 @@ impl<'g> Life<'g> {
         self.use_all();
     }
 
-    /// What becomes of a pause where more is mapped than a table holds: nothing, or the device is
-    /// dead (Q13).
+    /// Pauses the VM with more maps than a SET_MEM_TABLE message has room for. The result is either
+    /// no effect or dead devices (Q13 of docs/front-ends.md).
     fn pause_with_many_maps(&mut self) -> String {
         for file in 0..MANY {
             let file = format!("/mnt/many-{file}");
@@ -231,7 +233,7 @@ impl<'g> Life<'g> {
         }
         self.vm.qmp("stop", json!({}));
         self.vm.qmp("cont", json!({}));
-        // With slots there is nothing to be read: it would be a failure of what follows.
+        // With slots no such line is expected; a dead device would make `use_all` fail.
         if !self.row.slots && self.vm.qemu_has_said("Error starting vhost-user-base: 105") {
             return format!("{WORKS}; with {MANY} files mapped: the devices are dead (Q13)");
         }
@@ -239,7 +241,7 @@ impl<'g> Life<'g> {
         format!("{WORKS}, with {MANY} files mapped too")
     }
 
-    /// All events, in the order of [`EVENTS`]; what kills the VM comes last.
+    /// Runs all events in the order of [`EVENTS`]; the events that kill the VM come last.
     fn live(mut self) -> String {
         let mut pauses = self.pauses();
         if self.row.fs && self.row.slots {
@@ -263,8 +265,8 @@ impl<'g> Life<'g> {
 fn documented() -> Vec<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/front-ends.md");
     let text = std::fs::read_to_string(path).unwrap();
-    let begin = text.find(BEGIN).expect("docs/front-ends.md has the first marker") + BEGIN.len();
-    let end = text.find(END).expect("docs/front-ends.md has the second marker");
+    let begin = text.find(BEGIN).expect("docs/front-ends.md lacks the first marker") + BEGIN.len();
+    let end = text.find(END).expect("docs/front-ends.md lacks the second marker");
     text[begin..end].lines().filter(|line| line.starts_with('|')).map(str::to_owned).collect()
 }
 
@@ -276,17 +278,18 @@ fn lives(test: &'static str, number: usize) {
         return guest.images().log_case("skip", test, "needs-our-daemon", 0);
     }
     let found = Life::boot(&guest, row).live();
-    let said = documented().into_iter().find(|line| line.starts_with(&format!("| {} |", row.name)));
+    let written =
+        documented().into_iter().find(|line| line.starts_with(&format!("| {} |", row.name)));
     assert_eq!(
-        said.as_deref(),
+        written.as_deref(),
         Some(&*found),
-        "docs/front-ends.md (left) does not have the row that was lived through:\n{found}\n"
+        "docs/front-ends.md (left) differs from the result of the test:\n{found}\n"
     );
 }
 
-/// The table has these rows, and no others.
+/// The table has exactly the rows of [`ROWS`].
 #[test]
-fn the_table_is_whole() {
+fn the_table_has_all_rows() {
     let table = documented();
     let head = format!("| devices, `--mem-slots` | {} |", EVENTS.join(" | "));
     assert_eq!(table[0], head);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A disk that loses what was not synced, as a power loss does: a FUSE file system of one file,
-//! `disk`, for a loop device to stand on.
+//! A disk that loses unsynced writes, as at a power failure: a FUSE file system with the one file
+//! `disk`, on which a loop device is set up.
 //!
-//! It keeps two images: what was written, and what is durable, which a sync makes the same. At the
-//! end of all things it takes nothing more, and gives out what a real disk might hold then: the
-//! durable image, and of what was written since the last sync any sectors, in any order that they
-//! came.
+//! The disk keeps two images: the written one and the durable one. A sync copies the unsynced
+//! writes to the durable image. After `lose_power` the disk refuses writes and syncs, and `recover`
+//! makes an image that a real disk could hold then: the durable image plus any subset of the
+//! sectors written since the last sync, applied in the order of the writes.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -22,22 +22,22 @@ use fuser::{
     ReplyOpen, ReplyWrite, Request, Session, WriteFlags,
 };
 
-/// What a disk writes at once or not at all.
+/// The unit that a disk writes completely or not at all, in bytes.
 const SECTOR: usize = 512;
 const DISK: INodeNo = INodeNo(2);
-/// The only name there is.
+/// The name of the only file.
 pub const NAME: &str = "disk";
 
 struct State {
     written: File,
     durable: File,
-    /// Since the last sync, in order.
+    /// Writes since the last sync, in order: offset and bytes.
     unsynced: Vec<(u64, Vec<u8>)>,
     held: bool,
     lost: bool,
 }
 
-/// The disk. All clones are one.
+/// The disk. Clones share one state.
 #[derive(Clone)]
 pub struct LossyDisk {
     state: Arc<Mutex<State>>,
@@ -45,11 +45,11 @@ pub struct LossyDisk {
     bytes: u64,
 }
 
-/// What survived of the unsynced sectors.
+/// Which of the unsynced sectors survive the power failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Survivors {
     None,
-    /// Each by the toss of a coin, from this seed.
+    /// Each sector with a probability of 1/2; the value is the seed.
     Some(u64),
     All,
 }
@@ -67,7 +67,8 @@ impl LossyDisk {
         Self { state: Arc::new(Mutex::new(state)), changed: Arc::default(), bytes }
     }
 
-    /// The disk as it is now, for when the one in use goes on.
+    /// A snapshot of the disk as after a power failure at this moment; the disk itself stays in
+    /// use.
     pub fn copy(&self) -> io::Result<Self> {
         let copy = Self::new(self.bytes);
         let state = self.lock();
@@ -79,10 +80,10 @@ impl LossyDisk {
         Ok(copy)
     }
 
-    /// Shows it as `dir/disk`, in this thread's mount namespace.
+    /// Mounts the disk as `dir/disk`, in the mount namespace of the calling thread.
     pub fn mount(&self, dir: &Path) -> io::Result<BackgroundSession> {
         let mut config = Config::default();
-        // A sync that is held does not hold the writes behind it.
+        // Several threads, so that a held sync does not block the writes behind it.
         config.n_threads = Some(4);
         Session::new(self.clone(), dir, &config)?.spawn()
     }
@@ -91,23 +92,24 @@ impl LossyDisk {
         self.state.lock().unwrap()
     }
 
-    /// From now on no sync ends before power is lost: who is told of one was told too early.
+    /// Blocks every sync until power is lost. A guest that gets its flush acknowledged after this
+    /// call got it without a sync.
     pub fn hold_syncs(&self) {
         self.lock().held = true;
     }
 
-    /// Power is lost: nothing is written from now on, and nothing is synced.
+    /// Simulates the power failure: every later write and sync fails.
     pub fn lose_power(&self) {
         self.lock().lost = true;
         self.changed.notify_all();
     }
 
-    /// How many writes no sync came behind.
+    /// Number of writes since the last sync.
     pub fn unsynced(&self) -> usize {
         self.lock().unsynced.len()
     }
 
-    /// Makes `to` the disk as it is found when power is back.
+    /// Writes the image that is found after the power failure to `to`.
     pub fn recover(&self, to: &File, survivors: Survivors) -> io::Result<()> {
         let state = self.lock();
         copy_sparse(&state.durable, to, self.bytes)?;
@@ -256,7 +258,7 @@ impl Filesystem for LossyDisk {
         }
     }
 
-    /// Closing is no sync.
+    /// FLUSH, sent at close(2), is not a sync.
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
         reply.ok();
     }
@@ -269,8 +271,8 @@ impl Filesystem for LossyDisk {
     }
 }
 
-/// Shows: what was synced is there; of what was not, nothing, all, or some whole sectors, as asked
-/// for.
+/// Shows: synced sectors survive; of the unsynced sectors none, all, or some whole sectors survive,
+/// as requested.
 #[test]
 fn any_sectors_may_survive() {
     let disk = LossyDisk::new(1 << 20);
@@ -279,7 +281,10 @@ fn any_sectors_may_survive() {
     disk.sync().unwrap();
     disk.write(4096, &new).unwrap();
     disk.lose_power();
-    assert!(disk.write(0, &old).is_err() && disk.sync().is_err(), "there is no power");
+    assert!(
+        disk.write(0, &old).is_err() && disk.sync().is_err(),
+        "a write or a sync after the power failure succeeded"
+    );
     let found = |disk: &LossyDisk, survivors| {
         let image = tempfile::tempfile().unwrap();
         disk.recover(&image, survivors).unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The machine that QEMU is asked for: what is in it, and in which PCI slots.
+//! QEMU's command line: the machine, its devices, and their PCI slots.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -9,31 +9,31 @@ use crate::disk::Disk;
 use crate::images::Images;
 use crate::share::Share;
 
-/// The PCI slot of the first disk; the next ones follow.
+/// The PCI slot of the first disk; the other disks follow.
 pub const FIRST_DISK: usize = 0x10;
-/// The same of the first share.
+/// The PCI slot of the first share; the other shares follow.
 pub const FIRST_SHARE: usize = 0x18;
 
-/// What has a daemon of its own.
+/// The devices with a daemon of their own.
 pub struct Parts<'a> {
     pub disks: &'a [&'a Disk],
     pub shares: &'a [Share],
 }
 
-/// How a VM differs from the plain one.
+/// How a VM differs from the default one.
 #[derive(Default)]
 pub struct Options<'a> {
-    /// Arguments of strace for each daemon of a disk; empty: no strace.
+    /// Arguments of strace for the daemon of each disk; empty: the daemons run without strace.
     pub strace: &'a [&'a str],
     pub kernel: Option<PathBuf>,
-    /// Whether the disk of test programs is there also without shares.
+    /// Whether the VM has the disk with the test programs even if it has no shares.
     pub tools: bool,
     /// A file that the guest sees as an ordinary virtio-blk disk.
     pub scratch: Option<PathBuf>,
-    /// More arguments for QEMU.
+    /// Additional arguments for QEMU.
     pub qemu: Vec<String>,
-    /// Whether devices can be unplugged: each is behind a port of its own, on bus 01, 02, ...,
-    /// disks first.
+    /// Whether devices can be unplugged. Each device is then behind a root port of its own, on bus
+    /// 01, 02, ..., disks first.
     pub hotplug: bool,
 }
 
@@ -49,7 +49,7 @@ pub fn qemu_command(
     command
         .args(["-accel", &std::env::var("VUD_ACCEL").unwrap_or_else(|_| "tcg".into())])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35"])
-        // Without rdrand the guest has no entropy for minutes, and mkfs waits for it.
+        // Without RDRAND the guest's entropy pool needs minutes, and mkfs waits for it.
         .args(["-cpu", "qemu64,+rdrand", "-smp", "2", "-m", "512M"])
         .args(["-object", "memory-backend-memfd,id=mem,size=512M,share=on"])
         .args(["-numa", "node,memdev=mem"])
@@ -62,12 +62,14 @@ pub fn qemu_command(
         .args(["-chardev", &format!("socket,id=agent,path={}", path("agent"))])
         .args(["-serial", "chardev:agent"])
         .args(["-qmp", &format!("unix:{},server=off", path("qmp"))])
-        // A guest that panics resets; this makes QEMU end then, and the test fail.
+        // A guest that panics resets the machine; with this option QEMU ends then, and the test
+        // fails.
         .args(["-action", "reboot=shutdown"]);
     for (index, (device, slot)) in devices(parts).into_iter().enumerate() {
         if options.hotplug {
-            // The firmware puts what is behind ports at the end of the address space, and with 40
-            // bits there the kernel takes no new place for a window: AMD's HyperTransport has it.
+            // The firmware puts devices behind root ports at the end of the physical address space.
+            // With 40 address bits that range overlaps AMD's HyperTransport hole, and the guest
+            // kernel finds no other place for a window.
             command.args(["-cpu", "qemu64,+rdrand,phys-bits=42"]);
             command.args(["-device", &port(index)]);
         }
@@ -86,7 +88,7 @@ pub fn qemu_command(
     command
 }
 
-/// What QEMU is to make for each daemon, and the slot for it.
+/// The `-device` argument for each daemon, and its PCI slot.
 pub fn devices(parts: &Parts<'_>) -> Vec<(String, usize)> {
     let pmem = "vhost-user-test-device-pci,virtio-id=27,num_vqs=1,vq_size=128,config_size=16";
     let disks = (0..parts.disks.len()).map(|index| (pmem.to_owned(), FIRST_DISK + index));
@@ -98,7 +100,7 @@ fn chardev(socket: &str, index: usize) -> String {
     format!("socket,id=vhost{index},path={socket}")
 }
 
-/// With room for any window of the tests.
+/// The root port reserves address space for the largest window of the tests.
 fn port(index: usize) -> String {
     let chassis = index + 1;
     format!(
@@ -107,12 +109,12 @@ fn port(index: usize) -> String {
     )
 }
 
-/// Its place and its name, by which it is unplugged.
+/// The bus of a device behind a root port, and the id by which it is unplugged.
 fn behind_port(index: usize) -> String {
     format!("bus=port{index},id=dev{index}")
 }
 
-/// The guest finds it by its serial number, which is its name.
+/// Adds a virtio-blk disk. Its serial number is `name`, by which the guest finds it.
 fn add_drive(command: &mut Command, name: &str, file: &Path, read_only: bool) {
     let read_only = if read_only { "on" } else { "off" };
     let file = file.display();

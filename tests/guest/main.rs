@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a stock QEMU and a stock Linux guest see of the daemon.
+//! Tests with a stock QEMU and a stock Linux guest.
 //!
-//! Each test starts the real daemon and a real VM, runs cases of `guest-tests/` in
-//! it, and judges the bytes on the host, in the backing file itself.
+//! Each test starts the real daemon and a real VM, runs cases of `guest-tests/` in the guest, and
+//! compares the bytes in the backing file on the host.
 //!
-//! `images/build` must have run before. `VUD_GUEST=skip` leaves these tests out, `VUD_GUEST_JOBS`
-//! is how many VMs may run at once (one a core unless set), `VUD_ACCEL` is QEMU's accelerator
-//! (`tcg` unless set). `VUD_FS_BACKEND=virtiofsd` puts Debian's virtiofsd in the place of our
-//! daemon in the tests of shares.
+//! `images/build` must have run before. `VUD_GUEST=skip` skips these tests. `VUD_GUEST_JOBS` is the
+//! number of VMs that may run at once (default: one per core, at most 4). `VUD_ACCEL` is QEMU's
+//! accelerator (default: `tcg`). `VUD_FS_BACKEND=virtiofsd` runs the tests of shares with Debian's
+//! virtiofsd instead of our daemon.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![allow(clippy::indexing_slicing)]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The lines a process writes, kept as they come, and its end.
+//! Collects the output lines of a process, and notices the end of its output.
 
 use std::io::{BufRead, BufReader, Read};
 use std::sync::{Arc, Condvar, Mutex};
@@ -19,7 +19,7 @@ pub struct Output {
 }
 
 impl Output {
-    /// Reads `source` to its end in a thread; calls `on_end` then.
+    /// Starts a thread that reads `source` to its end and then calls `on_end`.
     pub fn collect(
         source: impl Read + Send + 'static,
         on_end: impl FnOnce() + Send + 'static,
@@ -48,7 +48,7 @@ impl Output {
         self.shared.0.lock().unwrap().lines.clone()
     }
 
-    /// Waits until the process closed its output, which is when it ended.
+    /// Waits until the process has closed its output, that is, until it has ended.
     pub fn wait_closed(&self, limit: Duration) -> bool {
         let (state, changed) = &*self.shared;
         let state = state.lock().unwrap();
@@ -56,7 +56,7 @@ impl Output {
         state.closed
     }
 
-    /// Waits until a line has come that has these words in it.
+    /// Waits until the process has written a line that contains `words`.
     pub fn wait_line(&self, limit: Duration, words: &str) -> bool {
         let has = |state: &State| state.lines.iter().any(|line| line.contains(words));
         let (state, changed) = &*self.shared;
@@ -66,8 +66,9 @@ impl Output {
         has(&state)
     }
 
-    /// Waits until `done`, which must not look at the lines, holds. It is asked at each new line,
-    /// and now and then, as it may look at things that bring no line.
+    /// Waits until `done` returns true. `done` is called at each new line and every 5 ms, because
+    /// it may depend on events without a line. It must not call methods of `Output`: the lock is
+    /// held.
     pub fn wait_until(&self, limit: Duration, mut done: impl FnMut() -> bool) -> bool {
         let end = Instant::now() + limit;
         let (state, changed) = &*self.shared;

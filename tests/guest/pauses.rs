@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! QMP stop and cont: the device goes on, with the right bytes.
+//! QMP `stop` and `cont`: the device works afterwards and shows the right bytes.
 
 use serde_json::json;
 
@@ -33,13 +33,13 @@ fn stop_and_cont() {
     pause(&mut vm);
     check_device(&mut vm, &disk, "once");
 
-    // Back to back: a start may come while the stop before it is still at work.
+    // Without a wait in between: a start may come while the daemon still handles the previous stop.
     for _ in 0..20 {
         pause(&mut vm);
     }
     check_device(&mut vm, &disk, "many");
 
-    // And in the middle of flushes.
+    // Pauses during flushes.
     vm.start("fsync-files", &["/mnt", "8", "100"]);
     for _ in 0..20 {
         pause(&mut vm);
@@ -47,7 +47,7 @@ fn stop_and_cont() {
     vm.finish("fsync-files");
     check_device(&mut vm, &disk, "busy");
 
-    // A reboot after pauses finds no map left from before.
+    // After the pauses, a reboot maps the window anew.
     vm.reboot();
     let (dev, _) = vm.ready(0);
     vm.run("mount", &["ext4", &dev, "/mnt"]);
@@ -58,7 +58,7 @@ fn stop_and_cont() {
     vm.assert_qemu_is_quiet();
 }
 
-/// A VM that is stopped when it is told to reset or quit.
+/// QMP `quit` while the VM is stopped: the daemon ends, and the stores are in the file.
 #[test]
 fn quit_while_stopped() {
     let Some(guest) = Guest::enter("quit_while_stopped") else { return };

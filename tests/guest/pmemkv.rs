@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A persistent-memory key-value workload (see guest-tests/pmemkv), with kills and recovery: on
-//! virtio-pmem under ext4 with DAX, and on virtio-fs with DAX. After a kill a new VM finds the maps
-//! as they were after a whole number of transactions, and none of the acknowledged ones missing.
+//! A persistent-memory key-value workload (see guest-tests/pmemkv) with kills and recovery: on
+//! virtio-pmem under ext4 with DAX, and on virtio-fs with DAX. After a kill, a new VM finds the
+//! maps in the state after a whole number of transactions, with every acknowledged transaction.
 
 use tempfile::TempDir;
 
@@ -12,7 +12,7 @@ use crate::share::Share;
 use crate::vm::{Guest, Vm};
 
 const MAPS: [&str; 2] = ["hashmap", "rbtree"];
-/// Acknowledged before the kill comes.
+/// Number of transactions acknowledged before the kill.
 const TRANSACTIONS: u64 = 40;
 
 #[derive(Debug, Clone, Copy)]
@@ -22,14 +22,14 @@ enum Kill {
     Both,
 }
 
-/// What the pools lie on, over several VMs.
+/// Where the pools lie; it outlives the VMs.
 enum Medium {
     Pmem(Disk),
     Fs(TempDir),
 }
 
 impl Medium {
-    /// A VM with it mounted at /mnt.
+    /// Boots a VM with the medium mounted at /mnt.
     fn boot<'g>(&self, guest: &'g Guest, new: bool) -> Vm<'g> {
         let options = Options { tools: true, ..Options::default() };
         match self {
@@ -56,8 +56,8 @@ fn pool(map: &str) -> String {
     format!("/mnt/{map}.pool")
 }
 
-/// Loads in one VM, verifies in another.
-fn in_peace(guest: &Guest, medium: &Medium) {
+/// Loads the maps in one VM and verifies them in another, without a kill.
+fn without_kill(guest: &Guest, medium: &Medium) {
     let mut vm = medium.boot(guest, true);
     for map in MAPS {
         vm.run("kv", &["load", &pool(map), map, "30"]);
@@ -72,7 +72,7 @@ fn in_peace(guest: &Guest, medium: &Medium) {
     vm.poweroff();
 }
 
-/// Is killed while it loads; a new VM recovers, and verifies.
+/// Kills during the load; a new VM recovers the map and verifies it.
 fn killed(guest: &Guest, medium: &Medium, map: &str, kill: Kill) {
     let mut vm = medium.boot(guest, true);
     vm.start("kv", &["load", &pool(map), map, "0"]);
@@ -95,7 +95,7 @@ fn killed(guest: &Guest, medium: &Medium, map: &str, kill: Kill) {
 
 fn all(test: &'static str, medium: impl Fn() -> Medium) {
     let Some(guest) = Guest::enter(test) else { return };
-    in_peace(&guest, &medium());
+    without_kill(&guest, &medium());
     for (map, kill) in [("hashmap", Kill::Qemu), ("rbtree", Kill::Daemon), ("hashmap", Kill::Both)]
     {
         killed(&guest, &medium(), map, kill);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! QEMU's control socket.
+//! A client of QMP, QEMU's control protocol.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-/// Only tells a hang from a slow machine.
+/// Time limit that tells a hang from a slow machine.
 const HANG: Duration = Duration::from_secs(60);
 
 pub struct Qmp {
     stream: BufReader<UnixStream>,
-    /// Devices that were unplugged, and that nobody has waited for.
+    /// Devices that were unplugged and for which `wait_deleted` has not been called yet.
     deleted: Vec<String>,
 }
 
@@ -37,12 +37,12 @@ impl Qmp {
 
     fn note(&mut self, said: &Value) {
         if said["event"] == "DEVICE_DELETED" {
-            // Parts of devices have no name of their own.
+            // The parts of a device have no id.
             self.deleted.extend(said["data"]["device"].as_str().map(str::to_owned));
         }
     }
 
-    /// Waits until a device is unplugged, or finds that it is.
+    /// Waits for the DEVICE_DELETED event of a device, unless it has come already.
     pub fn wait_deleted(&mut self, device: &str) {
         while !self.deleted.iter().any(|deleted| deleted == device) {
             let said = self.read();
@@ -51,7 +51,7 @@ impl Qmp {
         self.deleted.retain(|deleted| deleted != device);
     }
 
-    /// Runs one command and returns its answer; events in between are noted.
+    /// Runs one command and returns its answer. Events that come in between are recorded.
     pub fn command(&mut self, name: &str, arguments: Value) -> Value {
         let request = json!({ "execute": name, "arguments": arguments });
         writeln!(self.stream.get_mut(), "{request}").expect("write to QMP");

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The crate's own tests, and the daemon with the in-process front-end, in a guest whose kernel
-//! believes to have persistent memory: two emulated NVDIMMs, one with a DAX file system, one as a
-//! device-DAX node.
+//! Runs the crate's own test programs, among them those that start the daemon with the in-process
+//! front-end, in a guest with emulated persistent memory: two NVDIMMs, one with a DAX file system
+//! and one as a device-DAX node.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,20 +12,20 @@ use crate::machine::Options;
 use crate::share::Share;
 use crate::vm::{Guest, Vm};
 
-/// Where the crate's build folder is on the host, and in the guest: the tests know the daemon by
-/// its path.
+/// The build folder, at the same path on the host and in the guest: the tests contain the daemon's
+/// path.
 fn build_folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("target")
 }
 
-/// The tests that run there, with their arguments. Left out: tests of the ring, the command line
-/// and the front-end's rules, which no file system has a part in; what is about a page cache that
-/// DAX has not; and what strace does, which the guest does not have.
+/// The test programs that run there, with their arguments. Left out are the tests of the ring, of
+/// the command line and of front-end messages, which use no file system; the tests of the page
+/// cache, which DAX does not have; and the tests that need strace, which the guest lacks.
 const TESTS: &[(&str, &[&str])] = &[
     ("process", &["direct_access::", "--include-ignored"]),
-    // TCG's CLWB touches no memory, and so meets no page that is gone.
+    // TCG's CLWB does not access memory, so it raises no SIGBUS at a truncated page.
     ("vhost_user_dax", &["persist::", "extent::", "--skip", "cut_off"]),
-    // A store to a hole of a DAX file gets 2 MiB at once, not 4 KiB.
+    // A store to a hole of a DAX file allocates 2 MiB at once, not 4 KiB.
     ("engine", &["rows::real_files", "rows::lines", "--skip", "row_06"]),
     (
         "fs",
@@ -38,7 +38,7 @@ const TESTS: &[(&str, &[&str])] = &[
     ("frontend", &["flush::"]),
 ];
 
-/// The NVDIMMs. Less their labels of 2 MiB: what xfs asks for, and a part of it.
+/// The NVDIMMs, with labels of 2 MiB each: the first has the least size that mkfs.xfs accepts.
 fn nvdimms() -> Vec<String> {
     let mut qemu: Vec<String> = ["-machine", "nvdimm=on", "-m", "512M,slots=4,maxmem=4G"]
         .into_iter()
@@ -52,7 +52,7 @@ fn nvdimms() -> Vec<String> {
     qemu
 }
 
-/// A guest that has the build folder, and can run the crate's tests.
+/// A guest that has the build folder mounted and can run the crate's tests.
 pub struct TestGuest<'g> {
     pub vm: Vm<'g>,
     programs: BTreeMap<String, PathBuf>,
@@ -71,20 +71,20 @@ impl<'g> TestGuest<'g> {
         Self { vm, programs, libraries }
     }
 
-    /// One with NVDIMMs, and the device of the first.
+    /// Boots a guest with NVDIMMs. Returns also the device of the first one.
     fn with_nvdimms(guest: &'g Guest) -> (Self, String) {
         let mut inside = Self::boot(guest, &Options { qemu: nvdimms(), ..Options::default() });
         let device = inside.vm.run("dax-ready", &[]).get("dev").to_owned();
         (inside, device)
     }
 
-    /// Makes a file system, and mounts it as `/mnt`.
+    /// Makes a file system and mounts it on `/mnt`.
     fn mount_new(&mut self, kind: &str, device: &str) {
         self.vm.run("mkfs", &[kind, device]);
         self.vm.run("mount", &[kind, device, "/mnt"]);
     }
 
-    /// Runs a test program of this crate in `/mnt`.
+    /// Runs a test program of this crate in the folder `/mnt`.
     pub fn run(&mut self, program: &str, args: &[&str]) {
         let path = self.programs.get(program).unwrap_or_else(|| panic!("no test '{program}'"));
         let [libraries, path] = [&self.libraries, path].map(|path| path.display().to_string());
@@ -107,7 +107,7 @@ impl<'g> TestGuest<'g> {
     }
 }
 
-/// The crate's test programs, by their names: cargo knows where they are, and builds what is old.
+/// The crate's test programs, by name: cargo builds them if needed, and reports their paths.
 fn programs() -> BTreeMap<String, PathBuf> {
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["test", "--no-run", "--locked", "--message-format=json", "--quiet"]);
@@ -124,7 +124,7 @@ fn programs() -> BTreeMap<String, PathBuf> {
     lines.lines().filter_map(program).collect()
 }
 
-/// The libraries that the guest lacks, in a folder that it sees.
+/// Copies the libraries that the guest lacks to a folder that the guest can see.
 fn libraries<'a>(programs: impl Iterator<Item = &'a PathBuf>) -> PathBuf {
     let folder = build_folder().join("guest/host-lib");
     std::fs::create_dir_all(&folder).expect("make a folder");
@@ -135,7 +135,7 @@ fn libraries<'a>(programs: impl Iterator<Item = &'a PathBuf>) -> PathBuf {
                 continue;
             };
             let name = Path::new(path).file_name().expect("a name");
-            // The guest's C library is its own, and newer.
+            // The guest's C library is newer than the host's.
             let own = ["ld-linux", "libc.so", "libm.so", "libpthread", "libdl"];
             if !own.iter().any(|own| name.to_string_lossy().starts_with(own)) {
                 std::fs::copy(path, folder.join(name)).expect("copy a library");
@@ -145,8 +145,8 @@ fn libraries<'a>(programs: impl Iterator<Item = &'a PathBuf>) -> PathBuf {
     folder
 }
 
-/// Shows: a disk that fails once, a device-mapper target and not a double, is told of then and ever
-/// after.
+/// Shows: a disk that fails once (a device-mapper target, not a double) makes that flush and every
+/// later one fail.
 #[test]
 fn a_disk_that_fails_once() {
     let Some(guest) = Guest::enter("a_disk_that_fails_once") else { return };
@@ -163,7 +163,7 @@ fn a_disk_that_fails_once() {
     inside.vm.poweroff();
 }
 
-/// Shows: the engine decides as the guest's kernel does, on both file systems.
+/// Shows: the engine decides as the guest's kernel does, on ext4 and on xfs.
 #[test]
 fn the_kernel_judges() {
     let Some(guest) = Guest::enter("the_kernel_judges") else { return };

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a case in the guest said.
+//! The output of a case in the guest.
 
-/// Where a run of a file's bytes is in the pmem device, and so in the backing file.
+/// One extent of a file: its offset in the file, its offset in the pmem device and so in the
+/// backing file, and its length.
 #[derive(Debug, Clone, Copy)]
 pub struct Extent {
     pub logical: u64,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A scripted back-end: a virtio-fs device without a file system, of which only the window works. A
-//! stock guest's built-in driver starts it and then leaves it alone, so the test has the window for
-//! itself, as busy as it likes.
+//! A scripted back-end: a virtio-fs device without a file system, which only maps and unmaps. The
+//! stock guest's built-in driver starts the device and sends no requests, so the test alone uses
+//! the window, at any rate.
 
 use std::fs::File;
 use std::io;
@@ -27,26 +27,27 @@ use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
-/// What a guest's driver asks for at a time.
+/// The unit in which a guest's driver asks for maps, in bytes.
 pub const RANGE: u64 = 2 << 20;
-/// The window.
+/// Size of the window in bytes.
 pub const WINDOW: u64 = 128 << 20;
 
 const VIRTIO_F_VERSION_1: u64 = 1 << 32;
-/// high priority, request
+/// The high-priority queue and one request queue.
 const QUEUES: usize = 2;
 const CONFIG_BYTES: usize = 44;
-/// Only tells a hang from a slow machine.
+/// Time limit that tells a hang from a slow machine.
 const HANG: Duration = Duration::from_secs(60);
 
-/// Makes the mapper under test of the channel and of "is the device started?".
+/// Makes the mapper under test, from the back-end channel and the question "is the device
+/// started?".
 pub type MakeMapper = fn(Backend, Box<dyn Fn() -> bool + Send + Sync>) -> Arc<dyn Mapper>;
 
 struct Device {
     make: MakeMapper,
     vrings: Arc<Mutex<Vec<Vring>>>,
     mapper: Mutex<Option<Arc<dyn Mapper>>>,
-    came: Condvar,
+    mapper_set: Condvar,
 }
 
 impl VhostUserBackend for Device {
@@ -92,13 +93,14 @@ impl VhostUserBackend for Device {
 
     fn set_backend_req_fd(&self, channel: Backend) {
         let vrings = self.vrings.clone();
-        // GET_VRING_BASE makes a ring unready before it is answered; SET_VRING_KICK makes it ready.
+        // GET_VRING_BASE makes a ring unready before it is answered; SET_VRING_KICK makes the ring
+        // ready.
         let started = move || {
             let vrings = vrings.lock().unwrap();
             !vrings.is_empty() && vrings.iter().all(|vring| vring.get_ref().get_queue().ready())
         };
         *self.mapper.lock().unwrap() = Some((self.make)(channel, Box::new(started)));
-        self.came.notify_all();
+        self.mapper_set.notify_all();
     }
 
     fn get_shmem_config(&self) -> io::Result<VhostUserShMemConfig> {
@@ -121,7 +123,7 @@ impl VhostUserBackend for Device {
     }
 }
 
-/// The back-end, serving one VM in a thread.
+/// The back-end; a thread serves one VM.
 pub struct Script {
     device: Arc<Device>,
     file: File,
@@ -137,20 +139,20 @@ impl Script {
         let file = tempfile::tempfile().unwrap();
         file.set_len(WINDOW).unwrap();
         let (vrings, mapper) = (Arc::default(), Mutex::new(None));
-        let device = Arc::new(Device { make, vrings, mapper, came: Condvar::new() });
+        let device = Arc::new(Device { make, vrings, mapper, mapper_set: Condvar::new() });
         let mut listener = Listener::new(&socket, true).unwrap();
-        let theirs = device.clone();
+        let shared_device = device.clone();
         let serving = thread::spawn(move || {
             let mem = GuestMemory::new(GuestMemoryMmap::new());
-            let mut daemon = VhostUserDaemon::new("script".into(), theirs, mem).unwrap();
+            let mut daemon = VhostUserDaemon::new("script".into(), shared_device, mem).unwrap();
             daemon.start(&mut listener).unwrap();
-            // QEMU hangs up at the end, in the middle of anything.
+            // QEMU closes the connection at its end, at any point of the protocol.
             let _ = daemon.wait();
         });
         Self { device, file, socket, _folder: folder, _serving: serving }
     }
 
-    /// What QEMU needs to have the device.
+    /// QEMU's arguments for the device.
     pub fn qemu_arguments(&self) -> Vec<String> {
         vec![
             "-chardev".into(),
@@ -163,14 +165,15 @@ impl Script {
         ]
     }
 
-    /// The mapper, as soon as there is a front-end.
+    /// Waits until QEMU has handed over the back-end channel, and returns the mapper.
     pub fn mapper(&self) -> Arc<dyn Mapper> {
         let guard = self.device.mapper.lock().unwrap();
-        let came = self.device.came.wait_timeout_while(guard, HANG, |mapper| mapper.is_none());
-        came.unwrap().0.clone().expect("QEMU gave us a back-end channel")
+        let mapper =
+            self.device.mapper_set.wait_timeout_while(guard, HANG, |mapper| mapper.is_none());
+        mapper.unwrap().0.clone().expect("QEMU sent no back-end channel")
     }
 
-    /// Shows range `i` of the file in range `i` of the window.
+    /// Maps range `i` of the file to range `i` of the window.
     pub fn map(&self, mapper: &dyn Mapper, i: u64) -> Result<(), MapError> {
         mapper.map(WindowOffset(i * RANGE), &self.file, FileOffset(i * RANGE), WindowBytes(RANGE))
     }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A host directory that a VM shares, and the daemon that serves it: ours with a DAX window, ours
-//! without one, or Debian's virtiofsd to compare with.
+//! A shared host directory and the daemon that serves it: ours with a DAX window, ours without one,
+//! or, for comparison, Debian's virtiofsd.
 //!
-//! `VUD_FS_BACKEND=virtiofsd` puts virtiofsd in the place of ours, which shows what of a test is
-//! about DAX and what is not. `VUD_LOG_LEVEL` makes the daemons say more when a test fails.
+//! `VUD_FS_BACKEND=virtiofsd` runs virtiofsd instead of our daemon, which shows which part of a
+//! test depends on DAX. `VUD_LOG_LEVEL` sets the log level of the daemons; a failing test prints
+//! the log.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -25,10 +26,10 @@ pub struct Share {
     dir: PathBuf,
     tag: String,
     backend: Backend,
-    /// `--window-size`; none: the front-end has no window.
+    /// `--window-size`; `None`: the device in QEMU has no window.
     window: Option<String>,
     queues: u32,
-    /// Another build of our daemon.
+    /// The path of another build of our daemon.
     build: Option<PathBuf>,
     args: Vec<String>,
 }
@@ -68,29 +69,29 @@ impl Share {
         }
     }
 
-    /// Another size of the window, if there is one.
+    /// Sets the size of the window, if the share has one.
     pub fn window(self, size: &str) -> Self {
         Self { window: self.window.map(|_| size.into()), ..self }
     }
 
-    /// Served by another build of our daemon.
+    /// Serves the share by another build of our daemon.
     pub fn build(self, build: &Path) -> Self {
         Self { build: Some(build.into()), ..self }
     }
 
-    /// More request queues. Debian's virtiofsd has one whatever it is told.
+    /// Sets the number of request queues. Debian's virtiofsd always has one.
     pub fn queues(self, queues: u32) -> Self {
         let queues = if self.backend == Backend::Ours { queues } else { 1 };
         Self { queues, ..self }
     }
 
-    /// More arguments, which both daemons know.
+    /// Additional arguments that both daemons know.
     pub fn args(mut self, args: &[&str]) -> Self {
         self.args.extend(args.iter().map(|arg| (*arg).to_owned()));
         self
     }
 
-    /// More arguments, which only our daemon knows.
+    /// Additional arguments that only our daemon knows.
     pub fn our_args(self, args: &[&str]) -> Self {
         if self.backend == Backend::Ours { self.args(args) } else { self }
     }
@@ -111,15 +112,15 @@ impl Share {
         self.backend == Backend::Ours
     }
 
-    /// The host has the files, with the sizes and sums that the guest told.
+    /// Checks that the host's files have the sizes and the SHA-256 that the guest reported.
     pub fn check_sums(&self, report: &CaseReport) {
         let sums = report.values("sum");
         assert!(!sums.is_empty(), "no sums: {report:#?}");
         for line in sums {
             let name = line.split(',').next().unwrap_or_default();
-            let bytes = std::fs::read(self.path(name)).expect("read what the guest made");
+            let bytes = std::fs::read(self.path(name)).expect("read the file that the guest made");
             let host = format!("{name},{},{}", bytes.len(), sha256(&bytes));
-            assert_eq!(line, host, "the guest (left) has other bytes than the host");
+            assert_eq!(line, host, "the file differs: guest (left), host (right)");
         }
     }
 
@@ -139,7 +140,7 @@ impl Share {
             }
             Backend::Virtiofsd => {
                 let mut command = Command::new(images.virtiofsd());
-                // Its namespaces need more of a machine than a test can ask for.
+                // virtiofsd's sandbox needs namespaces, which a test machine may not allow.
                 command.args(["--sandbox", "none"]);
                 command
             }
@@ -152,7 +153,7 @@ impl Share {
         command
     }
 
-    /// QEMU's device, all but its chardev and slot.
+    /// QEMU's `-device` argument without chardev and slot.
     pub fn device(&self) -> String {
         match (self.backend, &self.window) {
             (Backend::Ours, Some(_)) => format!(

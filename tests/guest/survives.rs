@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the guest fsynced survives `kill -9` of QEMU and of the daemon.
+//! Data that the guest has fsynced survives `kill -9` of QEMU and of the daemon.
 
 use crate::daemon::Daemon;
 use crate::disk::{Disk, pattern};
 use crate::vm::{Guest, Vm};
 
 const LEN: usize = 300_000;
-/// The kill comes when the guest has this many records acknowledged, and is
-/// in the middle of the next.
+/// Number of acknowledged records at which the kill comes, in the middle of the next record.
 const RECORDS: u64 = 10;
 
-/// Boots, fsyncs a file, and then record after record. Returns what the host was
-/// told is durable: the sha256 of the file and the last record.
+/// Boots a VM, fsyncs a file, and then record after record until the kill. Returns the VM, the
+/// file's SHA-256, and the number of the last acknowledged record.
 fn write_until_kill<'g>(
     guest: &'g Guest,
     disk: &Disk,
@@ -38,7 +37,7 @@ fn write_until_kill<'g>(
     (vm, sha256, last)
 }
 
-/// A new daemon and a new VM on the same file find it all.
+/// A new daemon and a new VM on the same file find the file and every acknowledged record.
 fn verify_in_new_vm(guest: &Guest, disk: &Disk, sha256: &str, last: u64) {
     let mut vm = guest.boot(&[disk]);
     let (dev, _) = vm.ready(0);
@@ -55,7 +54,7 @@ fn kill_of_qemu() {
     let Some(guest) = Guest::enter("kill_of_qemu") else { return };
     let disk = Disk::new(128);
     let (mut vm, sha256, last) = write_until_kill(&guest, &disk, Vm::kill_qemu);
-    // The VM is gone, so the daemon ends, and well.
+    // The VM has gone, so the daemon ends, with exit code 0.
     vm.wait_daemons();
     drop(vm);
     verify_in_new_vm(&guest, &disk, &sha256, last);
@@ -66,7 +65,7 @@ fn kill_of_the_daemon() {
     let Some(guest) = Guest::enter("kill_of_the_daemon") else { return };
     let disk = Disk::new(128);
     let (mut vm, sha256, last) = write_until_kill(&guest, &disk, |vm| vm.kill_daemon(0));
-    // The VM still maps the file, and so still has its lock: nobody else may write to it.
+    // The VM still maps the file and so still holds its lock: another daemon is refused.
     Daemon::assert_refused(&disk, "in use by another process");
     vm.kill_qemu();
     drop(vm);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! User-mode Linux as the front-end: one that nobody here wrote, and that shares no line with QEMU
-//! or the vhost crates. It has no window. Its kernel is both front-end and guest.
+//! User-mode Linux as the front-end: an independent implementation that shares no code with QEMU
+//! and the vhost crates. It has no window. Its kernel is both front-end and guest.
 //!
-//! A test gives it a script in a folder of the host, which the guest reaches by hostfs; see
-//! guest-tests/uml-init.
+//! A test writes a script to a folder of the host; the guest reads it by hostfs (see
+//! guest-tests/uml-init).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,16 +20,16 @@ use crate::report::CaseReport;
 use crate::share::Share;
 use crate::vm::Guest;
 
-/// Only tells a hang from a slow machine.
+/// Time limit that tells a hang from a slow machine.
 const HANG: Duration = Duration::from_secs(180);
 const TAG: &str = "share";
 
-/// A share of which the daemon says the tag: this front-end has no word for it.
+/// A share whose tag comes from the daemon: this front-end has no option for it.
 fn with_tag(share: Share) -> Share {
     if share.is_ours() { share } else { share.args(&["--tag", TAG]) }
 }
 
-/// A machine that is there, or a line in the log of cases that says that it is not.
+/// A guest and user-mode Linux; `None`, with a line in the log of cases, if either is missing.
 fn enter(test: &'static str) -> Option<(Guest, PathBuf)> {
     let guest = Guest::enter(test)?;
     let Some(uml) = guest.images().uml() else {
@@ -40,18 +40,18 @@ fn enter(test: &'static str) -> Option<(Guest, PathBuf)> {
     Some((guest, uml))
 }
 
-/// User-mode Linux, killed when it is not needed any more.
+/// The process of user-mode Linux, killed at drop.
 struct Uml(Child);
 
 impl Drop for Uml {
     fn drop(&mut self) {
-        // Both fail when it is gone already, which is as well.
+        // Both fail if the process has ended already; that is no error.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// The command line of docs/front-ends.md.
+/// The command line, as in docs/front-ends.md.
 fn uml_command(uml: &Path, job: &Path, socket: &Path) -> Command {
     let mut command = Command::new("./linux");
     command.current_dir(uml).env("LD_LIBRARY_PATH", ".");
@@ -62,8 +62,8 @@ fn uml_command(uml: &Path, job: &Path, socket: &Path) -> Command {
     command
 }
 
-/// Boots, runs the script, powers off; all of it, and the daemon, must end well. Returns what the
-/// script said.
+/// Boots, runs the script, and powers off. User-mode Linux, the script and the daemon must all end
+/// with code 0. Returns the output of the script.
 fn run(test: &'static str, share: &Share, script: &str) -> Option<CaseReport> {
     let (guest, uml) = enter(test)?;
     let job = TempDir::new().expect("make a folder for the job");
@@ -97,7 +97,8 @@ fn run(test: &'static str, share: &Share, script: &str) -> Option<CaseReport> {
     Some(CaseReport { lines: said("output").lines().map(str::to_owned).collect() })
 }
 
-/// `session ended: requests=N errors=E malformed=0; window: ...`, and nothing was mapped.
+/// Checks the line `session ended: requests=N errors=E malformed=0; window: ...`, and that nothing
+/// was mapped.
 fn check_session_line(log: &str) {
     let ended: Vec<&str> =
         log.lines().filter_map(|line| line.split_once("session ended: ")).map(|x| x.1).collect();
@@ -113,9 +114,9 @@ fn check_session_line(log: &str) {
     assert!(!log.contains(" error: "), "{log}");
 }
 
-/// Shows: 128 MiB that the guest writes and fsyncs are on the host, and come back after a new
-/// mount; `dax=always`, which this kernel has not, is refused at the mount, and `dax=inode` goes
-/// without.
+/// Shows: 128 MiB that the guest writes and fsyncs are on the host, and a new mount reads them
+/// back. A mount with `dax=always`, which this kernel lacks, is refused; `dax=inode` works without
+/// DAX.
 #[test]
 fn uml_writes_and_reads() {
     let dir = TempDir::new().unwrap();
@@ -135,7 +136,7 @@ fn uml_writes_and_reads() {
     assert_eq!(fs::metadata(share.path("data")).unwrap().len(), 128 << 20);
 }
 
-/// Shows: names, links, modes and lengths are what the guest made them, on both sides.
+/// Shows: names, links, modes and lengths are the same in the guest and on the host.
 #[test]
 fn uml_changes_names() {
     let dir = TempDir::new().unwrap();
@@ -190,7 +191,7 @@ fn names(dir: &Path) -> Vec<String> {
     names
 }
 
-/// Shows: a directory of 1,000 files, read, replaced and removed file by file; the front-end starts
+/// Shows: a directory of 1,000 files can be listed, read, copied and removed; the front-end starts
 /// fewer request queues than the device has.
 #[test]
 fn uml_lists_a_thousand_files() {
@@ -214,7 +215,7 @@ fn uml_lists_a_thousand_files() {
         cd /
         umount /mnt";
     let Some(report) = run("uml_lists_a_thousand_files", &share, script) else { return };
-    assert_eq!(report.get("all"), sha256(&all), "what the guest has read");
+    assert_eq!(report.get("all"), sha256(&all), "the guest has read other bytes");
     assert_eq!(names(&share.path("")), ["guest"]);
     assert_eq!(names(&share.path("guest")).len(), 1000);
     for number in 0..1000 {
@@ -223,8 +224,8 @@ fn uml_lists_a_thousand_files() {
     }
 }
 
-/// Shows: the guest's driver goes and comes back, twice. This front-end then begins with new rings
-/// without having asked for the old ones' base (GET_VRING_BASE), which QEMU always does.
+/// Shows: the guest's driver is unbound and bound again, twice. This front-end sets up new rings
+/// without a GET_VRING_BASE for the old ones, which QEMU always sends.
 #[test]
 fn uml_driver_unbind_and_bind() {
     let dir = TempDir::new().unwrap();

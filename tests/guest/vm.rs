@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One VM with one daemon per disk, and the talk with the agent inside it. The
-//! protocol is described in guest-tests/README.md.
+//! One VM with one daemon per device, and the protocol with the agent inside it, which
+//! guest-tests/README.md describes.
 
 mod lives;
 
@@ -25,11 +25,11 @@ use crate::qmp::Qmp;
 use crate::report::CaseReport;
 use crate::share::Share;
 
-/// One case, or one boot. Only tells a hang from a slow machine.
+/// Time limit of one case and of one boot. It only tells a hang from a slow machine.
 const HANG: Duration = Duration::from_secs(180);
 
-/// Between QEMU's writing of a line and our having read it. Waited out only if there is no such
-/// line.
+/// Longest time between QEMU's write of a line and our reader thread's read of it. A test waits
+/// that long only if QEMU writes no such line.
 const READER_LAG: Duration = Duration::from_secs(10);
 
 enum Event {
@@ -39,7 +39,7 @@ enum Event {
     Line(String),
     /// The agent's port is closed: no more lines.
     Closed,
-    /// A process ended: QEMU, or the daemon of a disk.
+    /// A process has ended: QEMU or a daemon.
     Gone(Process),
 }
 
@@ -49,7 +49,8 @@ enum Process {
     Daemon(usize),
 }
 
-/// What a test runs in: the images, its name for the log, its turn to have a VM.
+/// The environment of a test: the images, the test's name for the log of cases, and a slot to run a
+/// VM in.
 pub struct Guest {
     images: Images,
     test: &'static str,
@@ -57,7 +58,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// `None` when guest tests are to be left out; the log of cases says so then.
+    /// `None` if guest tests are to be skipped; the log of cases then has a line for it.
     pub fn enter(test: &'static str) -> Option<Self> {
         let images = Images::find(test)?;
         let slot = images.slot();
@@ -76,7 +77,7 @@ impl Guest {
         Vm::boot(self, &Parts { disks, shares: &[] }, options)
     }
 
-    /// A VM with shares, and with disks besides.
+    /// Boots a VM with shares and disks.
     pub fn boot_shares(&self, shares: &[Share], parts: &[&Disk], options: &Options<'_>) -> Vm<'_> {
         Vm::boot(self, &Parts { disks: parts, shares }, options)
     }
@@ -85,7 +86,7 @@ impl Guest {
 pub struct Vm<'g> {
     guest: &'g Guest,
     folder: TempDir,
-    /// Those of the disks, then those of the shares.
+    /// The daemons of the disks, then those of the shares.
     daemons: Vec<Daemon>,
     disks: usize,
     qemu: Child,
@@ -94,9 +95,9 @@ pub struct Vm<'g> {
     agent: Option<UnixStream>,
     qmp: Option<Qmp>,
     boot_id: String,
-    /// What QEMU is told to plug in again.
+    /// The devices' arguments, needed to plug them in again.
     devices: Vec<String>,
-    /// Daemons that the test itself killed.
+    /// Indices of the daemons that the test has killed.
     killed: Vec<usize>,
 }
 
@@ -130,19 +131,20 @@ impl<'g> Vm<'g> {
             killed: Vec::new(),
         };
         vm.wait_ready();
-        // QEMU connected before the guest's first instruction.
+        // QEMU connects before it runs the guest's first instruction.
         vm.qmp = Some(Qmp::accept(&qmp_listener));
         guest.images.log_case("boot", guest.test, "-", started.elapsed().as_millis());
         vm
     }
 
-    /// Waits for the pmem device of a disk, and returns its path and size in the guest.
+    /// Waits for the pmem device of a disk, and returns its path and its size in bytes in the
+    /// guest.
     pub fn ready(&mut self, disk: usize) -> (String, u64) {
         let report = self.run("ready", &[&slot_of(disk)]);
         (report.get("dev").to_owned(), report.number("bytes"))
     }
 
-    /// Mounts a share; `options` are for a device that has a window, and left out without.
+    /// Mounts a share. `options` are used only if the device has a window.
     pub fn mount(&mut self, share: &Share, dir: &str, options: &str) -> CaseReport {
         let options = if share.has_window() { options } else { "rw" };
         self.run("fs-mount", &[share.tag(), dir, options])
@@ -153,13 +155,13 @@ impl<'g> Vm<'g> {
         &self.daemons[self.disks + index]
     }
 
-    /// Whether QEMU has complained of this. It has written it before it answers on QMP; it was read
-    /// a moment later.
+    /// Whether QEMU has written a line with `words` to stderr. QEMU writes it before it answers on
+    /// QMP, but our thread may read it later.
     pub fn qemu_has_said(&self, words: &str) -> bool {
         self.qemu_output.wait_line(READER_LAG, words)
     }
 
-    /// What QEMU complains of.
+    /// All lines that QEMU has written to stderr.
     pub fn qemu_says(&self) -> Vec<String> {
         self.qemu_output.lines()
     }
@@ -172,14 +174,14 @@ impl<'g> Vm<'g> {
 
     /// Starts a case, and returns as soon as the guest began with it.
     pub fn start(&mut self, case: &str, args: &[&str]) {
-        self.tell(&format!("RUN {case} {}", args.join(" ")));
+        self.send(&format!("RUN {case} {}", args.join(" ")));
         let line = self.next_line();
         if line != format!("BEGIN {case}") {
             self.fail(&format!("expected BEGIN {case}, got '{line}'"));
         }
     }
 
-    /// The next line that the running case says.
+    /// Waits for the next output line of the running case.
     pub fn case_line(&mut self) -> String {
         let line = self.next_line();
         match line.strip_prefix("| ") {
@@ -188,16 +190,17 @@ impl<'g> Vm<'g> {
         }
     }
 
-    /// The next line that the running case says, if it says one in time.
+    /// Waits for the next output line of the running case, at most for `time`.
     pub fn case_line_within(&mut self, time: Duration) -> Option<String> {
         match self.events.recv_timeout(time) {
             Ok(Event::Line(line)) => line.strip_prefix("| ").map(str::to_owned),
-            Ok(_) => self.fail("something has ended"),
+            Ok(_) => self.fail("QEMU, a daemon or the agent's connection has ended"),
             Err(_) => None,
         }
     }
 
-    /// What the running case had said when QEMU was killed, as far as the host got it.
+    /// The output lines that the host received before QEMU was killed and that no call has returned
+    /// yet.
     pub fn last_lines(&mut self) -> Vec<String> {
         let mut lines = Vec::new();
         loop {
@@ -210,7 +213,7 @@ impl<'g> Vm<'g> {
         }
     }
 
-    /// Waits for the end of the case, which must have passed.
+    /// Waits for the end of the case; a case that fails or is skipped fails the test.
     pub fn finish(&mut self, case: &str) -> CaseReport {
         let started = Instant::now();
         let mut lines = Vec::new();
@@ -238,26 +241,26 @@ impl<'g> Vm<'g> {
         CaseReport { lines }
     }
 
-    /// Resets the machine from inside, with no unmount and no sync.
+    /// Resets the machine from inside the guest, without unmount and sync.
     pub fn reboot(&mut self) {
-        // Outside of this, a reset is a panic's, and ends QEMU: see qemu_command.
+        // In every other case a reset comes from a panic, and ends QEMU: see `qemu_command`.
         self.qmp("set-action", json!({"reboot": "reset"}));
-        self.tell("REBOOT");
+        self.send("REBOOT");
         self.expect("BYE REBOOT");
         self.wait_ready();
         self.qmp("set-action", json!({"reboot": "shutdown"}));
     }
 
-    /// Resets from inside while resets end QEMU, as `-action reboot=shutdown` asks.
+    /// Resets the machine from inside the guest with `-action reboot=shutdown`, which ends QEMU.
     pub fn reboot_ends(&mut self) {
-        self.tell("REBOOT");
+        self.send("REBOOT");
         self.expect("BYE REBOOT");
         self.wait_ended();
     }
 
     /// Powers off. QEMU and every daemon must end on their own, with exit code 0.
     pub fn poweroff(&mut self) {
-        self.tell("POWEROFF");
+        self.send("POWEROFF");
         self.expect("BYE POWEROFF");
         self.wait_ended();
     }
@@ -273,7 +276,7 @@ impl<'g> Vm<'g> {
         self.wait_daemons();
     }
 
-    /// Waits until every daemon ended, as it does when its VM is gone.
+    /// Waits until every daemon that the test has not killed has ended, with exit code 0.
     pub fn wait_daemons(&mut self) {
         for index in 0..self.daemons.len() {
             if !self.killed.contains(&index) {
@@ -285,9 +288,8 @@ impl<'g> Vm<'g> {
         }
     }
 
-    #[allow(dead_code)] // For the bench.
-    /// The memory of QEMU and of the daemons, what is shared with others by its share (PSS), in
-    /// KiB.
+    #[allow(dead_code)] // Only the benchmark uses it.
+    /// Proportional set size (PSS) of QEMU and the daemons, in KiB.
     pub fn pss_kib(&self) -> f64 {
         let daemons = self.daemons.iter().map(Daemon::pid);
         let pss = daemons.chain([self.qemu.id()]).map(|pid| {
@@ -309,7 +311,7 @@ impl<'g> Vm<'g> {
         self.daemons[index].kill();
     }
 
-    /// Prints what QEMU said, each line once, and how it ended, if it did.
+    /// Prints QEMU's lines, sorted and without repetitions, and QEMU's exit status if it has ended.
     pub fn print_end(&mut self) {
         let mut lines = self.qemu_output.lines();
         println!("QEMU said {} lines; ended: {:?}", lines.len(), self.qemu.try_wait());
@@ -318,7 +320,7 @@ impl<'g> Vm<'g> {
         lines.iter().for_each(|line| println!("  {line}"));
     }
 
-    /// QEMU has nothing to complain of.
+    /// Asserts that QEMU has written nothing to stderr.
     pub fn assert_qemu_is_quiet(&self) {
         let lines = self.qemu_output.lines();
         assert!(lines.is_empty(), "QEMU said:\n{}", lines.join("\n"));
@@ -343,8 +345,8 @@ impl<'g> Vm<'g> {
         self.boot_id = boot_id.to_owned();
     }
 
-    fn tell(&mut self, line: &str) {
-        let agent = self.agent.as_mut().expect("the agent is connected");
+    fn send(&mut self, line: &str) {
+        let agent = self.agent.as_mut().expect("the agent is not connected");
         if let Err(error) = writeln!(agent, "{line}") {
             self.fail(&format!("can't talk to the agent: {error}"));
         }
@@ -363,10 +365,10 @@ impl<'g> Vm<'g> {
             match self.events.recv_timeout(end.saturating_duration_since(Instant::now())) {
                 Ok(Event::Line(line)) => return line,
                 Ok(Event::Agent(stream)) => self.agent = Some(stream),
-                // Whose end it is comes, too.
+                // The Gone event of the process that has ended follows.
                 Ok(Event::Closed) => {}
                 Ok(Event::Gone(Process::Daemon(index))) if self.killed.contains(&index) => {}
-                // A panic in the guest ends QEMU too.
+                // A panic in the guest ends QEMU, too.
                 Ok(Event::Gone(process)) => self.fail(&format!("{process:?} ended")),
                 Err(RecvTimeoutError::Timeout) => self.fail("the guest hangs"),
                 Err(RecvTimeoutError::Disconnected) => self.fail("the VM is gone"),
@@ -374,7 +376,7 @@ impl<'g> Vm<'g> {
         }
     }
 
-    /// Fails the test, with all that is known.
+    /// Fails the test, with the guest's console and the logs of QEMU and the daemons.
     pub fn fail(&self, why: &str) -> ! {
         let console = std::fs::read(self.folder.path().join("console")).unwrap_or_default();
         let console = String::from_utf8_lossy(&console);
@@ -391,20 +393,20 @@ impl<'g> Vm<'g> {
 
 impl Drop for Vm<'_> {
     fn drop(&mut self) {
-        // Both fail when it is gone already, which is as well.
+        // Both fail if QEMU has ended already; that is no error.
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
-        // The thread that waits for QEMU to connect, if it never did.
+        // Unblocks the thread in accept() if QEMU has never connected.
         let _ = UnixStream::connect(self.folder.path().join("agent"));
     }
 }
 
-/// The PCI slot of a disk, as the guest's cases want it.
+/// The PCI slot of a disk, in hexadecimal, as the guest's cases take it.
 pub fn slot_of(disk: usize) -> String {
     format!("{:02x}", FIRST_DISK + disk)
 }
 
-/// The PCI slot of a share.
+/// The PCI slot of a share, in hexadecimal.
 pub fn slot_of_share(share: usize) -> String {
     format!("{:02x}", FIRST_SHARE + share)
 }
@@ -433,7 +435,7 @@ fn start_daemons(
     daemons
 }
 
-/// Sends the agent's stream and then its lines, until QEMU closes it.
+/// Starts a thread that sends the agent's stream and then its lines, until QEMU closes the stream.
 fn read_agent(listener: UnixListener, sender: Sender<Event>) {
     std::thread::spawn(move || {
         let Ok((stream, _)) = listener.accept() else { return };

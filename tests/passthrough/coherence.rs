@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A map of a passthrough file is a map of the file.
+//! A map of a passthrough file shows the pages of the real file.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
@@ -23,9 +23,9 @@ fn pread(file: &File, from: u64, bytes: usize) -> Vec<u8> {
     data
 }
 
-/// Shows: a 5000-byte file maps as 2 MiB, and map, pread, pwrite and a map of the file itself are
-/// one, also past the old end once the file has grown, and after it was cut and has grown again;
-/// past the end is SIGBUS as ever. On each file system.
+/// Shows, on each file system: a file of 5,000 bytes can be mapped with 2 MiB. The map, pread,
+/// pwrite and a map of the real file see the same bytes, also beyond the old end after the file has
+/// grown, and after it was cut and has grown again. A store beyond the end raises SIGBUS.
 #[test]
 fn both_directions_on_each_file_system() {
     let _others = among_others();
@@ -38,7 +38,7 @@ fn both_directions_on_each_file_system() {
         assert_eq!(Seek::seek(&mut &*passthrough, SeekFrom::End(0)).unwrap(), CLAIMED_BYTES);
         let map = Map::of(&passthrough, RANGE_BYTES);
         both_directions(&place, &real, &passthrough, &map);
-        // Descriptor and inode gone, the map is still there.
+        // The descriptor and the FUSE inode are gone; the map remains.
         passthrough = mount.open(&real).unwrap();
         drop(passthrough);
         map.store(77, b"after");
@@ -50,7 +50,11 @@ fn both_directions(place: &Place, real: &File, passthrough: &File, map: &Map) {
     let name = place.name;
     let own = Map::of(real, RANGE_BYTES);
     assert_eq!(map.load(0, 5000), [3; 5000], "{name}");
-    assert_eq!(map.load(5000, 3192), [0; 3192], "{name}: zeros to the end of the page");
+    assert_eq!(
+        map.load(5000, 3192),
+        [0; 3192],
+        "{name}: other bytes than zeros after the end of the file"
+    );
     assert_eq!(map.store_kills(2 * PAGE_BYTES), Some(Signal::SIGBUS), "{name}");
     assert_eq!(own.store_kills(2 * PAGE_BYTES), Some(Signal::SIGBUS), "{name}");
 
@@ -62,7 +66,7 @@ fn both_directions(place: &Place, real: &File, passthrough: &File, map: &Map) {
     assert_eq!(map.load(100, 17), b"by the file's map", "{name}");
     assert_eq!(pread(passthrough, 100, 17), b"by the file's map", "{name}");
 
-    // Past the old end.
+    // Beyond the old end.
     real.write_all_at(b"grown", 1 << 20).unwrap();
     assert_eq!(map.load(1 << 20, 5), b"grown", "{name}");
     assert_eq!(map.load(5000, 5000), [0; 5000], "{name}");
@@ -70,7 +74,7 @@ fn both_directions(place: &Place, real: &File, passthrough: &File, map: &Map) {
     assert_eq!(pread(real, (1 << 19) + 1, 7), b"between", "{name}");
     assert_eq!(real.metadata().unwrap().len(), (1 << 20) + 5, "{name}");
 
-    // Cut, and grown again.
+    // The file is cut, and grows again.
     real.set_len(20).unwrap();
     assert_eq!(map.store_kills(PAGE_BYTES), Some(Signal::SIGBUS), "{name}");
     real.set_len(RANGE_BYTES).unwrap();
@@ -80,12 +84,12 @@ fn both_directions(place: &Place, real: &File, passthrough: &File, map: &Map) {
     assert_eq!(pread(real, 1 << 20, 5), b"again", "{name}");
     assert_eq!(own.load(1 << 20, 5), b"again", "{name}");
 
-    // The descriptor itself writes to the file, too.
+    // A write(2) to the passthrough descriptor reaches the file, too.
     passthrough.write_all_at(b"by descriptor", 300).unwrap();
     assert_eq!(map.load(300, 13), b"by descriptor", "{name}");
 }
 
-/// Shows: a file that overlayfs has to copy up first is mapped where it then is.
+/// Shows: for a file that overlayfs copies up at open, the map shows the copy in the upper layer.
 #[test]
 fn from_an_overlays_lower_layer() {
     let _others = among_others();
@@ -98,10 +102,10 @@ fn from_an_overlays_lower_layer() {
     assert_eq!(pread(&place.open("from-below"), 0, 5), b"above");
 }
 
-/// Shows: two inodes of one file, of one mount or of two, and one opened anew through /proc, are
-/// the same memory; and the claim holds at its far end.
+/// Shows: two passthrough inodes of one file, of one mount or of two, and a descriptor opened
+/// through /proc map the same pages; and the file can be mapped up to the claimed length.
 #[test]
-fn many_of_one_file_are_one() {
+fn inodes_of_one_file_share_its_pages() {
     let _others = among_others();
     let (Some(mount), Some(other)) = (mount(), mount()) else { return };
     let real = file_here(5000);
@@ -121,8 +125,8 @@ fn many_of_one_file_are_one() {
     assert_eq!(far.store_kills(0), Some(Signal::SIGBUS));
 }
 
-/// Shows: what was stored through the map is on the disk when fdatasync of the real file returns:
-/// it is looked for on the disk itself, past the file system.
+/// Shows: bytes stored through the map are on the disk when fdatasync of the real file has
+/// returned. The test looks for them in the loop device's image.
 #[test]
 fn fdatasync_of_the_real_file_makes_stores_durable() {
     let _others = among_others();
@@ -133,18 +137,18 @@ fn fdatasync_of_the_real_file_makes_stores_durable() {
         real.set_len(5000).unwrap();
         real.sync_all().unwrap();
         let map = Map::of(&mount.open(&real).unwrap(), RANGE_BYTES);
-        let told: Vec<u8> = (0..PAGE_BYTES).map(|n| (n * n % 251) as u8 ^ 0xa5).collect();
-        map.store(0, &told);
+        let data: Vec<u8> = (0..PAGE_BYTES).map(|n| (n * n % 251) as u8 ^ 0xa5).collect();
+        map.store(0, &data);
         real.sync_data().unwrap();
         let mut all = Vec::new();
         disk.read_to_end(&mut all).unwrap();
-        let found = all.chunks(PAGE_BYTES as usize).any(|block| block == told);
+        let found = all.chunks(PAGE_BYTES as usize).any(|block| block == data);
         assert!(found, "{}: not on the disk", place.name);
     }
 }
 
-/// Shows: a store to a hole gives the file blocks and a new mtime exactly where a store through a
-/// map of the file itself does.
+/// Shows: a store to a hole allocates blocks and changes mtime exactly where a store through a map
+/// of the real file does.
 #[test]
 fn blocks_and_mtime_are_the_files() {
     let _others = among_others();
@@ -170,13 +174,13 @@ fn blocks_and_mtime_are_the_files() {
         });
         assert_eq!(changed[0], changed[1], "{}", place.name);
         if place.name != "tmpfs" {
-            assert!(changed[1].1, "{}: a new mtime", place.name);
+            assert!(changed[1].1, "{}: mtime has not changed", place.name);
         }
     }
 }
 
-/// Shows: a store to a hole on a full file system is SIGBUS, and a store to what has blocks is not,
-/// as with a map of the file itself; with space again, it succeeds.
+/// Shows: on a full file system a store to a hole raises SIGBUS and a store to an allocated block
+/// succeeds, as with a map of the real file; when there is space again, a store to a hole succeeds.
 #[test]
 fn a_full_file_system_is_full() {
     let _others = among_others();
@@ -196,7 +200,8 @@ fn a_full_file_system_is_full() {
             filler.sync_all().unwrap();
             to
         };
-        // A sync gives back what was set aside for metadata that was then not needed.
+        // A sync frees the blocks that were reserved for metadata and not needed, so the filling is
+        // repeated.
         let mut filled = 0;
         while let more @ 1.. = fill(filled) - filled {
             filled += more;
@@ -205,11 +210,11 @@ fn a_full_file_system_is_full() {
             assert_eq!(map.store_kills(1 << 20), Some(Signal::SIGBUS), "{}", place.name);
             assert_eq!(map.store_kills(0), None, "{}", place.name);
         }
-        // A process that another test forks may hold the file for a moment: only a truncation frees
-        // its blocks at once.
+        // A child that another test forks may hold the file for a moment: only a truncation frees
+        // the blocks at once.
         filler.set_len(0).unwrap();
         place.remove("filler");
-        // ext4 gives freed blocks out again only once the journal has them.
+        // ext4 reuses freed blocks only after the journal has committed.
         real.sync_all().unwrap();
         assert_eq!(maps[1].store_kills(1 << 20), None, "{}", place.name);
         assert_eq!(pread(&real, 1 << 20, 1), [1]);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Passthrough files against the real kernel: what a map of one shows, and what is left behind.
+//! Passthrough files on the real kernel: what a map of such a file shows, and that nothing leaks.
 //!
-//! Needs root and Linux >= 6.9. What can't be had here is a loud SKIPPED line.
+//! The tests need root and Linux 6.9 or newer. Where the host lacks something, they print a line
+//! that begins with SKIPPED.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
@@ -19,11 +20,11 @@ use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use vhost_user_dax::passthrough::{PassthroughMount, Unavailable};
 
-/// What the guests of QEMU always ask for.
+/// The size of the maps that Linux guests ask for, in bytes.
 const RANGE_BYTES: u64 = 2 << 20;
 
-/// Held by tests that count this process's threads, descriptors or mounts, and shared by the
-/// others.
+/// Write-locked by tests that count this process's threads, descriptors or mounts; read-locked by
+/// the other tests.
 static PROCESS: RwLock<()> = RwLock::new(());
 
 fn among_others() -> RwLockReadGuard<'static, ()> {
@@ -34,12 +35,13 @@ fn alone() -> RwLockWriteGuard<'static, ()> {
     PROCESS.write().unwrap_or_else(|e| e.into_inner())
 }
 
-/// Past the harness, which would keep it to itself, and in one piece, on a line of its own.
+/// Writes to stderr directly, because the test harness captures `eprintln!`: by one write(2), as a
+/// line of its own.
 fn skipped(what: &str) {
     let _ = std::io::stderr().write_all(format!("\nSKIPPED passthrough: {what}\n").as_bytes());
 }
 
-/// None, and said so, where the host can't.
+/// Makes a mount; `None`, with a SKIPPED line, if the host can't.
 fn mount() -> Option<PassthroughMount> {
     match PassthroughMount::new() {
         Ok(mount) => Some(mount),
@@ -55,7 +57,7 @@ fn mount() -> Option<PassthroughMount> {
     }
 }
 
-/// A file on the repository's own file system, with no name.
+/// An unnamed file on the file system of the current directory.
 fn file_here(bytes: u64) -> File {
     let file = tempfile::tempfile_in(".").unwrap();
     file.set_len(bytes).unwrap();

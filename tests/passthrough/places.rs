@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One of each file system. All are mounted nowhere, so nothing is left of them.
+//! One instance of each file system. They are detached mounts, so they vanish with their
+//! descriptors.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -15,11 +16,11 @@ use tempfile::{NamedTempFile, TempDir};
 
 use crate::skipped;
 
-/// A file system to try.
+/// A file system to test on.
 pub struct Place {
     pub name: &'static str,
     dir: PathBuf,
-    /// What the disk has, where there is one of our own.
+    /// The image behind the loop device, for file systems that have one.
     pub disk: Option<File>,
     _mount: Option<OwnedFd>,
     _temp: Option<TempDir>,
@@ -50,7 +51,7 @@ impl Place {
     }
 }
 
-/// All that can be had here; what can't is said.
+/// All file systems that the host can mount; a SKIPPED line for each other one.
 pub fn all() -> Vec<Place> {
     let mut all = vec![Place::temporary("here", "."), Place::temporary("tmpfs", "/dev/shm")];
     let tried = [
@@ -86,7 +87,7 @@ fn run(program: &str, arguments: &[&str]) -> Result<Output, String> {
     }
 }
 
-/// A file system on a loop device, which goes when the mount does.
+/// A file system on a loop device. Both vanish with the mount.
 fn disk(kind: &'static str, size: &str, mkfs: &[&str]) -> Result<Place, String> {
     let image = NamedTempFile::new_in(".").unwrap();
     let path = image.path().to_str().unwrap();
@@ -95,24 +96,24 @@ fn disk(kind: &'static str, size: &str, mkfs: &[&str]) -> Result<Place, String> 
     let found = run("losetup", &["--find", "--show", path])?;
     let device = String::from_utf8(found.stdout).unwrap();
     let mounted = mount(kind, &[("source", device.trim())]);
-    // The device is in use, so it is let go when it no longer is.
+    // `losetup -d` detaches the device as soon as the mount no longer uses it.
     run("losetup", &["-d", device.trim()])?;
     let mut place = Place::mounted(kind, mounted?);
     place.disk = Some(image.reopen().unwrap());
     Ok(place)
 }
 
-/// Blocks as large as pages, which is not what mkfs thinks right for so little.
+/// ext4 with blocks of 4 KiB; mkfs would choose 1 KiB for so small a device.
 pub fn ext4() -> Result<Place, String> {
     disk("ext4", "16M", &["mkfs.ext4", "-q", "-F", "-b", "4096"])
 }
 
-/// A tmpfs of its own size.
+/// A tmpfs with a size limit.
 pub fn memory(size: &str) -> Result<Place, String> {
     Ok(Place::mounted("tmpfs", mount("tmpfs", &[("size", size)])?))
 }
 
-/// Over a directory here.
+/// overlayfs over a directory on the current file system.
 pub fn overlay() -> Result<Place, String> {
     let temp = TempDir::new_in(".").unwrap();
     let path = |name| temp.path().join(name).to_str().unwrap().to_owned();
@@ -127,7 +128,8 @@ pub fn overlay() -> Result<Place, String> {
     Ok(place)
 }
 
-/// An overlayfs over one. It can be read only, as overlayfs takes no other for its upper layer.
+/// overlayfs over an overlayfs. The lower one can be used read-only: overlayfs refuses it as an
+/// upper layer.
 pub fn overlay_over(below: &Place) -> Result<Place, String> {
     let temp = TempDir::new_in(".").unwrap();
     let path = |name| temp.path().join(name).to_str().unwrap().to_owned();
@@ -142,11 +144,11 @@ pub fn overlay_over(below: &Place) -> Result<Place, String> {
     Ok(place)
 }
 
-/// The kernel's list of FUSE connections: a directory for each.
+/// The kernel's list of FUSE connections: a directory with a subdirectory for each.
 pub fn connections() -> PathBuf {
     let mount = mount("fusectl", &[]).unwrap();
     let dir = format!("/proc/self/fd/{}", mount.as_raw_fd()).into();
-    // A test process's worth of one descriptor.
+    // Leaks one descriptor until the test process ends.
     std::mem::forget(mount);
     dir
 }

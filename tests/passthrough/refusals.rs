@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What can't be passthrough, and what a passthrough file won't do.
+//! Which files can't become passthrough files, and which operations a passthrough file refuses.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -19,11 +19,11 @@ use crate::roles::Player;
 use crate::{alone, among_others, file_here, mount, skipped};
 
 fn errno<T>(result: io::Result<T>) -> Errno {
-    Errno::from_raw(result.err().expect("refused").raw_os_error().expect("the system's"))
+    Errno::from_raw(result.err().expect("an error").raw_os_error().expect("an error of the system"))
 }
 
-/// Shows: each file that can't be mapped for writing is refused with an errno that says so, though
-/// the kernel would not refuse all of them.
+/// Shows: each file that can't be mapped for writing is refused with a matching errno, although the
+/// kernel would accept some of them.
 #[test]
 fn what_can_not_be_mapped_for_writing_is_refused() {
     let _others = among_others();
@@ -39,11 +39,11 @@ fn what_can_not_be_mapped_for_writing_is_refused() {
     let device = OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
     assert_eq!(refused(&device), Errno::EINVAL);
 
-    // A file that we may not write to can only have been opened for reading.
+    // A file without write permission can only have been opened for reading.
     fs::set_permissions(named.path(), std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
     assert_eq!(refused(&open(OpenOptions::new().read(true))), Errno::EACCES);
 
-    // Opened for writing first, immutable or append-only then.
+    // A file that was opened for writing and made immutable or append-only afterwards.
     let writable = open(OpenOptions::new().read(true).write(true));
     for flag in ["i", "a"] {
         let chattr = |sign: &str| {
@@ -52,7 +52,7 @@ fn what_can_not_be_mapped_for_writing_is_refused() {
             done.is_ok_and(|status| status.success())
         };
         if !chattr("+") {
-            skipped("immutable files: chattr can't");
+            skipped("immutable files: chattr failed");
             break;
         }
         let error = refused(&writable);
@@ -62,7 +62,8 @@ fn what_can_not_be_mapped_for_writing_is_refused() {
     assert!(mount.open(&writable).is_ok());
 }
 
-/// Shows: a file as long as the claim, and file systems stacked too high, are refused.
+/// Shows: a file as long as the claimed length is refused, and a file whose file systems are
+/// stacked too deep.
 #[test]
 fn too_long_or_too_deep_is_refused() {
     let _others = among_others();
@@ -81,15 +82,15 @@ fn too_long_or_too_deep_is_refused() {
     }
 }
 
-/// Shows: through a passthrough descriptor nobody can resize the file, and a sync, which would be of
-/// nothing, does not pretend to be one.
+/// Shows: a passthrough descriptor can't resize the file, and a sync of it fails: it would write
+/// nothing back, so it must not report success.
 #[test]
 fn no_resize_and_no_false_sync() {
     let _others = among_others();
     let Some(mount) = mount() else { return };
     let real = file_here(5000);
     let passthrough = mount.open(&real).unwrap();
-    // Twice: the kernel remembers what is not implemented.
+    // Twice: the kernel remembers which operations are not implemented.
     for _ in 0..2 {
         assert_eq!(errno(passthrough.sync_data()), Errno::EINVAL);
         assert_eq!(errno(passthrough.sync_all()), Errno::EINVAL);
@@ -105,8 +106,9 @@ fn no_resize_and_no_false_sync() {
     assert_eq!(real.metadata().unwrap().len(), 5000);
 }
 
-/// Shows: a connection that someone aborts is made anew for the next file, without a wait, also
-/// where many ask at once; the old one's thread has ended, and its maps go on.
+/// Shows: after an abort of the FUSE connection the next `open` makes a new one without a delay,
+/// also when several threads call it at once. The thread of the old connection ends, and old maps
+/// keep working.
 #[test]
 fn an_aborted_connection_is_made_anew() {
     let _alone = alone();
@@ -126,7 +128,7 @@ fn an_aborted_connection_is_made_anew() {
                 });
             }
         });
-        until("one thread", || servers() == 1);
+        until("only the thread of the new connection is left", || servers() == 1);
         map.store(0, &[round]);
         let mut seen = [0; 1];
         std::os::unix::fs::FileExt::read_exact_at(&real, &mut seen, 0).unwrap();
@@ -136,7 +138,8 @@ fn an_aborted_connection_is_made_anew() {
     assert_eq!(servers(), 0);
 }
 
-/// Shows: who may not, is told what is missing: no device to open, or no CAP_SYS_ADMIN.
+/// Shows: without privilege the error names what is missing: /dev/fuse can't be opened, or
+/// CAP_SYS_ADMIN.
 #[test]
 fn without_privilege_the_reason_is_clear() {
     let _others = among_others();
@@ -144,17 +147,20 @@ fn without_privilege_the_reason_is_clear() {
         return;
     }
     let mut nobody = Player::start("refused", Some(65534));
-    let mut told = String::new();
-    nobody.line.read_to_string(&mut told).unwrap();
-    nobody.ends();
-    assert!(told.contains("/dev/fuse can't be opened") || told.contains("CAP_SYS_ADMIN"), "{told}");
+    let mut error = String::new();
+    nobody.line.read_to_string(&mut error).unwrap();
+    nobody.join();
+    assert!(
+        error.contains("/dev/fuse can't be opened") || error.contains("CAP_SYS_ADMIN"),
+        "{error}"
+    );
 
-    // All of root's capabilities but the one.
-    let told = thread_without_sys_admin();
-    assert!(told.contains("CAP_SYS_ADMIN is needed (fsopen fails)"), "{told}");
+    // All of root's capabilities except CAP_SYS_ADMIN.
+    let error = thread_without_sys_admin();
+    assert!(error.contains("CAP_SYS_ADMIN is needed (fsopen fails)"), "{error}");
 }
 
-/// Capabilities are a thread's.
+/// Capabilities belong to a thread, so a thread of its own drops one and tries.
 fn thread_without_sys_admin() -> String {
     let thread = std::thread::spawn(|| {
         let mut sets = rustix::thread::capabilities(None).unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Other processes: this program, run anew for one test that plays a part.
+//! Other processes: this test program, started again for the one test `plays_a_role`.
 
 use std::fs::{self, File};
 use std::io::{IoSlice, IoSliceMut, Read, Seek, SeekFrom, Write};
@@ -19,47 +19,48 @@ use crate::{RANGE_BYTES, file_here};
 
 const ROLE: &str = "VUD_PASSTHROUGH_ROLE";
 
-/// A process and the line to it.
+/// A child process and the socket to it.
 pub struct Player {
     pub process: Child,
     pub line: UnixStream,
-    /// Where another user finds this program.
+    /// The folder with a copy of this program that another user can execute.
     _program: TempDir,
 }
 
 impl Player {
-    /// Starts one; `uid` is another user's, if not ours.
+    /// Starts a child process in `role`, as user `uid` if there is one.
     pub fn start(role: &str, uid: Option<u32>) -> Self {
-        let (line, theirs) = UnixStream::pair().unwrap();
-        // Another user may have no way to where it was built.
+        let (line, child_end) = UnixStream::pair().unwrap();
+        // Another user may lack permission for the build folder.
         let program = tempfile::tempdir().unwrap();
         fs::set_permissions(program.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let copy = program.path().join("program");
-        // By cp: a test beside this one that forks while we write would keep it busy.
+        // cp writes the copy: if this process wrote it, a child forked by another test would hold
+        // it open for writing, and exec would fail with ETXTBSY.
         let mut cp = Command::new("cp");
         let copied = cp.arg(std::env::current_exe().unwrap()).arg(&copy).status();
         assert!(copied.unwrap().success());
         let mut command = Command::new(copy);
         command.args(["--exact", "roles::plays_a_role", "--nocapture", "--quiet"]);
-        command.env(ROLE, role).stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
+        command.env(ROLE, role).stdin(OwnedFd::from(child_end)).stdout(Stdio::null());
         if let Some(uid) = uid {
             command.uid(uid).gid(uid);
         }
         Self { process: command.spawn().unwrap(), line, _program: program }
     }
 
-    /// Waits for one byte.
-    pub fn told(&mut self) {
+    /// Waits for one byte from the child.
+    pub fn wait_byte(&mut self) {
         self.line.read_exact(&mut [0]).unwrap();
     }
 
-    /// Sends one byte.
-    pub fn tell(&mut self) {
+    /// Sends one byte to the child.
+    pub fn send_byte(&mut self) {
         self.line.write_all(&[1]).unwrap();
     }
 
-    /// Until it has ended of itself, content.
-    pub fn ends(mut self) {
+    /// Waits until the child has ended, with code 0.
+    pub fn join(mut self) {
         assert!(self.process.wait().unwrap().success());
     }
 }
@@ -85,17 +86,18 @@ pub fn receive_file(line: &UnixStream) -> File {
 #[allow(unsafe_code)] // Taking over a descriptor by its number has no safe form.
 fn adopt(fd: i32) -> File {
     use std::os::fd::FromRawFd;
-    // SAFETY: the kernel has just given it to us, and nobody else knows of it.
+    // SAFETY: the kernel has just opened this descriptor for us, and no other code has its number.
     unsafe { File::from_raw_fd(fd) }
 }
 
-/// Shows: nothing by itself; it is what the other processes of the other tests do.
+/// The body of the child processes of the other tests; without a role it does nothing.
 #[test]
 fn plays_a_role() {
     let Ok(role) = std::env::var(ROLE) else { return };
     let mut line = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
     match &*role {
-        // Makes a mount, hands two files out (the real one last), and waits to be killed.
+        // Makes a mount, sends two files (the passthrough file, then the real one), and waits to be
+        // killed.
         "daemon" => {
             let real = file_here(5000);
             let mount = PassthroughMount::new().unwrap();
@@ -103,9 +105,9 @@ fn plays_a_role() {
             send_file(&line, &passthrough);
             send_file(&line, &real);
             line.read_exact(&mut [0]).unwrap();
-            panic!("the daemon was to be killed");
+            panic!("the daemon was not killed");
         }
-        // Does what QEMU does with a descriptor, then what a guest does with the map.
+        // Acts as QEMU with the descriptor, then as a guest with the map.
         "front-end" => {
             let passthrough = receive_file(&line);
             assert_eq!(passthrough.metadata().unwrap().len(), CLAIMED_BYTES);
@@ -114,12 +116,12 @@ fn plays_a_role() {
             map.store(0, b"mapped");
             line.write_all(&[1]).unwrap();
             line.read_exact(&mut [0]).unwrap();
-            // The daemon's end is gone by now.
+            // The parent has dropped the mount and the passthrough file by now.
             assert_eq!(map.load(1 << 20, 5), b"later");
             map.store(1000, b"still mapped");
             assert_eq!(Seek::seek(&mut &passthrough, SeekFrom::End(0)).unwrap(), CLAIMED_BYTES);
-            let told = passthrough.metadata().unwrap_err().raw_os_error();
-            assert_eq!(told, Some(nix::errno::Errno::ENOTCONN as i32));
+            let errno = passthrough.metadata().unwrap_err().raw_os_error();
+            assert_eq!(errno, Some(nix::errno::Errno::ENOTCONN as i32));
             let again = Map::of(&passthrough, RANGE_BYTES);
             assert_eq!(again.load(1000, 12), b"still mapped");
             drop(passthrough);

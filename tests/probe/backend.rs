@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A back-end that answers every message, writes down all of them, and sends what it is told to,
-//! at any time. It has no guest memory and serves no ring: none of the rows needs that.
+//! A back-end that answers every message, counts the messages, and sends requests at any time a row
+//! asks for. It has no guest memory and serves no ring: no row needs that.
 
 use std::fs::File;
 use std::io;
@@ -28,20 +28,20 @@ const P_RESET_DEVICE: u64 = 1 << 13;
 const P_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 const P_SHMEM: u64 = 1 << 22;
 
-/// More than any front-end uses, so that it is the front-end's limit that is met.
+/// Above the limit of every front-end, so that a row meets the front-end's limit.
 const MAX_MEM_SLOTS: u64 = 4096;
 
-/// The window, unless a row wants another one.
+/// Size of the window, unless a row sets another one, in bytes.
 pub const WINDOW_BYTES: u64 = 64 << 20;
 
-/// How the back-end differs from the plain one.
+/// How the back-end differs from the default one.
 #[derive(Clone)]
 pub struct Options {
     /// Offers CONFIGURE_MEM_SLOTS.
     pub mem_slots: bool,
     /// Offers RESET_DEVICE.
     pub reset_device: bool,
-    /// The sizes that GET_SHMEM_CONFIG answers.
+    /// The sizes in the answer to GET_SHMEM_CONFIG, in bytes.
     pub windows: Vec<u64>,
 }
 
@@ -51,7 +51,7 @@ impl Options {
     }
 }
 
-/// Done when a message of this kind has come, before it is answered.
+/// A function that runs when the next message of this kind has arrived, before it is answered.
 pub struct Hook {
     pub request: u32,
     pub run: Box<dyn FnOnce(&UnixStream) + Send>,
@@ -59,9 +59,9 @@ pub struct Hook {
 
 #[derive(Default)]
 struct State {
-    /// What came: the request's number and its first payload words.
+    /// The request numbers of the messages that have arrived, in order.
     log: Vec<u32>,
-    /// Protocol features that the front-end took.
+    /// Protocol features that the front-end has set.
     protocol: u64,
     channel: Option<Arc<UnixStream>>,
     hook: Option<Hook>,
@@ -75,7 +75,7 @@ struct Shared {
     changed: Condvar,
 }
 
-/// What the front-end said to a request.
+/// The front-end's answer to a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
     Done,
@@ -86,13 +86,13 @@ pub enum Answer {
 pub struct Backend(Arc<Shared>);
 
 impl Backend {
-    /// Listens on `path`, and serves the first front-end that comes.
+    /// Listens on `path`, and serves the first front-end that connects.
     pub fn listen(path: &Path, options: Options) -> io::Result<Self> {
         let listener = UnixListener::bind(path)?;
         Ok(Self::spawn(options, move || Ok(listener.accept()?.0)))
     }
 
-    /// Connects to a front-end that listens.
+    /// Connects to a front-end that listens on `path`.
     pub fn connect(path: &Path, options: Options) -> io::Result<Self> {
         let stream = UnixStream::connect(path)?;
         Ok(Self::spawn(options, move || Ok(stream)))
@@ -105,7 +105,7 @@ impl Backend {
         let shared = Shared { options, state: Mutex::default(), changed: Condvar::new() };
         let backend = Self(Arc::new(shared));
         let server = backend.clone();
-        // Not joined: it ends when its front-end does, or with the process.
+        // The thread is not joined: it ends with its front-end or with the process.
         thread::spawn(move || {
             if let Ok(stream) = connect() {
                 let _ = server.serve(stream);
@@ -142,7 +142,8 @@ impl Backend {
         }
     }
 
-    /// Writes the message down, and takes what it brings. Returns the hook if it is due.
+    /// Records the message, and takes the features or the descriptor in it. Returns the hook if
+    /// this message triggers it.
     fn note(&self, message: &mut Message) -> Option<(Hook, Arc<UnixStream>)> {
         let mut state = self.state();
         state.log.push(message.request);
@@ -171,9 +172,9 @@ impl Backend {
             }
             front_end::GET_QUEUE_NUM => number(1),
             front_end::GET_MAX_MEM_SLOTS => number(MAX_MEM_SLOTS),
-            // {index, num}: the ring's position, which never moves.
+            // {index, num}: the ring's position, which stays 0.
             front_end::GET_VRING_BASE => number(u64::from(message.u32_at(0))),
-            // Offset, size, flags and as many bytes as were asked for.
+            // Offset, size, flags and as many bytes as the request asks for.
             front_end::GET_CONFIG => Some(message.payload.clone()),
             front_end::GET_SHMEM_CONFIG => Some(shmem_config(&self.0.options.windows)),
             _ if message.needs_reply() => number(0),
@@ -181,33 +182,34 @@ impl Backend {
         }
     }
 
-    /// Waits until `done` says so; false if the front-end went before.
+    /// Waits until `done` returns true; false if the front-end has disconnected before.
     fn wait(&self, done: impl Fn(&State) -> bool) -> bool {
         let stop = |state: &mut State| !done(state) && !state.ended;
         let (state, _) = self.0.changed.wait_timeout_while(self.state(), HANG, stop).unwrap();
         done(&state)
     }
 
-    /// Waits for a message of this kind; false if none came.
+    /// Waits for a message of this kind; false if the front-end has disconnected without sending
+    /// one.
     pub fn wait_for(&self, request: u32) -> bool {
         self.wait(|state| state.log.contains(&request))
     }
 
-    /// Why this front-end can't be probed, if it can't.
+    /// The reason why this front-end can't be probed, if there is one.
     pub fn lacks(&self) -> Option<&'static str> {
         if !self.wait(|state| state.log.contains(&front_end::SET_PROTOCOL_FEATURES)) {
-            return Some("it did not connect, or does not speak vhost-user");
+            return Some("it did not connect, or did not negotiate protocol features");
         }
         let protocol = self.state().protocol;
         (protocol & P_SHMEM == 0).then_some("it lacks protocol feature SHMEM (bit 22)")
     }
 
-    /// How many messages of this kind have come.
+    /// Number of messages of this kind that have arrived.
     pub fn count(&self, request: u32) -> usize {
         self.state().log.iter().filter(|seen| **seen == request).count()
     }
 
-    /// Memory updates so far, of any kind.
+    /// Number of memory updates that have arrived, of any kind.
     pub fn memory_updates(&self) -> usize {
         [front_end::SET_MEM_TABLE, front_end::ADD_MEM_REG, front_end::REM_MEM_REG]
             .iter()
@@ -219,7 +221,7 @@ impl Backend {
         self.change(|state| state.hook = Some(Hook { request, run: Box::new(run) }));
     }
 
-    /// The back-end channel, to send on it what this type has no call for.
+    /// The back-end channel, for requests that this type has no method for.
     pub fn channel(&self) -> io::Result<Arc<UnixStream>> {
         self.state().channel.clone().ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
@@ -238,7 +240,7 @@ impl Backend {
         read_answer(&channel)
     }
 
-    /// Goes without a word, as a killed back-end does.
+    /// Shuts both connections down without a message, as a killed back-end does.
     pub fn vanish(&self) {
         self.change(|state| {
             for stream in [state.main.as_ref(), state.channel.as_deref()].into_iter().flatten() {
@@ -263,13 +265,13 @@ pub fn read_answer(channel: &UnixStream) -> io::Result<Answer> {
     Ok(if answer.u64_at(0) == 0 { Answer::Done } else { Answer::Refused })
 }
 
-/// True if the front-end has said something on the channel that was not read yet.
+/// Whether the channel has a message from the front-end that was not read yet.
 pub fn has_answer(channel: &UnixStream) -> bool {
     let mut fds = [PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
     poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
-/// `{nregions: u32, padding: u32, memory_sizes: [u64; 256]}`.
+/// Encodes `{nregions: u32, padding: u32, memory_sizes: [u64; 256]}`.
 fn shmem_config(windows: &[u64]) -> Vec<u8> {
     let mut words = vec![windows.len() as u64];
     words.extend_from_slice(windows);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a row is tried in: one QEMU, its devices, and a back-end for each.
+//! The environment of a row: one QEMU, its devices, and a back-end for each device.
 
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
@@ -27,13 +27,14 @@ impl Device {
     }
 }
 
-/// One row's workplace. It outlives the row, so that what became of QEMU can be seen.
+/// The environment of one row. It outlives the row's function, so that the end of QEMU can be
+/// examined.
 pub struct Harness {
     program: PathBuf,
     folder: TempDir,
     qemu: Option<Qemu>,
     pub devices: Vec<Device>,
-    /// What is being done, for the words of the result.
+    /// The current step; part of the text of the result.
     pub doing: String,
 }
 
@@ -48,7 +49,8 @@ impl Harness {
         })
     }
 
-    /// Starts QEMU with these devices, and waits until it is up; no device is started.
+    /// Starts QEMU with one device per element of `options`, and waits until QEMU is up. The
+    /// devices are not started.
     pub fn boot(&mut self, options: &[Options]) -> Res<()> {
         self.devices.clear();
         for (index, options) in options.iter().enumerate() {
@@ -62,7 +64,7 @@ impl Harness {
         self.greet()
     }
 
-    /// Starts QEMU with chardevs of these options, one device each.
+    /// Starts QEMU with these chardev options, one device per chardev.
     pub fn launch(&mut self, chardevs: &[String]) -> Res<()> {
         let mut arguments: Vec<String> = [
             "-machine",
@@ -92,7 +94,7 @@ impl Harness {
         Ok(())
     }
 
-    /// Waits until QEMU is up, and finds the devices.
+    /// Waits until QEMU is up, and finds the devices' registers.
     pub fn greet(&mut self) -> Res<()> {
         let qemu = self.qemu.as_mut().ok_or_else(no_qemu)?;
         qemu.greet()?;
@@ -106,7 +108,8 @@ impl Harness {
         Ok(())
     }
 
-    /// One device, started, whose back-end offers CONFIGURE_MEM_SLOTS or not.
+    /// Boots with one device and starts it. `mem_slots`: whether the back-end offers
+    /// CONFIGURE_MEM_SLOTS.
     pub fn started(&mut self, mem_slots: bool) -> Res<Backend> {
         self.boot(&[Options::new(mem_slots)])?;
         self.start(0)?;
@@ -117,7 +120,7 @@ impl Harness {
         self.folder.path().join(name)
     }
 
-    /// A file of this size, open for reading and writing. It starts with one letter p.
+    /// A file of `bytes` bytes, open for reading and writing; byte 0 is 'p', the others are 0.
     pub fn file(&self, name: &str, bytes: u64) -> Res<File> {
         let path = self.path(name);
         std::fs::write(&path, "p")?;
@@ -142,13 +145,13 @@ impl Harness {
         Ok((qemu, driver))
     }
 
-    /// The driver is ready.
+    /// Starts the device, as a driver does up to DRIVER_OK.
     pub fn start(&mut self, index: usize) -> Res<()> {
         let (qemu, driver) = self.driver(index)?;
         driver.start(qemu)
     }
 
-    /// A virtio reset.
+    /// Resets the device (virtio reset).
     pub fn reset(&mut self, index: usize) -> Res<()> {
         let (qemu, driver) = self.driver(index)?;
         driver.reset(qemu)
@@ -164,7 +167,7 @@ impl Harness {
         driver.store(qemu, offset, byte)
     }
 
-    /// Resets the machine; the BARs are put back where they were.
+    /// Resets the machine, and gives the BARs their old addresses.
     pub fn reboot(&mut self) -> Res<()> {
         let qemu = self.qemu()?;
         qemu.qmp("system_reset", json!({}))?;
@@ -184,19 +187,19 @@ impl Harness {
         Ok(())
     }
 
-    /// Says what is being done from here on.
+    /// Sets the current step, for the text of the result.
     pub fn doing(&mut self, what: &str) {
         self.doing = what.to_owned();
     }
 
-    /// Asks QEMU for anything: it answers only if it lives.
+    /// Sends a QMP command to check that QEMU still answers.
     pub fn ping(&mut self) -> Res<()> {
         self.qemu()?.qmp("query-status", json!({})).map(|_| ())
     }
 
-    /// An answer to a map or unmap as a finding, with QEMU's words for a refusal.
+    /// Turns the answer to a map or unmap into a finding; for a refusal, with QEMU's error message.
     pub fn found(&mut self, answer: Answer) -> Res<Found> {
-        // By the time it answers this, its message has been written, and read by us soon.
+        // QEMU writes its error message before it answers this command.
         self.ping()?;
         if answer == Answer::Done {
             return Ok(Found::Accepted);
@@ -206,22 +209,22 @@ impl Harness {
         Ok(Found::Refused(without_name(&line).to_owned()))
     }
 
-    /// What a broken connection means, if QEMU died of it.
+    /// How QEMU ended, if a broken connection shows that it did.
     pub fn death(&mut self) -> Option<Found> {
         let doing = self.doing.clone();
         let qemu = self.qemu.as_mut()?;
         let end = qemu.end_after_break()?.clone();
-        // The last line is the one that says why; an assertion's is long.
+        // The last line of QEMU's output has the reason.
         let text = qemu.lines().pop().unwrap_or_default();
         Some(Found::Died { end, doing, text: without_name(&text).to_owned() })
     }
 }
 
 fn no_qemu() -> ProbeError {
-    ProbeError::Other("the row has no such QEMU or device".into())
+    ProbeError::Other("QEMU is not running, or has no such device".into())
 }
 
-/// QEMU begins its lines with its program's name.
+/// Removes the program name at the start of QEMU's error messages.
 fn without_name(line: &str) -> &str {
     match line.split_once(": ") {
         Some((name, rest)) if name.contains("qemu") => rest,

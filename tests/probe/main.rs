@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Tries every row of docs/front-ends.md on a QEMU, and says which still hold. `ci/probe-frontend`
-//! runs it; so does `ci/test`.
+//! Measures every row of docs/front-ends.md on a QEMU, and prints which rows still hold.
+//! `ci/probe-frontend` and `ci/test` run this program.
 //!
-//! Arguments, if `VUD_PROBE` is set: `[--json] [--row NAME] [QEMU]`; the QEMU is that of
-//! `images/build` unless one is named.
-//! Exit codes: 0 all rows hold, 3 some changed, 1 the probe failed.
+//! Arguments, read only if `VUD_PROBE` is set: `[--json] [--row NAME] [QEMU]`. The default for QEMU
+//! is the one of `images/build`. Exit codes: 0 all rows hold, 3 some rows have changed, 1 the probe
+//! failed.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod backend;
 mod harness;
-#[allow(dead_code)] // The guest tests need more of it.
+#[allow(dead_code)] // The guest tests use the rest.
 #[path = "../guest/output.rs"]
 mod output;
 mod pci;
@@ -32,7 +32,7 @@ use harness::Harness;
 use qemu::ProbeError;
 use table::{Outcome, Row, Verdict};
 
-/// Only tells a hang from a slow machine: no QEMU lives longer.
+/// Time limit that tells a hang from a slow machine: a QEMU that still runs after it is killed.
 pub const HANG: Duration = Duration::from_secs(180);
 
 const USAGE: &str = "usage: ci/probe-frontend [--json] [--row NAME] [QEMU]";
@@ -41,7 +41,7 @@ const EXIT_CHANGED: u8 = 3;
 
 struct Settings {
     json: bool,
-    /// Only the row of this name.
+    /// The name of the only row to measure; `None`: all rows.
     row: Option<OsString>,
     program: PathBuf,
 }
@@ -50,7 +50,8 @@ fn settings() -> Result<Settings, String> {
     let mut settings = Settings { json: false, row: None, program: PathBuf::new() };
     let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guest/qemu-system-x86_64");
     let mut program: Option<OsString> = None;
-    // What `cargo test` passes is meant for its own harness.
+    // Without `VUD_PROBE` the arguments come from `cargo test` and are for the standard test
+    // harness.
     let is_ours = std::env::var_os("VUD_PROBE").is_some();
     let mut arguments = std::env::args_os().skip(1).filter(|_| is_ours);
     while let Some(argument) = arguments.next() {
@@ -68,22 +69,23 @@ fn settings() -> Result<Settings, String> {
     Ok(settings)
 }
 
-/// `QEMU emulator version ...`, if it has the device at all.
+/// The first line of `QEMU --version`; an error if QEMU lacks vhost-user-test-device-pci.
 fn version(program: &Path) -> Result<String, String> {
     let run = |arguments: &[&str]| {
         let output = Command::new(program).args(arguments).output();
         output.map_err(|e| format!("can't run {}: {e}", program.display()))
     };
-    let said = run(&["--version"])?.stdout;
-    let said = String::from_utf8_lossy(&said);
-    let first = said.lines().next().unwrap_or_default().to_owned();
+    let output = run(&["--version"])?.stdout;
+    let output = String::from_utf8_lossy(&output);
+    let first = output.lines().next().unwrap_or_default().to_owned();
     if !run(&["-device", "vhost-user-test-device-pci,help"])?.status.success() {
         return Err(format!("{first}: no vhost-user-test-device-pci (QEMU 11.1 has it)"));
     }
     Ok(first)
 }
 
-/// What every row stands on: QEMU comes up, the device starts, a map is done and can be read.
+/// Checks what every row needs: QEMU comes up, the device starts, a map succeeds, and a load reads
+/// it.
 fn control(program: &Path) -> Result<(), String> {
     let mut harness = Harness::new(program).map_err(|e| format!("{e:?}"))?;
     let tried = rows::control(&mut harness);
@@ -100,7 +102,8 @@ fn try_row<'a>(row: &'a Row, program: &Path) -> Outcome<'a> {
         Ok(harness) => harness,
         Err(e) => return Outcome::not_tried(row, format!("{e:?}"), began.elapsed()),
     };
-    // Alive after all that was done, or it is none of "done" and "refused".
+    // QEMU must answer a last command: a row whose QEMU crashed or hangs is neither "done" nor
+    // "refused".
     let found = (row.probe)(&mut harness).and_then(|found| harness.ping().map(|()| found));
     match found {
         Ok(found) => Outcome::new(row, &found, began.elapsed()),
@@ -121,7 +124,8 @@ fn run(settings: &Settings) -> Result<ExitCode, String> {
         return Err("no such row: see docs/front-ends.md".into());
     }
     let version = version(&settings.program)?;
-    control(&settings.program).map_err(|why| format!("{version}: no row can be tried: {why}"))?;
+    control(&settings.program)
+        .map_err(|why| format!("{version}: no row can be measured: {why}"))?;
     if !settings.json {
         println!("{version}\n");
     }
@@ -144,7 +148,7 @@ fn run(settings: &Settings) -> Result<ExitCode, String> {
         println!("{:#}", json!({ "front-end": version, "rows": rows }));
     } else {
         println!("\n{holds} hold, {changed} changed, {failed} not tried");
-        // As cargo says it, for ci/test.
+        // The same format as `cargo test`: ci/test counts these lines.
         println!(
             "test result: {}. {holds} passed; {} failed; 0 ignored; 0 measured; 0 filtered out; \
              finished in {:.2}s",

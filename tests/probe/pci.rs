@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The least of a virtio-pci driver: finds the device's registers and its window, starts the
-//! device with one empty ring, resets it. Virtio 1.2, section 4.1.
+//! A minimal virtio-pci driver: it finds the device's registers and its window, starts the device
+//! with one empty ring, and resets it. Virtio 1.2, section 4.1.
 
 use crate::qemu::{ProbeError, Qemu, Res};
 
-/// Where the probe puts BARs. RAM is small and far below, and no firmware has put anything there.
+/// Addresses for BARs, far above the small RAM. No firmware runs, so nothing else is there.
 const BARS_32_BIT: u64 = 0xc000_0000;
 const BARS_64_BIT: u64 = 0x10_0000_0000;
-/// From one device's BARs to the next one's.
+/// Distance between the 32-bit BARs of two devices, in bytes.
 const STRIDE: u64 = 0x1000_0000;
 
-/// The rings, in RAM.
+/// Address of the rings, in RAM.
 const RING: u64 = 0x10_0000;
 const RING_SIZE: u64 = 128;
 
@@ -52,7 +52,7 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Finds the device in a PCI slot; `index` tells devices apart.
+    /// Finds the device in a PCI slot; `index` is the device's number, which selects its addresses.
     pub fn find(qemu: &mut Qemu, slot: u64, index: u64) -> Res<Self> {
         let ring = RING + index * 0x1_0000;
         let mut driver = Self { slot, index, common: 0, window: 0, ring };
@@ -60,7 +60,7 @@ impl Driver {
         Ok(driver)
     }
 
-    /// Gives the BARs addresses, as firmware does after each reset of the machine.
+    /// Sets the BARs' addresses, as firmware does after each reset of the machine.
     pub fn set_up(&mut self, qemu: &mut Qemu) -> Res<()> {
         let bars = self.place_bars(qemu)?;
         self.config_write(qemu, COMMAND, 2, COMMAND_MEMORY_AND_MASTER)?;
@@ -97,7 +97,8 @@ impl Driver {
             let wide = mask & 6 == 4;
             if mask == 0 {
             } else if wide {
-                // One 64-bit BAR can be large; the others fit anywhere.
+                // A 64-bit BAR can be large, so each gets a range of its own; 32-bit BARs are
+                // small.
                 bars[bar] = next_64 + BARS_64_BIT / 4 * bar as u64 / 2;
                 self.config_write(qemu, register, 4, bars[bar] & 0xffff_ffff)?;
                 self.config_write(qemu, register + 4, 4, bars[bar] >> 32)?;
@@ -148,14 +149,15 @@ impl Driver {
         self.write(qemu, common::DEVICE_STATUS, 1, status)
     }
 
-    /// What a driver does from its probe to DRIVER_OK.
+    /// Initializes the device as a driver does, up to DRIVER_OK.
     pub fn start(&self, qemu: &mut Qemu) -> Res<()> {
         self.set_status(qemu, 0)?;
         self.set_status(qemu, ACKNOWLEDGE | DRIVER)?;
         self.write(qemu, common::DEVICE_FEATURE_SELECT, 4, 0)?;
         let offered =
             qemu.qtest_number(&format!("readl {:#x}", self.common + common::DEVICE_FEATURE))?;
-        // Only the device's own bit 0 of the low ones, and VIRTIO_F_VERSION_1.
+        // Of the low feature bits only the device's own bit 0, and of the high ones
+        // VIRTIO_F_VERSION_1.
         for (select, features) in [(0, offered & 1), (1, 1)] {
             self.write(qemu, common::DRIVER_FEATURE_SELECT, 4, select)?;
             self.write(qemu, common::DRIVER_FEATURE, 4, features)?;
@@ -170,18 +172,18 @@ impl Driver {
         self.set_status(qemu, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
     }
 
-    /// A virtio reset.
+    /// Resets the device by writing 0 to the status (virtio reset).
     pub fn reset(&self, qemu: &mut Qemu) -> Res<()> {
         self.set_status(qemu, 0)
     }
 
-    /// A guest's load of one byte in the window.
+    /// Loads one byte from the window, as a guest does.
     pub fn load(&self, qemu: &mut Qemu, offset: u64) -> Res<u8> {
         let value = qemu.qtest_number(&format!("readb {:#x}", self.window + offset))?;
         Ok((value & 0xff) as u8)
     }
 
-    /// A guest's store of one byte in the window.
+    /// Stores one byte to the window, as a guest does.
     pub fn store(&self, qemu: &mut Qemu, offset: u64, byte: u8) -> Res<()> {
         qemu.qtest(&format!("writeb {:#x} {byte:#x}", self.window + offset)).map(|_| ())
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One QEMU process without a guest: `-accel qtest` runs no instruction, and the probe does
-//! to the devices what a driver would do. Its death is a finding, and its silence is cut short.
+//! One QEMU process without a guest: `-accel qtest` runs no instruction, and the probe accesses the
+//! devices as a driver would. QEMU's end is a result; a QEMU that hangs is killed.
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -19,12 +19,12 @@ use serde_json::{Value, json};
 use crate::HANG;
 use crate::output::Output;
 
-/// Something that kept a row from being tried to its end.
+/// An error that kept a row from being measured to its end.
 #[derive(Debug)]
 pub enum ProbeError {
-    /// A connection broke. If QEMU died, that is the finding.
+    /// A connection broke. If QEMU has ended, that is the result of the row.
     Io(io::Error),
-    /// QEMU or the probe itself did something that no row is about.
+    /// QEMU or the probe did something unexpected that the row does not measure.
     Other(String),
 }
 
@@ -41,17 +41,18 @@ pub type Res<T> = Result<T, ProbeError>;
 pub enum End {
     Signal(Signal),
     Code(i32),
-    /// It had to be killed: it did not do what it was asked for in time.
+    /// QEMU was killed: it did not do in time what it was asked for.
     Hung,
 }
 
-/// Between QEMU's writing of a line and our having read it. Waited out only if there is no line.
+/// Longest time between QEMU's write of a line and our reader thread's read of it. A row waits that
+/// long only if QEMU writes no line.
 const READER_LAG: Duration = Duration::from_secs(2);
 
-/// In which QEMU frees what it has dropped, if it frees it at all.
+/// Time limit for QEMU to free the memory of a dropped map.
 const FREE_COMES: Duration = Duration::from_secs(60);
 
-/// Kills a process that does not end in time.
+/// Kills QEMU if it does not end in time.
 struct Watchdog {
     done: Sender<()>,
     thread: JoinHandle<bool>,
@@ -63,7 +64,8 @@ impl Watchdog {
         let thread = thread::spawn(move || {
             let fired = is_done.recv_timeout(HANG) == Err(RecvTimeoutError::Timeout);
             if fired {
-                // It is reaped only after this thread is joined, so the number is still its own.
+                // The process is reaped only after this thread is joined, so the process ID is
+                // still valid.
                 let _ = kill(pid, Signal::SIGKILL);
             }
             fired
@@ -71,7 +73,7 @@ impl Watchdog {
         Self { done, thread }
     }
 
-    /// True if it had to kill.
+    /// Stops the watchdog. True if it has killed QEMU.
     fn finish(self) -> bool {
         let _ = self.done.send(());
         self.thread.join().unwrap_or(false)
@@ -84,7 +86,7 @@ pub struct Qemu {
     output: Output,
     listeners: [UnixListener; 2],
     sockets: Option<Sockets>,
-    /// Events that came, and that nobody has waited for yet.
+    /// Events that have arrived and that `wait_event` has not returned yet.
     events: Vec<String>,
     end: Option<End>,
 }
@@ -95,12 +97,12 @@ struct Sockets {
 }
 
 impl Qemu {
-    /// Starts QEMU. One that ends at once is no error here: the first command will fail.
+    /// Starts QEMU. If QEMU ends at once, `start` succeeds and the first command fails.
     pub fn start(program: &Path, folder: &Path, arguments: &[String]) -> Res<Self> {
         let (qmp_path, qtest_path) = (folder.join("qmp"), folder.join("qtest"));
         let qmp_listener = UnixListener::bind(&qmp_path)?;
         let qtest_listener = UnixListener::bind(&qtest_path)?;
-        // If the probe is killed, its QEMUs are, too.
+        // The kernel kills QEMU when the probe ends.
         let mut child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--"])
             .arg(program)
@@ -115,7 +117,7 @@ impl Qemu {
             .spawn()?;
         let stderr = child.stderr.take().ok_or(io::Error::from(ErrorKind::BrokenPipe))?;
         let output = Output::collect(stderr, move || {
-            // Whoever still waits for it to connect finds a closed connection.
+            // Unblocks a thread in accept(): it gets a closed connection.
             let _ = (UnixStream::connect(qmp_path), UnixStream::connect(qtest_path));
         });
         let watchdog = Some(Watchdog::new(Pid::from_raw(child.id().cast_signed())));
@@ -131,7 +133,7 @@ impl Qemu {
         })
     }
 
-    /// Waits until QEMU is up.
+    /// Waits until QEMU has connected both sockets and sent its QMP greeting.
     pub fn greet(&mut self) -> Res<()> {
         let [qmp, qtest] = &self.listeners;
         let (qmp, qtest) = (qmp.accept()?.0, qtest.accept()?.0);
@@ -147,7 +149,7 @@ impl Qemu {
         self.sockets.as_mut().ok_or_else(|| ErrorKind::NotConnected.into())
     }
 
-    /// Runs a QMP command; what happens beside it is passed over.
+    /// Runs a QMP command. Events that come in between are recorded.
     pub fn qmp(&mut self, command: &str, arguments: Value) -> Res<Value> {
         let request = json!({ "execute": command, "arguments": arguments });
         writeln!(self.sockets()?.qmp.get_mut(), "{request}")?;
@@ -163,7 +165,8 @@ impl Qemu {
         }
     }
 
-    /// Waits for an event that a command causes; it may have come before the command's answer.
+    /// Waits for an event that a command causes; the event may have come before the command's
+    /// answer.
     pub fn wait_event(&mut self, name: &str) -> Res<()> {
         while !self.events.iter().any(|event| event == name) {
             self.read_qmp()?;
@@ -182,8 +185,8 @@ impl Qemu {
         Ok(said)
     }
 
-    /// Waits until QEMU has no memory of this file any more. It frees a region some 50 ms after it
-    /// was dropped (by RCU), and what a row shows must not hang on how quick the probe is.
+    /// Waits until QEMU has no mapping of this file any more. QEMU frees a dropped region by RCU,
+    /// about 50 ms later; without the wait the result would depend on the speed of the probe.
     pub fn wait_unmapped(&mut self, file: &Path) -> Res<()> {
         let end = Instant::now() + FREE_COMES;
         let maps = format!("/proc/{}/maps", self.child.id());
@@ -200,7 +203,7 @@ impl Qemu {
         }
     }
 
-    /// Runs a qtest command, and returns what follows the OK.
+    /// Runs a qtest command, and returns the text after the OK.
     pub fn qtest(&mut self, command: &str) -> Res<String> {
         let qtest = &mut self.sockets()?.qtest;
         writeln!(qtest.get_mut(), "{command}")?;
@@ -211,21 +214,22 @@ impl Qemu {
         }
     }
 
-    /// A qtest command that answers with a number.
+    /// Runs a qtest command whose answer is a number.
     pub fn qtest_number(&mut self, command: &str) -> Res<u64> {
         let value = self.qtest(command)?;
         u64::from_str_radix(value.trim_start_matches("0x"), 16)
             .map_err(|e| ProbeError::Other(format!("qtest {command}: '{value}': {e}")))
     }
 
-    /// QEMU's error messages.
+    /// The lines that QEMU has written to stderr.
     pub fn lines(&self) -> Vec<String> {
         self.output.lines()
     }
 
-    /// Waits until a line is there that contains this, which QEMU has written already.
+    /// Waits until our reader thread has a line that contains `text`, which QEMU has written
+    /// already.
     pub fn written_line(&self, text: &str) -> Option<String> {
-        // Output keeps its lock while it asks, so the lines are looked at between its waits.
+        // `Output::wait_until` holds the lock of the lines, so this loop polls instead.
         let end = Instant::now() + READER_LAG;
         loop {
             let found = self.lines().into_iter().find(|line| line.contains(text));
@@ -236,14 +240,14 @@ impl Qemu {
         }
     }
 
-    /// True if it ended.
+    /// Whether QEMU has ended.
     pub fn is_gone(&self) -> bool {
         self.output.wait_closed(Duration::ZERO)
     }
 
-    /// How QEMU ended, if it did: to be asked after a connection broke.
+    /// How QEMU ended, if it did. To be called after a connection broke.
     pub fn end_after_break(&mut self) -> Option<&End> {
-        // A connection breaks a moment before the process is gone.
+        // A connection breaks shortly before the process ends.
         if self.end.is_none() && self.output.wait_closed(HANG) {
             self.reap();
         }
@@ -265,7 +269,7 @@ impl Qemu {
 impl Drop for Qemu {
     fn drop(&mut self) {
         if self.end.is_none() {
-            // Fails when it is gone already, which is as well.
+            // Fails if QEMU has ended already; that is no error.
             let _ = self.child.kill();
             self.reap();
         }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Rows: what is done, what is expected, what was found, and the verdict, for people and as JSON.
+//! Rows: the step to measure, the expected result, the result found, and the verdict, as text and
+//! as JSON.
 
 use std::fmt;
 use std::time::Duration;
@@ -13,27 +14,27 @@ use crate::qemu::{End, Res};
 
 /// One row of docs/front-ends.md, or a part of one.
 pub struct Row {
-    /// The row's name there.
+    /// The row's name in docs/front-ends.md.
     pub name: &'static str,
-    /// What the back-end does.
+    /// The step to measure.
     pub done: &'static str,
-    /// What the front-end does, as it was measured.
+    /// The front-end's reaction, as docs/front-ends.md has it.
     pub expected: Expected,
-    /// What a user gains when it does not any more.
+    /// The advantage for a user if the front-end's reaction has changed.
     pub gain: &'static str,
     pub probe: fn(&mut Harness) -> Res<Found>,
 }
 
-/// What docs/front-ends.md says.
+/// The reaction that docs/front-ends.md has.
 pub enum Expected {
-    /// QEMU dies by this signal, with this in its last line.
+    /// QEMU is killed by this signal, and its last line contains this text.
     Dies(Signal, &'static str),
-    /// QEMU ends by itself with an exit code other than 0, and says this.
+    /// QEMU exits with a code other than 0, and its last line contains this text.
     Ends(&'static str),
-    /// The request is answered with a failure, and QEMU says this.
+    /// The request is answered with a failure, and QEMU's last line contains this text.
     Refused(&'static str),
     Accepted,
-    /// Neither: what is found begins with these words; numbers may follow.
+    /// Another result, which begins with these words; numbers may follow.
     Seen(&'static str),
 }
 
@@ -123,7 +124,7 @@ impl<'a> Outcome<'a> {
         }
     }
 
-    /// The row for people, begun with its verdict.
+    /// Prints the row as text; the verdict comes first.
     pub fn print(&self) {
         let Row { name, done, expected, gain, .. } = self.row;
         let seconds = self.took.as_secs_f64();

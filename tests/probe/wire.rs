@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! vhost-user messages as bytes. Knows the form of a message, and no rule: the probe must be able
-//! to say what a well-behaved library would not send.
+//! Encodes and decodes vhost-user messages. It does not check the rules of the protocol, because
+//! the probe also sends what a correct library would refuse to send.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, IoSliceMut, Read, Write};
@@ -11,17 +11,17 @@ use std::os::unix::net::UnixStream;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// Protocol version 1, in the lowest two bits of the flags.
+/// Protocol version 1, in the two lowest bits of the flags.
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
 const HEADER_BYTES: usize = 12;
-/// Larger than any message of the protocol: 256 sizes and eight bytes (GET_SHMEM_CONFIG).
+/// Above the largest message of the protocol: GET_SHMEM_CONFIG with 256 sizes and 8 more bytes.
 const MAX_PAYLOAD_BYTES: usize = 4096;
-/// QEMU attaches at most 8 (its VHOST_MEMORY_BASELINE_NREGIONS).
+/// Above the largest number of descriptors that QEMU attaches, 8 (VHOST_MEMORY_BASELINE_NREGIONS).
 const MAX_FDS: usize = 32;
 
-/// Front-end messages that the back-end answers or looks at.
+/// Front-end messages that the back-end answers or counts.
 pub mod front_end {
     pub const GET_FEATURES: u32 = 1;
     pub const SET_MEM_TABLE: u32 = 5;
@@ -57,7 +57,7 @@ impl Message {
         self.flags & NEED_REPLY != 0
     }
 
-    /// The `index`th number of the payload, 0 if it is too short.
+    /// The payload's `index`th 64-bit number; 0 if the payload is too short.
     pub fn u64_at(&self, index: usize) -> u64 {
         let bytes = self.payload.get(index * 8..index * 8 + 8);
         bytes.and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes)
@@ -69,7 +69,7 @@ impl Message {
     }
 }
 
-/// Where a map lies, as SHMEM_MAP and SHMEM_UNMAP say it.
+/// The position of a map in SHMEM_MAP and SHMEM_UNMAP.
 #[derive(Clone, Copy)]
 pub struct Range {
     pub shm_offset: u64,
@@ -79,12 +79,12 @@ pub struct Range {
 }
 
 impl Range {
-    /// `len_bytes` of the file's start, writable.
+    /// A writable map of the first `len_bytes` of a file.
     pub fn new(shm_offset: u64, len_bytes: u64) -> Self {
         Self { shm_offset, fd_offset: 0, len_bytes, writable: true }
     }
 
-    /// `{shmid: u8, padding, fd_offset, shm_offset, len, flags}`; region 0.
+    /// Encodes `{shmid: u8, padding, fd_offset, shm_offset, len, flags}`; shmid is 0.
     pub fn payload(&self) -> Vec<u8> {
         let flags = u64::from(self.writable);
         [0, self.fd_offset, self.shm_offset, self.len_bytes, flags]
@@ -109,7 +109,7 @@ pub fn send_reply(stream: &mut UnixStream, request: u32, payload: &[u8]) -> io::
     stream.write_all(&encode(request, REPLY, payload))
 }
 
-/// Sends a request of the back-end.
+/// Sends a request of the back-end to the front-end.
 pub fn send_request(
     channel: &UnixStream,
     request: u32,
@@ -124,7 +124,7 @@ pub fn send_request(
     if sent == bytes.len() { Ok(()) } else { Err(ErrorKind::WriteZero.into()) }
 }
 
-/// Receives one message, its descriptors with it.
+/// Receives one message and its descriptors.
 pub fn receive(mut stream: &UnixStream) -> io::Result<Message> {
     let mut header = [0; HEADER_BYTES];
     let (mut got, fds) = receive_first(stream, &mut header)?;
@@ -154,7 +154,8 @@ fn receive_first(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Ve
     let mut fds = Vec::new();
     for message in received.cmsgs()? {
         if let ControlMessageOwned::ScmRights(raw) = message {
-            // SAFETY: recvmsg has just opened these for us; nobody else knows their numbers.
+            // SAFETY: recvmsg(2) has just opened these descriptors; no other code has their
+            // numbers.
             fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
         }
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Op by op, what the kernel decided beside what the engine did; and the differences that are
-//! allowed.
+//! Compares, operation by operation, the kernel's decision with the engine's; and the differences
+//! that are allowed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,24 +11,26 @@ use super::kernel::{Fault, Kernel, fault, written_back};
 use super::ops::Op;
 use super::replay::Ours;
 
-/// The differences that docs/kernel-oracle.md explains, each under this name.
+/// The allowed differences. docs/kernel-oracle.md explains each under the same name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Difference {
-    /// What has been written back is written back again: we can't write-protect the guest's view.
+    /// The engine writes back again what it has written back before: it can't write-protect the
+    /// guest's mapping.
     StaysDirty,
-    /// The process has a page table for 4 KiB there from before, and Linux's memory management does
-    /// not even ask for 2 MiB then (no `dax_pmd_fault`).
+    /// The process has a page table of 4 KiB pages there already, and Linux's memory management
+    /// then does not ask for 2 MiB (there is no `dax_pmd_fault` event).
     NotAsked,
-    /// ext4 tells a hole in pieces where a part of it was punched, and its kernel takes the first
-    /// one; FIEMAP tells the whole.
+    /// ext4 reports a partly punched hole in several extents, and the kernel takes the first one.
+    /// FIEMAP reports the whole hole.
     HoleInPieces,
-    /// When a hole is made or filled in a chunk, the kernel forgets its entry. What a guest has
-    /// mapped it does not ask for again, so we make entries anew, of 4 KiB for a chunk of two
-    /// kinds, and those stay when it is of one kind again.
+    /// When a hole is made or filled in a chunk, the kernel drops its entry and maps anew at the
+    /// next fault. A guest does not fault again on what it has mapped, so the engine makes new
+    /// entries at once: 4 KiB ones for a chunk of holes and blocks. They remain when the chunk is
+    /// uniform again.
     RefaultedByPage,
 }
 
-/// What was compared.
+/// Number of comparisons, by kind.
 #[derive(Default)]
 pub struct Judged {
     pub faults: u64,
@@ -38,10 +40,10 @@ pub struct Judged {
     pub entries: u64,
 }
 
-/// Does a pattern on both sides.
+/// Runs a pattern on both sides.
 ///
 /// # Errors
-/// The first difference that is not listed.
+/// The first difference that is not allowed.
 pub fn judge(
     pattern: &[Op],
     judged: &mut Judged,
@@ -80,7 +82,8 @@ fn step(
             if theirs == Fault::None {
                 return Ok(None);
             }
-            // Also where the kernel could not: we must not, either.
+            // The engine is asked for 2 MiB even if the kernel took 4 KiB: it must not take 2 MiB
+            // there.
             let chunk = ours.read(page)?;
             let seen = seen(events, cut, page);
             if !whole && seen.asked && chunk.order() == Order::Pmd && chunk.is_real() {
@@ -123,11 +126,11 @@ fn step(
     }
 }
 
-/// What a difference may be due to.
+/// Conditions under which a difference is allowed.
 struct Seen {
-    /// 2 MiB were asked for.
+    /// The kernel's memory management asked for 2 MiB.
     asked: bool,
-    /// A hole was made or filled in the chunk before.
+    /// A hole was made or filled in the chunk earlier in the pattern.
     cut: bool,
 }
 

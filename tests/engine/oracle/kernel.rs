@@ -21,10 +21,10 @@ const PAGE: u64 = 4096;
 const CHUNK: usize = 2 << 20;
 const TRACING: &str = "/sys/kernel/tracing";
 
-/// What the kernel did for one access.
+/// The kernel's reaction to one access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// Nothing: it was mapped.
+    /// No fault: the page was mapped.
     None,
     Pmd {
         hole: bool,
@@ -61,14 +61,14 @@ impl Kernel {
         let inode = format!(" ino {:#x} ", file.metadata().unwrap().ino());
         let bytes = (MOST_PAGES * PAGE) as usize;
         let room = bytes + CHUNK;
-        // SAFETY: a new place.
+        // SAFETY: a new mapping, at an address that the kernel chooses.
         let base = unsafe {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
             libc::mmap(std::ptr::null_mut(), room, libc::PROT_NONE, flags, -1, 0)
         };
         assert_ne!(base, libc::MAP_FAILED);
         let place = base.wrapping_byte_add(base.addr().next_multiple_of(CHUNK) - base.addr());
-        // SAFETY: inside the place that was just reserved.
+        // SAFETY: inside the range that was just reserved.
         let map = unsafe {
             let protection = libc::PROT_READ | libc::PROT_WRITE;
             let flags = libc::MAP_SHARED | libc::MAP_FIXED;
@@ -84,17 +84,18 @@ impl Kernel {
         }
     }
 
-    /// Does it, and returns the events about this file.
+    /// Runs the operation, and returns the trace events about this file.
     pub fn act(&self, op: Op) -> Vec<String> {
         fs::write(format!("{TRACING}/trace"), "").unwrap();
         let file = &*self.file;
         let range = |page: u64, pages: u64| ((page * PAGE) as i64, (pages * PAGE) as i64);
         match op {
             Op::Read(page) => {
-                // SAFETY: mapped, and inside the file: the pattern knows its length.
+                // SAFETY: inside the mapping, and inside the file: patterns stay below the file's
+                // end.
                 std::hint::black_box(unsafe { self.at(page).read_volatile() });
             }
-            // SAFETY: the same.
+            // SAFETY: as for the read.
             Op::Store(page) => unsafe { self.at(page).write_volatile(1) },
             Op::Fsync => file.sync_data().unwrap(),
             Op::Write(page, pages) => {
@@ -123,12 +124,12 @@ impl Kernel {
 
 impl Drop for Kernel {
     fn drop(&mut self) {
-        // SAFETY: ours, all of it.
+        // SAFETY: the whole range belongs to this value.
         unsafe { libc::munmap(self.reserved.0, self.reserved.1) };
     }
 }
 
-/// What the events of one access come to.
+/// The reaction that the trace events of one access show.
 pub fn fault(events: &[String]) -> Fault {
     let is = |name: &str| events.iter().any(|line| line.starts_with(&format!("{name}:")));
     let done = |name: &str| {
@@ -140,12 +141,12 @@ pub fn fault(events: &[String]) -> Fault {
     } else if done("dax_pte_fault_done") || is("dax_insert_pfn_mkwrite") {
         Fault::Pte { hole: is("dax_load_hole") }
     } else {
-        assert!(!is("dax_pte_fault"), "a fault that failed: {events:?}");
+        assert!(!is("dax_pte_fault"), "a fault failed: {events:?}");
         Fault::None
     }
 }
 
-/// What a sync wrote back: first page and pages of each entry.
+/// The entries that a sync wrote back: first page and number of pages of each.
 pub fn written_back(events: &[String]) -> BTreeSet<(u64, u64)> {
     let hex = |line: &str, key: &str| {
         let text = line.split(&format!(" {key} 0x")).nth(1)?.split_whitespace().next()?;

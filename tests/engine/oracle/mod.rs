@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The kernel as judge: patterns of faults, stores, syncs, holes and truncations are done to a file
-//! on a DAX file system, and to our engine. The kernel tells by its `fs_dax` trace events what it
-//! decided: 2 MiB or 4 KiB, a hole or blocks, and what a writeback covered; the engine must have
-//! decided the same, but for the differences that docs/kernel-oracle.md lists.
+//! The kernel as the oracle: patterns of faults, stores, syncs, holes and truncations run on a file
+//! of a DAX file system and on the engine. The kernel's `fs_dax` trace events show its decisions: 2
+//! MiB or 4 KiB, hole or blocks, and the range of a writeback. The engine must have decided the
+//! same, except for the differences in docs/kernel-oracle.md.
 //!
-//! `tests/guest` runs this in a VM with an NVDIMM: `VUD_DAX_DIR` is a directory there.
-//! `ORACLE_SEED` and `ORACLE_PATTERNS` choose the random patterns.
+//! `tests/guest` runs this program in a VM with an NVDIMM; `VUD_DAX_DIR` is a directory there.
+//! `ORACLE_SEED` and `ORACLE_PATTERNS` select the random patterns.
 
 mod compare;
 mod kernel;
@@ -44,17 +44,20 @@ fn all(patterns: impl Iterator<Item = (String, Vec<ops::Op>)>) {
     }
     println!("{count} patterns agree");
     print(&kinds, &judged);
-    assert!(judged.faults > 0 && judged.pmd > 0 && judged.entries > 0, "nothing was judged");
+    assert!(
+        judged.faults > 0 && judged.pmd > 0 && judged.entries > 0,
+        "no fault, no fault of 2 MiB, or no written-back entry was compared"
+    );
 }
 
-/// Shows: the engine decides as the kernel does, for patterns made by hand.
+/// Shows: the engine decides as the kernel does, for hand-written patterns.
 #[test]
 #[ignore = "needs a DAX file system: run by tests/guest"]
 fn scripted_patterns() {
     all(ops::scripted().into_iter().map(|(name, ops)| (name.to_owned(), ops)));
 }
 
-/// Shows: the same for random ones.
+/// Shows: the engine decides as the kernel does, for random patterns.
 #[test]
 #[ignore = "needs a DAX file system: run by tests/guest"]
 fn random_patterns() {

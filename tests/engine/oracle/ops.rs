@@ -1,28 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is done to a file. Pages are of 4 KiB; 512 of them are a chunk.
+//! The operations on a file. A page has 4 KiB, a chunk 512 pages.
 
-/// The longest file.
+/// The length of the longest file, in pages.
 pub const MOST_PAGES: u64 = 4 * 512;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Op {
     /// A load from this page through a shared mapping.
     Read(u64),
-    /// A store to it.
+    /// A store to this page through a shared mapping.
     Store(u64),
     Fsync,
-    /// write(2): the first page, and the number of pages.
+    /// write(2): first page, number of pages.
     Write(u64, u64),
     Fallocate(u64, u64),
     Punch(u64, u64),
-    /// ftruncate(2): the new length in pages. The first one makes the file.
+    /// ftruncate(2) to this number of pages. Every pattern begins with it.
     Truncate(u64),
 }
 
 use Op::{Fallocate, Fsync, Punch, Read, Store, Truncate, Write};
 
-/// Patterns by hand.
+/// Hand-written patterns, with names.
 pub fn scripted() -> Vec<(&'static str, Vec<Op>)> {
     vec![
         ("a hole is read", vec![Truncate(1024), Read(3), Read(600)]),
@@ -178,7 +178,7 @@ pub fn scripted() -> Vec<(&'static str, Vec<Op>)> {
     ]
 }
 
-/// A pattern from a seed.
+/// A random pattern; equal seeds give equal patterns.
 pub fn random(seed: u64) -> Vec<Op> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut below = |n: u64| {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The engine's side. Its file system is the kernel's file as that is after the kernel has done its
-//! part, so both look at the same blocks. An access is a grant, as a guest of virtio-fs has it: to
-//! read, of the whole chunk; to write, of the chunk where the kernel took 2 MiB, else of the page.
+//! The engine's side. It works on the kernel's file after the kernel has run the operation, so both
+//! see the same blocks. An access is a grant, as a guest of virtio-fs asks for it: a read is a
+//! grant of the whole chunk; a write is a grant of the chunk if the kernel took 2 MiB, else of the
+//! page.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -17,13 +18,13 @@ use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 use super::ops::MOST_PAGES;
 use testkit::fakes::{Event, FakePersist, Log, StrictMapper};
 
-/// Fewer than QEMU dies of (Q2).
+/// Limit on the number of maps; QEMU crashes above 512 regions (Q2 of docs/front-ends.md).
 const MOST_MAPS: usize = 500;
 
-/// Where the window shows what may be written: the same file once more, behind what may be read.
+/// The window's page at which writable maps begin; read-only maps of the same file lie below.
 const WRITABLE: u64 = MOST_PAGES;
 
-/// The kernel has allocated, zeroed and cut already.
+/// A source that allocates, zeroes and cuts nothing, because the kernel has done so already.
 struct Replay(FileExtents);
 
 impl ExtentSource for Replay {
@@ -59,7 +60,7 @@ impl ExtentSource for Replay {
 pub struct Ours {
     engine: Engine,
     space: Arc<Space>,
-    /// What the engine asked of the front-end and of the disk.
+    /// The engine's calls of the mapper and of the disk.
     log: Log,
 }
 
@@ -87,20 +88,20 @@ impl Ours {
         self.space.source().file_bytes().unwrap() / PAGE_BYTES
     }
 
-    /// The chunk of a page, as far as the file goes.
+    /// The first page of the page's chunk, and the number of its pages below the end of the file.
     fn chunk(&self, page: u64) -> (u64, u64) {
         let start = page / PMD_PAGES * PMD_PAGES;
         (start, (self.file_pages() - start).min(PMD_PAGES))
     }
 
-    /// A load, or the attempt to have the whole chunk. Returns the entry.
+    /// A load: a read grant of the whole chunk. Returns the page's entry.
     pub fn read(&self, page: u64) -> Result<Entry, String> {
         let (start, pages) = self.chunk(page);
         self.grant(start, pages, Access::Read)?;
         self.entry(page)
     }
 
-    /// A store, by 2 MiB or by page.
+    /// A store: a write grant of the chunk or of the page. Returns the page's entry.
     pub fn store(&self, page: u64, by_chunk: bool) -> Result<Entry, String> {
         let (start, pages) = if by_chunk { self.chunk(page) } else { (page, 1) };
         self.grant(start, pages, Access::Write)?;
@@ -124,20 +125,20 @@ impl Ours {
         done.map_err(|e| e.to_string())?;
         let flushed = |event| match event {
             Event::Flush { from, bytes } => Some((from / PAGE_BYTES, bytes / PAGE_BYTES)),
-            Event::Sync => panic!("only entries know what is dirty"),
+            Event::Sync => panic!("the engine synced the file instead of flushing dirty entries"),
             _ => None,
         };
         Ok(self.log.take().into_iter().filter_map(flushed).collect())
     }
 
-    /// write(2) has been done by the kernel.
+    /// Reports a write(2) that the kernel has carried out.
     pub fn written(&self, page: u64, pages: u64) -> Result<(), String> {
         let (from, bytes) = (FileOffset(page * PAGE_BYTES), pages * PAGE_BYTES);
         let done = self.engine.write_by(&self.space, from, bytes, || Ok(bytes as usize));
         done.map(drop).map_err(|e| e.to_string())
     }
 
-    /// The guest gives back what it has of these pages.
+    /// Revokes the guest's grants of these pages.
     fn revoke(&self, page: u64, pages: u64) -> Result<(), String> {
         for base in [0, WRITABLE] {
             let at = WindowOffset((base + page) * PAGE_BYTES);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Events in a VM's life from outside: resets, and devices that come and go.
+//! Resets from outside the guest, and hot-plug of devices.
 
 use std::os::unix::process::ExitStatusExt;
 
@@ -10,7 +10,7 @@ use super::{HANG, Vm};
 use crate::daemon::Daemon;
 
 impl Vm<'_> {
-    /// Resets the machine from outside; the guest comes up again.
+    /// Resets the machine by QMP `system_reset`, and waits until the guest has booted again.
     pub fn system_reset(&mut self) {
         self.qmp("set-action", json!({"reboot": "reset"}));
         self.qmp("system_reset", json!({}));
@@ -18,12 +18,12 @@ impl Vm<'_> {
         self.qmp("set-action", json!({"reboot": "shutdown"}));
     }
 
-    /// Resets the machine from outside, of which QEMU must die by this signal.
+    /// Resets the machine by QMP `system_reset`; QEMU must end by `signal`.
     pub fn system_reset_kills(&mut self, signal: i32) {
         self.qmp("set-action", json!({"reboot": "reset"}));
         self.qmp("system_reset", json!({}));
         if !self.qemu_output.wait_closed(HANG) {
-            self.fail("QEMU lives");
+            self.fail("QEMU still runs after the reset");
         }
         let status = self.qemu.wait().expect("wait for QEMU");
         if status.signal() != Some(signal) {
@@ -31,8 +31,8 @@ impl Vm<'_> {
         }
     }
 
-    /// Takes the device of a daemon out, with its chardev, and so its front-end away; then puts in
-    /// a new one, with a new connection. In between the guest sees none.
+    /// Unplugs a daemon's device and removes its chardev, which closes the connection; then plugs
+    /// in a new device with a new connection. In between the guest has no such device.
     pub fn unplug_and_plug(&mut self, index: usize) {
         let (device, chardev) = (format!("dev{index}"), format!("vhost{index}"));
         self.qmp("device_del", json!({ "id": device }));
@@ -53,9 +53,9 @@ impl Vm<'_> {
         self.qmp("device_add", arguments);
     }
 
-    /// Powers off; the daemons listen on, and end when they are told to.
+    /// Powers off. The daemons keep listening; SIGTERM ends them.
     pub fn poweroff_listening(&mut self) {
-        self.tell("POWEROFF");
+        self.send("POWEROFF");
         self.expect("BYE POWEROFF");
         if !self.qemu_output.wait_closed(HANG) {
             self.fail("QEMU does not end");
@@ -67,7 +67,7 @@ impl Vm<'_> {
         self.terminate_daemons();
     }
 
-    /// Ends daemons that listen on.
+    /// Ends by SIGTERM the daemons that keep listening.
     pub fn terminate_daemons(&mut self) {
         self.daemons.iter_mut().for_each(Daemon::terminate);
     }

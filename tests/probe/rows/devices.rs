@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Two devices in one VM, and what a device costs the VM.
+//! Rows about two devices in one VM, and about limits that a device puts on its VM.
 
 use serde_json::json;
 
@@ -11,11 +11,11 @@ use crate::qemu::{ProbeError, Res};
 use crate::table::{Expected, Found, Row};
 use crate::wire::Range;
 
-/// As many as a virtio-fs window of 64 MiB has.
+/// Number of maps: as many as fit in a virtio-fs window of 64 MiB.
 const MAPS: u64 = 32;
 
 const OTHER_STALE: &str =
-    "all maps are done; the other's memory table goes stale, QEMU prints errors";
+    "all maps are done; the memory table of the other device goes stale, QEMU prints errors";
 const BOTH_UPDATED: &str = "all maps are done; both memory tables are kept, QEMU is quiet";
 
 pub const ROWS: &[Row] = &[
@@ -30,12 +30,12 @@ pub const ROWS: &[Row] = &[
         name: "Q14",
         done: "32 maps of one device, beside one that has no CONFIGURE_MEM_SLOTS",
         expected: Expected::Seen(OTHER_STALE),
-        gain: "pmem and fs in one VM with no switch and no noise",
+        gain: "pmem and fs in one VM without options and without QEMU's error messages",
         probe: |harness| beside(harness, false),
     },
     Row {
         name: "Q14",
-        done: "the same, both with CONFIGURE_MEM_SLOTS",
+        done: "32 maps of one device, beside one that has CONFIGURE_MEM_SLOTS, too",
         expected: Expected::Seen(BOTH_UPDATED),
         gain: "less work at each map",
         probe: |harness| beside(harness, true),
@@ -51,7 +51,7 @@ fn migrate(harness: &mut Harness) -> Res<Found> {
     }
 }
 
-/// Device 0 has many maps, device 1 has none: what does it see of them?
+/// Device 0 makes many maps, device 1 none. Counts the memory updates that each back-end gets.
 fn beside(harness: &mut Harness, other_has_slots: bool) -> Res<Found> {
     harness.boot(&[Options::new(true), Options::new(other_has_slots)])?;
     harness.start(0)?;
@@ -72,7 +72,9 @@ fn beside(harness: &mut Harness, other_has_slots: bool) -> Res<Found> {
         (true, None) => BOTH_UPDATED,
         (false, Some(_)) => OTHER_STALE,
         (true, Some(_)) => "all maps are done; both memory tables are kept, QEMU prints errors",
-        (false, None) => "all maps are done; the other's memory table goes stale, unsaid",
+        (false, None) => {
+            "all maps are done; the memory table of the other device goes stale, QEMU is quiet"
+        }
     };
     Ok(Found::Seen(format!("{words} ({mapper} and {other} updates)")))
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Start, stop, pause, reset, reboot, and the end of a back-end.
+//! Rows about start, stop, pause, reset, reboot, and the end of a back-end.
 
 use std::fs::File;
 use std::time::Duration;
@@ -15,13 +15,13 @@ use crate::qemu::{ProbeError, Res};
 use crate::table::{Expected, Found, Row};
 use crate::wire::{Range, front_end};
 
-/// More than fit into the 8 regions of SET_MEM_TABLE.
+/// Number of maps; SET_MEM_TABLE has room for 8 regions only.
 const MANY: u64 = 10;
 
 const STARTS: &str = "the device starts, and the map is there";
 const KEEPS: &str = "the device starts, and the maps are there";
-const UNTOLD: &str = "the map is kept, and no memory update comes";
-const TOLD: &str = "the map is kept, and a memory update comes";
+const KEPT_WITHOUT_UPDATE: &str = "the map is kept, and no memory update comes";
+const KEPT_WITH_UPDATE: &str = "the map is kept, and a memory update comes";
 const NO_GAIN: &str = "none: it would be a loss";
 
 pub const ROWS: &[Row] = &[
@@ -48,7 +48,7 @@ pub const ROWS: &[Row] = &[
     },
     Row {
         name: "Q9",
-        done: "the back-end vanishes, the guest goes on with the window",
+        done: "the back-end disconnects, the guest goes on using the window",
         expected: Expected::Seen("the guest reads and writes the file"),
         gain: NO_GAIN,
         probe: back_end_vanishes,
@@ -90,21 +90,21 @@ pub const ROWS: &[Row] = &[
     },
     Row {
         name: "Q12",
-        done: "a reboot of the machine with a live map, CONFIGURE_MEM_SLOTS negotiated, and a start",
+        done: "a machine reset with a live map, CONFIGURE_MEM_SLOTS negotiated, and a start",
         expected: Expected::Dies(Signal::SIGSEGV, ""),
         gain: "--mem-slots on is safe in every VM; no -action reboot=shutdown",
         probe: reboot_with_map,
     },
     Row {
         name: "Q12",
-        done: "the same reset, but without CONFIGURE_MEM_SLOTS",
+        done: "a virtio reset with a live map, CONFIGURE_MEM_SLOTS not negotiated, and a start",
         expected: Expected::Seen(STARTS),
         gain: NO_GAIN,
         probe: |harness| reset_with_map(harness, false),
     },
     Row {
         name: "Q12",
-        done: "the same reset with CONFIGURE_MEM_SLOTS, the map removed before",
+        done: "a virtio reset after an unmap, CONFIGURE_MEM_SLOTS negotiated, and a start",
         expected: Expected::Seen(STARTS),
         gain: NO_GAIN,
         probe: reset_after_unmap,
@@ -125,7 +125,7 @@ pub const ROWS: &[Row] = &[
     },
     Row {
         name: "Q16",
-        done: "a map that is sent when a stop has just begun (its first message came)",
+        done: "a map that is sent at the first message of a stop",
         expected: Expected::Dies(Signal::SIGSEGV, ""),
         gain: "no moment of a VM's life in which a map can kill it",
         probe: map_crosses_stop,
@@ -133,16 +133,16 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "Q17",
         done: "pause and continue with a map, CONFIGURE_MEM_SLOTS negotiated",
-        expected: Expected::Seen(UNTOLD),
+        expected: Expected::Seen(KEPT_WITHOUT_UPDATE),
         gain: "none: a back-end must not wait for what does not come",
-        probe: |harness| told_at_pause(harness, true),
+        probe: |harness| update_at_pause(harness, true),
     },
     Row {
         name: "Q17",
-        done: "the same, but without CONFIGURE_MEM_SLOTS",
-        expected: Expected::Seen(TOLD),
+        done: "pause and continue with a map, CONFIGURE_MEM_SLOTS not negotiated",
+        expected: Expected::Seen(KEPT_WITH_UPDATE),
         gain: NO_GAIN,
-        probe: |harness| told_at_pause(harness, false),
+        probe: |harness| update_at_pause(harness, false),
     },
 ];
 
@@ -180,14 +180,14 @@ fn map_crosses_stop(harness: &mut Harness) -> Res<Found> {
     });
     harness.doing("after the stop");
     harness.reset(0)?;
-    // The main loop comes by the channel at least once between these.
+    // Each answer shows that QEMU's main loop has run, in which it also reads the channel.
     for _ in 0..3 {
         harness.ping()?;
     }
     Ok(Found::Seen("QEMU lives".into()))
 }
 
-/// Maps `count` ranges of the file, one behind the other in the window too.
+/// Maps `count` pages of the file, each at the start of a 2 MiB range of the window.
 fn map_ranges(backend: &Backend, file: &File, count: u64) -> Res<()> {
     for index in 0..count {
         let range = Range { fd_offset: index * PAGE, ..Range::new(index * RANGE, PAGE) };
@@ -214,7 +214,7 @@ fn back_end_vanishes(harness: &mut Harness) -> Res<Found> {
     }))
 }
 
-/// Connects as soon as QEMU listens.
+/// Connects as soon as QEMU listens; an error if QEMU has ended.
 fn connect(harness: &mut Harness) -> Res<Backend> {
     loop {
         match Backend::connect(&harness.path("vhost-0"), Options::new(false)) {
@@ -235,7 +235,7 @@ fn back_end_returns(harness: &mut Harness) -> Res<Found> {
     harness.ping()?;
     harness.doing("when a new back-end connects");
     let second = connect(harness)?;
-    // The last message of a start; it does not come if QEMU dies.
+    // The last message of a start; if QEMU crashes, the wait ends without it.
     second.wait_for(front_end::SET_VRING_ENABLE);
     harness.ping()?;
     Ok(Found::Seen("QEMU goes on with the new back-end".into()))
@@ -277,7 +277,7 @@ fn map_again_after_pause(harness: &mut Harness) -> Res<Found> {
     harness.found(answer)
 }
 
-/// Started again: can it be used?
+/// Starts the device again, makes a map and loads from it.
 fn use_again(harness: &mut Harness, file: &File) -> Res<Found> {
     let path = harness.path("file");
     harness.qemu()?.wait_unmapped(&path)?;
@@ -326,7 +326,7 @@ fn pause_with_maps(harness: &mut Harness, mem_slots: bool) -> Res<Found> {
     let starts = backend.count(front_end::SET_VRING_ENABLE);
     harness.doing("at the pause");
     harness.pause()?;
-    // One message to stop, one to start.
+    // A pause and its end send at least two of these messages, one to stop and one to start.
     if backend.count(front_end::SET_VRING_ENABLE) < starts + 2 {
         let qemu = harness.qemu()?;
         let why = qemu.written_line("Error starting").unwrap_or_default();
@@ -339,7 +339,7 @@ fn pause_with_maps(harness: &mut Harness, mem_slots: bool) -> Res<Found> {
     }))
 }
 
-fn told_at_pause(harness: &mut Harness, mem_slots: bool) -> Res<Found> {
+fn update_at_pause(harness: &mut Harness, mem_slots: bool) -> Res<Found> {
     let backend = harness.started(mem_slots)?;
     let file = harness.file("file", RANGE)?;
     map_ranges(&backend, &file, 1)?;
@@ -351,8 +351,8 @@ fn told_at_pause(harness: &mut Harness, mem_slots: bool) -> Res<Found> {
         return Ok(Found::Seen("the device stays dead".into()));
     }
     Ok(Found::Seen(match (harness.load(0, 0)?, backend.memory_updates() - updates) {
-        (b'p', 0) => UNTOLD.into(),
-        (b'p', _) => TOLD.into(),
+        (b'p', 0) => KEPT_WITHOUT_UPDATE.into(),
+        (b'p', _) => KEPT_WITH_UPDATE.into(),
         _ => "the map is gone".into(),
     }))
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How many maps there may be, and how large the window may be.
+//! Rows about the largest number of maps and the sizes of windows.
 
 use nix::sys::signal::Signal;
 
@@ -11,9 +11,10 @@ use crate::qemu::Res;
 use crate::table::{Expected, Found, Row};
 use crate::wire::Range;
 
-/// Beyond the limit (QEMU's VHOST_USER_MAX_RAM_SLOTS, 512) with RAM's regions not even counted.
+/// Above QEMU's limit, VHOST_USER_MAX_RAM_SLOTS (512), without counting RAM's regions.
 const TOO_MANY_MAPS: u64 = 520;
-/// As many as one device without CONFIGURE_MEM_SLOTS makes before the other one is started.
+/// Number of maps that the device without CONFIGURE_MEM_SLOTS makes before the other one is
+/// started.
 const CHEAP_MAPS: u64 = 506;
 const MIB: u64 = 1 << 20;
 
@@ -34,7 +35,7 @@ pub const ROWS: &[Row] = &[
     },
     Row {
         name: "Q15",
-        done: "the same with a second region of 16 MiB",
+        done: "GET_SHMEM_CONFIG answered with regions of 48 MiB and 16 MiB",
         expected: Expected::Seen("QEMU starts"),
         gain: "none: it would be a loss",
         probe: |harness| window(harness, &[48 * MIB, 16 * MIB]),
@@ -44,11 +45,11 @@ pub const ROWS: &[Row] = &[
         done: "520 maps of 4 KiB, CONFIGURE_MEM_SLOTS not negotiated by any device",
         expected: Expected::Accepted,
         gain: "none: it would be a loss",
-        probe: many_maps_untold,
+        probe: many_maps_without_slots,
     },
 ];
 
-fn many_maps_untold(harness: &mut Harness) -> Res<Found> {
+fn many_maps_without_slots(harness: &mut Harness) -> Res<Found> {
     let backend = harness.started(false)?;
     let file = harness.file("file", TOO_MANY_MAPS * PAGE)?;
     for index in 0..TOO_MANY_MAPS {
@@ -67,8 +68,8 @@ fn many_maps(harness: &mut Harness) -> Res<Found> {
     let file = harness.file("file", TOO_MANY_MAPS * PAGE)?;
     harness.start(0)?;
     for index in 0..TOO_MANY_MAPS {
-        // A map is dear once a device with CONFIGURE_MEM_SLOTS is started: with all of them made
-        // so, this row would take 27 seconds.
+        // Each map takes long once a device with CONFIGURE_MEM_SLOTS is started: with all maps made
+        // then, this row would take 27 s.
         let mapper = usize::from(index >= CHEAP_MAPS);
         if index == CHEAP_MAPS {
             harness.doing("at the start of the second device");

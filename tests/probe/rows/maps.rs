@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One map or unmap: what is refused, what is done, and in which order.
+//! Rows about single maps and unmaps: which are refused, what they do, and in which order.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -14,10 +14,10 @@ use crate::qemu::{ProbeError, Res};
 use crate::table::{Expected, Found, Row};
 use crate::wire::{Range, back_end, front_end, send_request};
 
-/// In which a memory update that is sent at all has come.
+/// Time limit for a memory update to arrive.
 const UPDATE_COMES: Duration = Duration::from_secs(60);
 
-/// In which an ack comes that waits for nothing.
+/// Time in which an ack arrives that nothing delays.
 const ACK_COMES: Duration = Duration::from_millis(300);
 
 const UPDATE_FIRST: &str = "the memory update comes before the ack";
@@ -103,7 +103,7 @@ pub const ROWS: &[Row] = &[
     },
 ];
 
-/// Sends a request, and looks at the channel when the update comes.
+/// Sends a request, and looks for the ack on the channel when the memory update arrives.
 fn order(
     harness: &mut Harness,
     update: u32,
@@ -111,13 +111,13 @@ fn order(
 ) -> Res<Found> {
     let backend = harness.backend(0);
     let channel_to_qemu = backend.channel()?;
-    let (tell, told) = channel();
-    // One thread of QEMU's writes both: if the ack was first, it is in the socket by now.
+    let (sender, receiver) = channel();
+    // One thread of QEMU writes both: if it wrote the ack first, the ack is in the socket by now.
     backend.set_hook(update, move |channel| {
-        let _ = tell.send(has_answer(channel));
+        let _ = sender.send(has_answer(channel));
     });
     send(&channel_to_qemu)?;
-    let acked_before = told.recv_timeout(UPDATE_COMES);
+    let acked_before = receiver.recv_timeout(UPDATE_COMES);
     read_answer(&channel_to_qemu)?;
     Ok(Found::Seen(match acked_before {
         Ok(true) => ACK_FIRST.into(),
@@ -149,18 +149,18 @@ fn map_during_update(harness: &mut Harness) -> Res<Found> {
     let second = Range { fd_offset: RANGE, ..Range::new(RANGE, RANGE) };
     let second_file = file.try_clone()?;
     let (first_acked, is_first_acked) = channel();
-    let (tell, told) = channel();
-    // While this runs, the memory update is not answered.
+    let (sender, receiver) = channel();
+    // The memory update is answered only after this function has returned.
     backend.set_hook(front_end::ADD_MEM_REG, move |channel| {
         let _ = is_first_acked.recv_timeout(UPDATE_COMES);
         let sent = send_map(channel, second, &second_file, true);
         std::thread::sleep(ACK_COMES);
-        let _ = tell.send(sent.map(|()| has_answer(channel)));
+        let _ = sender.send(sent.map(|()| has_answer(channel)));
     });
     send_map(&to_qemu, Range::new(0, RANGE), &file, true)?;
     read_answer(&to_qemu)?;
     let _ = first_acked.send(());
-    let Ok(acked_before) = told.recv_timeout(UPDATE_COMES) else {
+    let Ok(acked_before) = receiver.recv_timeout(UPDATE_COMES) else {
         return Ok(Found::Seen("no memory update comes".into()));
     };
     let acked_before = acked_before?;
@@ -171,7 +171,7 @@ fn map_during_update(harness: &mut Harness) -> Res<Found> {
     }))
 }
 
-/// One map of 2 MiB at the window's start.
+/// Makes a map of 2 MiB at the window's start.
 fn mapped(harness: &mut Harness) -> Res<File> {
     let backend = harness.started(true)?;
     let file = harness.file("file", RANGE)?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The rows of docs/front-ends.md, in its order.
+//! The rows of docs/front-ends.md, in the order of that file.
 
 mod devices;
 mod life;
@@ -13,7 +13,7 @@ use crate::qemu::{ProbeError, Res};
 use crate::table::Row;
 use crate::wire::Range;
 
-/// All rows.
+/// All rows, in the order of their numbers.
 pub fn all() -> impl Iterator<Item = &'static Row> {
     let tables = [limits::ROWS, maps::ROWS, life::ROWS, devices::ROWS];
     let mut rows: Vec<&Row> = tables.into_iter().flatten().collect();
@@ -21,12 +21,12 @@ pub fn all() -> impl Iterator<Item = &'static Row> {
     rows.into_iter()
 }
 
-/// What Linux guests ask for at a time.
+/// The size of the maps that Linux guests ask for, in bytes.
 const RANGE: u64 = 2 << 20;
-/// The smallest map.
+/// The size of the smallest map, in bytes.
 const PAGE: u64 = 4096;
 
-/// What every row stands on.
+/// Checks what every row needs: the device starts, and a load through a map reads the file.
 pub fn control(harness: &mut Harness) -> Res<()> {
     let backend = harness.started(false)?;
     let file = harness.file("file", RANGE)?;
