@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Random programs of calls, done on the engine and on a small obvious model beside it.
+//! Random programs of calls, run on the engine and on a simple model of it.
 //!
-//! `VUD_SEED=n` replays one program, `VUD_STEPS` sets how long it is. A program that fails is made
-//! as short as it can be, and printed.
+//! `VUD_SEED=n` replays one program, `VUD_STEPS` is its number of steps. A failing program is
+//! shortened, and printed.
 
 mod calls;
 mod check;
