@@ -7,7 +7,6 @@
 //! entry costs batches times range; one that uses summaries of the marks costs one descent per
 //! batch. Second, if another flusher marks entries again that were just written, the restarted walk
 //! finds them again and never gets further; summaries do not help against that.
-//! finds it again, and never gets further.
 
 use vhost_user_dax::dax::entry::{Block, Entry, Order, PageIndex};
 use vhost_user_dax::dax::index::{Index, Mark};
