@@ -30,7 +30,6 @@ fn size(file: &File) -> Result<usize> {
     Ok(io("fstat", file.metadata())?.len() as usize)
 }
 
-
 /// The bytes that pattern() of tests/guest/disk.rs makes.
 fn pattern(seed: &str, bytes: usize) -> Vec<u8> {
     format!("{seed}\n").into_bytes().into_iter().cycle().take(bytes).collect()
