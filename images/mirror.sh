@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Where this machine gets Debian from: mirror, proxy and checks are those of its own apt.
-# Source it after ci/lib.sh.
+# Finds the Debian mirror of this machine; mirror, proxy and checks are those of its apt. To be
+# sourced after ci/lib.sh.
 # shellcheck shell=bash
 
-# Of Debian's archive as a whole, so newer releases are signed by it, too.
-# shellcheck disable=SC2034  # for who sources this
+# The keyring of Debian's whole archive, which signs newer releases, too.
+# shellcheck disable=SC2034  # used by the scripts that source this file
 KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 
-# apt_targets - what this machine's apt reads, in either format of its sources.
-# shellcheck disable=SC2016  # the words are apt's, not the shell's
+# apt_targets - prints the URIs and releases of this machine's apt sources, in either format.
+# shellcheck disable=SC2016  # apt expands these variables, not the shell
 apt_targets() {
     apt-get indextargets --format '$(CREATED_BY) $(REPO_URI) $(RELEASE) $(COMPONENT)' |
         awk '$1 == "Packages" && $4 == "main" { print $2, $3 }'
 }
 
-# debian_mirror - the mirror of the release this machine runs.
+# debian_mirror - prints the mirror of the release that this machine runs.
 debian_mirror() {
     local codename mirror
     codename=$(. /etc/os-release && printf '%s' "${VERSION_CODENAME:-}")
@@ -26,7 +26,7 @@ debian_mirror() {
     printf '%s\n' "${mirror%/}"
 }
 
-# machine_apt_options - proxy, retries, checks: whatever the machine sets.
+# machine_apt_options - prints the machine's apt options for proxy, retries and checks.
 machine_apt_options() {
     apt-config dump | grep -E '^Acquire::' | grep -vE '^Acquire::(IndexTargets|Languages|Changelogs)' || true
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What stands around the engine here: a front-end, a file system and a disk that cost nothing.
+//! Test doubles around the engine: a front-end, a file system and a disk without costs.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -13,10 +13,10 @@ use vhost_user_dax::dax::extent::{Access, Backed, Extent, ExtentSource};
 use vhost_user_dax::persist::Persist;
 use vhost_user_dax::window::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
 
-/// More maps than any bench makes.
+/// Above the number of maps of any benchmark.
 pub const MOST_MAPS: usize = 1 << 30;
 
-/// A front-end that agrees to everything.
+/// A front-end that accepts every map and unmap.
 pub struct AnyMapper;
 
 impl Mapper for AnyMapper {
@@ -35,7 +35,7 @@ impl Mapper for AnyMapper {
     }
 }
 
-/// A file of any length without holes, whose blocks are numbered as its pages.
+/// A file of any length without holes, whose block numbers equal its page numbers.
 pub struct Flat {
     file: Arc<File>,
     bytes: u64,
@@ -77,18 +77,18 @@ thread_local! {
     static FLUSHED: Cell<u64> = const { Cell::new(0) };
 }
 
-/// Flushes that the calling thread has made so far.
+/// Number of flushes by the calling thread so far.
 pub fn flushed_by_this_thread() -> u64 {
     FLUSHED.get()
 }
 
-/// A disk on which everything is durable at once. It counts, and does nothing else.
-pub struct InlineWork {
-    /// As [`Persist::kernel_tracks`].
+/// A disk whose flushes and syncs take no time. It only counts flushes.
+pub struct InstantDisk {
+    /// As in [`Persist::kernel_tracks`].
     pub kernel_tracks: bool,
 }
 
-impl Persist for InlineWork {
+impl Persist for InstantDisk {
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }
@@ -103,7 +103,7 @@ impl Persist for InlineWork {
     }
 }
 
-/// An engine with one file on a backing of which only the engine knows what is dirty.
+/// An engine with one file, whose dirty pages only the engine tracks.
 pub struct Loaded {
     /// The engine.
     pub engine: Engine,
@@ -114,36 +114,36 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// A file that has room for `entries` entries of `order`; nothing is granted yet.
+    /// A file with room for `entries` entries of `order`, without a grant.
     pub fn empty(entries: u64, order: Order) -> Self {
         let bytes = entries * order.pages() * PAGE_BYTES;
         let engine = Engine::new(WindowBytes(bytes), Arc::new(AnyMapper), MOST_MAPS);
         let file = Arc::new(tempfile::tempfile().unwrap());
         let source = Flat { file, bytes, maps_pmd: order == Order::Pmd };
-        let space = engine.space(Box::new(source), Box::new(InlineWork { kernel_tracks: false }));
+        let space = engine.space(Box::new(source), Box::new(InstantDisk { kernel_tracks: false }));
         Self { engine, space, last: PageIndex(entries * order.pages() - 1) }
     }
 
-    /// The same, with a write grant over all of it: every entry is there, and dirty for good.
+    /// As `empty`, with a write grant of the whole file: all entries exist, and stay dirty.
     pub fn dirty(entries: u64, order: Order) -> Self {
         let loaded = Self::empty(entries, order);
         loaded.grant(PageIndex(0), loaded.last.0 + 1, Access::Write);
         loaded
     }
 
-    /// Grants pages, at the place in the window that is their place in the file.
+    /// Grants pages, at a window offset equal to their file offset.
     pub fn grant(&self, first: PageIndex, pages: u64, access: Access) {
         let (at, bytes) = (WindowOffset(first.byte()), WindowBytes(pages * PAGE_BYTES));
         let span = self.engine.span(at, bytes).unwrap();
         self.engine.grant(&self.space, FileOffset(first.byte()), span, access).unwrap();
     }
 
-    /// Writes back everything.
+    /// Writes back the whole file.
     pub fn writeback(&self) {
         self.engine.writeback(&self.space, PageIndex(0), self.last).unwrap();
     }
 
-    /// Nodes of the index that were visited so far, by whomever.
+    /// Number of index nodes visited so far, by all threads.
     pub fn steps(&self) -> u64 {
         self.space.entries().steps()
     }

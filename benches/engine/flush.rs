@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Point 5: the engine's own share of a pmem flush: the whole file is granted, the kernel knows
-//! what is dirty, and a sync costs nothing.
+//! Point 5: the engine's part of a pmem flush. The whole file is granted, the kernel tracks dirty
+//! pages, and a sync takes no time.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -11,12 +11,12 @@ use vhost_user_dax::dax::entry::PageIndex;
 use vhost_user_dax::dax::extent::{Access, FileExtents};
 use vhost_user_dax::window::WindowBytes;
 
-use super::doubles::{AnyMapper, InlineWork, Loaded, MOST_MAPS};
+use super::doubles::{AnyMapper, InstantDisk, Loaded, MOST_MAPS};
 use super::measure::{Effort, Samples, nanos};
 use super::report::{Table, Verdicts, chart, headline, short};
 
 const MOST_RATIO: f64 = 1.2;
-/// Flushes in one sample.
+/// Number of flushes in one sample.
 const FLUSHES: u32 = 20_000;
 
 const SIZES: [(&str, u64); 2] = [("1 GiB", 1 << 30), ("1 TiB", 1 << 40)];
@@ -62,13 +62,13 @@ pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
     );
 }
 
-/// A sparse file, as virtio-pmem has it.
+/// An engine with a sparse file, set up as virtio-pmem does.
 fn pmem(bytes: u64) -> Loaded {
     let file = tempfile::tempfile().unwrap();
     file.set_len(bytes).unwrap();
     let engine = Engine::new(WindowBytes(bytes), Arc::new(AnyMapper), MOST_MAPS);
     let source = Box::new(FileExtents::preallocated(Arc::new(file), bytes));
-    let space = engine.space(source, Box::new(InlineWork { kernel_tracks: true }));
+    let space = engine.space(source, Box::new(InstantDisk { kernel_tracks: true }));
     let last = PageIndex::of_byte(bytes - 1);
     Loaded { engine, space, last }
 }

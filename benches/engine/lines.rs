@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Point 6: cache lines, the daemon's way, against libpmem (PMDK): write-back of dirty and of clean
-//! memory, and copies past the cache. Both sides work on the same pages of memory.
+//! Point 6: the daemon's cache-line code against libpmem (PMDK): write-back of dirty and of clean
+//! lines, and non-temporal copies. Both sides work on the same pages.
 
 #![allow(unsafe_code)] // Calls a C library, and shares memory with it.
 
@@ -18,20 +18,20 @@ use super::report::{Table, Verdicts, headline, short};
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
-/// How much, and in how many rounds. 2 MiB of dirty lines leave as fast as the memory takes them,
-/// whoever writes them back: what is left to compare is a thousandth.
+/// Size in bytes, and number of rounds. For 2 MiB of dirty lines the memory's bandwidth is the
+/// limit on both sides, so the difference is about a thousandth and needs many rounds.
 const SIZES: [(&str, usize, usize); 3] =
     [("4 KiB", 4 * KIB, 16_001), ("2 MiB", 2 * MIB, 64_001), ("256 MiB", BYTES, 401)];
-/// The largest.
+/// The largest size, in bytes.
 const BYTES: usize = 256 * MIB;
-/// PMEM_F_MEM_NONTEMPORAL, and PMEM_F_MEM_NODRAIN.
+/// The flags PMEM_F_MEM_NONTEMPORAL and PMEM_F_MEM_NODRAIN.
 const NONTEMPORAL: libc::c_uint = 1 << 1 | 1 << 0;
 
 type Flush = unsafe extern "C" fn(*const u8, usize);
 type Drain = unsafe extern "C" fn();
 type Memcpy = unsafe extern "C" fn(*mut u8, *const u8, usize, libc::c_uint) -> *mut u8;
 
-/// The functions of libpmem.
+/// Functions of libpmem.
 struct Libpmem {
     flush: Flush,
     drain: Drain,
@@ -39,12 +39,12 @@ struct Libpmem {
 }
 
 impl Libpmem {
-    /// None where it is not installed.
+    /// `None` if libpmem is not installed.
     fn load() -> Option<Self> {
-        // SAFETY: a library without surprises in its constructor; the names end in 0.
+        // SAFETY: libpmem's constructor has no preconditions; the name ends in 0.
         let library = unsafe { libc::dlopen(c"libpmem.so.1".as_ptr(), libc::RTLD_NOW) };
         let symbol = |name: &std::ffi::CStr| {
-            // SAFETY: dlsym() of an open library, and a name that ends in 0.
+            // SAFETY: dlsym(3) of an open library; the name ends in 0.
             let found = unsafe { libc::dlsym(library, name.as_ptr()) };
             (!library.is_null() && !found.is_null()).then_some(found)
         };
@@ -59,10 +59,10 @@ impl Libpmem {
     }
 }
 
-/// A file in memory, as the daemon maps it.
+/// A file on a tmpfs, mapped as the daemon maps it.
 struct Fixture {
     libpmem: Libpmem,
-    /// As the engine has it.
+    /// The daemon's flush and fence, as the engine calls them.
     persist: Box<dyn Persist>,
     direct: Arc<Direct>,
     base: *mut u8,
@@ -84,12 +84,12 @@ impl Fixture {
             base,
             from: vec![7; BYTES],
         };
-        fixture.dirty(BYTES); // All pages are there.
+        fixture.dirty(BYTES); // Allocates and maps all pages.
         fixture
     }
 
     fn dirty(&self, bytes: usize) {
-        // SAFETY: mapped, and of this size.
+        // SAFETY: the mapping has at least `bytes` bytes.
         unsafe { self.base.write_bytes(black_box(1), bytes) };
     }
 
@@ -98,8 +98,8 @@ impl Fixture {
         self.persist.fence();
     }
 
-    fn theirs(&self, bytes: usize) {
-        // SAFETY: mapped.
+    fn libpmem(&self, bytes: usize) {
+        // SAFETY: the mapping has at least `bytes` bytes.
         unsafe {
             (self.libpmem.flush)(self.base, bytes);
             (self.libpmem.drain)();
@@ -111,8 +111,8 @@ impl Fixture {
         self.direct.fence();
     }
 
-    fn copy_theirs(&self, bytes: usize) {
-        // SAFETY: both are as long.
+    fn copy_libpmem(&self, bytes: usize) {
+        // SAFETY: mapping and buffer have at least `bytes` bytes.
         unsafe {
             (self.libpmem.memcpy)(self.base, self.from.as_ptr(), bytes, NONTEMPORAL);
             (self.libpmem.drain)();
@@ -120,7 +120,8 @@ impl Fixture {
     }
 }
 
-/// Where the daemon's code has mapped the file: both sides shall work there.
+/// The address at which the daemon's code has mapped the file, so that both sides use the same
+/// mapping.
 fn mapped(file: &File) -> *mut u8 {
     let inode = file.metadata().unwrap().ino().to_string();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
@@ -129,9 +130,9 @@ fn mapped(file: &File) -> *mut u8 {
     std::ptr::with_exposed_provenance_mut(usize::from_str_radix(start, 16).unwrap())
 }
 
-/// Runs `work` with the stack pointer lower by this number of cache lines. The write-back of a page
-/// may take twice as long at some stack addresses (probably 4K aliasing: a load waits for a
-/// write-back of a line at the same offset in a page), so the bench uses all of them in turn.
+/// Runs `work` with `lines` more cache lines of stack. The write-back of a page may take twice as
+/// long at some stack addresses (probably a load waits for the write-back of a line with the same
+/// offset in its page), so the rounds use different stack depths.
 #[inline(never)]
 fn deeper<T>(lines: usize, work: &mut dyn FnMut() -> T) -> T {
     let frame = black_box([0_u8; 64]);
@@ -150,7 +151,7 @@ pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
     let mut table = Table::new(&["what", "size", "ours us", "libpmem us", "libpmem / ours"]);
     for (name, bytes, rounds) in SIZES {
         for what in ["dirty", "clean", "copy"] {
-            // Each turn is long enough for the clock; what makes lines dirty is not timed.
+            // Each sample is long enough for the clock; making lines dirty is not timed.
             let repeat = (2 * MIB / bytes).max(1);
             let turns = |work: &dyn Fn()| {
                 let mut spent = 0.0;
@@ -164,11 +165,11 @@ pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
             };
             let side = |ours: bool| match (what, ours) {
                 ("copy", true) => turns(&|| fixture.copy_ours(bytes)),
-                ("copy", false) => turns(&|| fixture.copy_theirs(bytes)),
+                ("copy", false) => turns(&|| fixture.copy_libpmem(bytes)),
                 (_, true) => turns(&|| fixture.ours(bytes)),
-                (_, false) => turns(&|| fixture.theirs(bytes)),
+                (_, false) => turns(&|| fixture.libpmem(bytes)),
             };
-            // Alternately who is first.
+            // The sides alternate in going first.
             let samples = Samples::of((0..effort.pick(rounds, 5)).map(|round| {
                 deeper(round % 64, &mut || {
                     let first = side(round % 2 == 0);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Benches of the DAX engine (step 4), as ratios within one run; `ci/bench` runs them, and
-//! docs/benchmarks.md says what each table shows. Ends with 1 if a ratio that must hold does not.
+//! Benchmarks of the DAX engine (step 4), as ratios within one run. `ci/bench` runs them, and
+//! docs/benchmarks.md explains each table. The exit code is 1 if a ratio that must hold does not.
 //!
-//! `VUD_BENCH_QUICK=1` takes under a minute. Arguments, if any, are the numbers of the points to
-//! run.
+//! `VUD_BENCH_QUICK=1` takes less than a minute. The arguments, if any, are the numbers of the
+//! points to run.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 #![allow(clippy::indexing_slicing)] // By side, of as many sides as there are.

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How the benches take time: the sides of a comparison in turns, then medians.
-//! On a machine that others use, only ratios within one run say something.
+//! Time measurement: the sides of a comparison alternate, and medians are compared. On a shared
+//! machine only ratios within one run are meaningful.
 
 use std::time::Instant;
 
-/// How much is run.
+/// How much to measure.
 #[derive(Clone, Copy)]
 pub struct Effort {
-    /// CI: enough to check what must hold, in under a minute.
+    /// The short run of CI: it checks the verdicts that must hold, in less than a minute.
     pub quick: bool,
 }
 
 impl Effort {
-    /// What the environment asks for.
+    /// From the environment variable VUD_BENCH_QUICK.
     pub fn from_env() -> Self {
         Self { quick: std::env::var_os("VUD_BENCH_QUICK").is_some_and(|value| value == "1") }
     }
@@ -24,25 +24,26 @@ impl Effort {
     }
 }
 
-/// Nanoseconds that `work` takes.
+/// The duration of `work` in nanoseconds.
 pub fn nanos(work: impl FnOnce()) -> f64 {
     let began = Instant::now();
     work();
     began.elapsed().as_nanos() as f64
 }
 
-/// The middle one; NaN of none.
+/// The median; NaN if there are no samples.
 pub fn median(samples: &[f64]) -> f64 {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// The samples of each side of a comparison; those of one round were taken one right after another.
+/// The samples of each side of a comparison; the samples of one round were measured one right after
+/// another.
 pub struct Samples(Vec<Vec<f64>>);
 
 impl Samples {
-    /// Runs every side once per round. `sample(side)` returns what it has measured.
+    /// Runs every side once per round; `sample(side)` returns the measured value.
     pub fn interleaved(rounds: usize, sides: usize, mut sample: impl FnMut(usize) -> f64) -> Self {
         let mut samples = vec![Vec::with_capacity(rounds); sides];
         for _ in 0..rounds {
@@ -53,18 +54,18 @@ impl Samples {
         Self(samples)
     }
 
-    /// Those of two sides that were taken otherwise, round by round.
+    /// Samples of two sides that the caller has measured, round by round.
     pub fn of(rounds: impl Iterator<Item = [f64; 2]>) -> Self {
         let (first, second) = rounds.map(|[first, second]| (first, second)).unzip();
         Self(vec![first, second])
     }
 
-    /// The median of one side.
+    /// The median of one side's samples.
     pub fn median(&self, side: usize) -> f64 {
         self.0.get(side).map_or(f64::NAN, |samples| median(samples))
     }
 
-    /// The median, over the rounds, of `over` / `under`.
+    /// The median of the ratios `over` / `under` of all rounds.
     pub fn ratio(&self, over: usize, under: usize) -> f64 {
         match (self.0.get(over), self.0.get(under)) {
             (Some(over), Some(under)) => {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Point 4: bytes of memory per entry: what the index says of itself, and what the allocator
-//! counts.
+//! Point 4: bytes of memory per entry, as reported by the index and as counted by the allocator.
 
 use vhost_user_dax::dax::entry::{Block, Entry, Order, PageIndex};
 use vhost_user_dax::dax::extent::Access;
@@ -16,7 +15,7 @@ use super::report::{Table, Verdicts, chart, headline, short};
 struct Shape {
     name: &'static str,
     order: Order,
-    /// From one entry to the next.
+    /// Distance between the starts of two entries, in pages.
     every_pages: u64,
     aim_bytes: Option<f64>,
 }
@@ -44,7 +43,7 @@ pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
         let map = map_of(&shape, entries);
         let of_map = per_entry(live_bytes() - before);
         drop(map);
-        // All that a grant leaves in the engine, less what an empty engine has.
+        // The growth of the engine's memory by a grant.
         let engine = (shape.every_pages == shape.order.pages()).then(|| {
             let loaded = Loaded::empty(entries, shape.order);
             let before = live_bytes();

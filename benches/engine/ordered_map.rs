@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the index is measured against: the standard library's ordered map, doing the same job.
+//! The reference for the index: the standard library's ordered map with the same operations.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use vhost_user_dax::dax::entry::{Entry, Order, PMD_PAGES, PageIndex};
 
-/// Entries by first page, and the first pages of those that are dirty.
+/// Entries by first page, and the first pages of the dirty entries.
 #[derive(Default)]
 pub struct OrderedMap {
     entries: BTreeMap<PageIndex, Entry>,
@@ -20,7 +20,7 @@ impl OrderedMap {
         (page.0 < start.0 + entry.order().pages()).then_some((*start, *entry))
     }
 
-    /// Adds a dirty entry, if nothing is in its way.
+    /// Adds a dirty entry, unless another entry overlaps it.
     pub fn insert_dirty(&mut self, page: PageIndex, entry: Entry) -> bool {
         let end = PageIndex(page.0 + PMD_PAGES);
         if self.get(page).is_some()
@@ -32,12 +32,12 @@ impl OrderedMap {
         self.dirty.insert(page)
     }
 
-    /// Makes an entry clean.
+    /// Marks an entry clean.
     pub fn clean(&mut self, page: PageIndex) {
         self.dirty.remove(&page);
     }
 
-    /// Up to `most` dirty entries of `first..=last`.
+    /// At most `most` dirty entries of `first..=last`.
     pub fn dirty_batch(
         &self,
         first: PageIndex,

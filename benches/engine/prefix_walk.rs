@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Point 1, for comparison: the walk of Linux 4.x fs/dax.c before commit 1eb643d02b. It starts the
-//! search for each batch at the start of the range; the engine continues behind the last batch.
+//! Point 1, for comparison only: the defective walk that the engine's walk replaced. It searches
+//! for each batch from the start of the range again; the engine continues after the last batch.
 //!
-//! Two things are shown. How much the restart costs depends on the search: one that looks at every
-//! entry pays batches x range; one that has summaries of its marks pays a descent per batch. What
-//! no summary helps against is another flusher that tags what was just written: the restarted walk
-//! finds it again, and never gets further.
+//! Two effects are shown. First, the cost of the restart depends on the search: a search of every
+//! entry costs batches times range; one that uses summaries of the marks costs one descent per
+//! batch. Second, if another flusher marks entries again that were just written, the restarted walk
+//! finds them again and never gets further; summaries do not help against that.
 
 use vhost_user_dax::dax::entry::{Block, Entry, Order, PageIndex};
 use vhost_user_dax::dax::index::{Index, Mark};
@@ -14,16 +14,16 @@ use vhost_user_dax::dax::index::{Index, Mark};
 use super::measure::{Effort, nanos};
 use super::report::{Table, chart, short};
 
-/// The engine's.
+/// The engine's batch size.
 const BATCH: usize = 64;
 
 /// How a walk finds its next batch.
 #[derive(Clone, Copy)]
 struct Walk {
     name: &'static str,
-    /// Starts each batch at the start of the range: the defect.
+    /// Starts the search at the start of the range for each batch: the defect.
     restarts: bool,
-    /// Uses the summaries of the marks; else it looks at every entry.
+    /// Uses the summaries of the marks; otherwise it looks at every entry.
     summaries: bool,
 }
 
@@ -60,8 +60,8 @@ impl Walk {
         batch
     }
 
-    /// Walks all of it. `others` runs between batches. Returns how many entries were written, at
-    /// most `most`.
+    /// Walks the whole range. `others` runs between batches. Stops after `most` entries, and
+    /// returns the number of entries written.
     fn run(self, index: &mut Index, entries: u64, most: u64, others: impl Fn(&mut Index)) -> u64 {
         let (mut at, last) = (PageIndex(0), PageIndex(entries - 1));
         let mut written = 0;
@@ -106,7 +106,7 @@ pub fn bench(effort: Effort) {
     retagged();
 }
 
-/// A second flusher tags the first batch again after each batch of the walk.
+/// A second flusher marks the first batch again after each batch of the walk.
 fn retagged() {
     const ENTRIES: u64 = 10_000;
     println!(

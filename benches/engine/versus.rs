@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Point 3: the index behind its mutex against a BTreeMap behind one, at 1, 2 and 4 threads.
+//! Point 3: the index in a mutex against a BTreeMap in a mutex, with 1, 2 and 4 threads.
 
 use std::hint::black_box;
 use std::sync::{Barrier, Mutex, MutexGuard};
@@ -16,14 +16,14 @@ use super::report::{Table, Verdicts, chart, headline, short};
 
 const AIM: f64 = 3.0;
 const THREADS: [u64; 3] = [1, 2, 4];
-/// Entries taken under one lock by a marked walk, as in `Engine::writeback`.
+/// Number of entries that a marked walk takes in one critical section, as in `Engine::writeback`.
 const BATCH: usize = 64;
-/// After the inserts one entry in this number of entries stays dirty, for the marked walk.
+/// After the inserts, one of this number of entries stays dirty, for the marked walk.
 const DIRTY_EVERY: u64 = 16;
-/// Odd, so that multiples of it modulo a power of two meet every number once, far from in order.
+/// Odd, so that its multiples modulo a power of two visit every number once, in scattered order.
 const SCATTER: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// The job.
+/// The operations that are compared.
 trait Store: Default + Send {
     fn insert_dirty(&mut self, page: PageIndex, entry: Entry) -> bool;
     fn get(&self, page: PageIndex) -> Option<(PageIndex, Entry)>;
@@ -75,16 +75,16 @@ impl Store for OrderedMap {
     }
 }
 
-/// In which order pages are asked for.
+/// The order in which pages are accessed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pattern {
-    /// Each thread goes through a range of its own, page by page, as grants and writeback do.
+    /// Each thread walks a range of its own page by page, as grants and writeback do.
     InOrder,
-    /// Each thread jumps about in all of it.
+    /// Each thread accesses pages all over the file, in scattered order.
     AtRandom,
 }
 
-/// One comparison.
+/// The parameters of one comparison.
 #[derive(Clone, Copy)]
 struct Job {
     entries: u64,
@@ -92,7 +92,7 @@ struct Job {
     pattern: Pattern,
 }
 
-/// Nanoseconds of wall time per entry.
+/// Wall-clock nanoseconds per entry.
 #[derive(Clone, Copy)]
 struct Times {
     insert: f64,
@@ -113,12 +113,12 @@ impl Job {
         let at = thread * (self.entries / self.threads) + n;
         match self.pattern {
             Pattern::InOrder => PageIndex(at),
-            // A power of two of entries: the mask keeps every page, once.
+            // The number of entries is a power of two: the mask maps the pages one to one.
             Pattern::AtRandom => PageIndex(at.wrapping_mul(SCATTER) & (self.entries - 1)),
         }
     }
 
-    /// Runs `work(thread, share)` in every thread at once, and times it.
+    /// Runs `work(thread, share)` in all threads at once, and measures the time.
     fn timed(self, work: impl Fn(u64, u64) + Sync) -> f64 {
         let share = self.entries / self.threads;
         let barrier = Barrier::new(self.threads as usize + 1);
@@ -172,7 +172,7 @@ impl Job {
     }
 }
 
-/// What one round has measured: the index, and the map.
+/// The times of the index and of the map in one round.
 type Round = [Times; 2];
 
 pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
@@ -191,7 +191,7 @@ pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
                 .collect();
             for (phase, of) in PHASES {
                 if phase == "marked walk" && pattern == Pattern::AtRandom {
-                    continue; // A walk is in order; a tree that was filled at random is no worse.
+                    continue; // A walk is always in order, whatever the order of the inserts.
                 }
                 let sides = Samples::of(rounds.iter().map(|round| round.each_ref().map(of)));
                 let ratio = sides.ratio(1, 0);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Point 1: what a dirty entry costs in `Engine::writeback`, however many there are.
+//! Point 1: the cost of a dirty entry in `Engine::writeback`, for different numbers of entries.
 
 use std::time::Instant;
 
@@ -11,7 +11,7 @@ use super::measure::{Effort, Samples, nanos};
 use super::prefix_walk;
 use super::report::{Table, Verdicts, chart, headline, short};
 
-/// The aim of issue 3: from the smallest to the largest.
+/// Largest allowed ratio between the costs at two sizes.
 const MOST_RATIO: f64 = 1.5;
 
 const SIZES: [u64; 5] = [1_000, 10_000, 100_000, 1_000_000, 10_000_000];
@@ -25,7 +25,7 @@ pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
 
 struct Side {
     entries: u64,
-    /// Small sizes are written back many times over, or the clock would see nothing.
+    /// Number of writebacks per sample: small sizes need many for a measurable time.
     repeat: u64,
     loaded: Loaded,
     build_nanos: f64,
@@ -49,7 +49,11 @@ impl Side {
         let (flushed, steps) = (flushed_by_this_thread(), self.loaded.steps());
         let time = nanos(|| (0..self.repeat).for_each(|_| self.loaded.writeback()));
         let flushed = flushed_by_this_thread() - flushed;
-        assert_eq!(flushed, self.entries * self.repeat, "an entry was missed, or flushed twice");
+        assert_eq!(
+            flushed,
+            self.entries * self.repeat,
+            "an entry was not flushed, or was flushed twice"
+        );
         self.steps_per_entry = self.per_entry((self.loaded.steps() - steps) as f64);
         self.per_entry(time)
     }
@@ -78,7 +82,8 @@ fn costs(name: &str, order: Order, sizes: &[u64], effort: Effort, verdicts: &mut
     verdicts.must(
         ratio <= MOST_RATIO,
         format!(
-            "1. steps per dirty {name}, {least} to {most}: within {} of each other (at most {MOST_RATIO})",
+            "1. steps per dirty {name}, {least} to {most}: within {} of each other \
+             (at most {MOST_RATIO})",
             short(ratio)
         ),
     );

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Point 2: a writeback ends though others never stop dirtying and tagging.
+//! Point 2: a writeback ends although other threads make entries dirty and mark them all the time.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -12,39 +12,40 @@ use super::doubles::{Loaded, flushed_by_this_thread};
 use super::measure::{Effort, median, nanos};
 use super::report::{Table, Verdicts, headline, short};
 
-/// Pages in the range of the writeback; the first half is granted before it begins.
+/// Number of pages in the range of the writeback; the first half is granted before it begins.
 const PAGES: u64 = 128 * PMD_PAGES;
 
 #[derive(Clone, Copy)]
-struct Company {
+struct Others {
     name: &'static str,
     writer: bool,
     flusher: bool,
 }
 
-const COMPANIES: [Company; 3] = [
-    Company { name: "nobody", writer: false, flusher: false },
-    Company { name: "a writer", writer: true, flusher: false },
-    Company { name: "a writer and a flusher", writer: true, flusher: true },
+const OTHERS: [Others; 3] = [
+    Others { name: "nobody", writer: false, flusher: false },
+    Others { name: "a writer", writer: true, flusher: false },
+    Others { name: "a writer and a flusher", writer: true, flusher: true },
 ];
 
 pub fn bench(effort: Effort, verdicts: &mut Verdicts) {
     headline(2, "Writeback beside a writer that never stops");
     println!(
-        "  {} entries are dirty at the start, {PAGES} pages in the range. The writer makes write\n  \
-         grants over every chunk of the range, round and round; the flusher writes all of it back.\n",
+        "  {} entries are dirty at the start, {PAGES} pages in the range. The writer makes\n  \
+         write grants of one chunk after another, again and again; the flusher writes the whole\n  \
+         range back.\n",
         PAGES / 2
     );
     let mut table =
         Table::new(&["beside it", "most flushes", "bound", "ms", "grants meanwhile", "steps, all"]);
     let mut worst = 0;
-    for company in COMPANIES {
-        let runs: Vec<_> = (0..effort.pick(9, 3)).map(|_| beside(company)).collect();
+    for others in OTHERS {
+        let runs: Vec<_> = (0..effort.pick(9, 3)).map(|_| writeback_beside(others)).collect();
         let most = runs.iter().map(|run| run.flushes).max().unwrap_or(0);
         worst = worst.max(most);
         let middle = |of: fn(&Run) -> f64| short(median(&runs.iter().map(of).collect::<Vec<_>>()));
         table.row(&[
-            &company.name,
+            &others.name,
             &most,
             &PAGES,
             &middle(|run| run.nanos / 1e6),
@@ -66,7 +67,7 @@ struct Run {
     steps: u64,
 }
 
-fn beside(company: Company) -> Run {
+fn writeback_beside(others: Others) -> Run {
     let loaded = Loaded::empty(PAGES, Order::Pte);
     for chunk in 0..PAGES / 2 / PMD_PAGES {
         loaded.grant(PageIndex(chunk * PMD_PAGES), PMD_PAGES, Access::Write);
@@ -80,14 +81,14 @@ fn beside(company: Company) -> Run {
     };
     thread::scope(|scope| {
         scope.spawn(|| {
-            until_ended(company.writer, &|turn| {
+            until_ended(others.writer, &|turn| {
                 let chunk = turn % (PAGES / PMD_PAGES);
                 loaded.grant(PageIndex(chunk * PMD_PAGES), PMD_PAGES, Access::Write);
                 grants.fetch_add(1, Ordering::Relaxed);
             });
         });
-        scope.spawn(|| until_ended(company.flusher, &|_| loaded.writeback()));
-        while company.writer && busy.load(Ordering::Relaxed) == 0 {
+        scope.spawn(|| until_ended(others.flusher, &|_| loaded.writeback()));
+        while others.writer && busy.load(Ordering::Relaxed) == 0 {
             thread::yield_now();
         }
         let (flushed, granted) = (flushed_by_this_thread(), grants.load(Ordering::Relaxed));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Ratios as bars with whiskers, on a logarithmic axis, with a line at 1.
+//! A chart of ratios: bars with whiskers on a logarithmic axis, with a line at 1.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ const WIDTH: u32 = 900;
 const ROW: u32 = 22;
 const LABELS: u32 = 300;
 
-/// Draws a bar for each ratio: minimum, median and maximum.
+/// Draws a bar for each ratio: median, with minimum and maximum as whiskers.
 pub fn draw(file: &Path, title: &str, bars: &[(String, Spread)]) {
     let bars: Vec<_> = bars.iter().filter(|(_, spread)| spread.median.is_finite()).collect();
     let height = 70 + ROW * bars.len() as u32;

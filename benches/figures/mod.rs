@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Figures taken in rounds: each round takes every peer's once, one right after another, and a
-//! ratio is one round's figure over another peer's of the same round. Shown as a table, a chart
-//! (SVG) and a file that a machine can read (JSON).
+//! Figures measured in rounds. A round measures every peer once, one right after another; a ratio
+//! compares figures of the same round. They are printed as a table and written as a chart (SVG) and
+//! as JSON.
 
 #![allow(dead_code)] // Each bench uses its own part.
 
@@ -16,11 +16,11 @@ use serde_json::{Value, json};
 
 use text::{Table, short};
 
-/// How figures were taken: the command, the machine.
+/// How the figures were measured: command, number of rounds, machine.
 pub struct How(Value);
 
 impl How {
-    /// By `command`, on this machine.
+    /// For `command`, on this machine.
     pub fn new(command: &str, rounds: usize) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let cpu = read("/proc/cpuinfo");
@@ -32,7 +32,7 @@ impl How {
     }
 }
 
-/// Whether more is better.
+/// Whether a larger or a smaller figure is better.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Better {
     More,
@@ -48,7 +48,7 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// Of some samples; NaN of none.
+    /// The spread of some samples; NaN if there are none.
     pub fn of(samples: &[f64]) -> Self {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
@@ -61,16 +61,16 @@ impl Spread {
     }
 }
 
-/// One thing that is measured, of each peer.
+/// One measured quantity, for all peers.
 struct Row {
     what: String,
     unit: &'static str,
     better: Better,
-    /// By peer, by round; none where a peer has no such figure.
+    /// By peer, then by round; empty for a peer without this figure.
     samples: Vec<Vec<f64>>,
 }
 
-/// A table of figures: peers beside each other, one thing per row.
+/// A table of figures: one column per peer, one row per quantity.
 pub struct Figures {
     name: &'static str,
     title: &'static str,
@@ -79,12 +79,12 @@ pub struct Figures {
 }
 
 impl Figures {
-    /// A table without rows; `name` is that of its files.
+    /// A table without rows; `name` is the name of its files.
     pub fn new(name: &'static str, title: &'static str, peers: Vec<String>) -> Self {
         Self { name, title, peers, rows: Vec::new() }
     }
 
-    /// Takes one round's figure of a peer.
+    /// Adds one round's figure of a peer.
     pub fn add(&mut self, what: &str, unit: &'static str, better: Better, peer: usize, value: f64) {
         let row = match self.rows.iter().position(|row| row.what == what) {
             Some(row) => row,
@@ -101,12 +101,13 @@ impl Figures {
         self.rows.iter().find(|row| row.what == what).unwrap_or_else(|| panic!("no row {what}"))
     }
 
-    /// What a peer reached.
+    /// The spread of a peer's figures.
     pub fn value(&self, what: &str, peer: usize) -> Spread {
         Spread::of(&self.row(what).samples[peer])
     }
 
-    /// How much better `peer` is than the best of `others`, round by round.
+    /// The ratio of `peer` to the best of `others` in each round; above 1 means that `peer` is
+    /// better.
     pub fn ratio(&self, what: &str, peer: usize, others: &[usize]) -> Spread {
         self.row(what).ratio(peer, others)
     }
@@ -196,17 +197,17 @@ impl Row {
     }
 }
 
-/// Whether things are only to be tried: `ci/bench --quick`.
+/// Whether the run is a quick trial, without verdicts: `ci/bench --quick`.
 pub fn is_quick() -> bool {
     std::env::var_os("VUD_BENCH_QUICK").is_some_and(|value| value == "1")
 }
 
-/// What was asked for, and what came of it; nothing of what was only tried, or not at all.
+/// Prints whether a figure reaches its target; nothing in a quick trial or without a figure.
 pub fn verdict(text: &str, is: f64, at_least: f64) {
     say(text, is, is >= at_least, format!("at least {at_least}"));
 }
 
-/// The same, where less is better.
+/// As `verdict`, for a figure where less is better.
 pub fn verdict_most(text: &str, is: f64, at_most: f64) {
     say(text, is, is <= at_most, format!("at most {at_most}"));
 }
@@ -217,14 +218,13 @@ fn say(text: &str, is: f64, held: bool, asked: String) {
     }
 }
 
-/// Whether a part of a bench is to be run: it was named on the command line, or none was.
+/// Whether to run a part of a benchmark: the command line names it, or names no part.
 pub fn is_wanted(part: &str) -> bool {
     let mut names = std::env::args().skip(1).filter(|name| !name.starts_with('-')).peekable();
     names.peek().is_none() || names.any(|name| name == part)
 }
 
-/// All of `peers`, beginning with another one in each round: the first one's place is not always
-/// the same.
+/// The indices of the peers, rotated by the round, so that no peer is always measured first.
 pub fn in_turn(peers: usize, round: usize) -> impl Iterator<Item = usize> {
     (0..peers).map(move |i| (i + round) % peers)
 }

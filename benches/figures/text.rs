@@ -4,11 +4,11 @@
 
 use std::fmt::Display;
 
-/// Rows of text under a head, printed with aligned columns.
+/// A table of text: the first row is the head.
 pub struct Table(pub Vec<Vec<String>>);
 
 impl Table {
-    /// A table with these columns.
+    /// A table with these column heads.
     pub fn new(head: &[&str]) -> Self {
         Self(vec![head.iter().map(|cell| (*cell).to_owned()).collect()])
     }
@@ -18,7 +18,7 @@ impl Table {
         self.0.push(cells.iter().map(ToString::to_string).collect());
     }
 
-    /// Prints it: the first column to the left, numbers to the right.
+    /// Prints the table: the first column left-aligned, the others right-aligned.
     pub fn print(&self) {
         let columns = self.0.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| {
@@ -41,7 +41,7 @@ impl Table {
     }
 }
 
-/// Three digits that count.
+/// The value with about three significant digits.
 pub fn short(value: f64) -> String {
     match value.abs() {
         v if v.is_nan() => "-".into(),

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Flushes of a virtio-pmem device per second, with as many waiting at all times, each after a
-//! store of a page of its own; against a thread for each that calls fdatasync, as QEMU's built-in
-//! device has it done.
+//! Flushes per second of a virtio-pmem device with a constant number of flushes in flight, each
+//! after a write to a page of its own. The peer is one thread per waiter that calls fdatasync(2),
+//! as QEMU's own virtio-pmem device does.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -20,7 +20,7 @@ const PAGE: u64 = 4096;
 const OURS: usize = 0;
 const EACH: usize = 1;
 
-/// Measures, and shows.
+/// Measures and prints the figures.
 pub fn run(quick: bool) {
     let (rounds, time) = if quick { (1, 50) } else { (7, 500) };
     let time = Duration::from_millis(time);
@@ -49,7 +49,7 @@ pub fn run(quick: bool) {
     figures.show(OURS, &[EACH], &How::new("ci/bench process", rounds));
 }
 
-/// A store of the page that belongs to waiter `i`.
+/// Writes the page of waiter `i`.
 fn dirty(file: &File, i: usize, round: usize) {
     file.write_all_at(&[round as u8; PAGE as usize], i as u64 * PAGE).unwrap();
 }
@@ -64,7 +64,7 @@ fn ours(driver: &mut Driver, file: &File, waiting: usize, time: Duration) -> f64
     driver.kick();
     let mut done = 0;
     while began.elapsed() < time {
-        // The oldest one; others may have been answered with it.
+        // The oldest flush in flight; later ones may be answered by the same sync.
         assert_eq!(driver.wait(open[done % waiting]), Answer::OK);
         loop {
             let i = done % waiting;

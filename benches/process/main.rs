@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The daemons alone, at native speed, ours and Debian's virtiofsd: the in-process front-end drives
-//! both over the same socket protocol. `ci/bench process` runs it.
+//! The daemons without a VM: ours and Debian's virtiofsd, driven by the in-process front-end over
+//! the vhost-user socket. `ci/bench process` runs it.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![allow(clippy::indexing_slicing)] // By peer, of as many peers as there are.
@@ -17,7 +17,7 @@ mod rest;
 mod window;
 mod work;
 
-/// A part; whether it is only to be tried.
+/// One part of the benchmark; the argument says whether the run is a quick trial.
 type Part = fn(bool);
 const PARTS: [(&str, Part); 4] = [
     ("requests", requests::run),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A daemon, its share, and the front-end that drives it, INIT done.
+//! A daemon, its share, and the front-end that drives it, after INIT.
 
 use std::cell::Cell;
 use std::fs;
@@ -18,24 +18,24 @@ use testkit::strict_vmm::{Ring, StrictVmm, VmmOptions};
 
 use super::queue::{QueueDriver, RINGS_BYTES, Request, SLOTS_BYTES};
 
-/// Debian's, as `images/build` unpacks it.
+/// Debian's virtiofsd, as `images/build` unpacks it.
 pub const VIRTIOFSD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/guest/virtiofsd");
 
-/// The file that READ and WRITE go to.
+/// The name of the file for READ and WRITE.
 pub const DATA: &str = "data";
 pub const DATA_BYTES: u64 = 64 << 20;
-/// Small files, in the root.
+/// Number of small files in the share's root.
 pub const FILES: usize = 100;
 
-/// Which daemon, and how it is run.
+/// Which daemon runs, with which settings.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Each inode held by a descriptor (not the default), as the virtiofsd of Debian does.
+    /// Our daemon, with a descriptor for each inode (not the default), as Debian's virtiofsd has.
     Ours {
         window_mib: u64,
         queues: usize,
     },
-    /// As it is by default: inodes by file handles.
+    /// Our daemon with its defaults: inodes by file handles.
     ByHandle,
     Virtiofsd {
         threads: usize,
@@ -43,7 +43,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Its name in tables.
+    /// The name in tables.
     pub fn name(self) -> String {
         match self {
             Self::Ours { window_mib: 0, .. } => "ours, no window".into(),
@@ -55,7 +55,7 @@ impl Kind {
         }
     }
 
-    /// Request queues.
+    /// Number of request queues.
     pub fn queues(self) -> usize {
         match self {
             Self::Ours { queues, .. } => queues,
@@ -63,7 +63,7 @@ impl Kind {
         }
     }
 
-    /// The command line, nothing confined on either side.
+    /// The command line, without a sandbox for either daemon.
     pub fn command(self, socket: &Path, share: &Path) -> Command {
         match self {
             Self::ByHandle => {
@@ -91,7 +91,7 @@ impl Kind {
     }
 }
 
-/// Our pmem device's command line.
+/// The command line of our pmem device.
 pub fn pmem_command(socket: &Path, file: &Path) -> Command {
     let mut command = Command::new(binary());
     command.arg("pmem").arg("--socket-path").arg(socket).arg("--file").arg(file);
@@ -105,7 +105,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts `command`, which the socket's path is given to; that lies in `dir`.
+    /// Starts `command`, which gets the path of a new socket in `dir`.
     pub fn start(dir: &Path, command: impl FnOnce(&Path) -> Command) -> Self {
         static STARTED: AtomicU64 = AtomicU64::new(0);
         let socket = dir.join(format!("sock-{}", STARTED.fetch_add(1, Ordering::Relaxed)));
@@ -114,12 +114,12 @@ impl Daemon {
         Self { daemon: testkit::daemon::Daemon::start(command), socket }
     }
 
-    /// Its process.
+    /// The process ID.
     pub fn pid(&self) -> u32 {
         self.daemon.pid()
     }
 
-    /// Resident memory of the kind `key` of /proc/PID/status, in KiB.
+    /// The memory `key` of /proc/PID/status, in KiB.
     pub fn resident_kib(&self, key: &str) -> f64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
@@ -127,21 +127,21 @@ impl Daemon {
     }
 }
 
-/// What peers have in common: the share, and the guest's memory. Where these lie makes more of a
-/// difference than who serves it; and one peer works at a time.
-pub struct Ground {
+/// The share and the guest's memory, common to all peers: their physical place affects the figures
+/// more than the daemon does. Only one peer works at a time.
+pub struct Setup {
     dir: TempDir,
     ram: GuestMem,
-    /// Rings that have their place.
+    /// Number of queues that have got memory for their rings.
     rings: Cell<u64>,
 }
 
-impl Ground {
-    /// Where the slots begin, behind the rings.
+impl Setup {
+    /// Address of the slots, after the rings.
     const SLOTS_AT: u64 = 4 << 20;
     const MOST_QUEUES: u64 = 5;
 
-    /// A fresh one.
+    /// A new share and new guest memory.
     pub fn new() -> Rc<Self> {
         let dir = tempfile::tempdir().unwrap();
         let share = dir.path().join("share");
@@ -152,7 +152,7 @@ impl Ground {
         Rc::new(Self { dir, ram, rings: Cell::new(0) })
     }
 
-    /// The share.
+    /// The path of the share.
     pub fn share(&self) -> PathBuf {
         self.dir.path().join("share")
     }
@@ -167,48 +167,48 @@ impl Ground {
 /// A daemon that serves a share to a driver.
 pub struct Peer {
     pub kind: Kind,
-    /// Dropped first: that ends the session.
+    /// The first field, so dropped first: that ends the session.
     pub vmm: StrictVmm,
-    /// hiprio, then the request queues.
-    pub lanes: Vec<QueueDriver>,
+    /// The drivers of the high-priority queue and of the request queues.
+    pub drivers: Vec<QueueDriver>,
     pub daemon: Daemon,
-    pub ground: Rc<Ground>,
+    pub setup: Rc<Setup>,
 }
 
 impl Peer {
-    /// A fresh one.
-    pub fn new(kind: Kind, ground: &Rc<Ground>) -> Self {
-        let ground = ground.clone();
-        let command = |socket: &Path| kind.command(socket, &ground.share());
-        let daemon = Daemon::start(ground.dir.path(), command);
+    /// Starts a daemon, connects to it, and sends INIT.
+    pub fn new(kind: Kind, setup: &Rc<Setup>) -> Self {
+        let setup = setup.clone();
+        let command = |socket: &Path| kind.command(socket, &setup.share());
+        let daemon = Daemon::start(setup.dir.path(), command);
         let queues = kind.queues() + 1;
         let options =
             VmmOptions { queues, config_bytes: 44, device_features: 0, ..VmmOptions::default() };
-        let mut vmm = StrictVmm::connect(&daemon.socket, &ground.ram, options).unwrap();
-        let mut lanes: Vec<_> = (0..queues as u64).map(|queue| ground.queue(queue)).collect();
-        let mut rings: Vec<_> = lanes.iter_mut().map(|queue| queue as &mut dyn Ring).collect();
+        let mut vmm = StrictVmm::connect(&daemon.socket, &setup.ram, options).unwrap();
+        let mut drivers: Vec<_> = (0..queues as u64).map(|queue| setup.queue(queue)).collect();
+        let mut rings: Vec<_> = drivers.iter_mut().map(|queue| queue as &mut dyn Ring).collect();
         vmm.start_all(&mut rings);
-        lanes[1].ask(&Request::new(op::INIT, 0, abi::init().0, abi::INIT_OUT));
-        Self { kind, vmm, lanes, daemon, ground }
+        drivers[1].ask(&Request::new(op::INIT, 0, abi::init().0, abi::INIT_OUT));
+        Self { kind, vmm, drivers, daemon, setup }
     }
 
-    /// The daemon's process.
+    /// The daemon's process ID.
     pub fn pid(&self) -> u32 {
         self.daemon.pid()
     }
 
-    /// One request on the first queue that has one.
+    /// Sends one request on the first request queue.
     pub fn call(&mut self, opcode: u32, nodeid: u64, args: Vec<u8>, body: usize) -> Vec<u8> {
-        self.lanes[1].ask(&Request::new(opcode, nodeid, args, body))
+        self.drivers[1].ask(&Request::new(opcode, nodeid, args, body))
     }
 
-    /// LOOKUP in the root.
+    /// LOOKUP in the root. Returns the node ID.
     pub fn node(&mut self, name: &str) -> u64 {
         let args = abi::Arg::new().name(name).0;
         abi::u64_at(&self.call(op::LOOKUP, abi::ROOT, args, abi::ENTRY_OUT), 0)
     }
 
-    /// OPEN or OPENDIR.
+    /// OPEN or OPENDIR. Returns the file handle.
     pub fn open(&mut self, opcode: u32, nodeid: u64, flags: i32) -> u64 {
         abi::u64_at(&self.call(opcode, nodeid, abi::open(flags).0, abi::OPEN_OUT), 0)
     }

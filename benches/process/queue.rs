@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A virtqueue's driver that costs little: fixed slots, each with its own buffers laid out as Linux
-//! lays out a FUSE request (headers and arguments, then data page by page), an indirect table each,
-//! EVENT_IDX, and a wait that blocks. It keeps the rules, and checks no more than the reply's
-//! error.
+//! A virtqueue driver with little overhead. It has fixed slots. Each slot has buffers laid out as
+//! Linux lays out a FUSE request (headers and arguments, then the data page by page) and an
+//! indirect table. It uses EVENT_IDX, and waits by a blocking read of the call eventfd. Of a reply
+//! it checks only the error.
 
 use testkit::fuse_abi::{IN_HEADER, OUT_HEADER, in_header};
 use testkit::memory::GuestMem;
@@ -27,24 +27,24 @@ const SLOT_BYTES: u64 = DATA_AT + MOST_DATA;
 
 /// How many requests a queue can have in flight.
 pub const DEPTH: usize = 32;
-/// Guest memory of a queue's slots.
+/// Bytes of guest memory for a queue's slots.
 pub const SLOTS_BYTES: u64 = DEPTH as u64 * SLOT_BYTES;
 
-/// A request: what it says, and how many bytes of data go in and come out.
+/// A request: the message, and the numbers of data bytes in and out.
 pub struct Request {
     pub opcode: u32,
     pub nodeid: u64,
     pub args: Vec<u8>,
-    /// Bytes of the slot's data that are part of the request.
+    /// Number of bytes of the slot's data that belong to the request.
     pub data_in: u32,
-    /// Room for the reply's body; none for a FORGET's, which has no reply.
+    /// Size of the reply's body; `None` for FORGET, which has no reply.
     pub body: Option<u32>,
-    /// Room for data behind the header, in the slot's data pages.
+    /// Size of the data after the reply's header, in the slot's data pages.
     pub data_out: u32,
 }
 
 impl Request {
-    /// One with arguments, and a reply of at most `body` bytes.
+    /// A request with arguments and a reply of at most `body` bytes.
     pub fn new(opcode: u32, nodeid: u64, args: Vec<u8>, body: usize) -> Self {
         Self { opcode, nodeid, args, data_in: 0, body: Some(body as u32), data_out: 0 }
     }
@@ -58,8 +58,8 @@ pub struct QueueDriver {
 }
 
 impl QueueDriver {
-    /// A queue whose rings lie at `at`, and its slots at `slots_at`: lanes of which one works at a
-    /// time may share these.
+    /// A queue whose rings are at `at` and whose slots are at `slots_at`. Queues may share their
+    /// slots if only one of them is used at a time.
     pub fn new(mem: GuestMem, at: u64, slots_at: u64) -> Self {
         let options = DriverOptions { size: SIZE, ..DriverOptions::default() };
         Self { queue: Virtqueue::new(mem, at, options), slots_at, posted: 0 }
@@ -69,7 +69,7 @@ impl QueueDriver {
         self.slots_at + slot as u64 * SLOT_BYTES
     }
 
-    /// Puts a request into the ring; [`kick`](Self::kick) tells of it.
+    /// Puts a request into the ring; [`kick`](Self::kick) makes it visible to the device.
     pub fn post(&mut self, slot: usize, request: &Request) {
         let at = self.slot(slot);
         let args = request.args.len() as u32;
@@ -92,13 +92,13 @@ impl QueueDriver {
         let _ = self.queue.add_kept(slot as u16);
     }
 
-    /// Makes what was posted visible, and kicks if the device wants that.
+    /// Publishes the posted requests, and kicks if the device asks for it (EVENT_IDX).
     pub fn kick(&mut self) {
         self.queue.publish();
         self.queue.kick();
     }
 
-    /// Waits until something comes back; the slots that did.
+    /// Waits until the device has used descriptors, and collects their slots.
     pub fn reap(&mut self, slots: &mut Vec<usize>) {
         slots.clear();
         let deadline = Virtqueue::deadline();
@@ -115,7 +115,7 @@ impl QueueDriver {
         }
     }
 
-    /// The body of a reply, `bytes` of it, which must be none of an error.
+    /// The first `bytes` bytes of a reply's body. The reply must not be an error.
     pub fn body(&self, slot: usize, bytes: usize) -> Vec<u8> {
         self.check(slot);
         let mut body = vec![0u8; bytes];
@@ -123,14 +123,14 @@ impl QueueDriver {
         body
     }
 
-    /// That a reply is none of an error.
+    /// Asserts that a reply is not an error.
     pub fn check(&self, slot: usize) {
         let error = GuestAddress(self.slot(slot) + REPLY_AT + 4);
         let error: i32 = self.queue.mem.read_obj(error).unwrap();
         assert_eq!(error, 0, "a request of the bench failed");
     }
 
-    /// Sends one request and waits for its reply's body.
+    /// Sends one request, and waits for the body of its reply.
     pub fn ask(&mut self, request: &Request) -> Vec<u8> {
         self.post(0, request);
         self.kick();

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! FUSE requests per second and their latency, one and four queues, one request and 32 in flight.
+//! FUSE requests per second and their latency, with one and four queues, and with 1 and 32 requests
+//! in flight.
 
 use std::time::Duration;
 
 use crate::figures::{Better, Figures, How, in_turn, verdict};
-use crate::peer::{Ground, Kind, Peer};
+use crate::peer::{Kind, Peer, Setup};
 use crate::place::Place;
 use crate::work::{self, Load, Names, OPS};
 
@@ -17,7 +18,7 @@ const KINDS: [Kind; 6] = [
     Kind::Virtiofsd { threads: 64 },
     Kind::ByHandle,
 ];
-/// Whose figures the ratios are of, and to: both hold each inode by a descriptor.
+/// The ratios are those of `KINDS[OURS]` to `KINDS[PEER]`: both hold each inode by a descriptor.
 const OURS: usize = 0;
 const PEER: usize = 3;
 
@@ -27,14 +28,14 @@ const LOADS: [(&str, Load); 3] = [
     ("1, two cores", Load { depth: 1, place: Place::Apart }),
 ];
 
-/// Measures, and shows.
+/// Measures and prints the figures.
 pub fn run(quick: bool) {
     let (rounds, time) = if quick { (1, 10) } else { (15, 50) };
-    let ground = Ground::new();
+    let setup = Setup::new();
     let mut peers: Vec<_> = KINDS
         .into_iter()
         .map(|kind| {
-            let mut peer = Peer::new(kind, &ground);
+            let mut peer = Peer::new(kind, &setup);
             let names = Names::of(&mut peer);
             (peer, names)
         })

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A daemon that does nothing yet: how long from its start until one can connect, how much memory
-//! it has then and in an idle session, and what a thousand inodes and a thousand grants add.
+//! An idle daemon: the time from its start until its socket accepts a connection, its memory then
+//! and in an idle session, and the additional memory of a thousand inodes and of a thousand grants.
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;
@@ -10,14 +10,14 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use crate::figures::{Better, Figures, How, verdict_most};
-use crate::peer::{Daemon, Ground, Kind, Peer, pmem_command};
+use crate::peer::{Daemon, Kind, Peer, Setup, pmem_command};
 use crate::window::{RANGE, setting};
 use testkit::fuse_abi::{self as abi, Arg, op};
 
 const FS: Kind = Kind::Ours { window_mib: 512, queues: 1 };
 const VIRTIOFSD: Kind = Kind::Virtiofsd { threads: 0 };
 const NAMES: [&str; 3] = ["ours, fs", "ours, pmem", "virtiofsd"];
-/// Number of ranges of 2 MiB that the window shows at once.
+/// Number of 2 MiB ranges that the window shows at the same time.
 const GRANTS: u64 = 250;
 
 fn command(peer: usize, dir: &Path, socket: &Path) -> Command {
@@ -32,7 +32,7 @@ fn command(peer: usize, dir: &Path, socket: &Path) -> Command {
     }
 }
 
-/// Measures, and shows.
+/// Measures and prints the figures.
 pub fn run(quick: bool) {
     let (starts, rounds, inodes) = if quick { (1, 1, 1000) } else { (31, 3, 10_000) };
     let names = NAMES.map(str::to_owned).to_vec();
@@ -51,8 +51,8 @@ pub fn run(quick: bool) {
             figures.add("resident, listening", "MiB", Better::Less, peer, resident);
         }
         for (peer, kind) in [(0, FS), (2, VIRTIOFSD)] {
-            let mut running = Peer::new(kind, &Ground::new());
-            // The guest's own memory is not counted.
+            let mut running = Peer::new(kind, &Setup::new());
+            // The guest's memory, which the daemon maps, is not counted.
             let all =
                 running.daemon.resident_kib("VmRSS") - running.daemon.resident_kib("RssShmem");
             figures.add("resident, idle session", "MiB", Better::Less, peer, all / 1024.0);
@@ -74,7 +74,7 @@ pub fn run(quick: bool) {
     }
 }
 
-/// Milliseconds until one can connect.
+/// Milliseconds from the start of the daemon until its socket accepts a connection.
 fn start(peer: usize) -> f64 {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("sock");
@@ -83,7 +83,7 @@ fn start(peer: usize) -> f64 {
     let began = Instant::now();
     let mut child = command.spawn().unwrap();
     while UnixStream::connect(&socket).is_err() {
-        assert!(child.try_wait().unwrap().is_none(), "the daemon ended");
+        assert!(child.try_wait().unwrap().is_none(), "the daemon has ended");
     }
     let took = began.elapsed();
     let _ = child.kill();
@@ -91,10 +91,10 @@ fn start(peer: usize) -> f64 {
     took.as_secs_f64() * 1e3
 }
 
-/// KiB of the daemon's own memory for each thousand, all looked up and none forgotten.
+/// KiB of the daemon's anonymous memory per thousand inodes, which are looked up and not forgotten.
 fn memory_of_inodes(peer: &mut Peer, inodes: usize) -> f64 {
     let name = |i: usize| format!("inode-{i:06}");
-    (0..inodes).for_each(|i| drop(File::create(peer.ground.share().join(name(i))).unwrap()));
+    (0..inodes).for_each(|i| drop(File::create(peer.setup.share().join(name(i))).unwrap()));
     let before = peer.daemon.resident_kib("RssAnon");
     for i in 0..inodes {
         peer.call(op::LOOKUP, abi::ROOT, Arg::new().name(&name(i)).0, abi::ENTRY_OUT);
@@ -102,15 +102,15 @@ fn memory_of_inodes(peer: &mut Peer, inodes: usize) -> f64 {
     (peer.daemon.resident_kib("RssAnon") - before) * 1000.0 / inodes as f64
 }
 
-/// The same of grants: ranges of one file that the window shows.
+/// KiB of the daemon's anonymous memory per thousand grants: ranges of one file in the window.
 fn memory_of_grants() -> f64 {
-    let mut peer = Peer::new(FS, &Ground::new());
-    let big = File::create(peer.ground.share().join("big")).unwrap();
+    let mut peer = Peer::new(FS, &Setup::new());
+    let big = File::create(peer.setup.share().join("big")).unwrap();
     big.set_len(GRANTS * RANGE).unwrap();
     let node = peer.node("big");
     let before = peer.daemon.resident_kib("RssAnon");
     for range in 0..GRANTS {
-        peer.lanes[1].ask(&setting(node, range, range));
+        peer.drivers[1].ask(&setting(node, range, range));
     }
     (peer.daemon.resident_kib("RssAnon") - before) * 1000.0 / GRANTS as f64
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The window: what SETUPMAPPING and REMOVEMAPPING take in the daemon, apart from the front-end's
-//! part, and how fast bytes go through what is mapped, against a plain mmap of the same file.
+//! The window: the time that SETUPMAPPING and REMOVEMAPPING take in the daemon, without the
+//! front-end's part, and the bandwidth of a mapped file, compared with a plain mmap(2) of the same
+//! file.
 
 use std::fs::{self, OpenOptions};
 use std::time::Instant;
@@ -10,35 +11,35 @@ use vm_memory::mmap::MmapRegion;
 use vm_memory::{FileOffset, VolatileMemory, VolatileSlice};
 
 use crate::figures::{Better, Figures, How, verdict, verdict_most};
-use crate::peer::{DATA, DATA_BYTES, FILES, Ground, Kind, Peer, file};
+use crate::peer::{DATA, DATA_BYTES, FILES, Kind, Peer, Setup, file};
 use crate::place::Place;
 use crate::queue::Request;
 use testkit::fuse_abi::{self as abi, op};
 
-/// What Linux maps at a time.
+/// The size of Linux's mappings, in bytes.
 pub const RANGE: u64 = 2 << 20;
 const RANGES: u64 = DATA_BYTES / RANGE;
 /// FUSE_SETUPMAPPING_FLAG_WRITE and _READ.
 const READ_WRITE: u64 = 3;
 
-/// The window's last slot.
+/// The window's last 2 MiB slot.
 const LAST: u64 = WINDOW_MIB / 2 - 1;
 const WINDOW_MIB: u64 = 256;
 
 const OURS: usize = 0;
 const PLAIN: usize = 1;
 
-/// A request of the window, timed.
+/// The duration of one request, in microseconds.
 struct Timed {
     whole: f64,
-    /// Without what the front-end took.
+    /// Without the time in the front-end.
     own: f64,
 }
 
-/// Measures, and shows.
+/// Measures and prints the figures.
 pub fn run(quick: bool) {
     let (rounds, passes) = if quick { (1, 2) } else { (7, 20) };
-    let mut peer = Peer::new(Kind::Ours { window_mib: WINDOW_MIB, queues: 1 }, &Ground::new());
+    let mut peer = Peer::new(Kind::Ours { window_mib: WINDOW_MIB, queues: 1 }, &Setup::new());
     let node = peer.node(DATA);
     let mut figures = Figures::new(
         "window",
@@ -53,12 +54,12 @@ pub fn run(quick: bool) {
         time(&mut peer, &setting(node, range, range));
     }
     let file =
-        OpenOptions::new().read(true).write(true).open(peer.ground.share().join(DATA)).unwrap();
+        OpenOptions::new().read(true).write(true).open(peer.setup.share().join(DATA)).unwrap();
     let plain = MmapRegion::<()>::from_file(FileOffset::new(file, 0), DATA_BYTES as usize).unwrap();
     println!("  {rounds} rounds of {passes} times {} MiB", DATA_BYTES >> 20);
     for (what, write) in [("read", false), ("write", true)] {
         let what = format!("{what} what is mapped");
-        // One that does not count: all pages are there then, on both sides.
+        // Round 0 is not counted: afterwards all pages are mapped, on both sides.
         for round in 0..=rounds {
             let ours = bandwidth(passes, write, |range, copy| {
                 peer.vmm.view(range * RANGE, RANGE as usize, copy);
@@ -84,8 +85,9 @@ pub fn run(quick: bool) {
     }
 }
 
-/// Files that nothing is mapped of are mapped, one after another, and then ranges of a file of
-/// which the first one is; all on one core, where a wake-up is cheapest: what is left is work.
+/// Maps files of which nothing is mapped yet, one after another, and then further ranges of a file
+/// whose first range is mapped. All threads run on one core, where a wake-up is cheapest, so that
+/// mostly the work is measured.
 fn map_and_unmap(peer: &mut Peer, data: u64, figures: &mut Figures) {
     let files: Vec<_> = (0..FILES).map(|i| (peer.node(&file(i)), 0)).collect();
     let ranges: Vec<_> = (1..RANGES).map(|range| (data, range)).collect();
@@ -117,7 +119,7 @@ fn map_and_unmap(peer: &mut Peer, data: u64, figures: &mut Figures) {
     Place::Anywhere.put(peer.pid());
 }
 
-/// SETUPMAPPING of range `range` of a file, in slot `at` of the window.
+/// A SETUPMAPPING of range `range` of a file, in slot `at` of the window.
 pub fn setting(node: u64, range: u64, at: u64) -> Request {
     let args = abi::setupmapping(range * RANGE, RANGE, READ_WRITE, at * RANGE).0;
     Request::new(op::SETUPMAPPING, node, args, 0)
@@ -127,21 +129,20 @@ fn removal(at: u64) -> Request {
     Request::new(op::REMOVEMAPPING, 0, abi::removemapping(&[(at * RANGE, RANGE)]).0, 0)
 }
 
-/// Microseconds of one request.
+/// Sends one request and measures its duration.
 fn time(peer: &mut Peer, request: &Request) -> Timed {
     let (began, spent) = (Instant::now(), peer.vmm.spent());
-    peer.lanes[1].ask(request);
+    peer.drivers[1].ask(request);
     let whole = began.elapsed();
-    let theirs = peer.vmm.spent() - spent;
-    Timed { whole: whole.as_secs_f64() * 1e6, own: (whole - theirs).as_secs_f64() * 1e6 }
+    let front_end = peer.vmm.spent() - spent;
+    Timed { whole: whole.as_secs_f64() * 1e6, own: (whole - front_end).as_secs_f64() * 1e6 }
 }
 
-/// The parts of [`ran_nanos`].
+/// The elements of [`ran_nanos`].
 const RING: usize = 0;
 const OTHERS: usize = 1;
 
-/// How long the threads of a daemon have run, in nanoseconds: those that serve rings, and the
-/// others.
+/// CPU time of the daemon's threads in nanoseconds: of those that serve rings, and of the others.
 fn ran_nanos(pid: u32) -> [u64; 2] {
     let mut ran = [0; 2];
     for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
@@ -152,7 +153,7 @@ fn ran_nanos(pid: u32) -> [u64; 2] {
     ran
 }
 
-/// GiB/s of copies between a buffer and each range in turn.
+/// Copies between a buffer and each range in turn; the bandwidth in GiB/s.
 fn bandwidth(
     passes: u64,
     write: bool,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is asked, over and over: a stream of requests for each slot, where a request may need what
-//! the one before it was answered with.
+//! The load of the benchmark: a stream of requests for each slot. A request may need values from
+//! the reply to the one before it.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use super::peer::{DATA, DATA_BYTES, FILES, Peer, file};
 use super::place::{Place, stay_on};
 use super::queue::{DEPTH, QueueDriver, Request};
 
-/// A kind of work.
+/// A kind of request, or of a short sequence of requests.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Op {
     Lookup,
@@ -24,7 +24,7 @@ pub enum Op {
     CreateUnlink,
 }
 
-/// All of it, in the tables' order.
+/// All operations, in the order of the tables' rows.
 pub const OPS: [Op; 9] = [
     Op::Lookup,
     Op::Getattr,
@@ -38,7 +38,7 @@ pub const OPS: [Op; 9] = [
 ];
 
 impl Op {
-    /// Its name in tables.
+    /// The operation's name in tables.
     pub fn name(self) -> &'static str {
         match self {
             Self::Lookup => "lookup",
@@ -54,7 +54,7 @@ impl Op {
     }
 }
 
-/// What requests name.
+/// The nodes and file handles that requests refer to.
 pub struct Names {
     nodes: Vec<u64>,
     data: (u64, u64),
@@ -62,7 +62,7 @@ pub struct Names {
 }
 
 impl Names {
-    /// Looks them up, and opens what must be open.
+    /// Looks the files up, and opens the files and directories that requests need open.
     pub fn of(peer: &mut Peer) -> Self {
         let nodes = (0..FILES).map(|i| peer.node(&file(i))).collect();
         let data = peer.node(DATA);
@@ -75,7 +75,7 @@ impl Names {
     }
 }
 
-/// Where a slot's stream of requests is.
+/// The state of a slot's stream of requests.
 #[derive(Clone, Copy, Default)]
 struct At {
     step: usize,
@@ -142,7 +142,7 @@ impl Op {
         }
     }
 
-    /// Takes out of a reply what the next request needs.
+    /// Takes the values that the next request needs from a reply, or checks the reply for an error.
     fn learn(self, queue: &QueueDriver, slot: usize, at: &mut At) {
         match (self, at.step % 4) {
             (Self::OpenRelease, 0 | 2) => {
@@ -158,7 +158,7 @@ impl Op {
         at.step += 1;
     }
 
-    /// A stream may end here: nothing is left open.
+    /// Whether a stream may end at this step, with every file closed.
     fn may_end(self, step: usize) -> bool {
         match self {
             Self::OpenRelease => step.is_multiple_of(2),
@@ -168,17 +168,17 @@ impl Op {
     }
 }
 
-/// What one queue, or all together, did.
+/// Results of one queue, or of all queues together.
 #[derive(Default)]
 pub struct Done {
-    /// Requests in a second.
+    /// Requests per second.
     pub per_second: f64,
-    /// How long each took, in nanoseconds.
+    /// Latency of each request, in nanoseconds.
     pub latencies: Vec<u64>,
 }
 
 impl Done {
-    /// The time that `percent` of the requests were answered in, in microseconds.
+    /// The percentile `percent` of the latencies, in microseconds.
     pub fn percentile(&mut self, percent: usize) -> f64 {
         self.latencies.sort_unstable();
         let last = self.latencies.len().saturating_sub(1);
@@ -186,7 +186,7 @@ impl Done {
     }
 }
 
-/// How much is in flight on each queue, and where driver and daemon run.
+/// The number of requests in flight on each queue, and the cores of driver and daemon.
 #[derive(Clone, Copy)]
 pub struct Load {
     pub depth: usize,
@@ -197,10 +197,10 @@ pub struct Load {
 pub fn run(peer: &mut Peer, names: &Names, op: Op, load: Load, time: Duration) -> Done {
     load.place.put(peer.pid());
     thread::scope(|scope| {
-        let lanes = peer.lanes[1..].iter_mut().enumerate();
-        let threads: Vec<_> = lanes
+        let drivers = peer.drivers[1..].iter_mut().enumerate();
+        let threads: Vec<_> = drivers
             .map(|(i, queue)| {
-                scope.spawn(move || run_lane(queue, names, op, i * DEPTH, load, time))
+                scope.spawn(move || run_queue(queue, names, op, i * DEPTH, load, time))
             })
             .collect();
         let mut all = Done::default();
@@ -213,7 +213,7 @@ pub fn run(peer: &mut Peer, names: &Names, op: Op, load: Load, time: Duration) -
     })
 }
 
-fn run_lane(
+fn run_queue(
     queue: &mut QueueDriver,
     names: &Names,
     op: Op,

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
-/* What the maps of libpmemobj's examples expect of a header that Debian does not ship. */
+/* The definitions that libpmemobj's example maps need from a header that Debian does not ship. */
 #ifndef EX_COMMON_H
 #define EX_COMMON_H
 #include <stdint.h>

@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
 /*
- * kv load POOL MAP COUNT - makes a pool with a map of libpmemobj in it; puts, overwrites and removes, one
- * transaction each, and says acked=N when transaction N has returned. COUNT 0: for ever.
+ * kv load POOL MAP COUNT - makes a pool with a map of libpmemobj; adds, overwrites and removes
+ * values, one transaction each, and prints acked=N when transaction N has returned. COUNT 0: without
+ * end.
  *
- * kv verify POOL MAP LAST - opens the pool, which recovers it, and finds all as it was after transaction
- * LAST, or after one of the next: whole transactions, in order, and none of the acknowledged missing.
+ * kv verify POOL MAP LAST - opens the pool, which recovers it, and checks that the map is in the
+ * state after transaction LAST or after a later transaction: no transaction is partial or out of
+ * order, and no acknowledged one is missing.
  *
- * MAP is hashmap or rbtree (btree and ctree crash by themselves, on any file). pmemkv, which is in no
- * registry, stands on the same library.
+ * MAP is hashmap or rbtree (btree and ctree crash on any file). pmemkv, which no package registry
+ * has, uses the same library.
  */
 #include <ex_common.h>
 #include <inttypes.h>
@@ -24,8 +26,8 @@
 #define POOL_BYTES (32UL << 20)
 #define KEYS 64
 #define MOST_BYTES 1500
-/* Transactions that were done, and whose acknowledgement was still on its way. */
-#define UNHEARD 1000
+/* Largest number of transactions whose acknowledgements the host has not received. */
+#define ACKS_IN_FLIGHT 1000
 
 POBJ_LAYOUT_BEGIN(kv);
 POBJ_LAYOUT_ROOT(kv, struct root);
@@ -114,7 +116,7 @@ static void open_pool(const char *path, const char *kind)
 	printf("is_pmem=%d\n", pmem_is_pmem(pool, 4096));
 }
 
-/* Which generation each key has after n transactions; 0: none (generations count from 1 here). */
+/* The generation of each key after n transactions, counted from 1; 0: the key has no value. */
 static void expect(uint64_t n, uint64_t *generations)
 {
 	memset(generations, 0, KEYS * sizeof(*generations));
@@ -135,17 +137,17 @@ static int collect(uint64_t key, PMEMoid value, void *found)
 	return 0;
 }
 
-/* How many transactions are in the pool: at least `least`. */
+/* Number of transactions in the pool; fails if it is below `least`. */
 static uint64_t done(uint64_t least)
 {
 	uint64_t found[KEYS] = {0}, expected[KEYS];
 	map_foreach(ctx, map, collect, found);
-	for (uint64_t n = least; n < least + UNHEARD; n++) {
+	for (uint64_t n = least; n < least + ACKS_IN_FLIGHT; n++) {
 		expect(n, expected);
 		if (memcmp(found, expected, sizeof(found)) == 0)
 			return n;
 	}
-	fail("LOST: it is as it was after none of the transactions");
+	fail("LOST: the map is in the state after none of the expected transactions");
 	return 0;
 }
 

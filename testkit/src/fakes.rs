@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Doubles of the engine's seams, at least as strict as what they stand for.
+//! Test doubles of the engine's seams, at least as strict as the real implementations.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -16,14 +16,14 @@ use vhost_user_dax::dax::extent::{Access, Backed, Extent, ExtentSource};
 use vhost_user_dax::persist::Persist;
 use vhost_user_dax::window::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
 
-/// The VM's limit (row Q2): over it QEMU aborts.
+/// QEMU's limit on the number of a VM's regions: above it QEMU aborts (Q2 of docs/front-ends.md).
 const QEMU_MOST_REGIONS: usize = 512;
 
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// What the doubles saw, in order.
+/// The calls of the doubles.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     Map { at: u64, from: u64, bytes: u64 },
@@ -45,20 +45,20 @@ impl Log {
         lock(&self.0).push(event);
     }
 
-    /// What came since the last call.
+    /// The events since the last call.
     pub fn take(&self) -> Vec<Event> {
         std::mem::take(&mut *lock(&self.0))
     }
 }
 
-/// A front-end that keeps QEMU's rules: Q2 (panics), Q4, Q5, Q6.
+/// A front-end with QEMU's rules Q2 (by a panic), Q4, Q5 and Q6 of docs/front-ends.md.
 pub struct StrictMapper {
     pub log: Log,
     pub window_bytes: u64,
     maps: Mutex<BTreeMap<u64, (u64, u64, u64)>>,
-    /// Refuse the message with this number (the next one is 0); it then counts down for ever.
+    /// Refuses the message with this number, counted from 0.
     pub refuse_in: Mutex<Option<u64>>,
-    /// Refuse all from there on, also the way back.
+    /// Refuses all messages from that number on, including the rollback.
     pub refuse_for_ever: AtomicBool,
 }
 
@@ -78,7 +78,7 @@ impl StrictMapper {
         lock(&self.maps).clone()
     }
 
-    /// A virtio reset: the maps are gone, and nobody is told (Q10).
+    /// A virtio reset: QEMU drops all maps without a message (Q10 of docs/front-ends.md).
     pub fn drop_all(&self) {
         lock(&self.maps).clear();
     }
@@ -117,14 +117,15 @@ impl Mapper for StrictMapper {
         assert!(file.as_raw_fd() >= 0);
         self.scripted()?;
         let mut maps = lock(&self.maps);
-        let end = at.0.checked_add(bytes.0).expect("a map may not wrap");
+        let end = at.0.checked_add(bytes.0).expect("the end of the map overflows");
         let overlaps =
             maps.range(..end).next_back().is_some_and(|(start, (len, ..))| start + len > at.0);
         let past_file =
             from.0.checked_add(bytes.0).is_none_or(|end| end > file.metadata().unwrap().len());
         if bytes.0 == 0 || end > self.window_bytes || overlaps || past_file {
             panic!(
-                "QEMU refuses map {at:?} {from:?} {bytes:?}: overlap {overlaps}, past file {past_file}"
+                "QEMU refuses map {at:?} {from:?} {bytes:?}: overlap {overlaps}, \
+                 past file {past_file}"
             );
         }
         maps.insert(at.0, (bytes.0, inode(file), from.0));
@@ -142,7 +143,7 @@ impl Mapper for StrictMapper {
                 self.log.push(Event::Unmap { at: at.0, bytes: bytes.0 });
                 Ok(())
             }
-            other => panic!("QEMU refuses unmap {at:?} {bytes:?}: there is {other:?}"),
+            other => panic!("QEMU refuses unmap {at:?} {bytes:?}: the map there is {other:?}"),
         }
     }
 
@@ -151,28 +152,29 @@ impl Mapper for StrictMapper {
     }
 }
 
-/// A file system in memory, with one file. The file itself is a real, sparse one of the same
-/// length, so that the mapper can look at it.
+/// A file system in memory, with one file. `file` is a real sparse file of the same length, so that
+/// the mapper can examine it.
 #[derive(Clone)]
 pub struct FakeSource(Arc<SourceState>);
 
 pub struct SourceState {
     log: Log,
     file: Arc<File>,
-    /// Page -> block. A page that is not here is a hole.
+    /// Page -> block. A page without an element is a hole.
     blocks: Mutex<BTreeMap<u64, u64>>,
     unwritten: Mutex<BTreeSet<u64>>,
     next_block: AtomicU64,
-    /// Blocks that may still be given out.
+    /// Number of free blocks.
     pub free: AtomicU64,
     pub maps_pmd: AtomicBool,
-    /// Blocks come aligned to chunks and in one piece; else each one anywhere.
+    /// Whether new blocks are consecutive and aligned to chunks; otherwise no two pages have
+    /// consecutive blocks.
     pub contiguous: AtomicBool,
-    /// Whether a last page that is not whole can be mapped.
+    /// Whether an incomplete last page can be mapped.
     pub maps_tail: AtomicBool,
-    /// Refuse any other length.
+    /// Whether changes of the length fail.
     pub refuses_bytes: AtomicBool,
-    /// Fail the lookup of this page.
+    /// The page whose lookup fails.
     pub bad_page: Mutex<Option<u64>>,
 }
 
@@ -199,12 +201,12 @@ impl FakeSource {
         &self.0
     }
 
-    /// Pages that have blocks.
+    /// The pages that have blocks.
     pub fn allocated(&self) -> BTreeSet<u64> {
         lock(&self.0.blocks).keys().copied().collect()
     }
 
-    /// Gives a page a certain block, or takes it away.
+    /// Sets the block of a page, or makes the page a hole.
     pub fn set_block(&self, page: u64, block: Option<u64>) {
         match block {
             Some(block) => lock(&self.0.blocks).insert(page, block),
@@ -212,7 +214,7 @@ impl FakeSource {
         };
     }
 
-    /// Makes a page one whose block was never written.
+    /// Makes the page's block an unwritten one.
     pub fn set_unwritten(&self, page: u64) {
         lock(&self.0.unwritten).insert(page);
     }
@@ -221,7 +223,7 @@ impl FakeSource {
         if self.0.contiguous.load(Ordering::Relaxed) {
             return (1 << 30) + page;
         }
-        // Every other one: never two in a row, never aligned.
+        // Every other block: no two consecutive, none aligned.
         (self.0.next_block.fetch_add(2, Ordering::Relaxed) | 1) + PMD_PAGES
     }
 
@@ -315,7 +317,7 @@ impl ExtentSource for FakeSource {
     }
 }
 
-/// Durability that only entries know about; or a kernel that knows by itself.
+/// Durability for a file whose dirty pages only entries track, or for one that the kernel tracks.
 #[derive(Clone)]
 pub struct FakePersist(Arc<PersistState>);
 
@@ -324,9 +326,9 @@ pub type During = Arc<dyn Fn(u64) + Send + Sync>;
 pub struct PersistState {
     log: Log,
     kernel_tracks: bool,
-    /// Fail from now on.
+    /// Whether calls fail from now on.
     pub fails: AtomicBool,
-    /// Called in the middle of each flush, with its first byte.
+    /// Called in the middle of each flush, with the flush's first byte.
     pub during: Mutex<Option<During>>,
 }
 
@@ -377,13 +379,13 @@ impl Persist for FakePersist {
 }
 
 impl FakeSource {
-    /// Gives pages `from..to` the blocks that an allocation would, in order.
+    /// Gives the pages `from..to` the blocks that an allocation would, in order.
     pub fn fill(&self, from: u64, to: u64) {
         (from..to).for_each(|page| self.set_block(page, Some((1 << 30) + page)));
     }
 }
 
-/// Stops the first flush that comes, until opened.
+/// Stops flushes until it is opened.
 #[derive(Clone, Default)]
 pub struct FlushStop(Arc<(Mutex<StopState>, Condvar)>);
 
@@ -411,7 +413,7 @@ impl FlushStop {
         }
     }
 
-    /// Lets it, and all that follow, go on.
+    /// Lets the stopped flush and all later ones continue.
     pub fn open(&self) {
         lock(&self.0.0).open = true;
         self.0.1.notify_all();
@@ -419,11 +421,11 @@ impl FlushStop {
 }
 
 impl FakePersist {
-    /// Stops flushes in their middle.
+    /// Stops each flush in its middle.
     pub fn stop_in_flush(&self) -> FlushStop {
         let stop = FlushStop::default();
-        let theirs = stop.clone();
-        *lock(&self.state().during) = Some(Arc::new(move |_| theirs.stop()));
+        let in_flush = stop.clone();
+        *lock(&self.state().during) = Some(Arc::new(move |_| in_flush.stop()));
         stop
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The commands of one process.
+//! Commands that one process runs.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -30,14 +30,13 @@ fn size(file: &File) -> Result<usize> {
     Ok(io("fstat", file.metadata())?.len() as usize)
 }
 
-
-/// The text that the host makes again on its own.
+/// The bytes that pattern() of tests/guest/disk.rs makes.
 fn pattern(seed: &str, bytes: usize) -> Vec<u8> {
     format!("{seed}\n").into_bytes().into_iter().cycle().take(bytes).collect()
 }
 
-/// `sum=NAME,BYTES,XXH3-128 by read,XXH3-128 by mmap`: under TCG it takes a tenth of SHA-256's
-/// time.
+/// Prints `sum=NAME,BYTES,XXH3-128 by read,XXH3-128 by mmap`. Under TCG XXH3 takes a tenth of
+/// SHA-256's time.
 pub fn sums(path: &Path) -> Result<()> {
     let mut file = open(path, false)?;
     let bytes = size(&file)?;
@@ -112,7 +111,7 @@ fn open_direct(path: &Path, write: bool) -> Result<File> {
     io("open O_DIRECT", options.open(path))
 }
 
-/// One system call a chunk, whose buffer is the mapping itself.
+/// One system call per chunk; its buffer is the mapping itself.
 fn transfer(file: &File, mapping: &Mapping, bytes: usize, write: bool) -> Result<()> {
     let mut done = 0;
     while done < bytes {
@@ -148,7 +147,7 @@ pub fn direct_out(path: &Path, target: &Path, bytes: usize) -> Result<()> {
     same(target, &mapping, bytes)
 }
 
-/// The other file, read through the page cache, has the mapping's bytes.
+/// Checks that the other file, read through the page cache, has the mapping's bytes.
 fn same(path: &Path, mapping: &Mapping, bytes: usize) -> Result<()> {
     let mut other = open(path, false)?;
     let (mut here, mut there) = (vec![0; PAGE], vec![0; PAGE]);
@@ -163,7 +162,7 @@ fn same(path: &Path, mapping: &Mapping, bytes: usize) -> Result<()> {
     Ok(())
 }
 
-/// `stored=BYTES` and `signal=NUMBER`, which is 0 when it ran to the end.
+/// Prints `stored=BYTES` and `signal=NUMBER`; 0 if the child stored everything.
 pub fn fill(path: &Path, bytes: usize) -> Result<()> {
     let file = io(
         "create",
@@ -186,7 +185,7 @@ pub fn fill(path: &Path, bytes: usize) -> Result<()> {
         }
         child => {
             let mut status = 0;
-            // SAFETY: our own child, and a place for its status.
+            // SAFETY: a child of this process, and a valid pointer for its status.
             unsafe { libc::waitpid(child, &mut status, 0) };
             println!("stored={}", progress.counter(0).load(SeqCst));
             println!(
@@ -200,7 +199,7 @@ pub fn fill(path: &Path, bytes: usize) -> Result<()> {
 
 fn anonymous() -> std::io::Result<File> {
     use std::os::fd::FromRawFd;
-    // SAFETY: the name is a C string; the descriptor is new, and nobody else has it.
+    // SAFETY: the name is a C string; the descriptor is new, and no other code has its number.
     unsafe {
         match libc::memfd_create(c"progress".as_ptr(), 0) {
             -1 => Err(std::io::Error::last_os_error()),
@@ -209,7 +208,7 @@ fn anonymous() -> std::io::Result<File> {
     }
 }
 
-/// `written=BYTES` and `error=NUMBER`, 0 when it ran to the end.
+/// Prints `written=BYTES` and `error=NUMBER`; 0 if everything was written.
 pub fn write_out(path: &Path, bytes: usize) -> Result<()> {
     let mut file = io("create", File::create(path))?;
     let chunk = pattern("write-out", 1 << 16);
@@ -231,7 +230,7 @@ pub fn touch(path: &Path, bytes: usize, rounds: usize, write: bool) -> Result<()
     let mut touched = 0;
     for round in 0..rounds {
         for offset in (0..bytes).step_by(RANGE) {
-            // Another page each round; the reader expects what pages() of the host wrote.
+            // Another page of the range in each round; the reader expects what the writer stores.
             let offset = offset + (round % (RANGE / PAGE)) * PAGE;
             if offset + 8 > bytes {
                 continue;
@@ -251,7 +250,7 @@ pub fn touch(path: &Path, bytes: usize, rounds: usize, write: bool) -> Result<()
     Ok(())
 }
 
-/// Loads a word of each page, all of which must be 0.
+/// Loads one word of each page; all must be 0.
 pub fn zeros(path: &Path) -> Result<()> {
     let file = open(path, false)?;
     let bytes = size(&file)?;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Does the plan until something ends the machine: `acked=STREAM,STEP` comes when a step is
-//! durable.
+//! Runs the plan until the machine is killed. Prints `acked=STREAM,STEP` when a step is durable.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -13,18 +12,18 @@ use crate::Result;
 use crate::map::Mapping;
 use crate::plan::{MAPPED_BYTES, RAW_BYTES, STREAMS, Step, WRITES, byte, step};
 
-/// `place` is a directory, or a bare device; `only` one of the streams, or all.
+/// `place` is a directory or a bare device; `only` is the stream to run, or `None` for all.
 pub fn run(place: &Path, only: Option<u64>) -> Result<()> {
     let raw = !place.is_dir();
     thread::scope(|scope| {
         let wanted = (0..STREAMS).filter(|stream| only.is_none_or(|only| only == *stream));
         let streams: Vec<_> =
-            wanted.map(|stream| scope.spawn(move || one(place, stream, raw))).collect();
+            wanted.map(|stream| scope.spawn(move || run_stream(place, stream, raw))).collect();
         streams.into_iter().try_for_each(|stream| stream.join().map_err(|_| "a panic")?)
     })
 }
 
-fn one(place: &Path, stream: u64, raw: bool) -> Result<()> {
+fn run_stream(place: &Path, stream: u64, raw: bool) -> Result<()> {
     let mut mapped = HashMap::new();
     for n in 0.. {
         let step = step(stream, n, raw);
@@ -77,7 +76,7 @@ fn map_device(place: &Path) -> Result<Mapping> {
     Mapping::shared(&device, STREAMS as usize * RAW_BYTES, true)
 }
 
-/// A file of zeros, whose name and length are durable.
+/// Makes a file of zeros and makes its name and length durable; returns a mapping of it.
 fn map_file(place: &Path, name: &str) -> Result<Mapping> {
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).create(true).truncate(false).open(place.join(name));

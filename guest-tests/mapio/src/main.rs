@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! mapio COMMAND ARGS - what the guest's cases do to files through mmap and O_DIRECT, which a
-//! shell can't. Says data as `key=value`; ends with 0, or with 1 and a line that says why.
+//! mapio COMMAND ARGS - accesses files by mmap and O_DIRECT for the guest's cases, which a shell
+//! can't do. Prints data as `key=value`. The exit code is 0, or 1 after a line with the reason.
 //!
 //! | command | does |
 //! |---|---|
 //! | `sums FILE...` | each file's XXH3-128, by read and by mmap |
 //! | `append BYTES SEED FILE...` | appends the pattern, by O_APPEND |
-//! | `resize DELTA FILE...` | truncates up or down, never below 0 |
-//! | `store OFFSET BYTES SEED msync\|none FILE...` | stores the pattern in a shared mapping, as far as the file goes |
-//! | `private FILE` | stores in a private mapping; the file must stay as it was |
+//! | `resize DELTA FILE...` | changes the length by DELTA bytes, never below 0 |
+//! | `store OFFSET BYTES SEED msync\|none FILE...` | stores the pattern in a shared mapping, up to the file's end |
+//! | `private FILE` | stores in a private mapping; checks that the file does not change |
 //! | `direct-in SOURCE FILE BYTES` | read(2) of SOURCE, O_DIRECT, into a mapping of FILE |
-//! | `direct-out FILE TARGET BYTES` | write(2) to TARGET, O_DIRECT, out of a mapping of FILE; TARGET is created if it is missing |
-//! | `step FILE PLAYER ROUNDS` | player 0 and player 1, in two guests, in turn, by stores only |
-//! | `fill FILE BYTES` | makes a sparse file and stores to each page, until all is done or SIGBUS |
-//! | `write-out FILE BYTES` | writes until all is done or the disk is full |
-//! | `touch BYTES ROUNDS read\|write FILE` | touches each 2 MiB, round after round |
-//! | `crash PLACE [STREAM]` | syncs step after step of a plan in a directory or on a bare device, until the machine ends |
+//! | `direct-out FILE TARGET BYTES` | write(2) to TARGET, O_DIRECT, from a mapping of FILE; TARGET is created if it does not exist |
+//! | `step FILE PLAYER ROUNDS` | players 0 and 1, in two guests, store and check pages in turn |
+//! | `fill FILE BYTES` | makes a sparse file and stores to each page, until its end or a SIGBUS |
+//! | `write-out FILE BYTES` | writes BYTES bytes, or until the disk is full |
+//! | `touch BYTES ROUNDS read\|write FILE` | accesses a word in each 2 MiB, ROUNDS times |
+//! | `crash PLACE [STREAM]` | runs and syncs the steps of a plan in a directory or on a bare device, until the machine is killed |
 //! | `zeros FILE` | loads a word of each page of a sparse file |
 
 mod commands;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A mapping of a file. The bytes may change under us at any time: that is the point.
+//! A mapping of a file. Other processes may change its bytes at any time.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -19,7 +19,7 @@ impl Mapping {
     /// `flags` is MAP_SHARED or MAP_PRIVATE.
     pub fn new(file: &File, bytes: usize, write: bool, flags: libc::c_int) -> Result<Self> {
         let protection = if write { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
-        // SAFETY: a new mapping at a place of the kernel's choice touches no memory of ours.
+        // SAFETY: a new mapping, at an address that the kernel chooses.
         let start = unsafe {
             libc::mmap(std::ptr::null_mut(), bytes, protection, flags, file.as_raw_fd(), 0)
         };
@@ -35,14 +35,14 @@ impl Mapping {
 
     pub fn pointer(&self, offset: usize) -> *mut u8 {
         assert!(offset < self.bytes, "{offset} of {}", self.bytes);
-        // SAFETY: inside the mapping, by the line above.
+        // SAFETY: inside the mapping, as just checked.
         unsafe { self.start.add(offset) }
     }
 
-    /// Copies out, so that what others store meanwhile can't surprise the compiler.
+    /// Copies the bytes out, because other processes may store to the mapping at any time.
     pub fn load(&self, offset: usize, into: &mut [u8]) {
         assert!(offset + into.len() <= self.bytes, "{offset}+{} of {}", into.len(), self.bytes);
-        // SAFETY: the source is inside the mapping, the target is ours.
+        // SAFETY: the source is inside the mapping; the target is an exclusive reference.
         unsafe { self.start.add(offset).copy_to_nonoverlapping(into.as_mut_ptr(), into.len()) };
     }
 
@@ -54,7 +54,7 @@ impl Mapping {
 
     pub fn counter(&self, offset: usize) -> &AtomicU64 {
         assert!(offset + 8 <= self.bytes && offset.is_multiple_of(8));
-        // SAFETY: inside the mapping, aligned, and only used as an atomic by both sides.
+        // SAFETY: inside the mapping, aligned, and accessed only as an atomic by both processes.
         unsafe { AtomicU64::from_ptr(self.start.add(offset).cast()) }
     }
 
@@ -62,7 +62,7 @@ impl Mapping {
         self.msync_range(0, self.bytes)
     }
 
-    /// Of the pages that hold a byte of the range.
+    /// Calls msync(2) for the pages that contain a byte of the range.
     pub fn msync_range(&self, offset: usize, bytes: usize) -> Result<()> {
         assert!(bytes > 0 && offset + bytes <= self.bytes, "{offset}+{bytes} of {}", self.bytes);
         let skip = offset % PAGE;
@@ -78,7 +78,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: ours, and nothing points into it any more.
+        // SAFETY: the mapping belongs to this value, and no reference points into it.
         unsafe { libc::munmap(self.start.cast(), self.bytes) };
     }
 }

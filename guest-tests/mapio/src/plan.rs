@@ -1,32 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the crash workload does, step by step: a function of the stream's and the step's numbers
-//! alone. The guest does it, and the host knows from it what must be there afterwards. (tests/guest
-//! includes this file.)
+//! The steps of the crash workload, as a function of the stream's number and the step's number. The
+//! guest runs the steps, and the host computes from them which bytes must be there afterwards.
+//! (tests/guest includes this file.)
 
-/// Streams of steps that run beside each other, each with files of its own.
+/// Number of streams. The streams run at the same time, each with files of its own.
 pub const STREAMS: u64 = 2;
-/// The stream that writes; the other one stores through mappings.
+/// The stream that uses write(2); the other one stores through mappings.
 pub const WRITES: u64 = 0;
-/// Number of bytes that each stream has on a bare device.
+/// Number of bytes of a bare device that each stream uses.
 pub const RAW_BYTES: usize = 16 << 20;
-/// How long a mapped file is.
+/// Length of a mapped file, in bytes.
 pub const MAPPED_BYTES: usize = 3 << 20;
-/// How many files a stream changes in place.
+/// Number of files that a stream changes in place.
 const FILES: u64 = 3;
-/// Each record at the end of the log.
+/// Length of each record at the end of the log, in bytes.
 const RECORD_BYTES: usize = 3_000;
 
-/// One step: these bytes of this file are new, and durable when it is acknowledged.
+/// One step: it changes these bytes of this file, and they are durable when it is acknowledged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step {
-    /// Empty on a bare device.
+    /// The file's name; empty on a bare device.
     pub file: String,
     pub at: usize,
     pub bytes: usize,
 }
 
-/// A number without a pattern in it (splitmix64).
+/// A pseudo-random function of `n` (splitmix64).
 fn scatter(n: u64) -> u64 {
     let n = n.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -34,7 +34,7 @@ fn scatter(n: u64) -> u64 {
     n ^ (n >> 31)
 }
 
-/// The byte that step `n` of `stream` puts at `at`. Never 0.
+/// The byte that step `n` of `stream` stores at offset `at`. It is never 0.
 pub fn byte(stream: u64, n: u64, at: usize) -> u8 {
     (scatter(stream << 56 | n << 24 | (at as u64 >> 3)) >> (8 * (at & 7))) as u8 | 1
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Two players on one file, by stores and loads alone: no sync, no write, no message.
+//! Two processes in two guests access one file in turn, by stores and loads alone: without syncs,
+//! writes or messages.
 //!
-//! Page 0 has the turn. Whoever's turn it is checks the page that the other one stored in the
-//! turn before, stores the next page, and gives the turn away.
+//! A counter in page 0 says whose turn it is. In its turn a process checks the page that the other
+//! one has stored in the previous turn, stores the next page, and advances the counter.
 
 use std::fs::OpenOptions;
 use std::path::Path;
@@ -13,9 +14,9 @@ use std::time::{Duration, Instant};
 use crate::Result;
 use crate::map::{Mapping, PAGE};
 
-/// Number of pages that are used in turn: two ranges of 2 MiB.
+/// Number of pages that are used in turn; they span two ranges of 2 MiB.
 const PAGES: u64 = 1000;
-/// Only tells a hang from a slow machine.
+/// Time limit that tells a hang from a slow machine.
 const HANG: Duration = Duration::from_secs(60);
 
 fn page_of(round: u64) -> ([u8; PAGE], usize) {
@@ -43,7 +44,7 @@ pub fn play(path: &Path, player: u64, rounds: u64) -> Result<()> {
             let mut got = [0; PAGE];
             mapping.load(offset, &mut got);
             if got != expected {
-                return Err(format!("round {round}: the other's page is not there"));
+                return Err(format!("round {round}: the other player's page differs"));
             }
         }
         let (page, offset) = page_of(round);

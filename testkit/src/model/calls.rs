@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The engine's calls: each is made, its answer is checked, and the model follows.
+//! Runs each call of the engine, checks its result, and updates the model.
 
 use std::sync::atomic::Ordering;
 
@@ -16,7 +16,7 @@ use super::world::{Before, Checked, MOST_MAPS, ModelFile, World, fail, shown_pag
 use crate::fakes::lock;
 
 impl World {
-    /// A range of the window, and whether the engine rightly took or refused its numbers.
+    /// Makes a span, and checks that the engine accepts exactly the valid numbers.
     fn span(&self, at: u64, bytes: u64) -> Result<Option<Span>, String> {
         let whole = at.is_multiple_of(PAGE_BYTES) && bytes.is_multiple_of(PAGE_BYTES);
         let inside = at.checked_add(bytes).is_some_and(|end| end <= WINDOW_PAGES * PAGE_BYTES);
@@ -89,9 +89,9 @@ impl World {
                 return self.as_before(&done, before);
             }
         }
-        // A list goes on behind a range for which there is no room, and ends at one that the
-        // front-end refuses: each range is removed as a whole or not at all, and a later one may
-        // have removed it after all.
+        // A list continues after a range that needs more maps than the limit allows, and ends at a
+        // range that the front-end refuses. Each range is removed completely or not at all, and a
+        // later range of the list may overlap a failed one and have removed it.
         let still = shown_pages(&self.strict.maps());
         let mut refused = false;
         for (i, &(at, pages, _)) in ranges.iter().enumerate() {
@@ -109,7 +109,7 @@ impl World {
             self.loose[range].fill(false);
         }
         if done.is_err() && !refused {
-            fail("nothing is shown any more of what could not be removed")
+            fail("revoke failed, but the front-end shows none of the ranges any more")
         } else {
             Ok(())
         }
@@ -120,12 +120,12 @@ impl World {
         let done = self.engine.resize(&self.files[file].space, bytes);
         let now = self.files[file].bytes();
         match &done {
-            Ok(_) if bytes > i64::MAX as u64 => return fail("longer than any file"),
-            Ok(_) if now != bytes => return fail(format!("{now} bytes, not {bytes}")),
+            Ok(_) if bytes > i64::MAX as u64 => return fail("a length above i64::MAX"),
+            Ok(_) if now != bytes => return fail(format!("the file has {now} bytes, not {bytes}")),
             Err(GrantError::Invalid(_)) if bytes > i64::MAX as u64 => return Ok(()),
             Err(GrantError::Source(_)) if bytes > 1 << 43 && now == old => return Ok(()),
             Err(e) if now != old && now != bytes => {
-                return fail(format!("{now} bytes, not {old} nor {bytes}, after {e}"));
+                return fail(format!("the file has {now} bytes, not {old} nor {bytes}, after {e}"));
             }
             _ => {}
         }
@@ -143,8 +143,8 @@ impl World {
         self.followed(file, now, done.map(|resized| Some(resized.tail_hidden)), before)
     }
 
-    /// The window has followed a file's length, or tried to: it then shows no less than `least`
-    /// bytes.
+    /// Updates the model after the window has followed a change of the file's length, or has failed
+    /// to. In both cases the window shows at least the first `least` bytes.
     fn followed(
         &mut self,
         file: usize,
@@ -165,14 +165,17 @@ impl World {
             Ok(hidden) => {
                 self.files[file].known = now / PAGE_BYTES;
                 if hidden.is_some_and(|hidden| hidden != covered) {
-                    return fail(format!("tail hidden: {hidden:?}, but covered: {covered}"));
+                    return fail(format!(
+                        "tail_hidden is {hidden:?}, but a grant covers the tail: {covered}"
+                    ));
                 }
             }
             Err(e) => {
                 self.excuse(&e, file, before)?;
                 let file = &mut self.files[file];
                 file.known = known.min(least / PAGE_BYTES);
-                // A refusal is told first; behind it the file system may have refused, too.
+                // The refusal by the front-end is the error returned; the file system may have
+                // failed after it.
                 let refused_too = file.may_err() && file.space.has_failed();
                 file.may_fail |= matches!(e, GrantError::Source(_)) || refused_too;
             }
@@ -218,7 +221,7 @@ impl World {
         lock(&self.guest).trying = Some((file, from / PAGE_BYTES, behind));
         let data = vec![0xab; bytes as usize];
         let done = self.engine.write(&model.space, FileOffset(from), &data);
-        // What it writes itself is no entry's.
+        // A flush of the bytes written is counted for no entry.
         let (seen, counted) = (seen(&model.disk), counted());
         for n in 0..2 {
             self.own_flushes[n] += (seen[n] - seen_before[n]) - (counted[n] - counted_before[n]);
@@ -243,24 +246,24 @@ impl World {
             (model.disk.failed.load(Ordering::Relaxed), model.disk.syncs.load(Ordering::Relaxed));
         let done = self.engine.writeback(&model.space, PageIndex(first), PageIndex(last));
         match done {
-            Ok(()) if failed => return fail("a success after a failure"),
+            Ok(()) if failed => return fail("a writeback succeeded after a failed one"),
             Err(_) if model.disk.failed.load(Ordering::Relaxed) || model.may_fail => return Ok(()),
             Err(e) => return fail(format!("writeback: {e}")),
             Ok(()) => {}
         }
         if model.disk.kernel {
             let now = model.disk.syncs.load(Ordering::Relaxed);
-            return if now == syncs + 1 { Ok(()) } else { fail("not one sync") };
+            return if now == syncs + 1 { Ok(()) } else { fail("not exactly one sync") };
         }
         let guest = lock(&self.guest);
         let flushed = &guest.files[file].flushed;
         match dirty.first_missing(flushed, first, last.saturating_add(1)) {
-            Some(page) => fail(format!("LOST: page {page:#x} was stored to, and is not flushed")),
+            Some(page) => fail(format!("LOST: page {page:#x} was stored to, but not flushed")),
             None => Ok(()),
         }
     }
 
-    /// Whether an error had to be expected.
+    /// Fails unless the model expects this error.
     fn excuse(&mut self, e: &GrantError, file: usize, before: &Before) -> Checked {
         let refused = self.front.refused.load(Ordering::Relaxed) > 0;
         let fine = match e {
@@ -276,18 +279,22 @@ impl World {
             GrantError::Source(_) => self.files.get(file).is_some_and(ModelFile::may_err),
             _ => false,
         };
-        if fine { Ok(()) } else { fail(format!("unexpected: {e:?}")) }
+        if fine { Ok(()) } else { fail(format!("unexpected error: {e:?}")) }
     }
 
-    /// After an error, what the front-end shows and how many grants there are is as before.
+    /// Checks that after an error the front-end's maps and the number of grants are as before.
     fn as_before(&self, done: &Result<(), GrantError>, before: &Before) -> Checked {
         if self.engine.sizes().0 != before.grants {
-            return fail(format!("{} grants, not {}", self.engine.sizes().0, before.grants));
+            return fail(format!(
+                "{} grants after an error, not {}",
+                self.engine.sizes().0,
+                before.grants
+            ));
         }
         let torn = matches!(done, Err(GrantError::Window(ShowError::Torn(_))));
         let maps = self.strict.maps();
         if !torn && maps != before.maps {
-            return fail(format!("not as before {done:?}: {maps:x?} was {:x?}", before.maps));
+            return fail(format!("after {done:?} the maps are {maps:x?}, not {:x?}", before.maps));
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What must hold after every step.
+//! The checks after every step.
 
 use std::sync::atomic::Ordering;
 
@@ -14,7 +14,7 @@ use super::world::{Checked, World, shown_pages};
 use crate::fakes::lock;
 
 impl World {
-    /// The window shows every granted page of the file, and nothing else.
+    /// Checks that the window shows every granted page of the file, and nothing else.
     pub fn check_window(&mut self) -> Checked {
         let guest = lock(&self.guest);
         let now: Vec<_> = self.files.iter().map(|file| file.bytes() / PAGE_BYTES).collect();
@@ -26,8 +26,8 @@ impl World {
                 let right = granted.is_some_and(|cell| cell.file == file && cell.page == page + n);
                 if !right || page + n >= now[file] {
                     return Err(format!(
-                        "window page {:#x} shows page {:#x} of file {file}, granted is {granted:x?}, \
-                         the file has {:#x} pages",
+                        "window page {:#x} shows page {:#x} of file {file}, but the grant is \
+                         {granted:x?}; the file has {:#x} pages",
                         at + n,
                         page + n,
                         now[file]
@@ -49,7 +49,7 @@ impl World {
         Ok(())
     }
 
-    /// A grant that has just succeeded shows all that the file has.
+    /// Checks that a grant that has just succeeded shows all its pages of the file.
     pub fn shows_all(&self, at: u64, pages: u64, whole_pages: u64) -> Checked {
         let guest = lock(&self.guest);
         let shown = shown_pages(&self.strict.maps());
@@ -57,13 +57,16 @@ impl World {
             let cell = guest.cells[window as usize];
             let must = cell.is_some_and(|cell| cell.page < whole_pages);
             if must != shown[window as usize] {
-                return Err(format!("granted {cell:x?}, but shown: {}", shown[window as usize]));
+                return Err(format!(
+                    "the grant is {cell:x?}, but the page is shown: {}",
+                    shown[window as usize]
+                ));
             }
         }
         Ok(())
     }
 
-    /// The counters say what the doubles saw, and no flush was in vain.
+    /// Checks that the counters equal the calls of the doubles, and that no flush was needless.
     pub fn check_numbers(&self) -> Checked {
         let sum = |of: fn(&super::guest::Disk) -> &std::sync::atomic::AtomicU64| -> u64 {
             self.files.iter().map(|file| of(&file.disk).load(Ordering::Relaxed)).sum()
@@ -82,16 +85,17 @@ impl World {
             ("maps", self.engine.sizes().1 as u64, self.strict.maps().len() as u64),
         ] {
             if counted != seen {
-                return Err(format!("counter {name}: {counted}, but {seen} seen"));
+                return Err(format!("counter {name}: {counted}, but the doubles counted {seen}"));
             }
         }
         match lock(&self.guest).needless.first() {
-            Some(flush) => Err(format!("a flush of what is clean: {flush}")),
+            Some(flush) => Err(format!("a flush of clean pages: {flush}")),
             None => Ok(()),
         }
     }
 
-    /// Entries are there for what is granted only, name the right blocks, and know what is dirty.
+    /// Checks that entries cover granted pages only, have the right blocks, and have the dirty
+    /// marks.
     pub fn check_entries(&self) -> Checked {
         let guest = lock(&self.guest);
         for (number, (file, pages)) in self.files.iter().zip(&guest.files).enumerate() {
@@ -103,17 +107,23 @@ impl World {
                 at = PageIndex(end);
                 let about = || format!("file {number} page {:#x} {entry:?}", start.0);
                 if entry.is_locked() || entry.is_empty() || end > file_pages {
-                    return Err(format!("{}: locked, empty or behind the end", about()));
+                    return Err(format!(
+                        "{}: locked, empty or beyond the end of the file",
+                        about()
+                    ));
                 }
                 if !pages.covered.any(start.0, end) {
-                    return Err(format!("{}: nothing is granted there", about()));
+                    return Err(format!("{}: no grant covers it", about()));
                 }
                 if dirty && file.disk.kernel {
-                    return Err(format!("{}: marked dirty", about()));
+                    return Err(format!(
+                        "{}: marked dirty, although the kernel tracks dirty pages",
+                        about()
+                    ));
                 }
                 let size = entry.order().pages();
                 if entry.block().is_some_and(|block| !block.number().is_multiple_of(size)) {
-                    return Err(format!("{}: blocks that are not aligned", about()));
+                    return Err(format!("{}: its block is not aligned", about()));
                 }
                 if dirty && entry.is_real() {
                     known.insert(start.0, end);
@@ -125,7 +135,7 @@ impl World {
                     let right = extent.block(start) == entry.block()
                         && extent.holds(start, entry.order().pages());
                     if !right {
-                        return Err(format!("{}: is now {extent:?}", about()));
+                        return Err(format!("{}: the file has {extent:?}", about()));
                     }
                 }
             }
@@ -133,22 +143,22 @@ impl World {
             let lost = pages.dirty.first_missing(&known, 0, u64::MAX);
             if let Some(page) = lost.filter(|_| !failed && !file.disk.kernel) {
                 return Err(format!(
-                    "LOST: file {number} page {page:#x} is dirty, no entry says so"
+                    "LOST: file {number} page {page:#x} is dirty, but no entry is marked"
                 ));
             }
             if !failed && pages.unfenced.any(0, u64::MAX) {
-                return Err(format!("LOST: file {number}: flushed, and no fence behind it"));
+                return Err(format!("LOST: file {number}: flushed, but no fence followed"));
             }
             let mut blocks = Pages::default();
             file.source.allocated().iter().for_each(|page| blocks.insert(*page, page + 1));
             if let Some(page) = pages.written.first_missing(&blocks, 0, u64::MAX) {
-                return Err(format!("file {number} page {page:#x} is stored to and has no block"));
+                return Err(format!("file {number} page {page:#x} is stored to, but has no block"));
             }
         }
         Ok(())
     }
 
-    /// When all is taken away, nothing is left.
+    /// Checks that nothing is left when all grants are revoked.
     pub fn check_end(&mut self) -> Checked {
         self.check_entries()?;
         let whole = super::op::Op::Revoke { spans: vec![(0, WINDOW_PAGES * PAGE_BYTES)] };
@@ -160,7 +170,7 @@ impl World {
         for file in &self.files {
             let left = (file.space.entry_count(), file.space.index_bytes());
             if left != (0, 0) {
-                return Err(format!("entries and bytes are left: {left:?}"));
+                return Err(format!("entries and bytes of the index are left: {left:?}"));
             }
         }
         Ok(())

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The model: what the guest was granted, what it may have stored, and what of that is durable.
+//! The model: the guest's grants, the pages that it may have stored to, and the durable ones.
 //!
-//! The guest is the worst there can be: at every moment it stores to every page it may store to.
+//! The modelled guest is the worst case: at every moment it stores to every page that it may write.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,7 +16,7 @@ use super::op::{FILES, WINDOW_PAGES};
 use super::pages::Pages;
 use crate::fakes::{StrictMapper, lock};
 
-/// What one page of the window was granted for.
+/// The grant of one window page: the file, the file's page, and whether it may be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cell {
     pub file: usize,
@@ -25,27 +25,27 @@ pub struct Cell {
 }
 
 impl Cell {
-    /// The same grant, some pages further.
+    /// The same grant, `pages` pages further on.
     pub fn behind(self, pages: u64) -> Self {
         Self { page: self.page + pages, ..self }
     }
 }
 
-/// What one file's pages are to the guest.
+/// The state of one file's pages.
 #[derive(Default)]
 pub struct FilePages {
     pub inode: u64,
-    /// May have been stored to since they were last made durable.
+    /// Pages that may have been stored to since they were last made durable.
     pub dirty: Pages,
-    /// Granted for writing and shown: stored to at this very moment.
+    /// Pages granted for writing and shown in the window: the guest stores to them all the time.
     pub written: Pages,
-    /// Granted for writing, shown or not.
+    /// Pages granted for writing, shown in the window or not.
     pub wanted: Pages,
-    /// Granted for anything.
+    /// Pages granted for reading or writing.
     pub covered: Pages,
-    /// Flushed during this step.
+    /// Pages flushed during this step.
     pub flushed: Pages,
-    /// Flushed, and no fence came behind: not durable yet.
+    /// Pages flushed without a fence afterwards: not durable yet.
     pub unfenced: Pages,
 }
 
@@ -53,13 +53,14 @@ pub struct Guest {
     mapper: Arc<StrictMapper>,
     pub cells: Vec<Option<Cell>>,
     pub files: [FilePages; FILES],
-    /// The front-end's maps have changed since `written` was found out.
+    /// The front-end's maps have changed since `written` was computed.
     stale: bool,
-    /// What a write grant in the making is for: if it is refused it leaves a last flush behind.
+    /// The file and page range of the write grant that is being made. If it is refused, its pages
+    /// get a last flush.
     pub trying: Option<(usize, u64, u64)>,
-    /// Window pages that the guest asks something about: until the answer it leaves them alone.
+    /// Window pages of a request in progress: the guest does not access them until the answer.
     pub asked: std::ops::Range<u64>,
-    /// Flushes that nothing called for.
+    /// Flushes of clean pages, which nothing required.
     pub needless: Vec<String>,
 }
 
@@ -76,7 +77,7 @@ impl Guest {
         }))
     }
 
-    /// Window pages that show something: window page, file, file page, in runs.
+    /// The runs of shown window pages: window page, file, file page, number of pages.
     pub fn shown(&self) -> Vec<(u64, usize, u64, u64)> {
         let file = |inode| self.files.iter().position(|file| file.inode == inode).unwrap();
         let maps = self.mapper.maps();
@@ -86,7 +87,7 @@ impl Guest {
         runs.collect()
     }
 
-    /// The guest stores to all that it may store to.
+    /// The guest stores to all pages that it may write.
     pub fn store(&mut self) {
         if std::mem::take(&mut self.stale) {
             self.files.iter_mut().for_each(|file| file.written = Pages::default());
@@ -107,7 +108,7 @@ impl Guest {
         self.files.iter_mut().for_each(|file| file.dirty.add(&file.written));
     }
 
-    /// Grants have changed.
+    /// Sets the grants of window pages.
     pub fn set_cells(&mut self, at: u64, pages: u64, cell: impl Fn(u64) -> Option<Cell>) {
         for n in 0..pages {
             self.cells[(at + n) as usize] = cell(n);
@@ -138,7 +139,7 @@ impl Guest {
         self.stale = true;
     }
 
-    /// The guest asks about window pages, or has its answer.
+    /// A request about these window pages begins; an empty range: it has ended.
     pub fn ask(&mut self, pages: std::ops::Range<u64>) {
         self.asked = pages;
         self.stale = true;
@@ -155,8 +156,8 @@ impl Guest {
         let trying = self
             .trying
             .is_some_and(|(of, first, behind)| of == file && first < end && from < behind);
-        // Of a chunk that has been cut off, what is left is flushed, whichever page of it was
-        // dirty.
+        // Of a PMD entry that the end of the file cuts, the remaining pages are flushed, whichever
+        // of its pages was dirty.
         let cut = from.is_multiple_of(PMD_PAGES) && end < from + PMD_PAGES;
         let entry_end = if cut { from + PMD_PAGES } else { end };
         if !trying && !pages.dirty.any(from, entry_end) && !pages.wanted.any(from, entry_end) {
@@ -165,16 +166,16 @@ impl Guest {
         pages.dirty.remove(from, end);
         pages.flushed.insert(from, end);
         pages.unfenced.insert(from, end);
-        // A store comes right behind the flush.
+        // The guest stores again right after the flush.
         self.store();
     }
 }
 
-/// The strict front-end, which refuses what a step says, message by message.
+/// The strict front-end, which refuses the messages that a step selects.
 pub struct FrontEnd {
     pub strict: Arc<StrictMapper>,
     pub guest: Arc<Mutex<Guest>>,
-    /// Bit 0: refuse the next message.
+    /// Bit n: refuse the n-th message from now on.
     pub refuse: AtomicU64,
     pub refused: AtomicU64,
 }
@@ -182,7 +183,7 @@ pub struct FrontEnd {
 impl FrontEnd {
     fn pass(&self) -> Result<(), MapError> {
         let refuse = self.refuse.load(Ordering::Relaxed);
-        // The last bit stands for all that follow.
+        // Bit 63 applies to all later messages, too.
         let rest = (refuse >> 1) | (refuse & 1 << 63);
         self.refuse.store(rest, Ordering::Relaxed);
         if refuse & 1 != 0 {
@@ -216,13 +217,13 @@ impl Mapper for FrontEnd {
     }
 }
 
-/// One file's disk: what it has been told to make durable.
+/// One file's disk: the flushes and syncs that it has got.
 pub struct Disk {
     pub file: usize,
     pub kernel: bool,
     pub guest: Arc<Mutex<Guest>>,
     pub fails: AtomicBool,
-    /// It has failed: what it says from then on counts for nothing.
+    /// A call has failed. The engine must not call again.
     pub failed: AtomicBool,
     pub flushes: AtomicU64,
     pub flushed_bytes: AtomicU64,
@@ -231,10 +232,7 @@ pub struct Disk {
 
 impl Disk {
     fn outcome(&self) -> io::Result<()> {
-        assert!(
-            !self.failed.load(Ordering::Relaxed),
-            "called again after an error, which is final"
-        );
+        assert!(!self.failed.load(Ordering::Relaxed), "the engine called again after an error");
         if self.fails.load(Ordering::Relaxed) {
             self.failed.store(true, Ordering::Relaxed);
             return Err(io::Error::other("the disk fails"));
@@ -243,12 +241,12 @@ impl Disk {
     }
 }
 
-/// The engine's handle of a disk.
+/// The engine's handle to a disk.
 pub struct DiskOf(pub Arc<Disk>);
 
 impl Persist for DiskOf {
     fn sync(&self) -> io::Result<()> {
-        assert!(self.0.kernel, "a sync where only entries know what is dirty");
+        assert!(self.0.kernel, "a sync of a file whose dirty pages only the entries track");
         self.0.syncs.fetch_add(1, Ordering::Relaxed);
         self.0.outcome()?;
         lock(&self.0.guest).synced(self.0.file);
@@ -260,7 +258,7 @@ impl Persist for DiskOf {
     }
 
     fn flush(&self, from: u64, bytes: u64) -> io::Result<()> {
-        assert!(!self.0.kernel, "a flush of what the kernel tracks");
+        assert!(!self.0.kernel, "a flush of a file whose dirty pages the kernel tracks");
         self.0.outcome()?;
         self.0.flushes.fetch_add(1, Ordering::Relaxed);
         self.0.flushed_bytes.fetch_add(bytes, Ordering::Relaxed);

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a program is made of: steps that say all they need, so that any of them can be left out.
+//! The steps of a program. A step contains all its numbers, so that any other step can be left out.
 
 use vhost_user_dax::dax::entry::{PAGE_BYTES, PMD_BYTES, PMD_PAGES};
 
-/// Pages of the window.
+/// Number of pages of the window.
 pub const WINDOW_PAGES: u64 = 3 * PMD_PAGES;
-/// Files: 0 and 2 are tracked by entries only, 1 by the kernel.
+/// Number of files. The kernel tracks the dirty pages of file 1; only entries track those of 0 and
+/// 2.
 pub const FILES: usize = 3;
-/// Files seldom grow past this.
+/// Files seldom grow above this size, in bytes.
 const FILE_BYTES: u64 = 3 * PMD_BYTES;
 
-/// Where choices come from: a generator of random numbers, or a fuzzer's bytes.
+/// The source of choices: a random number generator or a fuzzer's input.
 pub trait Choose {
     /// A number below `n`.
     fn below(&mut self, n: u64) -> u64;
@@ -21,13 +22,13 @@ pub trait Choose {
         self.below(1 << 32) << 32 | self.below(1 << 32)
     }
 
-    /// True once in `n` times.
+    /// True with probability 1/n.
     fn once_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }
 }
 
-/// One call, or one thing that happens around the engine. Numbers are raw: bytes, valid or not.
+/// A call of the engine, or an event around it. The numbers are raw bytes and may be invalid.
 #[derive(Debug, Clone)]
 pub enum Op {
     Grant {
@@ -44,13 +45,13 @@ pub enum Op {
         file: usize,
         bytes: u64,
     },
-    /// Other hands make the file longer, and nobody says so yet.
+    /// Another process makes the file longer, and the engine is not notified yet.
     Grow {
         file: usize,
         bytes: u64,
     },
-    /// Other hands set the file's length, and the engine is told.
-    OtherHands {
+    /// Another process sets the file's length, and the engine is notified.
+    HostResize {
         file: usize,
         bytes: u64,
     },
@@ -74,36 +75,37 @@ pub enum Op {
         last: u64,
     },
     Reset,
-    /// A new front-end has no maps yet, and the guest keeps its grants.
+    /// A new front-end has no maps, but the guest keeps its grants.
     MapAgain,
-    /// This number of blocks is left on the disk of this file.
+    /// Sets the number of free blocks of this file's disk.
     Free {
         file: usize,
         blocks: u64,
     },
-    /// How blocks are laid out from now on, and whether they can be mapped by 2 MiB.
+    /// Sets how new blocks are laid out, and whether they can be mapped by 2 MiB.
     Blocks {
         file: usize,
         contiguous: bool,
         maps_pmd: bool,
     },
-    /// Other hands fill the holes of a chunk, with blocks in a row that no PMD can map.
+    /// Another process fills the holes of a chunk, with consecutive blocks that are not aligned to
+    /// 2 MiB.
     Fill {
         file: usize,
         chunk: u64,
     },
-    /// The lookup of this page fails from now on, or none does.
+    /// Lookups of this page fail from now on; `None`: no lookup fails.
     BadPage {
         file: usize,
         page: Option<u64>,
     },
-    /// This file's disk fails to write back from now on.
+    /// Syncs and flushes of this file's disk fail from now on.
     FailDisk {
         file: usize,
     },
 }
 
-/// A call, and which of the messages that it sends the front-end refuses: bit n the n-th.
+/// An operation. Bit n of `refuse`: the front-end refuses the n-th message of the operation.
 #[derive(Debug, Clone)]
 pub struct Step {
     pub op: Op,
@@ -114,7 +116,7 @@ impl Step {
     pub fn draw(c: &mut dyn Choose) -> Self {
         let refuse = match c.below(32) {
             0 | 1 => 1 << c.below(6),
-            // From there on, also the way back.
+            // All messages from a random one on, so the rollback is refused, too.
             2 => u64::MAX << c.below(6),
             3 => c.any() & c.any(),
             _ => 0,
@@ -137,7 +139,7 @@ impl Op {
             }
             40..=43 => Self::Resize { file, bytes: length(c) },
             44 => Self::Grow { file, bytes: length(c) },
-            45 => Self::OtherHands { file, bytes: length(c) },
+            45 => Self::HostResize { file, bytes: length(c) },
             46 => Self::Resized { file },
             47..=50 => {
                 let from = odd(c, FILE_BYTES);
@@ -176,7 +178,7 @@ fn grant(c: &mut dyn Choose, file: usize) -> Op {
     let at = place(c, WINDOW_PAGES);
     let (at, bytes) = window_range(c, at);
     let from = if c.once_in(2) {
-        // Alike modulo 2 MiB, so that a PMD is possible.
+        // Equal to the window offset modulo 2 MiB, so that a PMD entry is possible.
         (at % PMD_BYTES).saturating_add(c.below(3) * PMD_BYTES)
     } else {
         place(c, FILE_BYTES / PAGE_BYTES)
@@ -194,7 +196,7 @@ fn writeback(c: &mut dyn Choose, file: usize) -> Op {
     Op::Writeback { file, first: weird(c, first), last: weird(c, last) }
 }
 
-/// Small most of the time: steps are to be many.
+/// A number of pages. Small numbers are frequent, so that steps are fast.
 fn pages(c: &mut dyn Choose) -> u64 {
     match c.below(16) {
         0..=8 => 1 + c.below(4),
@@ -204,10 +206,10 @@ fn pages(c: &mut dyn Choose) -> u64 {
     }
 }
 
-/// A byte at which one of `pages` pages begins.
+/// The offset in bytes of one of the first `pages` pages.
 fn place(c: &mut dyn Choose, pages: u64) -> u64 {
     let page = c.below(pages);
-    // Half of them on a chunk, or near one's start, so that they meet.
+    // Half of the offsets are at or near the start of a chunk, so that ranges overlap.
     let page = match c.below(4) {
         0 => page & !(PMD_PAGES - 1),
         1 => (page & !(PMD_PAGES - 1)) + c.below(6),
@@ -219,7 +221,7 @@ fn place(c: &mut dyn Choose, pages: u64) -> u64 {
 fn window_range(c: &mut dyn Choose, at: u64) -> (u64, u64) {
     let bytes = pages(c) * PAGE_BYTES;
     let room = (WINDOW_PAGES * PAGE_BYTES).saturating_sub(at).max(PAGE_BYTES);
-    // Past the end now and then.
+    // A range ends beyond the window's end now and then.
     let bytes = if c.once_in(32) { bytes } else { bytes.min(room) };
     (at, weird(c, bytes))
 }
@@ -232,7 +234,7 @@ fn length(c: &mut dyn Choose) -> u64 {
     }
 }
 
-/// A byte below `most`: on a page two times of three.
+/// An offset below `most`, in bytes; it is page-aligned in two of three cases.
 fn odd(c: &mut dyn Choose, most: u64) -> u64 {
     let page = place(c, most / PAGE_BYTES);
     if c.once_in(3) { page.saturating_add(c.below(PAGE_BYTES)) } else { page }
@@ -246,7 +248,7 @@ fn odd_below(c: &mut dyn Choose, most: u64) -> u64 {
     weird(c, some)
 }
 
-/// `usual`, but for a few that are out of order.
+/// `usual`, replaced by an unusual number once in 200 times.
 fn weird(c: &mut dyn Choose, usual: u64) -> u64 {
     if !c.once_in(200) {
         return usual;

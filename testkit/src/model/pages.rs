@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A set of pages.
+//! A set of page numbers.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ const CHUNK: u64 = 512;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pages(BTreeMap<u64, [u64; 8]>);
 
-/// The bits of `from..end` in one word, of which `base` is the first.
+/// A mask of the bits of `from..end` in the word whose first bit is `base`.
 fn bits(base: u64, from: u64, end: u64) -> u64 {
     let (low, high) = (from.max(base) - base, end.min(base + 64).saturating_sub(base));
     if low >= high {
@@ -57,7 +57,7 @@ impl Pages {
         }
     }
 
-    /// The first page of `from..end` that is in it and not in `other`.
+    /// The first page of `from..end` that is in this set and not in `other`.
     pub fn first_missing(&self, other: &Self, from: u64, end: u64) -> Option<u64> {
         for (chunk, words) in self.0.range(from / CHUNK..) {
             let theirs = other.0.get(chunk).copied().unwrap_or_default();
@@ -75,7 +75,7 @@ impl Pages {
         None
     }
 
-    /// Whether any page of `from..end` is in it.
+    /// Whether any page of `from..end` is in this set.
     pub fn any(&self, from: u64, end: u64) -> bool {
         self.first_missing(&Self::default(), from, end).is_some()
     }

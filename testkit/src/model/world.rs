@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! An engine with its doubles, and the model beside it. A step is done on both (`calls.rs`).
+//! An engine with its test doubles, and the model. Each step runs on both (`calls.rs`).
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,23 +15,23 @@ use super::guest::{Disk, DiskOf, FrontEnd, Guest};
 use super::op::{FILES, Op, Step, WINDOW_PAGES};
 use crate::fakes::{FakeSource, Log, StrictMapper, lock};
 
-/// Few, so that the limit is met.
+/// Limit on the number of maps, low enough that programs reach it.
 pub const MOST_MAPS: usize = 24;
-/// More blocks than any step needs.
+/// Number of free blocks that no step can use up.
 const PLENTY: u64 = 1 << 40;
 
-/// What a check found.
+/// The result of a check; the error says what is wrong.
 pub type Checked = Result<(), String>;
 
-/// One file, as the model and the doubles know it.
+/// One file with its doubles and the model's knowledge about it.
 pub struct ModelFile {
     pub space: Arc<Space>,
     pub source: FakeSource,
     pub log: Log,
     pub disk: Arc<Disk>,
-    /// Whole pages of the file when the engine last followed its length.
+    /// The file's length in whole pages at the engine's last successful change of length.
     pub known: u64,
-    /// The lookup of entries has failed in the middle of a change: writeback may say so for ever.
+    /// A lookup of extents failed in the middle of a change: every later writeback may fail, too.
     pub may_fail: bool,
 }
 
@@ -58,17 +58,17 @@ pub struct World {
     pub front: Arc<FrontEnd>,
     pub guest: Arc<Mutex<Guest>>,
     pub files: Vec<ModelFile>,
-    /// Window pages that a torn step may have taken out of sight.
+    /// Window pages that may show nothing after a failed rollback.
     pub loose: Vec<bool>,
     pub grants: u64,
     pub grants_failed: u64,
-    /// Flushes and bytes that were no entry's.
+    /// Number of flushes, and number of bytes, that belong to no entry.
     pub own_flushes: [u64; 2],
-    /// Every step so far, for how often to look closely.
+    /// Number of steps so far; every 16th step checks the entries, too.
     pub steps: u64,
 }
 
-/// What was there before a step.
+/// The state before a step.
 pub struct Before {
     pub maps: BTreeMap<u64, (u64, u64, u64)>,
     pub grants: usize,
@@ -129,7 +129,7 @@ impl World {
         self.files.push(ModelFile { space, source, log, disk, known, may_fail: false });
     }
 
-    /// Does a step, and finds what is wrong after it.
+    /// Runs a step, and checks the state after it.
     pub fn step(&mut self, step: &Step) -> Checked {
         {
             let mut guest = lock(&self.guest);
@@ -160,7 +160,8 @@ impl World {
                 self.grant(*file, *from, (*at, *bytes), *write, before)
             }
             Op::Revoke { spans } => {
-                // Of a torn step it can't be seen from outside how far it got.
+                // After a failed rollback the doubles do not show how many ranges of the list were
+                // done.
                 let most = if refuse.count_ones() > 1 { 1 } else { spans.len() };
                 self.revoke(&spans[..most], before)
             }
@@ -172,9 +173,10 @@ impl World {
                 }
                 Ok(())
             }
-            Op::OtherHands { file, bytes } => {
+            Op::HostResize { file, bytes } => {
                 if *bytes < self.files[*file].bytes() {
-                    // What is behind the end by then can't be put back.
+                    // If the front-end refused here, pages beyond the new end could not be mapped
+                    // again.
                     self.front.refuse.store(0, Ordering::Relaxed);
                 }
                 let _too_long = self.files[*file].source.set_bytes(*bytes);
@@ -200,7 +202,7 @@ impl World {
                 if self.strict.maps() == before.maps {
                     Ok(())
                 } else {
-                    fail("other maps than before")
+                    fail("map_again made other maps than before")
                 }
             }
             Op::Free { file, blocks } => {
@@ -236,7 +238,7 @@ impl World {
     }
 }
 
-/// For every page of the window whether it shows anything.
+/// For each page of the window, whether the front-end shows anything there.
 pub fn shown_pages(maps: &BTreeMap<u64, (u64, u64, u64)>) -> Vec<bool> {
     let mut shown = vec![false; WINDOW_PAGES as usize];
     for (at, (bytes, ..)) in maps {

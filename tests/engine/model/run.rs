@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Draws programs, runs them, and makes the failing one short.
+//! Draws programs, runs them, and shortens a failing one.
 
 use std::cell::Cell;
 use std::env;
@@ -11,18 +11,18 @@ use std::sync::Once;
 use testkit::model::World;
 use testkit::model::op::{Choose, Step};
 
-/// Steps of one program, and programs of one run: 104,000 steps in all.
+/// Number of steps of a program, and number of programs of a run: 104,000 steps in all.
 const STEPS: u64 = 400;
 const PROGRAMS: u64 = 260;
-/// Runs that are spent on making a failing program short.
+/// Largest number of runs to shorten a failing program.
 const SHORTENINGS: u32 = 2000;
 
 thread_local! {
-    /// Panics are caught and told once, at the end.
+    /// Whether the panic hook is silent: panics are caught, and reported once at the end.
     static QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
-/// SplitMix64: any seed is a good one.
+/// A SplitMix64 generator; every seed gives a good sequence.
 pub struct Random(pub u64);
 
 impl Choose for Random {
@@ -39,7 +39,7 @@ fn program(seed: u64, steps: u64) -> Vec<Step> {
     (0..steps).map(|_| Step::draw(&mut random)).collect()
 }
 
-/// Why a program fails, and how many steps it got through.
+/// The error of a program and the number of steps before it; `None` if the program succeeds.
 fn failure(program: &[Step]) -> Option<(usize, String)> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -73,7 +73,7 @@ fn failure(program: &[Step]) -> Option<(usize, String)> {
     Some((done.get(), why))
 }
 
-/// Leaves out what it can, larger pieces first, as long as the program fails at all.
+/// Leaves out steps, larger pieces first, as long as the program fails with any error.
 fn shorten(mut program: Vec<Step>) -> Vec<Step> {
     let mut tries = 0;
     let mut piece = program.len().div_ceil(2);
@@ -114,14 +114,14 @@ fn run(seed: u64, steps: u64) {
     let short: Vec<_> = short.iter().map(|step| format!("  {step:x?}")).collect();
     panic!(
         "VUD_SEED={seed} VUD_STEPS={steps} fails at step {step}: {why}\nthe last steps:\n{}\n\
-         as short as it gets:\n{}\n{short_why:?}",
+         shortened:\n{}\n{short_why:?}",
         last.join("\n"),
         short.join("\n")
     );
 }
 
-/// Shows: after any program of grants, removals, changes of length, punches, writebacks, refusals
-/// and failures, the window shows what was granted, and nothing that a guest stored is lost.
+/// Shows: after random programs of grants, removals, changes of length, punches, writebacks,
+/// refusals and failures the window shows what was granted, and no store of the guest is lost.
 #[test]
 fn random_programs_do_what_the_model_does() {
     let steps = number("VUD_STEPS").unwrap_or(STEPS);
@@ -129,7 +129,7 @@ fn random_programs_do_what_the_model_does() {
         return run(seed, steps);
     }
     let first = RandomState::new().hash_one(0u64) >> 16;
-    println!("programs VUD_SEED={first} and the {} seeds behind it", PROGRAMS - 1);
+    println!("programs VUD_SEED={first} and the {} seeds after it", PROGRAMS - 1);
     for seed in first..first + PROGRAMS {
         run(seed, steps);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A file of 1 TiB, granted and removed at random for a million steps.
+//! A file of 1 TiB: a million steps of random grants and removals.
 
 use std::env;
 use std::fs;
@@ -22,22 +22,22 @@ use testkit::model::op::Choose;
 const FILE_BYTES: u64 = 1 << 40;
 const WINDOW_BYTES: u64 = 1 << 30;
 const MOST_MAPS: usize = 100;
-/// Each of two files.
+/// Number of steps for each of two files.
 const STEPS: u64 = 500_000;
-/// Write grants allocate: they stay within so much of a file that asks its file system.
+/// Write grants of a file with holes allocate blocks, so they stay within the first bytes of the
+/// file.
 const WRITTEN_BYTES: u64 = 16 * PMD_BYTES;
-/// What the process may be larger by when the second half of the steps is done: the allocator's
-/// play.
-const PLAY_BYTES: u64 = 1 << 20;
+/// Allowed growth of the process in the second half of the steps: caches of the allocator.
+const GROWTH_BYTES: u64 = 1 << 20;
 
-/// Bytes of memory that this process has.
+/// Resident memory of this process in bytes.
 fn memory() -> u64 {
     let statm = fs::read_to_string("/proc/self/statm").unwrap();
     let pages: u64 = statm.split(' ').nth(1).unwrap().parse().unwrap();
     pages * sysconf(SysconfVar::PAGE_SIZE).unwrap().unwrap().cast_unsigned()
 }
 
-/// Mostly chunks of 2 MiB, as a guest asks for them; some pages, aligned to nothing.
+/// Grants or revokes mostly 2 MiB, as guests do, sometimes a few pages at any page.
 fn step(engine: &Engine, space: &Arc<Space>, random: &mut Random, most_written: u64) {
     let chunks = WINDOW_BYTES / PMD_BYTES;
     let (at, bytes) = match random.below(8) {
@@ -45,11 +45,12 @@ fn step(engine: &Engine, space: &Arc<Space>, random: &mut Random, most_written: 
         _ => (random.below(chunks) * PMD_BYTES, PMD_BYTES),
     };
     let span = engine.span(WindowOffset(at), WindowBytes(bytes)).unwrap();
-    // About as many removals as grants, and more where there are too many maps.
+    // Two removals for three grants; when the limit on maps is reached, more removals follow.
     let done = if random.below(5) < 2 {
         engine.revoke(&[span])
     } else {
-        // Small ones there would leave 512 entries to each of the few chunks, and cost by those.
+        // Small write grants within these few chunks would make 512 entries per chunk, which is
+        // slow.
         let small = bytes < PMD_BYTES && most_written < FILE_BYTES;
         let write = random.once_in(3) && !small;
         let within = if write { most_written } else { FILE_BYTES };
@@ -65,7 +66,7 @@ fn step(engine: &Engine, space: &Arc<Space>, random: &mut Random, most_written: 
                 .map(|n| WindowOffset(from + n * PMD_BYTES))
                 .map(|at| engine.span(at, WindowBytes(PMD_BYTES)).unwrap())
                 .collect();
-            // That may want more maps, too, for the moment.
+            // The removal can exceed the limit on maps, too, because it may split a map.
             let _too_many = engine.revoke(&spans);
         }
         Err(e) => panic!("{e:?}"),
@@ -97,7 +98,7 @@ fn run(source: FileExtents, most_written: u64) {
         }
     }
     let grown = memory().saturating_sub(half);
-    assert!(grown <= PLAY_BYTES, "{grown} bytes more memory after {STEPS} steps");
+    assert!(grown <= GROWTH_BYTES, "{grown} bytes more memory after {STEPS} steps");
     let counters = engine.counters().snapshot();
     assert!(counters.pmd > STEPS / 4 && counters.pte > STEPS / 100, "{counters:?}");
     assert!(counters.flushes > STEPS / 100, "{counters:?}");
@@ -107,12 +108,12 @@ fn run(source: FileExtents, most_written: u64) {
     assert_eq!(engine.sizes(), (0, 0), "grants and maps are left");
     assert!(mapper.maps().is_empty());
     assert_eq!((space.entry_count(), space.index_bytes()), (0, 0), "entries are left");
-    assert_eq!(space.granted_runs(), 0, "what was granted is remembered");
+    assert_eq!(space.granted_runs(), 0, "runs of granted pages are left");
     use std::os::unix::fs::MetadataExt;
     assert!(written.metadata().unwrap().blocks() * 512 <= 2 * WRITTEN_BYTES);
 }
 
-/// Not a test: the part of the one below that needs a process of its own, to measure its memory.
+/// No test of its own: the next test runs it in a process of its own, to measure its memory.
 #[test]
 #[ignore = "a_million_steps_over_a_tebibyte_leave_nothing_behind runs it"]
 fn in_a_process_of_its_own() {
@@ -120,8 +121,8 @@ fn in_a_process_of_its_own() {
     run(FileExtents::preallocated(file(), FILE_BYTES), FILE_BYTES);
 }
 
-/// Shows: a 1 TiB sparse file, granted and removed at random for a million steps, leaves no entry,
-/// no map and no growth of memory behind, with holes that are asked for and without.
+/// Shows: a million random grants and removals on files of 1 TiB leave no entry and no map, and the
+/// process does not grow; for a source that looks up holes and for one that does not.
 #[test]
 fn a_million_steps_over_a_tebibyte_leave_nothing_behind() {
     let me = "model::terabyte::in_a_process_of_its_own";
@@ -129,6 +130,6 @@ fn a_million_steps_over_a_tebibyte_leave_nothing_behind() {
         .args([me, "--exact", "--ignored", "--nocapture", "--test-threads=1"])
         .output()
         .unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && said.contains("1 passed"), "{said}\n{output:?}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}\n{output:?}");
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Rows 3 and 5: how an entry is got, split and deleted.
+//! Rows 3 and 5: an entry is grabbed, split and deleted.
 
 use std::sync::mpsc;
 use std::sync::{Arc, Barrier};
@@ -23,7 +23,7 @@ pub fn new_entries() -> (Arc<Entries>, Arc<WaitTable>) {
     (Arc::new(Entries::new(SpaceId(7), waits.clone())), waits)
 }
 
-/// Puts an entry there, not locked.
+/// Puts an unlocked entry into the index.
 pub fn put(entries: &Entries, page: u64, entry: Entry) {
     let mut held = entries.grab(PageIndex(page), entry.order(), &mut no_unmap).unwrap();
     if !entry.is_empty() {
@@ -39,7 +39,7 @@ fn look(entries: &Entries, page: u64) -> Option<(u64, Entry)> {
 struct Case {
     found: Option<(u64, Entry)>,
     asked: Order,
-    /// The entry that comes back, with its first page.
+    /// The entry that `grab` returns, with its first page.
     got: Result<(u64, Entry), Occupied>,
     split: bool,
     unmapped: bool,
@@ -65,24 +65,25 @@ fn cases() -> Vec<Case> {
         same(chunk, zero(Pmd), Pmd),
         same(chunk, Entry::empty(Pmd), Pmd),
         same(chunk, pmd(chunk), Pmd),
-        // A PMD with blocks is left to a PTE request.
+        // A PTE request gets a PMD entry with blocks unchanged.
         same(chunk, pmd(chunk), Pte),
         split(zero(Pmd), true),
         split(Entry::empty(Pmd), false),
-        // PTEs are in a PMD's way: at its own index, or anywhere in the chunk.
+        // PTE entries block a PMD request, at the asked page or anywhere in the chunk.
         refused(at, pte(at)),
         refused(at, zero(Pte)),
         refused(at, Entry::empty(Pte)),
         refused(chunk, pte(chunk)),
         refused(2 * chunk - 1, zero(Pte)),
-        // A PTE elsewhere is in no PTE's way.
+        // A PTE entry of another page does not block a PTE request.
         case(Some((at + 1, pte(at + 1))), Pte, Ok((at, Entry::empty(Pte)))),
-        // And the next chunk's is in nobody's.
+        // An entry of the next chunk blocks nothing.
         case(Some((2 * chunk, pte(2 * chunk))), Pmd, Ok((chunk, Entry::empty(Pmd)))),
     ]
 }
 
-/// Row 3: every pair of what is asked for and what is there; never merged upward.
+/// Row 3: every pair of requested and existing order; PTE entries are never merged into a PMD
+/// entry.
 #[test]
 fn row_03_grab_mapping_entry_every_pair() {
     let at = PMD_PAGES + 7;
@@ -94,7 +95,10 @@ fn row_03_grab_mapping_entry_every_pair() {
         let mut unmapped = Vec::new();
         let held = entries.grab(PageIndex(at), case.asked, &mut |start, order| {
             let there = look(&entries, start.0).unwrap();
-            assert!(there.1.is_locked(), "case {n}: unmapped without the entry's lock");
+            assert!(
+                there.1.is_locked(),
+                "case {n}: the page was unmapped without the entry's lock"
+            );
             unmapped.push((start.0, order));
         });
         let got = held.as_ref().map(|held| (held.start().0, held.entry()));
@@ -109,7 +113,11 @@ fn row_03_grab_mapping_entry_every_pair() {
         drop(held);
         match (case.got, case.found) {
             (Ok((start, entry)), _) => {
-                assert_eq!(look(&entries, start), Some((start, entry)), "case {n}: unlocked");
+                assert_eq!(
+                    look(&entries, start),
+                    Some((start, entry)),
+                    "case {n}: the entry is not back, unlocked"
+                );
                 let left = u64::from(case.found.is_some_and(|(other, there)| {
                     other != start && there.order() == Order::Pte
                         || other / PMD_PAGES != start / PMD_PAGES
@@ -117,14 +125,19 @@ fn row_03_grab_mapping_entry_every_pair() {
                 assert_eq!(entries.len(), 1 + left, "case {n}");
             }
             (Err(_), found) => {
-                assert_eq!(look(&entries, found.unwrap().0), found, "case {n}: as it was");
+                assert_eq!(
+                    look(&entries, found.unwrap().0),
+                    found,
+                    "case {n}: a refused grab changed the entry"
+                );
                 assert_eq!(entries.len(), 1, "case {n}");
             }
         }
     }
 }
 
-/// Row 3: a write to one page of a PMD that has blocks leaves the PMD, and dirties all of it.
+/// Row 3: a write grant of one page of a PMD entry with blocks keeps that entry, and marks all of
+/// it dirty.
 #[test]
 fn row_03_grab_mapping_entry_leaves_a_real_pmd_and_dirties_it() {
     let fixture = Fixture::new(PMD_PAGES);
@@ -137,8 +150,8 @@ fn row_03_grab_mapping_entry_leaves_a_real_pmd_and_dirties_it() {
     assert_eq!(fixture.flushed(), [(0, PMD_PAGES)]);
 }
 
-/// Row 3: many threads that ask for both orders all over one chunk: each holds its entry alone, and
-/// no two entries ever overlap.
+/// Row 3: threads ask for both orders all over one chunk: each entry is held by one thread, and no
+/// two entries overlap.
 #[test]
 fn row_03_grab_mapping_entry_races() {
     let (entries, waits) = new_entries();
@@ -170,25 +183,29 @@ fn row_03_grab_mapping_entry_races() {
     assert_eq!(waits.waiting(), 0);
 }
 
-/// Row 5: a deletion waits for the entry's lock, and deletes also what is dirty.
+/// Row 5: a deletion waits for the entry's lock, and deletes dirty entries, too.
 #[test]
 fn row_05_delete_mapping_entry_waits_for_the_lock() {
     let (entries, waits) = new_entries();
     let mut held = entries.grab(PageIndex(3), Order::Pte, &mut no_unmap).unwrap();
     let (done, deleted) = mpsc::channel();
-    let theirs = entries.clone();
-    thread::spawn(move || done.send(theirs.delete(PageIndex(3))));
+    let deleter = entries.clone();
+    thread::spawn(move || done.send(deleter.delete(PageIndex(3))));
     until(|| waits.waiting() == 1);
-    assert!(deleted.try_recv().is_err(), "deleted under the lock");
+    assert!(deleted.try_recv().is_err(), "the entry was deleted while it was locked");
     held.fill(Entry::real(Order::Pte, own_block(3)), &mut no_unmap);
     held.mark(Mark::Dirty, true);
     drop(held);
-    assert_eq!(receive(&deleted), Some((PageIndex(3), pte(3))), "as it was when unlocked");
+    assert_eq!(
+        receive(&deleted),
+        Some((PageIndex(3), pte(3))),
+        "the deletion returned another entry than the unlocked one"
+    );
     assert!(entries.is_empty());
     assert_eq!(entries.delete(PageIndex(3)), None);
 }
 
-/// Row 5: "invalidate if clean" leaves what is dirty or to be written, and takes the rest.
+/// Row 5: `invalidate_clean` keeps entries marked Dirty or ToWrite, and deletes the others.
 #[test]
 fn row_05_invalidate_leaves_what_is_dirty() {
     for mark in [Mark::Dirty, Mark::ToWrite] {
@@ -203,15 +220,21 @@ fn row_05_invalidate_leaves_what_is_dirty() {
             assert!(!entries.invalidate_clean(PageIndex(page)), "{mark:?}");
             assert_eq!(look(&entries, page), Some((page, entry)));
             set(false);
-            assert!(entries.invalidate_clean(PageIndex(page)), "clean again");
+            assert!(
+                entries.invalidate_clean(PageIndex(page)),
+                "the entry is clean again, but was kept"
+            );
             assert!(entries.is_empty());
-            assert!(!entries.invalidate_clean(PageIndex(page)), "there is none");
+            assert!(
+                !entries.invalidate_clean(PageIndex(page)),
+                "it returned true without an entry"
+            );
         }
     }
 }
 
-/// Row 5: truncations while the rest of the file is granted, stored to and synced by others: no
-/// entry stays behind the end, and none when all is over.
+/// Row 5: truncations while other threads grant, write back and revoke: no entry remains beyond the
+/// end of the file, and none after the last revoke.
 #[test]
 fn row_05_truncate_under_load() {
     let fixture = Fixture::new(2 * PMD_PAGES);
@@ -221,7 +244,7 @@ fn row_05_truncate_under_load() {
             scope.spawn(move || {
                 for n in 0..300 {
                     let access = if n % 2 == 0 { Access::Write } else { Access::Read };
-                    // It may lie behind the end just now.
+                    // Fails if the range is beyond the end of the file at this moment.
                     let _ = fixture.grant(half * PMD_PAGES + n % 40, half * PMD_PAGES, 8, access);
                     fixture.sync().unwrap();
                     if n % 3 == 0 {
@@ -234,7 +257,7 @@ fn row_05_truncate_under_load() {
             let pages = if n % 2 == 0 { PMD_PAGES + n % 20 } else { 2 * PMD_PAGES };
             fixture.engine.resize(&fixture.space, pages * 4096).unwrap();
             let past = fixture.space.entries().next(PageIndex(pages), PageIndex::LAST, None);
-            assert!(pages == 2 * PMD_PAGES || past.is_none(), "{past:?} behind page {pages}");
+            assert!(pages == 2 * PMD_PAGES || past.is_none(), "{past:?} at or after page {pages}");
         }
     });
     fixture.revoke(&[(0, 2 * PMD_PAGES)]).unwrap();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Row 15: one test per condition for a PMD entry; the trace names the reason.
+//! Row 15: one test per condition for a PMD entry; the trace line contains the reason of a
+//! fallback.
 
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -11,7 +12,8 @@ use vhost_user_dax::dax::extent::Access;
 use super::trace::record;
 use super::{Fixture, pmd, zero};
 
-/// Grants and checks: PTEs only, one reason counted, and named in the trace.
+/// Grants, and checks that only PTE entries were made, and that one fallback was counted and
+/// traced.
 fn falls_back(
     fixture: &Fixture,
     (from, at, pages): (u64, u64, u64),
@@ -22,7 +24,7 @@ fn falls_back(
     let before = fixture.counted();
     let lines = record(|| fixture.grant(from, at, pages, access).unwrap());
     let after = fixture.counted();
-    assert_eq!(after.pmd, before.pmd, "{why}: a PMD was made");
+    assert_eq!(after.pmd, before.pmd, "{why}: a PMD entry was made");
     assert_eq!((counter(&after) - counter(&before), all(&after) - all(&before)), (1, 1), "{why}");
     let done: Vec<_> =
         lines.iter().filter(|line| line.starts_with("dax_pmd_fault_done:")).collect();
@@ -45,7 +47,8 @@ fn chunk_of_blocks() -> Fixture {
     fixture
 }
 
-/// Row 15: where all conditions hold it is one PMD: read or write, blocks or a hole.
+/// Row 15: if all conditions hold, the fault makes one PMD entry: for read or write, of blocks or
+/// of a hole.
 #[test]
 fn row_15_pmd_fault_where_all_holds() {
     for access in [Access::Read, Access::Write] {
@@ -63,7 +66,7 @@ fn row_15_pmd_fault_where_all_holds() {
     assert_eq!(fixture.entries(), [(0, zero(Order::Pmd))]);
 }
 
-/// Row 15: the whole chunk must lie in the grant: a page less at either end will not do.
+/// Row 15: the grant must contain the whole chunk: one page less at either end is a fallback.
 #[test]
 fn row_15_fallback_when_the_grant_holds_a_part() {
     for range in [(1, 1, PMD_PAGES - 1), (0, 0, PMD_PAGES - 1)] {
@@ -82,7 +85,7 @@ fn row_15_fallback_at_the_end_of_the_file() {
     assert_eq!(fixture.entries().len() as u64, PMD_PAGES - 1);
 }
 
-/// Row 15: file and window must agree modulo 2 MiB.
+/// Row 15: the offsets in the file and in the window must be equal modulo 2 MiB.
 #[test]
 fn row_15_fallback_when_the_window_disagrees() {
     let fixture = chunk_of_blocks();
@@ -97,7 +100,7 @@ fn row_15_fallback_when_the_backing_cannot() {
     falls_back(&fixture, (0, 0, PMD_PAGES), Access::Read, "Backing", |c| c.fallback_backing);
 }
 
-/// Row 15: the backing's block must be aligned to 2 MiB.
+/// Row 15: the chunk's block must be aligned to 2 MiB.
 #[test]
 fn row_15_fallback_when_the_block_is_not_aligned() {
     let fixture = Fixture::new(PMD_PAGES);
@@ -105,7 +108,7 @@ fn row_15_fallback_when_the_block_is_not_aligned() {
     falls_back(&fixture, (0, 0, PMD_PAGES), Access::Write, "Extent", |c| c.fallback_extent);
 }
 
-/// Row 15: one extent must cover the chunk: neither two runs of blocks, nor a hole beside blocks.
+/// Row 15: one extent must cover the chunk: not two runs of blocks, and not a hole and blocks.
 #[test]
 fn row_15_fallback_when_extents_are_two() {
     for other in [None, Some(5)] {
@@ -117,7 +120,7 @@ fn row_15_fallback_when_extents_are_two() {
     }
 }
 
-/// Row 15: no PTE may be in the way, wherever in the chunk it is; and PTEs are never merged.
+/// Row 15: the chunk must have no PTE entry; PTE entries are never merged.
 #[test]
 fn row_15_fallback_when_a_pte_is_in_the_way() {
     for page in [0, 1, PMD_PAGES - 1] {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Row 10: one entry written back, and several who want it.
+//! Row 10: the writeback of one entry, by one thread and by several.
 
 use std::io;
 use std::sync::Arc;
@@ -17,16 +17,17 @@ use super::{Fixture, receive};
 use testkit::fakes::lock;
 
 fn flusher(fixture: &Arc<Fixture>, first: u64, last: u64) -> Receiver<io::Result<()>> {
-    let (said, heard) = channel();
+    let (sender, receiver) = channel();
     let fixture = fixture.clone();
     thread::spawn(move || {
         let done = fixture.engine.writeback(&fixture.space, PageIndex(first), PageIndex(last));
-        said.send(done).unwrap();
+        sender.send(done).unwrap();
     });
-    heard
+    receiver
 }
 
-/// Row 10: an entry is flushed whole, a PMD even when asked for one page in its middle.
+/// Row 10: an entry is flushed completely, a PMD entry even if the writeback is of one page in its
+/// middle.
 #[test]
 fn row_10_writeback_one_flushes_the_whole_entry() {
     let fixture = Fixture::new(3 * PMD_PAGES);
@@ -38,8 +39,8 @@ fn row_10_writeback_one_flushes_the_whole_entry() {
     assert_eq!((fixture.counted().flushes, fixture.counted().bytes_written_back), (1, 2 << 20));
 }
 
-/// Row 10: an entry that has gone by the time its turn comes is skipped; so is one whose block has
-/// moved.
+/// Row 10: a writeback skips an entry that was deleted after its search, and one whose block has
+/// changed.
 #[test]
 fn row_10_writeback_one_skips_what_has_gone_or_moved() {
     for moved in [false, true] {
@@ -81,11 +82,11 @@ fn row_10_two_flushers_of_one_entry() {
     receive(&second).unwrap();
 }
 
-/// Row 10: nor does it where the first has taken the entry's mark away between the second's tagging
-/// and its search.
+/// Row 10: the second flusher waits, too, if the first one clears the entry's mark between the
+/// second one's marking and its search.
 #[test]
 fn row_10_two_flushers_when_the_mark_is_gone_before_the_search() {
-    // 65 entries: one more than a batch, so that the last one is searched for later.
+    // 65 entries are one more than a batch, so the last one is searched for later.
     let fixture = Arc::new(Fixture::new(65));
     fixture.source.state().maps_pmd.store(false, SeqCst);
     fixture.grant(0, 0, 65, Access::Write).unwrap();
@@ -103,15 +104,15 @@ fn row_10_two_flushers_when_the_mark_is_gone_before_the_search() {
     last.wait_stopped();
     batch.open();
     fixture.until_waits(1);
-    assert!(second.try_recv().is_err(), "page 64 is not flushed yet");
+    assert!(second.try_recv().is_err(), "the second writeback returned before page 64 was flushed");
     last.open();
     receive(&first).unwrap();
     receive(&second).unwrap();
 }
 
-/// Row 10: whoever waited for another's flush is told that it failed.
+/// Row 10: a flusher that waited for another one's flush gets its error.
 #[test]
-fn row_10_a_flusher_that_waited_is_told_of_the_failure() {
+fn row_10_a_flusher_that_waited_gets_the_error() {
     for _ in 0..50 {
         let fixture = Arc::new(Fixture::new(1));
         fixture.grant(0, 0, 1, Access::Write).unwrap();
@@ -127,8 +128,8 @@ fn row_10_a_flusher_that_waited_is_told_of_the_failure() {
     }
 }
 
-/// Row 10: what is stored while the entry is flushed is not taken for flushed: a write grant that
-/// comes meanwhile makes it dirty after that.
+/// Row 10: a flush does not cover a store made during it: a write grant made during the flush makes
+/// the entry dirty after it.
 #[test]
 fn row_10_a_grant_during_the_flush_dirties_after_it() {
     let fixture = Arc::new(Fixture::new(1));

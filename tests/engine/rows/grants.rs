@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Rows 14 and 16: the end of the file, and a full disk, before anything is promised.
+//! Rows 14 and 16: the end of the file, and a full disk, are checked before a grant is made.
 
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -13,7 +13,7 @@ use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 use super::{Fixture, MOST_MAPS, WINDOW_PAGES, map, pte, zero};
 use testkit::fakes::{Event, lock};
 
-/// Row 14: a grant wholly behind the end of the file is refused, and leaves nothing.
+/// Row 14: a grant completely beyond the end of the file is refused, and has no effect.
 #[test]
 fn row_14_wholly_past_eof_is_refused() {
     for (bytes, from) in [(0, 0), (3 * PAGE_BYTES, 3), (2 * PAGE_BYTES + 1, 3), (PAGE_BYTES, 9)] {
@@ -28,8 +28,8 @@ fn row_14_wholly_past_eof_is_refused() {
     }
 }
 
-/// Row 14: of a grant that begins inside the file, and ends at or behind its end, the pages inside
-/// are faulted in, allocated and mapped: page by page, and no others.
+/// Row 14: of a grant that begins inside the file and ends at or beyond its end, exactly the pages
+/// inside the file are faulted in, allocated and mapped.
 #[test]
 fn row_14_inside_eof_page_by_page() {
     for asked in [3, 4, PMD_PAGES] {
@@ -45,20 +45,20 @@ fn row_14_inside_eof_page_by_page() {
     }
 }
 
-/// Row 14: a last page that is not whole is a page of the file: granted where the front-end can map
-/// it, else refused as such, with nothing done.
+/// Row 14: an incomplete last page belongs to the file: it is granted if the front-end can map it,
+/// else refused with an error of its own, without effect.
 #[test]
 fn row_14_a_last_page_that_is_not_whole() {
     let fixture = Fixture::with(2 * PAGE_BYTES + 5, false);
     let refused = fixture.grant(0, 0, 4, Access::Write).unwrap_err();
     assert!(matches!(refused, GrantError::Tail), "{refused}");
     assert_eq!((fixture.log.take(), fixture.entries()), (vec![], vec![]));
-    // What ends before it is granted as ever.
+    // A range that ends before the last page is granted.
     fixture.grant(0, 0, 2, Access::Read).unwrap();
     assert_eq!(fixture.entries().len(), 2);
 }
 
-/// Numbers that can't be are refused, each as such, and change nothing.
+/// Row 14: invalid numbers are refused with EINVAL, without effect.
 #[test]
 fn row_14_numbers_that_cannot_be() {
     let fixture = Fixture::new(1);
@@ -83,7 +83,7 @@ fn row_14_numbers_that_cannot_be() {
     assert_eq!((fixture.log.take(), fixture.entries()), (vec![], vec![]));
 }
 
-/// Row 16: a write grant allocates before it does anything else.
+/// Row 16: a write grant allocates blocks before anything else.
 #[test]
 fn row_16_a_write_grant_allocates_first() {
     let fixture = Fixture::new(PMD_PAGES);
@@ -91,8 +91,8 @@ fn row_16_a_write_grant_allocates_first() {
     assert_eq!(fixture.log.take(), [Event::Allocate { first: 0, last: 7 }, map(0, 0, 8)]);
 }
 
-/// Row 16: a full disk is ENOSPC before anything is promised: no map, no entry, no grant; and what
-/// was granted there before still is.
+/// Row 16: on a full disk a write grant fails with ENOSPC and leaves no map, no entry and no grant;
+/// an older grant of the same pages remains.
 #[test]
 fn row_16_a_full_disk_is_enospc_before_anything_is_promised() {
     let fixture = Fixture::new(2 * PMD_PAGES);
@@ -103,16 +103,16 @@ fn row_16_a_full_disk_is_enospc_before_anything_is_promised() {
     let refused = fixture.grant(0, 0, PMD_PAGES, Access::Write).unwrap_err();
     assert_eq!(refused.errno(), Errno::ENOSPC);
     let asked = Event::Allocate { first: 0, last: PMD_PAGES - 1 };
-    assert_eq!(fixture.log.take(), [asked], "and nothing else was done");
+    assert_eq!(fixture.log.take(), [asked], "the grant did more than try to allocate");
     assert_eq!((fixture.entries(), fixture.mapper.maps()), before);
     assert_eq!((fixture.dirty(), fixture.engine.sizes()), (vec![], (1, 1)));
-    // The same where nothing was granted.
+    // A range that has no older grant.
     fixture.grant(0, 4 * PMD_PAGES, PMD_PAGES, Access::Write).unwrap_err();
     assert_eq!(fixture.engine.sizes(), (1, 1));
 }
 
-/// Row 16: a file system that fails in the middle of a fault: the grant is refused with its error,
-/// and the entries made so far are gone.
+/// Row 16: if the file system fails in the middle of a fault, the grant fails with its error, and
+/// the entries made so far are removed.
 #[test]
 fn row_16_a_lookup_that_fails_leaves_nothing() {
     let (chunk, two) = (PMD_PAGES, 2 * PMD_PAGES);
@@ -133,7 +133,8 @@ fn row_16_a_lookup_that_fails_leaves_nothing() {
     }
 }
 
-/// Row Q2 of the front-end: more maps than the VM can take are refused before anything is sent.
+/// Row 16, and Q2 of docs/front-ends.md: a grant that needs more maps than the VM can take is
+/// refused before any message is sent.
 #[test]
 fn row_16_too_many_maps_are_refused_before_anything_is_sent() {
     let fixture = Fixture::new(1);

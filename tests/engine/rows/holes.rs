@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Rows 6 to 8: holes, private mappings, and what replaces what.
+//! Rows 6 to 8: holes, private mappings, and the order of replacements.
 
 use vhost_user_dax::dax::entry::{Entry, Order, PMD_PAGES, PageIndex};
 use vhost_user_dax::dax::extent::Access;
@@ -10,7 +10,7 @@ use super::entries::{new_entries, no_unmap, put};
 use super::{Fixture, map, own_block, pmd, pte, unmap_hole, zero};
 use testkit::fakes::Event;
 
-/// Row 6: a read grant over holes makes ZERO entries of either order, and allocates nothing.
+/// Row 6: a read grant over holes makes ZERO entries of either order, and allocates no block.
 #[test]
 fn row_06_load_hole_allocates_nothing() {
     let fixture = Fixture::new(PMD_PAGES + 2);
@@ -19,12 +19,16 @@ fn row_06_load_hole_allocates_nothing() {
     let expected =
         [(0, zero(Order::Pmd)), (PMD_PAGES, zero(Order::Pte)), (PMD_PAGES + 1, pte(PMD_PAGES + 1))];
     assert_eq!(fixture.entries(), expected);
-    assert_eq!(fixture.log.take(), [map(0, 0, PMD_PAGES + 2)], "no allocation");
+    assert_eq!(
+        fixture.log.take(),
+        [map(0, 0, PMD_PAGES + 2)],
+        "a block was allocated, or other maps were made"
+    );
     assert_eq!(fixture.source.allocated().len(), 1);
     assert_eq!(fixture.counted().holes, 2);
 }
 
-/// Row 6: blocks that were never written are a hole to a reader.
+/// Row 6: unwritten blocks are a hole for a reader.
 #[test]
 fn row_06_load_hole_takes_unwritten_blocks_for_one() {
     let fixture = Fixture::new(1);
@@ -34,7 +38,7 @@ fn row_06_load_hole_takes_unwritten_blocks_for_one() {
     assert_eq!(fixture.entries(), [(0, zero(Order::Pte))]);
 }
 
-/// Row 6: ZERO and EMPTY entries are never written back, whatever their marks say.
+/// Row 6: ZERO and EMPTY entries are never written back, even if they are marked.
 #[test]
 fn row_06_holes_are_never_written_back() {
     for order in [Order::Pte, Order::Pmd] {
@@ -51,8 +55,8 @@ fn row_06_holes_are_never_written_back() {
     }
 }
 
-/// Row 7: a guest's private mapping asks to read: nothing becomes dirty, nothing is allocated, and
-/// entries and blocks stay as they are, whatever it finds.
+/// Row 7: a guest's private mapping asks for a read grant: no page becomes dirty, no block is
+/// allocated, and existing entries and blocks remain.
 #[test]
 fn row_07_a_private_mapping_dirties_and_allocates_nothing() {
     let fixture = Fixture::new(2 * PMD_PAGES);
@@ -68,7 +72,7 @@ fn row_07_a_private_mapping_dirties_and_allocates_nothing() {
     assert!(!fixture.log.take().iter().any(|event| matches!(event, Event::Flush { .. })));
 }
 
-/// Row 8: a hole gets blocks only after what showed it is unmapped, under the entry's lock.
+/// Row 8: a hole gets blocks only after its maps are unmapped, under the entry's lock.
 #[test]
 fn row_08_insert_mapping_entry_unmaps_the_hole_first() {
     for (order, page) in [(Order::Pte, 5), (Order::Pmd, PMD_PAGES)] {
@@ -80,7 +84,7 @@ fn row_08_insert_mapping_entry_unmaps_the_hole_first() {
         held.fill(real, &mut |start, of| {
             assert_eq!((start, of), (PageIndex(page), order));
             let there = entries.next(start, start, None).unwrap().1;
-            assert_eq!(there, zero(order).locked(), "it must still be the hole");
+            assert_eq!(there, zero(order).locked(), "the entry was replaced before the unmap");
             unmapped += 1;
         });
         assert_eq!((held.entry(), unmapped), (real, 1));
@@ -89,8 +93,8 @@ fn row_08_insert_mapping_entry_unmaps_the_hole_first() {
     }
 }
 
-/// Row 8: the order of a write to a hole: blocks, then the unmap, then (only if there was no map
-/// yet) the map; and the entry is dirty.
+/// Row 8: the order at a write grant of a hole: first blocks, then the unmap, then, if there was no
+/// map yet, the map. The entry is dirty afterwards.
 #[test]
 fn row_08_insert_mapping_entry_order_of_events() {
     let fixture = Fixture::new(PMD_PAGES);
@@ -102,7 +106,8 @@ fn row_08_insert_mapping_entry_order_of_events() {
     assert_eq!((fixture.entries(), fixture.dirty()), (vec![(0, pmd(0))], vec![0]));
 }
 
-/// Row 8 and 3: a write to one page of a hole of 2 MiB unmaps all of the hole, and splits it.
+/// Rows 8 and 3: a write grant of one page of a 2 MiB hole unmaps the whole hole, and splits its
+/// entry.
 #[test]
 fn row_08_a_write_to_one_page_of_a_large_hole() {
     let fixture = Fixture::new(PMD_PAGES);
@@ -115,7 +120,7 @@ fn row_08_a_write_to_one_page_of_a_large_hole() {
     assert_eq!((fixture.counted().splits, fixture.source.allocated().len()), (1, 1));
 }
 
-/// Row 8: an entry that has blocks is never overwritten: not by another block, not by a hole.
+/// Row 8: an entry with blocks is never overwritten, neither by another block nor by a hole.
 #[test]
 fn row_08_a_real_entry_is_never_overwritten() {
     for other in [None, Some(77)] {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Rows 10, 12 and 13 where only cache lines make a store durable: a double that counts lines shows
-//! which were written back, how often, and that a fence came behind them.
+//! Rows 10, 12 and 13 where only cache-line flushes make a store durable. The test double counts
+//! the flushes of each line, and the fences after them.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -22,19 +22,19 @@ const FILE_PAGES: u64 = 4 * PMD_PAGES;
 
 #[derive(Default)]
 struct Lines {
-    /// Line -> how often it was written back since the last fence.
-    under_way: BTreeMap<u64, u32>,
-    /// Those of each batch that a fence ended.
+    /// Line -> number of flushes since the last fence.
+    unfenced: BTreeMap<u64, u32>,
+    /// For each fence, the lines flushed before it, as in `unfenced`.
     fenced: Vec<BTreeMap<u64, u32>>,
 }
 
-/// Durability by lines: what was written back is durable when a fence came behind it.
+/// Durability by cache lines: a flushed line is durable after the next fence.
 #[derive(Clone, Default)]
 struct LineCounter(Arc<Mutex<Lines>>);
 
 impl Persist for LineCounter {
     fn sync(&self) -> io::Result<()> {
-        panic!("no kernel knows what is dirty");
+        panic!("a sync, although the kernel does not track dirty pages");
     }
 
     fn kernel_tracks(&self) -> bool {
@@ -44,25 +44,25 @@ impl Persist for LineCounter {
     fn flush(&self, from: u64, bytes: u64) -> io::Result<()> {
         let mut lines = lock(&self.0);
         for line in from / LINE..(from + bytes).div_ceil(LINE) {
-            *lines.under_way.entry(line).or_default() += 1;
+            *lines.unfenced.entry(line).or_default() += 1;
         }
         Ok(())
     }
 
     fn fence(&self) {
         let mut lines = lock(&self.0);
-        let batch = std::mem::take(&mut lines.under_way);
+        let batch = std::mem::take(&mut lines.unfenced);
         lines.fenced.push(batch);
     }
 }
 
-struct LineRig {
+struct LineFixture {
     engine: Engine,
     space: Arc<Space>,
     lines: LineCounter,
 }
 
-impl LineRig {
+impl LineFixture {
     fn new() -> Self {
         let window = FILE_PAGES * PAGE_BYTES;
         let file = Arc::new(tempfile::tempfile().unwrap());
@@ -80,10 +80,10 @@ impl LineRig {
         self.engine.grant(&self.space, FileOffset(at), span, access).unwrap();
     }
 
-    /// The batches since the last call. Nothing may be under way any more.
+    /// The batches since the last call. Every flushed line must have its fence.
     fn batches(&self) -> Vec<BTreeMap<u64, u32>> {
         let mut lines = lock(&self.lines.0);
-        assert!(lines.under_way.is_empty(), "lines were written back, and no fence came behind");
+        assert!(lines.unfenced.is_empty(), "lines were flushed, and no fence followed");
         std::mem::take(&mut lines.fenced)
     }
 }
@@ -93,12 +93,11 @@ fn lines_of(page: u64, pages: u64) -> impl Iterator<Item = u64> {
     page * per_page..(page + pages) * per_page
 }
 
-/// Shows: of dirty PTEs, clean ones, a dirty PMD and a clean one exactly the lines of the dirty
-/// entries are written back, each once, and before writeback() returns one fence stands behind
-/// them.
+/// Shows: of dirty and clean PTE entries and of a dirty and a clean PMD entry, exactly the lines of
+/// the dirty entries are flushed, once each, and one fence follows before writeback() returns.
 #[test]
 fn row_10_exactly_the_dirty_lines_and_one_fence() {
-    let fixture = LineRig::new();
+    let fixture = LineFixture::new();
     for page in [1, 3, 77] {
         fixture.grant(page, 1, Access::Write);
     }
@@ -111,19 +110,19 @@ fn row_10_exactly_the_dirty_lines_and_one_fence() {
         .map(|line| (line, 1))
         .collect();
     for _ in 0..2 {
-        // Under their write grants they are dirty again at once (row 9).
+        // Under their write grants the entries stay dirty (row 9).
         fixture.engine.writeback(&fixture.space, PageIndex(0), PageIndex::LAST).unwrap();
         assert_eq!(fixture.batches().as_slice(), std::slice::from_ref(&expected));
     }
-    // Of a part of the file, the entries in it.
+    // A writeback of a part of the file flushes the entries in it.
     fixture.engine.writeback(&fixture.space, PageIndex(2), PageIndex(70)).unwrap();
     assert_eq!(fixture.batches(), [lines_of(3, 1).map(|line| (line, 1)).collect()]);
 }
 
-/// Shows: more entries than one batch holds: each batch has its fence, and no line comes twice.
+/// Shows: of more entries than a batch holds, each batch has a fence, and no line is flushed twice.
 #[test]
 fn row_10_each_batch_has_its_fence() {
-    let fixture = LineRig::new();
+    let fixture = LineFixture::new();
     for page in (0..200).map(|n| 2 * n) {
         fixture.grant(page, 1, Access::Write);
     }
@@ -140,25 +139,26 @@ fn row_10_each_batch_has_its_fence() {
     assert_eq!(all, expected);
 }
 
-/// Shows: the last flush of an entry that loses its write grant has its fence, too.
+/// Shows: the last flush of an entry that loses its write grant has a fence, too.
 #[test]
 fn row_10_a_last_flush_has_its_fence() {
-    let fixture = LineRig::new();
+    let fixture = LineFixture::new();
     fixture.grant(9, 1, Access::Write);
     let span = fixture.engine.span(WindowOffset(9 * PAGE_BYTES), WindowBytes(PAGE_BYTES)).unwrap();
     fixture.engine.revoke(&[span]).unwrap();
     assert_eq!(fixture.batches(), [lines_of(9, 1).map(|line| (line, 1)).collect()]);
 }
 
-/// Shows: what a WRITE has stored is durable when it returns: its pages' lines, and a fence.
+/// Shows: the bytes of a WRITE are durable when it returns: its pages' lines are flushed, and a
+/// fence follows.
 #[test]
 fn row_13_a_write_has_its_fence() {
-    let fixture = LineRig::new();
+    let fixture = LineFixture::new();
     fixture.engine.write(&fixture.space, FileOffset(5000), b"written").unwrap();
     assert_eq!(fixture.batches(), [lines_of(1, 1).map(|line| (line, 1)).collect()]);
 }
 
-/// A file in memory as its own direct memory.
+/// A file on a tmpfs, mapped into this process as direct memory.
 fn direct_file(bytes: u64) -> (Arc<std::fs::File>, Arc<Direct>, DirectExtents<FileExtents>) {
     let file = Arc::new(tempfile::tempfile_in("/dev/shm").unwrap());
     file.set_len(bytes).unwrap();
@@ -167,17 +167,18 @@ fn direct_file(bytes: u64) -> (Arc<std::fs::File>, Arc<Direct>, DirectExtents<Fi
     (file.clone(), direct.clone(), DirectExtents::new(FileExtents::new(file), direct))
 }
 
-/// Shows: what is written past the cache is what the file holds, at odd places, over holes, and
-/// behind the end; and read() sees it.
+/// Shows: non-temporal stores put the right bytes into the file, at unaligned offsets, over holes
+/// and beyond the end, and read() returns them.
 #[test]
-fn row_13_writes_past_the_cache_land_in_the_file() {
+fn row_13_non_temporal_writes_reach_the_file() {
     let (file, direct, source) = direct_file(PMD_BYTES);
     let mut expected = vec![0; PMD_BYTES as usize];
     let lengths = [1, 15, 63, 64, 65, 255, 256, 257, 1000, 4096, 5000, 70_000];
     for (n, length) in lengths.into_iter().cycle().take(200).enumerate() {
         let from = (n * 7919 * 13) % (expected.len() - length);
         let bytes: Vec<_> = (0..length).map(|at| (n + at % 250 + 1) as u8).collect();
-        // Half of them with their blocks there, so past the cache; the others by the file system.
+        // Every other write has its blocks allocated and is stored directly; the others use
+        // write(2) if needed.
         if n % 2 == 0 {
             let (first, last) = (from as u64 / PAGE_BYTES, (from + length) as u64 / PAGE_BYTES);
             source.allocate(PageIndex(first), PageIndex(last)).unwrap();
@@ -193,13 +194,13 @@ fn row_13_writes_past_the_cache_land_in_the_file() {
     }
     let mut found = vec![0; expected.len()];
     file.read_exact_at(&mut found, 0).unwrap();
-    assert!(found == expected, "other bytes in the file");
+    assert!(found == expected, "the file has other bytes");
     assert_eq!(source.write_at(PMD_BYTES + 5, b"behind").unwrap(), 6);
     assert_eq!(source.file_bytes().unwrap(), PMD_BYTES + 11);
 }
 
-/// Shows: zeroing at odd places clears exactly the range, in blocks that stay, and makes none in
-/// holes.
+/// Shows: zeroing at unaligned offsets zeroes exactly the range, keeps the blocks of partial pages,
+/// and allocates none in holes.
 #[test]
 fn row_12_parts_of_pages_are_zeroed_past_the_cache() {
     use std::os::unix::fs::MetadataExt;
@@ -216,9 +217,9 @@ fn row_12_parts_of_pages_are_zeroed_past_the_cache() {
         }
         let mut found = vec![0; expected.len()];
         file.read_exact_at(&mut found, 0).unwrap();
-        assert!(found == expected, "keep {keep}: other bytes in the file");
+        assert!(found == expected, "keep {keep}: the file has other bytes");
         let blocks = file.metadata().unwrap().blocks() / 8;
-        assert!(blocks <= 32, "keep {keep}: a hole got a block: {blocks} pages");
-        assert!(!keep || blocks == 32, "a page lost its block: {blocks} pages");
+        assert!(blocks <= 32, "keep {keep}: a hole got a block: {blocks} pages have blocks");
+        assert!(!keep || blocks == 32, "a page lost its block: {blocks} pages have blocks");
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One test or more per behaviour, named after its row. The table is in the docs of `dax`.
+//! One or more tests per behaviour, named after its row. The table is in the documentation of
+//! `dax`.
 
 mod entries;
 mod fallback;
@@ -33,7 +34,7 @@ pub const ALL: (PageIndex, PageIndex) = (PageIndex(0), PageIndex::LAST);
 pub const WINDOW_PAGES: u64 = 64 * PMD_PAGES;
 pub const MOST_MAPS: usize = 64;
 
-/// An engine between doubles, with one file.
+/// An engine with test doubles and one file.
 pub struct Fixture {
     pub log: Log,
     pub mapper: Arc<StrictMapper>,
@@ -44,7 +45,7 @@ pub struct Fixture {
 }
 
 impl Fixture {
-    /// A file of `pages` pages whose dirty lines only our entries know.
+    /// A file of `pages` pages whose dirty pages only entries track.
     pub fn new(pages: u64) -> Self {
         Self::with(pages * PAGE_BYTES, false)
     }
@@ -84,7 +85,7 @@ impl Fixture {
         self.engine.grant(space, FileOffset(from * PAGE_BYTES), span, access)
     }
 
-    /// Removes pages of the window, range by range.
+    /// Revokes the grants of ranges of the window: first page and number of pages.
     pub fn revoke(&self, ranges: &[(u64, u64)]) -> Result<(), GrantError> {
         let span = |(at, pages): &(u64, u64)| {
             let (at, bytes) = (WindowOffset(at * PAGE_BYTES), WindowBytes(pages * PAGE_BYTES));
@@ -116,7 +117,7 @@ impl Fixture {
         found
     }
 
-    /// What was flushed since the log was last taken: first page and pages.
+    /// The flushes since the log was last taken: first page and number of pages.
     pub fn flushed(&self) -> Vec<(u64, u64)> {
         let flush = |event| match event {
             Event::Flush { from, bytes } => Some((from / PAGE_BYTES, bytes / PAGE_BYTES)),
@@ -135,7 +136,7 @@ impl Fixture {
         self.engine.counters().snapshot()
     }
 
-    /// Waits until the number of waits for an entry is `waits`.
+    /// Waits until the number of waits for an entry so far is at least `waits`.
     pub fn until_waits(&self, waits: u64) {
         until(|| self.counted().waits >= waits);
     }
@@ -170,16 +171,18 @@ pub fn unmap_hole(from: u64, pages: u64) -> Event {
     Event::UnmapHole { from: from * PAGE_BYTES, bytes: pages * PAGE_BYTES }
 }
 
-/// Waits for what another thread is bound to do. That long is for ever: it has failed then.
+/// Waits until another thread has made `condition` true.
 pub fn until(condition: impl Fn() -> bool) {
     testkit::eventually("another thread", condition);
 }
 
-/// Receives what another thread is bound to send.
+/// Receives a value that another thread sends.
 pub fn receive<T>(from: &Receiver<T>) -> T {
     match from.recv_timeout(testkit::HANG) {
         Ok(value) => value,
-        Err(RecvTimeoutError::Timeout) => panic!("it never came: a lost wake-up?"),
-        Err(RecvTimeoutError::Disconnected) => panic!("the other thread has died"),
+        Err(RecvTimeoutError::Timeout) => panic!("no value after 20 s: a lost wake-up?"),
+        Err(RecvTimeoutError::Disconnected) => {
+            panic!("the other thread has ended without sending a value")
+        }
     }
 }

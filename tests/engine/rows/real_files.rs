@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Rows 6, 12, 13 and 16 on real file systems, with a real mmap in the place of the guest's window.
+//! Rows 6, 12, 13 and 16 on real file systems, with an mmap(2) instead of the guest's window.
 
 #![allow(unsafe_code)] // mmap, and unshare(2).
 
@@ -22,7 +22,7 @@ use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 use super::{ALL, MOST_MAPS};
 use testkit::fakes::{Log, StrictMapper};
 
-/// A file's bytes, as the guest has them.
+/// A shared mapping of a file, as the guest has it.
 struct Mapping {
     at: *mut u8,
     bytes: usize,
@@ -32,25 +32,26 @@ impl Mapping {
     fn new(file: &File) -> Self {
         let bytes = file.metadata().unwrap().len() as usize;
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
-        // SAFETY: a new mapping, at a place that the kernel chooses.
+        // SAFETY: a new mapping, at an address that the kernel chooses.
         let at =
             unsafe { libc::mmap(std::ptr::null_mut(), bytes, prot, flags, file.as_raw_fd(), 0) };
         assert_ne!(at, libc::MAP_FAILED);
-        // SAFETY: that mapping. No read-ahead: a test reads a page here and there.
+        // SAFETY: the mapping just made. MADV_RANDOM turns read-ahead off: a test reads single
+        // pages.
         unsafe { libc::madvise(at, bytes, libc::MADV_RANDOM) };
         Self { at: at.cast(), bytes }
     }
 
     fn load(&self, from: u64, bytes: usize) -> Vec<u8> {
         assert!(from as usize + bytes <= self.bytes);
-        // SAFETY: inside the mapping, as just checked; volatile, since others write to it.
+        // SAFETY: inside the mapping, as just checked; volatile, since others store to it.
         (0..bytes).map(|n| unsafe { self.at.add(from as usize + n).read_volatile() }).collect()
     }
 
     fn store(&self, from: u64, data: &[u8]) {
         assert!(from as usize + data.len() <= self.bytes);
         for (n, byte) in data.iter().enumerate() {
-            // SAFETY: as above.
+            // SAFETY: as in `load`.
             unsafe { self.at.add(from as usize + n).write_volatile(*byte) };
         }
     }
@@ -58,12 +59,12 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: it is ours, and nobody uses it any more.
+        // SAFETY: the mapping belongs to this value, and no reference points into it.
         unsafe { libc::munmap(self.at.cast(), self.bytes) };
     }
 }
 
-/// An engine over a real file.
+/// An engine with a real file.
 struct Real {
     file: Arc<File>,
     engine: Engine,
@@ -104,18 +105,18 @@ impl Real {
     }
 }
 
-/// A file on the disk that the sources lie on, not in memory.
+/// A file in the folder of the sources, which is on a disk.
 fn on_disk() -> File {
     tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap()
 }
 
 fn skipped(name: &str, why: &str) {
-    // Not eprintln!: the test harness would swallow it.
+    // Not `eprintln!`: the test harness would capture it.
     #[allow(clippy::explicit_write)]
     writeln!(std::io::stderr(), "SKIPPED {name}: {why}").unwrap();
 }
 
-/// Row 6: a guest that reads a sparse file of 1 GiB leaves it with the blocks it had.
+/// Row 6: a guest that reads a sparse file of 1 GiB makes the host allocate no block.
 #[test]
 fn row_06_a_sparse_gibibyte_stays_sparse() {
     let real = Real::new(on_disk(), 1 << 30);
@@ -130,14 +131,17 @@ fn row_06_a_sparse_gibibyte_stays_sparse() {
     real.engine.writeback(&real.space, ALL.0, ALL.1).unwrap();
     real.file.sync_all().unwrap();
     assert_eq!(real.blocks(), before);
-    assert_eq!(real.space.entries().len(), 511 + PMD_PAGES, "one chunk has data in it");
+    assert_eq!(
+        real.space.entries().len(),
+        511 + PMD_PAGES,
+        "the number of entries is not 511 PMD entries and 512 PTE entries"
+    );
     let last = real.space.entries().next(PageIndex(1 << 17), ALL.1, None).unwrap().1;
     assert!(last.is_zero() && last.order() == Order::Pmd);
 }
 
-/// Row 12: zeroing at odd offsets clears exactly those bytes, gives whole blocks back where nobody
-/// may write, and keeps them where somebody may; on a disk, and in memory (where ZERO_RANGE is
-/// unknown).
+/// Row 12: zeroing at unaligned offsets zeroes exactly those bytes. It frees whole blocks without a
+/// write grant and keeps them under one; on a disk and on tmpfs (which has no ZERO_RANGE).
 #[test]
 fn row_12_zeroing_a_real_file_at_odd_offsets() {
     for file in [on_disk(), tempfile::tempfile_in("/dev/shm").unwrap()] {
@@ -154,7 +158,7 @@ fn row_12_zeroing_a_real_file_at_odd_offsets() {
             let holes =
                 if access == Access::Read { (3 * PMD_BYTES - 2 * PAGE_BYTES) / 512 } else { 0 };
             assert_eq!(gone, holes, "{access:?}");
-            // (A load gives blocks to a hole in memory: only now.)
+            // The loads come last: on tmpfs a load allocates a page for a hole.
             let there = window.load(0, 4 * PMD_BYTES as usize);
             for (at, byte) in there.into_iter().enumerate() {
                 let expected = if (from..end).contains(&(at as u64)) { 0 } else { 9 };
@@ -164,7 +168,8 @@ fn row_12_zeroing_a_real_file_at_odd_offsets() {
     }
 }
 
-/// Row 13: read and write against mmap on the same file, both orders: each sees the other's bytes.
+/// Row 13: read and write see the bytes of an mmap of the same file, and the other way round, in
+/// both orders.
 #[test]
 fn row_13_read_and_write_against_mmap() {
     for bytes in [3 * PMD_BYTES, 3 * PMD_BYTES + 2 * PAGE_BYTES] {
@@ -173,28 +178,31 @@ fn row_13_read_and_write_against_mmap() {
         real.grant(PMD_BYTES, 2 * PMD_BYTES, Access::Read).unwrap();
         let window = Mapping::new(&real.file);
         for at in [1, PAGE_BYTES - 2, PMD_BYTES - 3, 2 * PMD_BYTES + 5] {
-            // A write, then a load; into holes that the window has shown before, too.
+            // A write, then a load; also into holes that the window has shown before.
             assert_eq!(window.load(at, 7), [0; 7]);
             real.write(at, b"written");
             assert_eq!(window.load(at, 7), b"written");
             // A store, then a read.
             window.store(at + 1, b"STORE");
             assert_eq!(real.read(at, 7), b"wSTOREn");
-            // A read, a store, a read: nothing is kept from before.
+            // A read, a store, a read: the second read returns the new bytes.
             window.store(at, b"again");
             assert_eq!(real.read(at, 5), b"again");
         }
-        assert_eq!(real.read(bytes - 3, 100), [0; 3], "up to the end");
+        assert_eq!(
+            real.read(bytes - 3, 100),
+            [0; 3],
+            "the read did not stop at the end of the file"
+        );
         let entry = |page| real.space.entries().next(PageIndex(page), PageIndex(page), None);
-        assert!(entry(2 * PMD_PAGES).unwrap().1.is_real(), "the hole has a block now");
+        assert!(entry(2 * PMD_PAGES).unwrap().1.is_real(), "the write left the hole's entry");
         assert!(entry(2 * PMD_PAGES + 9).unwrap().1.is_zero());
     }
 }
 
-/// Runs `job` in a directory that is a small ext4 of its own, in a mount namespace that nobody else
-/// sees.
+/// Runs `job` in a small ext4 of its own, in a mount namespace that only this thread sees.
 fn on_small_ext4(name: &str, mebibytes: u64, job: fn(&Path)) {
-    // SAFETY: no memory is involved; only this thread's file system view changes.
+    // SAFETY: unshare(2) accesses no memory.
     if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
         return skipped(name, "no mount namespace (not root?)");
     }
@@ -213,14 +221,14 @@ fn on_small_ext4(name: &str, mebibytes: u64, job: fn(&Path)) {
         return skipped(name, "no ext4 on a loop device");
     }
     job(&disk);
-    assert!(run("umount", &[], &[&disk]), "something still holds it");
+    assert!(run("umount", &[], &[&disk]), "a process still uses the disk");
 }
 
-/// Row 16: on a real disk that fills up, write grants fail with ENOSPC, and every store under those
-/// that succeeded finds its block: no SIGBUS.
+/// Row 16: on a real disk that fills up, write grants fail with ENOSPC, and every store under a
+/// granted range succeeds without a SIGBUS.
 #[test]
 fn row_16_a_real_full_disk() {
-    // A thread of its own: its mount namespace goes with it.
+    // A thread of its own, because unshare(2) gives the calling thread a new mount namespace.
     let test = || {
         on_small_ext4("row_16_a_real_full_disk", 16, |disk| {
             let open =
@@ -239,7 +247,7 @@ fn row_16_a_real_full_disk() {
                 .collect();
             assert!((2..8).contains(&granted.len()), "{granted:?} on 16 MiB");
             assert_eq!(real.engine.sizes().0, granted.len());
-            // Even with the last block gone to somebody else.
+            // Another file takes the last free block first.
             let mut hog = File::create(disk.join("hog")).unwrap();
             while hog.write_all(&[1; 4096]).is_ok() {}
             for chunk in granted {

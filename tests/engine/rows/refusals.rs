@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Grants that replace, split and remove others, and a front-end that refuses a step of it. (Beside
-//! the rows: the window's side of rows 8 and 9.)
+//! Rows 8 and 9, the window's side: grants that replace, split and remove other grants, and a
+//! front-end that refuses a message of such a change.
 
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -15,7 +15,7 @@ use testkit::fakes::lock;
 
 type Change = fn(&Fixture) -> Result<(), GrantError>;
 
-/// Three grants in a row, and changes that take some away, cut some, and give back what stuck out.
+/// Three adjacent grants.
 fn prepared() -> Fixture {
     let fixture = Fixture::new(8 * PMD_PAGES);
     fixture.grant(0, 0, 100, Access::Read).unwrap();
@@ -26,20 +26,18 @@ fn prepared() -> Fixture {
 }
 
 const CHANGES: [(&str, u64, Change); 6] = [
-    ("replace a whole one", 2, |fixture| fixture.grant(500, 100, 100, Access::Read)),
-    ("replace parts of two and all of one", 6, |fixture| {
-        fixture.grant(500, 50, 200, Access::Write)
-    }),
-    ("replace the middle of one", 4, |fixture| fixture.grant(500, 120, 10, Access::Write)),
-    ("remove the middle of one", 3, |fixture| fixture.revoke(&[(120, 10)])),
-    ("remove over two ends", 4, |fixture| fixture.revoke(&[(50, 100)])),
-    ("remove all", 3, |fixture| fixture.revoke(&[(0, 300)])),
+    ("replace one grant", 2, |fixture| fixture.grant(500, 100, 100, Access::Read)),
+    ("replace one grant and parts of two", 6, |fixture| fixture.grant(500, 50, 200, Access::Write)),
+    ("replace the middle of a grant", 4, |fixture| fixture.grant(500, 120, 10, Access::Write)),
+    ("remove the middle of a grant", 3, |fixture| fixture.revoke(&[(120, 10)])),
+    ("remove parts of two grants", 4, |fixture| fixture.revoke(&[(50, 100)])),
+    ("remove all grants", 3, |fixture| fixture.revoke(&[(0, 300)])),
 ];
 
-/// A refused step, in whichever position, leaves maps, grants, entries and dirt as they were; and
-/// the same change succeeds afterwards.
+/// Row 8: a refused message, at any position, leaves maps, grants, entries and dirty marks as
+/// before, and the same change succeeds afterwards.
 #[test]
-fn row_08_a_refused_step_leaves_all_as_it_was() {
+fn row_08_a_refused_message_leaves_all_as_before() {
     for (what, steps, change) in CHANGES {
         for position in 0..steps {
             let fixture = prepared();
@@ -65,10 +63,10 @@ fn row_08_a_refused_step_leaves_all_as_it_was() {
     }
 }
 
-/// Where the front-end refuses the way back, too, that is told apart, and what is left can be
+/// Row 8: if the front-end refuses the rollback, too, the error is another one, and the rest can be
 /// removed.
 #[test]
-fn row_08_a_refused_way_back_is_told() {
+fn row_08_a_refused_rollback_is_reported() {
     let fixture = prepared();
     fixture.mapper.refuse_for_ever.store(true, SeqCst);
     *lock(&fixture.mapper.refuse_in) = Some(3);
@@ -81,8 +79,8 @@ fn row_08_a_refused_way_back_is_told() {
     assert_eq!((fixture.engine.sizes(), fixture.entries()), ((0, 0), vec![]));
 }
 
-/// A grant over others: the few whole maps and unmaps that get there, and what stuck out given
-/// back.
+/// Row 8: a grant over others unmaps whole maps, and maps again the parts of the old grants outside
+/// the new one.
 #[test]
 fn row_08_a_grant_over_others_is_planned_in_whole_maps() {
     let fixture = prepared();
@@ -102,22 +100,25 @@ fn row_08_a_grant_over_others_is_planned_in_whole_maps() {
     assert_eq!(fixture.engine.sizes(), (3, 3));
     let pages: Vec<_> = fixture.entries().into_iter().map(|(page, _)| page).collect();
     let left: Vec<_> = (0..50).chain(500..700).chain(2050..2100).collect();
-    assert_eq!(pages, left, "entries that no grant covers any more are gone");
+    assert_eq!(pages, left, "entries without a grant are left, or entries are missing");
     assert_eq!(fixture.dirty(), (500..700).collect::<Vec<_>>());
 }
 
-/// With the limit far below the maps that there are (other devices' came), removals, replacements
-/// and a truncation go through; only what adds maps is refused, and what stands behind it in a list
-/// is done.
+/// Row 8: the limit on maps is lowered below the number of live maps, as when other devices add
+/// maps. Removals, replacements and a truncation still succeed; only changes that add maps are
+/// refused, and the other ranges of a list are removed.
 #[test]
 fn row_08_a_lowered_limit_refuses_only_what_adds_maps() {
     for most in 0..=3 {
         let fixture = prepared();
         fixture.engine.set_most_maps(most);
         let full = |done| matches!(done, Err(GrantError::Window(ShowError::TooMany(most_maps))) if most_maps == most);
-        assert!(full(fixture.grant(0, 400, 10, Access::Read)), "{most}: one more map");
-        assert!(full(fixture.revoke(&[(120, 10), (0, 50)])), "{most}: the middle of one");
-        assert_eq!(fixture.engine.sizes(), (3, 3), "{most}: the range behind it is gone");
+        assert!(full(fixture.grant(0, 400, 10, Access::Read)), "{most}: one more map was allowed");
+        assert!(
+            full(fixture.revoke(&[(120, 10), (0, 50)])),
+            "{most}: the split of a map was allowed"
+        );
+        assert_eq!(fixture.engine.sizes(), (3, 3), "{most}: the number of grants or maps changed");
         assert!(!fixture.entries().iter().any(|(page, _)| *page < 50), "{most}");
         fixture.grant(3000, 100, 100, Access::Write).unwrap();
         fixture.engine.resize(&fixture.space, 2010 * PAGE_BYTES).unwrap();
@@ -128,7 +129,7 @@ fn row_08_a_lowered_limit_refuses_only_what_adds_maps() {
     }
 }
 
-/// Removal of a part leaves the rest granted: its entries, its dirt, and its bytes in the window.
+/// Row 9: the removal of a part keeps the rest granted: its entries, its dirty marks, and its maps.
 #[test]
 fn row_09_removal_of_a_part() {
     let fixture = Fixture::new(100);
@@ -136,7 +137,11 @@ fn row_09_removal_of_a_part() {
     fixture.log.take();
     fixture.revoke(&[(40, 20)]).unwrap();
     let flushed = fixture.flushed();
-    assert_eq!(flushed, (40..60).map(|page| (page, 1)).collect::<Vec<_>>(), "a last flush");
+    assert_eq!(
+        flushed,
+        (40..60).map(|page| (page, 1)).collect::<Vec<_>>(),
+        "the removed pages were not flushed"
+    );
     assert_eq!(fixture.dirty(), (0..40).chain(60..100).collect::<Vec<_>>());
     let maps: Vec<_> = fixture
         .mapper
@@ -147,7 +152,8 @@ fn row_09_removal_of_a_part() {
     assert_eq!(maps, [(0, 40, 0), (60, 40, 60)]);
 }
 
-/// Removal of ranges of several files at once, in any order, holes among them.
+/// Row 9: one list removes ranges of several files, in any order, with pages without a grant in
+/// between.
 #[test]
 fn row_09_removal_of_ranges_of_several_files() {
     let fixture = Fixture::new(PMD_PAGES);
@@ -159,7 +165,7 @@ fn row_09_removal_of_ranges_of_several_files() {
     assert_eq!(third.entries().len(), 0);
     assert_eq!((fixture.entries().len(), second.entries().len()), (4, 5));
     assert_eq!(fixture.engine.sizes(), (2, 2));
-    // In the middle of a list the front-end refuses: what is in front of it has gone.
+    // The front-end refuses in the middle of a list: the ranges before it are removed.
     *lock(&fixture.mapper.refuse_in) = Some(2);
     assert!(fixture.revoke(&[(1, 2), (3, 1), (15, 5)]).is_err());
     assert_eq!((fixture.entries().len(), second.entries().len()), (2, 5));
@@ -170,7 +176,8 @@ fn row_09_removal_of_ranges_of_several_files() {
     );
 }
 
-/// A virtio reset: the front-end has dropped all maps by itself; all is granted anew afterwards.
+/// Row 9: at a virtio reset the front-end drops all maps by itself; afterwards all can be granted
+/// anew.
 #[test]
 fn row_09_a_reset_forgets_all_and_flushes_a_last_time() {
     let fixture = Fixture::new(PMD_PAGES);

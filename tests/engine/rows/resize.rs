@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Rows 5 and 12: the file changes under live grants.
+//! Rows 5, 12 and 14: the file's length changes, and ranges are zeroed, under live grants.
 
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -17,8 +17,9 @@ fn resize(fixture: &Fixture, bytes: u64) -> Resized {
 
 const SHOWN: Resized = Resized { tail_hidden: false };
 
-/// Row 5: the window lets go of what will be behind the end before the file shrinks; entries there
-/// are gone; and what is left of a split chunk is there, and dirty under its write grant.
+/// Row 5: before the file shrinks, the window stops showing the pages beyond the new end, and their
+/// entries are removed. The remaining pages of a split chunk have entries, dirty under a write
+/// grant.
 #[test]
 fn row_05_truncation_under_a_live_grant() {
     let fixture = Fixture::new(2 * PMD_PAGES);
@@ -35,7 +36,7 @@ fn row_05_truncation_under_a_live_grant() {
     assert_eq!(fixture.dirty(), left.iter().map(|(page, _)| *page).collect::<Vec<_>>());
     fixture.sync().unwrap();
     assert_eq!(fixture.flushed().len(), 4);
-    // To nothing, and the guest has not removed its grant.
+    // The file shrinks to 0 bytes while the guest keeps its grant.
     assert_eq!(resize(&fixture, 0), SHOWN);
     assert_eq!(
         (fixture.entries(), fixture.mapper.maps().len(), fixture.engine.sizes().0),
@@ -45,8 +46,8 @@ fn row_05_truncation_under_a_live_grant() {
     assert_eq!(fixture.engine.sizes(), (0, 0));
 }
 
-/// Row 5: what a dirty chunk holds in front of the cut is flushed before its entry goes; behind it
-/// there is no memory any more.
+/// Row 5: the part of a dirty chunk before the new end is flushed before its entry is removed; the
+/// part beyond it no longer exists.
 #[test]
 fn row_05_truncation_writes_back_what_a_cut_chunk_keeps() {
     let fixture = Fixture::new(PMD_PAGES);
@@ -55,11 +56,11 @@ fn row_05_truncation_writes_back_what_a_cut_chunk_keeps() {
     resize(&fixture, 7 * PAGE_BYTES);
     assert_eq!(fixture.flushed(), [(0, 7)]);
     fixture.engine.punch(&fixture.space, 3 * PAGE_BYTES, PAGE_BYTES).unwrap();
-    assert_eq!(fixture.flushed(), [], "a PTE has no rest");
+    assert_eq!(fixture.flushed(), [], "the punch of a whole PTE entry flushed something");
 }
 
-/// Row 14: a live grant shows what the file has grown by, without a moment in which what was there
-/// is away.
+/// Row 14: a live grant shows the pages by which the file has grown, and never stops showing the
+/// old ones.
 #[test]
 fn row_14_growth_under_a_live_grant() {
     for access in [Access::Read, Access::Write] {
@@ -72,13 +73,17 @@ fn row_14_growth_under_a_live_grant() {
         assert_eq!(fixture.dirty().len(), if access == Access::Write { 10 } else { 0 });
         assert_eq!(fixture.source.allocated().len(), fixture.dirty().len());
         assert_eq!(resize(&fixture, 2 * PMD_PAGES * PAGE_BYTES), SHOWN);
-        assert_eq!(fixture.messages(), [map(10, 10, PMD_PAGES - 10)], "as far as the grant goes");
+        assert_eq!(
+            fixture.messages(),
+            [map(10, 10, PMD_PAGES - 10)],
+            "the new map does not end where the grant ends"
+        );
         fixture.revoke(&[(0, PMD_PAGES)]).unwrap();
         assert_eq!((fixture.entries(), fixture.mapper.maps().len()), (vec![], 0));
     }
 }
 
-/// Row 14: growth by other hands shows, too; so does shrinking by them.
+/// Row 14: the window follows growth and shrinking by another process, too.
 #[test]
 fn row_14_resized_by_other_hands() {
     let fixture = Fixture::new(3);
@@ -91,10 +96,10 @@ fn row_14_resized_by_other_hands() {
     }
 }
 
-/// Row 14: a last page that is not whole, where the front-end can't map it, is told of; it shows
-/// again as soon as it is whole.
+/// Row 14: an incomplete last page that the front-end can't map is reported; the window shows the
+/// page as soon as it is complete.
 #[test]
-fn row_14_a_tail_that_cannot_be_mapped_is_told_of() {
+fn row_14_a_tail_that_cannot_be_mapped_is_reported() {
     let fixture = Fixture::new(4);
     fixture.grant(0, 0, 8, Access::Read).unwrap();
     fixture.log.take();
@@ -106,7 +111,7 @@ fn row_14_a_tail_that_cannot_be_mapped_is_told_of() {
     assert_eq!(shown, 5);
 }
 
-/// Row 5: a truncation that the file system refuses leaves what is granted shown.
+/// Row 5: if the file system refuses a truncation, the window shows all granted pages again.
 #[test]
 fn row_05_a_refused_truncation_shows_all_again() {
     let fixture = Fixture::new(PMD_PAGES);
@@ -118,8 +123,8 @@ fn row_05_a_refused_truncation_shows_all_again() {
     assert_eq!((shown, (fixture.entries(), fixture.dirty())), (PMD_PAGES, before));
 }
 
-/// Row 12: whole blocks and odd ends alike are the file system's to clear: it is asked for exactly
-/// the bytes, a hole where nobody may write, and zeros that keep their blocks where somebody may.
+/// Row 12: the file system zeroes partial blocks, too: it gets exactly the byte range, as a punch
+/// where no write grant is, and as zeroing that keeps the blocks under a write grant.
 #[test]
 fn row_12_zeroing_at_odd_offsets() {
     let (from, end) = (3 * PAGE_BYTES + 5, 9 * PAGE_BYTES - 7);
@@ -144,14 +149,14 @@ fn row_12_zeroing_at_odd_offsets() {
             Event::Zero { from: stop, bytes: end - stop, keep: false },
         ]
     );
-    // An odd end under the write grant itself.
+    // The range begins inside a page with a write grant.
     fixture.grant(3, 2 * PMD_PAGES, 1, Access::Write).unwrap();
     let next = 4 * PAGE_BYTES;
     assert_eq!(zeroed(&fixture)[0], Event::Zero { from, bytes: next - from, keep: true });
 }
 
-/// Row 12 and 5: after a punch the entries say what the file has: holes under read grants, blocks
-/// under write grants; and nothing behind the end is touched.
+/// Rows 12 and 5: after a punch the entries match the file: holes under read grants, blocks under
+/// write grants. Nothing beyond the end of the file changes.
 #[test]
 fn row_12_entries_follow_a_punch() {
     let fixture = Fixture::new(PMD_PAGES);
@@ -165,7 +170,10 @@ fn row_12_entries_follow_a_punch() {
     assert_eq!((fixture.entries().len() as u64, fixture.dirty()), (PMD_PAGES, vec![]));
     fixture.grant(0, 0, PMD_PAGES, Access::Write).unwrap();
     fixture.engine.punch(&fixture.space, 0, u64::from(u32::MAX)).unwrap();
-    assert!(fixture.entries().iter().all(|(_, entry)| entry.is_real()), "a store must find blocks");
+    assert!(
+        fixture.entries().iter().all(|(_, entry)| entry.is_real()),
+        "a page with a write grant has no block"
+    );
     assert_eq!(fixture.dirty().len(), fixture.entries().len());
     fixture.log.take();
     fixture.engine.punch(&fixture.space, PMD_PAGES * PAGE_BYTES, 100).unwrap();

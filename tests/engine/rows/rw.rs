@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Row 13: READ and WRITE beside the window.
+//! Row 13: READ and WRITE besides the window.
 
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -16,7 +16,7 @@ fn write(fixture: &Fixture, from: u64, data: &[u8]) -> usize {
     fixture.engine.write(&fixture.space, FileOffset(from), data).unwrap()
 }
 
-/// Row 13: a read stops at the end of the file, reads holes as zeros, and makes nothing of them.
+/// Row 13: a read stops at the end of the file, reads holes as zeros, and allocates no block.
 #[test]
 fn row_13_a_read_stops_at_eof_and_reads_holes_as_zeros() {
     let fixture = Fixture::with(3 * PAGE_BYTES + 5, false);
@@ -30,15 +30,15 @@ fn row_13_a_read_stops_at_eof_and_reads_holes_as_zeros() {
     let (file, behind) = to.split_at(3 * PAGE_BYTES as usize + 5);
     assert_eq!(&file[PAGE_BYTES as usize..][..4], b"data");
     assert_eq!(file.iter().filter(|byte| **byte != 0).count(), 4);
-    assert!(behind.iter().all(|byte| *byte == 0xff), "stored behind the end");
+    assert!(behind.iter().all(|byte| *byte == 0xff), "the read stored beyond the end of the file");
     assert_eq!(read(3 * PAGE_BYTES + 4, &mut to), 1);
     assert_eq!(read(3 * PAGE_BYTES + 5, &mut to), 0);
     assert_eq!(read(u64::MAX, &mut to), 0);
     assert_eq!((fixture.log.take(), fixture.source.allocated()), (vec![], allocated));
 }
 
-/// Row 13: a write that gives blocks to a hole makes the window show them: what stood for the hole
-/// is unmapped, and its entries become what is there now.
+/// Row 13: a write to a hole makes the window show the new blocks: the hole is unmapped, and its
+/// entries are replaced.
 #[test]
 fn row_13_a_write_to_a_hole_shows_in_the_window() {
     let fixture = Fixture::new(2 * PMD_PAGES);
@@ -52,18 +52,18 @@ fn row_13_a_write_to_a_hole_shows_in_the_window() {
     for (page, entry) in fixture.entries().into_iter().take(PMD_PAGES as usize) {
         assert_eq!((entry.order(), entry.is_real()), (Order::Pte, (5..=6).contains(&page)));
     }
-    assert!(fixture.dirty().is_empty(), "it is written back, and nobody may store");
-    // A whole chunk stays one entry.
+    assert!(fixture.dirty().is_empty(), "the written pages are dirty");
+    // A whole chunk is one entry.
     write(&fixture, PMD_BYTES, &vec![2; PMD_BYTES as usize]);
     assert_eq!(fixture.entries().last(), Some(&(PMD_PAGES, pmd(PMD_PAGES))));
-    // And what has blocks is left alone.
+    // Entries with blocks remain, and nothing is unmapped.
     fixture.log.take();
     write(&fixture, PMD_BYTES, &[3; 10]);
     assert!(!fixture.log.take().iter().any(|event| matches!(event, Event::UnmapHole { .. })));
 }
 
-/// Row 13: a write to what nobody is granted makes no entry; its lines are written back all the
-/// same, since no entry will ever tell of them.
+/// Row 13: a write to pages without a grant makes no entry. The write itself flushes its lines,
+/// because no entry tracks them.
 #[test]
 fn row_13_a_write_is_written_back_without_entries() {
     let fixture = Fixture::new(8);
@@ -72,13 +72,17 @@ fn row_13_a_write_is_written_back_without_entries() {
     fixture.persist.state().fails.store(true, SeqCst);
     assert!(fixture.engine.write(&fixture.space, FileOffset(0), b"x").is_err());
     fixture.persist.state().fails.store(false, SeqCst);
-    assert!(fixture.sync().is_err(), "final for the file");
+    assert!(fixture.sync().is_err(), "a sync succeeded after a failed write");
     let kernel_tracks = Fixture::with(PAGE_BYTES, true);
     write(&kernel_tracks, 0, b"x");
-    assert_eq!(kernel_tracks.flushed(), [], "the kernel knows");
+    assert_eq!(
+        kernel_tracks.flushed(),
+        [],
+        "a flush of a file whose dirty pages the kernel tracks"
+    );
 }
 
-/// Row 13: a write behind the end makes the file longer, and live grants show what is new.
+/// Row 13: a write beyond the end makes the file longer, and live grants show the new pages.
 #[test]
 fn row_13_a_write_that_makes_the_file_longer() {
     let fixture = Fixture::new(2);
@@ -97,7 +101,7 @@ fn row_13_a_write_that_makes_the_file_longer() {
     assert_eq!(too_long.unwrap_err().errno(), Errno::EINVAL);
 }
 
-/// Row 13: a write without a block left to be had is ENOSPC.
+/// Row 13: a write without a free block fails with ENOSPC.
 #[test]
 fn row_13_a_write_on_a_full_disk() {
     let fixture = Fixture::new(8);

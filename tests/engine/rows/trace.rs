@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Row 17: the trace points, recorded.
+//! Row 17: the recorded trace points.
 
 use std::cell::RefCell;
 use std::sync::{Mutex, Once};
@@ -32,12 +32,12 @@ impl Log for Recorder {
     fn flush(&self) {}
 }
 
-/// What this thread traces while `job` runs.
+/// The trace lines of this thread while `job` runs.
 pub fn record(job: impl FnOnce()) -> Vec<String> {
     static ONCE: Once = Once::new();
     static RECORDING: Mutex<usize> = Mutex::new(0);
     ONCE.call_once(|| log::set_logger(&Recorder).unwrap());
-    // Off for the other tests, as far as there is nobody who records.
+    // The log level is global: it is Off for the other tests while no test records.
     let change = |by: isize| {
         let mut recording = lock(&RECORDING);
         *recording = recording.checked_add_signed(by).unwrap();
@@ -60,8 +60,8 @@ fn names(job: impl FnOnce()) -> Vec<String> {
     record(job).into_iter().map(name).collect()
 }
 
-/// Row 17: faults of both orders, with blocks and holes, a first store and a fallback, as the
-/// kernel names them.
+/// Row 17: faults of both orders, with blocks and with holes, a first store and a fallback, with
+/// the kernel's names.
 #[test]
 fn row_17_a_recorded_trace_of_faults() {
     let fixture = Fixture::new(PMD_PAGES + 2);
@@ -105,11 +105,11 @@ fn row_17_a_recorded_trace_of_faults() {
             "dax_insert_mapping 0x7",
             "dax_pte_fault_done 0x7",
         ],
-        "a PTE request on a PMD that has blocks"
+        "a write grant of one page of a PMD entry with blocks"
     );
 }
 
-/// Row 17: a chunk of two extents says so before it falls back.
+/// Row 17: a chunk of two extents is traced as a fallback.
 #[test]
 fn row_17_a_recorded_trace_of_a_fallback() {
     let fixture = Fixture::new(PMD_PAGES);
@@ -121,7 +121,7 @@ fn row_17_a_recorded_trace_of_a_fallback() {
     );
 }
 
-/// Row 17: a writeback, with what it covered.
+/// Row 17: a writeback, with the entries it covers.
 #[test]
 fn row_17_a_recorded_trace_of_a_writeback() {
     let fixture = Fixture::new(PMD_PAGES + 1);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Rows 2 and 4: who waits, who is woken, and that no wake-up is lost.
+//! Rows 2 and 4: which threads wait, which are woken, and that no wake-up is lost.
 
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Barrier};
@@ -14,22 +14,23 @@ use vhost_user_dax::dax::space::Entries;
 use super::entries::{new_entries, no_unmap, put};
 use super::{Fixture, pmd, pte, receive, until};
 
-/// A thread that grabs a PTE, says so, and holds it until the barrier.
+/// Starts a thread that grabs a PTE entry, holds it until the barrier if there is one, and sends
+/// it.
 fn grabber(entries: &Arc<Entries>, page: u64, hold: Option<Arc<Barrier>>) -> Receiver<Entry> {
-    let (said, heard) = channel();
+    let (sender, receiver) = channel();
     let entries = entries.clone();
     thread::spawn(move || {
         let held = entries.grab(PageIndex(page), Order::Pte, &mut |_, _| ()).unwrap();
         if let Some(barrier) = hold {
             barrier.wait();
         }
-        said.send(held.entry()).unwrap();
+        sender.send(held.entry()).unwrap();
     });
-    heard
+    receiver
 }
 
-/// Row 2: threads that wait on different pages of one PMD wait for the same thing: each unlock lets
-/// the next one in, until all have had it.
+/// Row 2: threads that wait on different pages of one PMD entry wait on the same key: each unlock
+/// wakes the next one, until all have held the entry.
 #[test]
 fn row_02_waiters_on_all_pages_of_a_pmd_share_one_key() {
     let (entries, waits) = new_entries();
@@ -51,7 +52,7 @@ fn row_02_waiters_on_all_pages_of_a_pmd_share_one_key() {
     assert_eq!(waits.waiting(), 0);
 }
 
-/// Row 2: an entry of another file, or elsewhere in this one, wakes nobody here.
+/// Row 2: unlocking an entry of another page does not wake the waiter.
 #[test]
 fn row_02_only_the_same_key_is_woken() {
     let (entries, waits) = new_entries();
@@ -62,13 +63,13 @@ fn row_02_only_the_same_key_is_woken() {
         put(&entries, page, Entry::empty(Order::Pte));
         entries.delete(PageIndex(page)).unwrap();
     }
-    assert_eq!((waits.waiting(), waits.joined()), (1, 1), "somebody was woken in vain");
+    assert_eq!((waits.waiting(), waits.joined()), (1, 1), "a waiter was woken needlessly");
     drop(held);
     receive(&waiter);
 }
 
-/// Row 2: a deletion, and a split, wakes all at once: then each holds a PTE of its own, at the same
-/// time.
+/// Row 2: a deletion or a split wakes all waiters; then each holds a PTE entry of its own, at the
+/// same time.
 #[test]
 fn row_02_removal_and_change_of_order_wake_all() {
     for split in [false, true] {
@@ -83,7 +84,7 @@ fn row_02_removal_and_change_of_order_wake_all() {
                 waiter
             })
             .collect();
-        // Not deleted: the first to wake splits it, and that wakes the others.
+        // In the split case the first thread that wakes splits the entry, which wakes the others.
         if split {
             drop(held)
         } else {
@@ -96,27 +97,27 @@ fn row_02_removal_and_change_of_order_wake_all() {
     }
 }
 
-/// Two waiters: one that will not lock, and one behind it that will.
+/// Two waiters: the first one does not lock the entry after its wait, the second one does.
 fn first_does_not_lock(first: impl FnOnce(&Entries) + Send + 'static) {
     let (entries, waits) = new_entries();
     put(&entries, 0, pte(0));
     let held = entries.grab(PageIndex(0), Order::Pte, &mut no_unmap).unwrap();
     held.mark(Mark::Dirty, true);
-    let theirs = entries.clone();
-    let (said, heard) = channel();
+    let of_first = entries.clone();
+    let (sender, receiver) = channel();
     thread::spawn(move || {
-        first(&theirs);
-        said.send(()).unwrap();
+        first(&of_first);
+        sender.send(()).unwrap();
     });
     until(|| waits.waiting() == 1);
     let second = grabber(&entries, 0, None);
     until(|| waits.waiting() == 2);
     drop(held);
-    receive(&heard);
+    receive(&receiver);
     assert_eq!(receive(&second), pte(0));
 }
 
-/// Row 4: a PMD request that finds a PTE after its wait passes the wake-up on.
+/// Row 4: a PMD request that finds a PTE entry after its wait passes the wake-up on.
 #[test]
 fn row_04_a_refused_grab_passes_the_wake_up_on() {
     first_does_not_lock(|entries| {
@@ -124,30 +125,31 @@ fn row_04_a_refused_grab_passes_the_wake_up_on() {
     });
 }
 
-/// Row 4: so does an invalidation that finds the entry dirty.
+/// Row 4: an invalidation that finds the entry dirty passes the wake-up on.
 #[test]
 fn row_04_an_invalidation_in_vain_passes_the_wake_up_on() {
     first_does_not_lock(|entries| assert!(!entries.invalidate_clean(PageIndex(0))));
 }
 
-/// Row 4: so does a flusher that finds its entry flushed by another one.
+/// Row 4: a flusher whose entry was flushed by another one passes the wake-up on.
 #[test]
 fn row_04_a_flusher_that_comes_late_passes_the_wake_up_on() {
     let fixture = Arc::new(Fixture::new(1));
     fixture.grant(0, 0, 1, Access::Write).unwrap();
     let gate = fixture.persist.stop_in_flush();
     let run = |job: fn(&Fixture)| {
-        let (said, heard) = channel();
-        let theirs = fixture.clone();
+        let (sender, receiver) = channel();
+        let shared = fixture.clone();
         thread::spawn(move || {
-            job(&theirs);
-            said.send(()).unwrap();
+            job(&shared);
+            sender.send(()).unwrap();
         });
-        heard
+        receiver
     };
     let first = run(|fixture| fixture.sync().unwrap());
     gate.wait_stopped();
-    // Both tag it anew; one of them flushes it, and the other has nothing left to do.
+    // Both syncs mark the entry ToWrite again; one of them flushes it, and the other finds it
+    // flushed.
     let second = run(|fixture| fixture.sync().unwrap());
     fixture.until_waits(1);
     let third = run(|fixture| fixture.sync().unwrap());
@@ -155,8 +157,8 @@ fn row_04_a_flusher_that_comes_late_passes_the_wake_up_on() {
     let grant = run(|fixture| fixture.grant(0, 1, 1, Access::Write).unwrap());
     fixture.until_waits(3);
     gate.open();
-    for heard in [first, second, third, grant] {
-        receive(&heard);
+    for receiver in [first, second, third, grant] {
+        receive(&receiver);
     }
     assert_eq!(fixture.flushed().len(), 2);
 }

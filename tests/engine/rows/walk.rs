@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Row 11: what a writeback costs, in counted steps.
+//! Row 11: the cost of a writeback, as a number of index steps.
 
 use std::fs::File;
 use std::io;
@@ -19,7 +19,7 @@ use super::entries::{no_unmap, put};
 use super::{ALL, Fixture, MOST_MAPS, pte};
 use testkit::fakes::{Log, StrictMapper, lock};
 
-/// A file of blocks in order, that can be mapped by pages only: as cheap as can be.
+/// A file whose block numbers equal its page numbers and that can't be mapped by PMD entries.
 struct Flat(Arc<File>);
 
 impl ExtentSource for Flat {
@@ -85,7 +85,7 @@ fn grant(engine: &Engine, space: &Arc<Space>, from: u64, pages: u64, access: Acc
     engine.grant(space, FileOffset(from * PAGE_BYTES), span, access).unwrap();
 }
 
-/// Steps of one writeback of `dirty` entries, per entry.
+/// Number of index steps of one writeback of `dirty` dirty entries, per entry.
 fn steps_per_entry(dirty: u64) -> f64 {
     let (engine, space, flushes) = flat(dirty);
     grant(&engine, &space, 0, dirty, Access::Write);
@@ -96,18 +96,19 @@ fn steps_per_entry(dirty: u64) -> f64 {
     (space.entries().steps() - before) as f64 / dirty as f64
 }
 
-/// Row 11: a writeback's steps grow with the dirty entries and no faster: a thousand to a million.
+/// Row 11: the steps of a writeback are linear in the number of dirty entries, from 1,000 to
+/// 1,000,000.
 #[test]
 fn row_11_steps_are_linear_in_the_dirty_entries() {
     let least = steps_per_entry(1_000);
     for dirty in [10_000, 100_000, 1_000_000] {
         let cost = steps_per_entry(dirty);
-        // The tree is two levels taller at the end: 1.5 for that.
+        // The tree is two levels taller for 1,000,000 entries, which the factor 1.5 allows for.
         assert!(cost <= 1.5 * least, "{cost} steps per entry for {dirty}, {least} for 1,000");
     }
 }
 
-/// Row 11: clean entries and a large range cost nothing.
+/// Row 11: clean entries and the size of the range cost almost no steps.
 #[test]
 fn row_11_clean_entries_cost_nothing() {
     let (engine, space, flushes) = flat(100_000);
@@ -117,19 +118,19 @@ fn row_11_clean_entries_cost_nothing() {
         engine.writeback(&space, PageIndex(first), PageIndex(last)).unwrap();
         space.entries().steps() - before
     };
-    assert!(cost(0, u64::MAX) <= 10, "no entry is dirty");
+    assert!(cost(0, u64::MAX) <= 10, "more than 10 steps without a dirty entry");
     for page in [3, 50_000, 99_999] {
         grant(&engine, &space, page, 1, Access::Write);
     }
     let all = cost(0, PageIndex::LAST.0);
     assert!(all <= 3 * 100, "{all} steps for 3 of 100,000 entries");
     assert_eq!(flushes.load(SeqCst), 3);
-    assert!(cost(4, 49_999) <= 20, "none of them is in this range");
+    assert!(cost(4, 49_999) <= 20, "more than 20 steps without a dirty entry in the range");
     assert_eq!(flushes.load(SeqCst), 3);
 }
 
-/// Row 11: a writeback ends while a writer dirties new entries in front of it at every step: it
-/// writes what was dirty when it began, each once.
+/// Row 11: a writeback ends although a writer makes new entries dirty ahead of it all the time: it
+/// writes exactly the entries that were dirty when it began, once each.
 #[test]
 fn row_11_a_writer_that_never_stops() {
     const BEGAN_WITH: u64 = 100;
@@ -151,5 +152,9 @@ fn row_11_a_writer_that_never_stops() {
     *lock(&fixture.persist.state().during) = None;
     let flushed: Vec<_> = fixture.flushed().into_iter().map(|(page, _)| page).collect();
     assert_eq!(flushed, (0..BEGAN_WITH).collect::<Vec<_>>());
-    assert_eq!(fixture.dirty().len() as u64, 2 * BEGAN_WITH, "the new ones are for the next");
+    assert_eq!(
+        fixture.dirty().len() as u64,
+        2 * BEGAN_WITH,
+        "the next writeback must find the flushed and the new entries"
+    );
 }
