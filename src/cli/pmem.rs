@@ -38,10 +38,11 @@ pub struct PmemArgs {
     #[arg(long, value_name = "SIZE")]
     size: Option<PmemSize>,
 
-    /// Create the file without disk blocks, and accept holes in an existing file
+    /// Create the file without disk blocks, and accept holes in an existing file without a warning
     ///
-    /// A store of the guest to a hole takes a block then. If the disk is full, that store is a
-    /// SIGBUS in QEMU, and the VM is lost.
+    /// A store of the guest to a hole takes a block. If the disk is full, that store is a SIGBUS in
+    /// QEMU, and the VM is lost. Without --sparse a new file has no holes, and an existing file with
+    /// holes is served with a warning.
     #[arg(long)]
     sparse: bool,
 
