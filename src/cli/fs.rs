@@ -127,10 +127,11 @@ pub struct FsArgs {
 
     /// What the guest may cache of names, attributes and data: auto, always, never or metadata
     ///
-    /// `auto`: names and attributes for 1 second, data until the next open. `always`: all for 1
-    /// day. `never`: nothing. `metadata`: names and attributes for 1 day, no data. Attributes of
-    /// files that the guest may map are not cached with any policy: a store through the window
-    /// changes times and blocks without a request.
+    /// `auto`: names and attributes for 1 second, data until the next open. `always`: names and
+    /// attributes for 1 day, data for as long as the guest likes. `never`: nothing. `metadata`:
+    /// names and attributes for 1 day, no data. Attributes of files that the guest may map are not
+    /// cached with any policy: a store through the window changes times and blocks without a
+    /// request.
     #[arg(long, value_name = "POLICY", default_value = "auto", value_parser = cache_policy)]
     cache: CachePolicy,
 
