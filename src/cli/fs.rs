@@ -64,16 +64,16 @@ enum Sandbox {
 /// maps the files. Without a window (another front-end, or --window-size 0) the daemon works as
 /// virtiofsd does. Options that virtiofsd has, too, have its names and its meaning.
 #[derive(Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, override_usage = USAGE)]
 pub struct FsArgs {
     #[command(flatten)]
     pub common: Common,
 
-    /// Host directory that is shared
+    /// Host directory that is shared; required
     #[arg(long, value_name = "PATH", required_unless_present = "print_capabilities")]
     shared_dir: Option<PathBuf>,
 
-    /// Name by which the guest mounts the share, 1 to 36 bytes
+    /// Name by which the guest mounts the share, 1 to 36 bytes; required
     #[arg(long, value_name = "NAME", required_unless_present = "print_capabilities")]
     tag: Option<Tag>,
 
@@ -127,10 +127,11 @@ pub struct FsArgs {
 
     /// What the guest may cache of names, attributes and data: auto, always, never or metadata
     ///
-    /// `auto`: names and attributes for 1 second, data until the next open. `always`: all for 1
-    /// day. `never`: nothing. `metadata`: names and attributes for 1 day, no data. Attributes of
-    /// files that the guest may map are not cached with any policy: a store through the window
-    /// changes times and blocks without a request.
+    /// `auto`: names and attributes for 1 second, data until the next open. `always`: names and
+    /// attributes for 1 day, data for as long as the guest likes. `never`: nothing. `metadata`:
+    /// names and attributes for 1 day, no data. Attributes of files that the guest may map are not
+    /// cached with any policy: a store through the window changes times and blocks without a
+    /// request.
     #[arg(long, value_name = "POLICY", default_value = "auto", value_parser = cache_policy)]
     cache: CachePolicy,
 
@@ -165,14 +166,14 @@ pub struct FsArgs {
     #[arg(long, help_heading = "Attributes and owners")]
     xattr: bool,
 
-    /// Extended attributes under other names on the host; brings --xattr with it
+    /// Extended attributes under other names on the host; implies --xattr
     ///
     /// The rules are those of virtiofsd. The rule in the example puts user.virtiofs. before each
     /// name of the guest. The last rule must match all names.
     #[arg(long, value_name = "RULES", value_parser = xattrmap, help_heading = "Attributes and owners")]
     xattrmap: Option<XattrMap>,
 
-    /// POSIX ACLs: never, auto or always; --posix-acl alone is always; brings --xattr with it
+    /// POSIX ACLs: never, auto or always; --posix-acl alone is always; implies --xattr
     ///
     /// `auto`: if the guest's kernel supports them. `always`: a guest whose kernel does not support
     /// them can't mount. ACLs are not translated: --translate-uid and --translate-gid are refused
@@ -181,7 +182,8 @@ pub struct FsArgs {
           default_missing_value = "always", help_heading = "Attributes and owners")]
     posix_acl: NegotiationMode,
 
-    /// Security labels of new files: never, auto or always; alone it is always; brings --xattr
+    /// Security labels of new files: never, auto or always; --security-label alone is always;
+    /// implies --xattr
     ///
     /// `auto`: if the guest's kernel supports them. `always`: a guest whose kernel does not support
     /// them can't mount.
@@ -262,6 +264,9 @@ pub struct FsArgs {
     #[arg(long, value_name = "N")]
     rlimit_nofile: Option<u64>,
 }
+
+const USAGE: &str =
+    "vhost-user-dax fs --socket-path <PATH> --shared-dir <PATH> --tag <NAME> [OPTIONS]";
 
 const EXAMPLES: &str = "\
 Example:

@@ -61,7 +61,7 @@ impl Command {
 /// The options of both devices.
 #[derive(Args)]
 pub struct Common {
-    /// Unix socket on which the daemon waits for the front-end (QEMU)
+    /// Unix socket on which the daemon waits for the front-end (QEMU); required, or --fd
     ///
     /// The daemon replaces a socket file that no process listens on, and refuses one that a process
     /// listens on. The mode of the socket is 0600 regardless of the umask: only the daemon's user

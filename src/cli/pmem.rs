@@ -17,12 +17,12 @@ use super::{Common, OnOff};
 /// `-o dax` lets the guest's programs load and store in the host's page cache directly. An fsync in
 /// the guest returns after an fdatasync of the file on the host.
 #[derive(Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, override_usage = USAGE)]
 pub struct PmemArgs {
     #[command(flatten)]
     pub common: Common,
 
-    /// Host file, or device-DAX node, that is served
+    /// Host file, or device-DAX node, that is served; required
     ///
     /// Its size must be a multiple of 2 MiB. It must be neither the socket nor the socket's lock
     /// file (the path of the socket with .lock behind it). The daemon locks the file: one file
@@ -38,10 +38,11 @@ pub struct PmemArgs {
     #[arg(long, value_name = "SIZE")]
     size: Option<PmemSize>,
 
-    /// Create the file without disk blocks, and accept holes in an existing file
+    /// Create the file without disk blocks, and accept holes in an existing file without a warning
     ///
-    /// A store of the guest to a hole takes a block then. If the disk is full, that store is a
-    /// SIGBUS in QEMU, and the VM is lost.
+    /// A store of the guest to a hole takes a block. If the disk is full, that store is a SIGBUS in
+    /// QEMU, and the VM is lost. Without --sparse a new file has no holes, and an existing file with
+    /// holes is served with a warning.
     #[arg(long)]
     sparse: bool,
 
@@ -53,6 +54,8 @@ pub struct PmemArgs {
     mem_slots: OnOff,
 }
 
+const USAGE: &str = "vhost-user-dax pmem --socket-path <PATH> --file <PATH> [OPTIONS]";
+
 const EXAMPLES: &str = "\
 Example:
   vhost-user-dax pmem --socket-path /run/pmem0.sock --file /srv/pmem0.img --size 1G &
@@ -60,6 +63,7 @@ Example:
     -object memory-backend-memfd,id=mem,size=2G,share=on -numa node,memdev=mem \\
     -chardev socket,id=c0,path=/run/pmem0.sock \\
     -device vhost-user-test-device-pci,chardev=c0,virtio-id=27,num_vqs=1,vq_size=128,config_size=16
+  guest# modprobe -a virtio_pmem nd_pmem
   guest# mkfs.ext4 -b 4096 /dev/pmem0 && mount -o dax /dev/pmem0 /mnt
 
 QEMU must be 11.1 or newer, and Linux in the guest 6.9 or newer.

@@ -248,7 +248,7 @@ fn attributes_of_the_hosts_root() {
         for name in names {
             let arg = Arg::new().u32s(&[1, 0]).name(name).bytes(b"y");
             let set = guest.call(op::SETXATTR, node, &arg, 0).map(drop);
-            // As the README says of --xattr. A file system may have no such attributes.
+            // As docs/operation.md says of --xattr. A file system may have no such attributes.
             let right = match set {
                 Ok(()) => is_set,
                 Err(errno) => !is_set || errno == libc::EOPNOTSUPP,

@@ -251,8 +251,8 @@ fn a_loss_that_a_close_has_seen_is_told_to_who_syncs() {
     assert_eq!(guest.fsync(node, late), Err(libc::EIO), "pages were lost, and nobody was told");
 }
 
-/// README: a sync that failed fails again "until everybody in the guest has closed it". A Linux
-/// guest keeps its ranges when it closes a file.
+/// docs/durability.md: a sync that failed fails again until all processes have closed the file. A
+/// Linux guest keeps its ranges when it closes a file.
 #[test]
 fn a_failed_sync_ends_with_the_last_close() {
     if !Strace::is_here() {
