@@ -3,15 +3,13 @@
 //! Keeps what a hostile guest can make us log to one line a second.
 
 use std::fmt;
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, Rank, lock};
 
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// One line per second; the others are counted.
-#[derive(Default)]
 pub(crate) struct RateLimit {
     state: Mutex<State>,
 }
@@ -20,6 +18,12 @@ pub(crate) struct RateLimit {
 struct State {
     last: Option<Instant>,
     suppressed: u64,
+}
+
+impl Default for RateLimit {
+    fn default() -> Self {
+        Self { state: Mutex::ranked(Rank::Log, State::default()) }
+    }
 }
 
 /// How many lines were held back before the one that it is put behind: nothing if there were none.
