@@ -16,7 +16,7 @@ use crate::device::chain::parse;
 use crate::device::request::Request;
 use crate::device::{Drained, InlineWork};
 use crate::ring::poll::TURNS;
-use crate::support::lock::MutexGuard;
+use crate::support::lock::{MutexGuard, Rank, assert_free};
 
 /// What became of requests that are served by the thread that took them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -163,10 +163,12 @@ impl Ring {
     /// Hands waiting chains to the device, up to one that leaves something to be done. `arm`: when
     /// there is none left, the driver shall kick for the next one.
     ///
-    /// One thread at a time does so, in the order of the ring. Another thread that comes meanwhile
-    /// (the ring's, the watchdog, or one that has completed a request of a full ring) leaves it at
-    /// that: under the lock, which it holds when it sees `handing_over`, the first one has yet to
-    /// look whether there is a further chain, and whether the ring is full.
+    /// One thread at a time does so, in the order of the ring. A second thread that comes meanwhile
+    /// (the ring's, the watchdog, or one that has completed a request of a full ring) sees
+    /// `handing_over` and takes nothing. No chain is forgotten for that: the first thread takes the
+    /// lock again after the second one has given it up, and then looks for further chains and
+    /// whether the ring is still full. If it has to serve what it took before that, and is held up,
+    /// the watchdog looks in its place.
     fn take<'a>(
         self: &'a Arc<Self>,
         mut state: MutexGuard<'a, State>,
@@ -244,6 +246,7 @@ impl Ring {
         let drained =
             if serves { Drained::ByServer { more: state.more } } else { Drained::ByWatchdog };
         let handing_over = HandOver::begin(self, state);
+        assert_free(Rank::Life);
         let head = chain.head_index();
         let parsed = parse(chain, queue_size);
         let owner = self.clone();

@@ -10,6 +10,8 @@
 
 mod drain;
 mod poll;
+#[cfg(test)]
+mod tests;
 mod vring;
 mod wake;
 mod watchdog;
@@ -26,7 +28,7 @@ use crate::device::memory::Memory;
 use crate::device::request::{Answer, Epoch, PinGuard, RequestOwner};
 use crate::device::{Device, InflightPolicy, RingStart};
 use crate::ring::poll::Poll;
-use crate::support::lock::{Condvar, Mutex, MutexGuard, Rank, lock};
+use crate::support::lock::{Condvar, Mutex, MutexGuard, Rank, assert_free, lock};
 use crate::support::log_limit::RateLimit;
 
 pub use crate::ring::vring::Vring;
@@ -370,6 +372,7 @@ impl Ring {
                 // the stop waits for the pin, so that the memory is this driver's until then.
                 state.pinned += 1;
                 drop(state);
+                assert_free(Rank::Life);
                 let stored = answer.store(&ram);
                 state = self.lock();
                 self.unpinned(&mut state);

@@ -13,7 +13,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync;
 use std::time::Duration;
 
-pub(crate) use order::Held;
+pub(crate) use order::{Held, assert_free};
 
 /// The lock order: a thread that holds one rank takes only later ones. The tables of
 /// ARCHITECTURE.md and of `dax/mod.rs` say what each guards; a test compares them with this list.
@@ -222,6 +222,15 @@ mod order {
         }
     }
 
+    /// Asserts that this thread holds no lock of `rank`, nor of a later one.
+    #[track_caller]
+    pub(crate) fn assert_free(rank: Rank) {
+        let held = HELD.try_with(|held| held.borrow().iter().copied().max());
+        if let Ok(Some(held)) = held {
+            assert!(held < rank || panicking(), "{held:?} is held where {rank:?} must be free");
+        }
+    }
+
     impl Drop for Held {
         fn drop(&mut self) {
             let _ = HELD.try_with(|held| {
@@ -255,6 +264,9 @@ mod order {
             Self(PhantomData)
         }
     }
+
+    #[inline(always)]
+    pub(crate) fn assert_free(_: Rank) {}
 }
 
 #[cfg(all(test, debug_assertions, not(loom)))]
