@@ -20,6 +20,7 @@ use super::space::Entries;
 use super::sync::{Arc, CheckedOut, Checkout, InvalidateLock, Mutex, lock};
 use super::wait::{SpaceId, WaitTable};
 use crate::persist::Persist;
+use crate::support::lock::Rank;
 use crate::window::layout::{Layout, Piece, ShowError};
 use crate::window::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
 
@@ -235,7 +236,7 @@ impl Engine {
             bytes,
             mapper,
             most_maps: AtomicUsize::new(most_maps),
-            window: Checkout::new(Window::default()),
+            window: Checkout::new(Rank::Window, Window::default()),
             waits: Arc::new(WaitTable::default()),
             next_space: AtomicU64::new(0),
             counters: Counters::default(),

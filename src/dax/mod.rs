@@ -25,19 +25,19 @@
 //!
 //! # Lock order
 //! Take them from the top down. Only those above the line may be held over a front-end round trip,
-//! a file-system call or a flush.
+//! a file-system call or a flush. A debug build asserts the order of those with a rank
+//! (`support/lock.rs`); ARCHITECTURE.md has the whole crate's.
 //!
-//! | lock | guards | held over |
-//! |---|---|---|
-//! | times (one per file, in `fs`) | what was seen of a file's times | system calls, all below |
-//! | invalidate lock (one per space) | length and blocks; read by grants, reads, writes and writebacks | all of them |
-//! | checkout of the window (one per engine) | grants and maps | round trips; allocation in a re-fault |
-//! | an entry's lock bit | that entry; more than one only in a writeback's batch, in the file's order | its flush, its `unmap_hole`, its lookup |
-//! | ------ | | |
-//! | index mutex (one per space) | entries, their marks and lock bits | nothing |
-//! | wait bucket | who waits for an entry | nothing |
-//! | coverage (leaf) | how often each page is granted | nothing |
-//! | failed (leaf) | whether a writeback has failed | nothing |
+//! | lock | which | guards | held over |
+//! |---|---|---|---|
+//! | `Rank::Times` | times (one per file, in `fs`) | what was seen of a file's times | system calls, all below |
+//! | `Rank::Invalidate` | invalidate lock (one per space) | length and blocks; read by grants, reads, writes and writebacks | all of them |
+//! | `Rank::Window` | checkout of the window (one per engine) | grants and maps | round trips; allocation in a re-fault |
+//! | no mutex | an entry's lock bit | that entry; more than one only in a writeback's batch, in the file's order | its flush, its `unmap_hole`, its lookup |
+//! | ------ | | | |
+//! | `Rank::Index` | index mutex (one per space) | entries, their marks and lock bits | nothing |
+//! | `Rank::Bucket` | wait bucket | which threads wait for an entry | nothing |
+//! | `Rank::Leaf` | coverage; failed; a waiter's flag | how often each page is granted; whether a writeback has failed; whether the waiter was woken | nothing |
 //!
 //! # From behaviour to test
 //! (Linux's own decisions stand beside the engine's in `tests/oracle`: docs/kernel-oracle.md.)

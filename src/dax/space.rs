@@ -5,8 +5,9 @@
 
 use super::entry::{Entry, Order, PageIndex};
 use super::index::{Index, Mark, Occupied};
-use super::sync::{Arc, Mutex, MutexGuard, lock};
+use super::sync::{Arc, Mutex, MutexGuard, lock, ranked};
 use super::wait::{Key, SpaceId, WaitTable, Wake};
+use crate::support::lock::Rank;
 
 /// The entries of one file.
 pub struct Entries {
@@ -27,7 +28,7 @@ pub struct Held<'a> {
 impl Entries {
     /// No entries yet. `id` must be unique among those who share `waits`.
     pub fn new(id: SpaceId, waits: Arc<WaitTable>) -> Self {
-        Self { id, index: Mutex::new(Index::default()), waits }
+        Self { id, index: ranked(Rank::Index, Index::default()), waits }
     }
 
     /// The index, for a look or a mark. Not to be held over anything slow.

@@ -3,26 +3,70 @@
 //! Step 4 of 6: the locks that the engine is built of; under `--cfg loom` the model checker's.
 
 #[cfg(loom)]
+pub(crate) use self::loom_locks::{lock, ranked, wait, wait_timeout};
+#[cfg(loom)]
 pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 // Not loom's: it can't hold a trait object, and counting references is not what is checked.
 pub(crate) use std::sync::Arc;
-#[cfg(not(loom))]
-pub(crate) use std::sync::{Condvar, Mutex, MutexGuard};
 
-/// Locks, also after a panic elsewhere: what these locks guard is consistent at every step.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
+#[cfg(not(loom))]
+pub(crate) use self::ranked_locks::{ranked, wait, wait_timeout};
+#[cfg(not(loom))]
+pub(crate) use crate::support::lock::{Condvar, Mutex, MutexGuard, lock};
+use crate::support::lock::{Held, Rank};
+
+#[cfg(not(loom))]
+mod ranked_locks {
+    use super::{Condvar, Duration, Mutex, MutexGuard, Rank};
+
+    pub(crate) const fn ranked<T>(rank: Rank, value: T) -> Mutex<T> {
+        Mutex::ranked(rank, value)
+    }
+
+    pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+        condvar.wait(guard)
+    }
+
+    pub(crate) fn wait_timeout<'a, T>(
+        condvar: &Condvar,
+        guard: MutexGuard<'a, T>,
+        most: Duration,
+    ) -> MutexGuard<'a, T> {
+        condvar.wait_timeout(guard, most).0
+    }
 }
 
-/// Waits, also after a panic elsewhere.
-pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
-    condvar.wait(guard).unwrap_or_else(|e| e.into_inner())
+/// The model checker's mutexes have no rank: it tries all orders itself.
+#[cfg(loom)]
+mod loom_locks {
+    use super::{Condvar, Duration, Mutex, MutexGuard, Rank};
+
+    pub(crate) fn ranked<T>(_: Rank, value: T) -> Mutex<T> {
+        Mutex::new(value)
+    }
+
+    pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+        mutex.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+        condvar.wait(guard).unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub(crate) fn wait_timeout<'a, T>(
+        condvar: &Condvar,
+        guard: MutexGuard<'a, T>,
+        most: Duration,
+    ) -> MutexGuard<'a, T> {
+        condvar.wait_timeout(guard, most).unwrap_or_else(|e| e.into_inner()).0
+    }
 }
 
 /// Something that one thread at a time may take away and work on, for as long as it likes: a
 /// front-end round trip is made with it in hand, and no mutex is held meanwhile.
 pub(crate) struct Checkout<T> {
+    rank: Rank,
     place: Mutex<Place<T>>,
     returned: Condvar,
 }
@@ -34,17 +78,19 @@ struct Place<T> {
 }
 
 impl<T> Checkout<T> {
-    pub(crate) fn new(value: T) -> Self {
+    pub(crate) fn new(rank: Rank, value: T) -> Self {
         let place = Mutex::new(Place { value: Some(value), waiting: 0 });
-        Self { place, returned: Condvar::new() }
+        Self { rank, place, returned: Condvar::new() }
     }
 
     /// Waits until it is there, and takes it.
+    #[track_caller]
     pub(crate) fn take(&self) -> CheckedOut<'_, T> {
+        let held = Held::take(self.rank);
         let mut place = lock(&self.place);
         loop {
             if let Some(value) = place.value.take() {
-                return CheckedOut { turn: self, value: Some(value) };
+                return CheckedOut { turn: self, value: Some(value), _held: held };
             }
             place.waiting += 1;
             place = wait(&self.returned, place);
@@ -57,15 +103,16 @@ impl<T> Checkout<T> {
     /// Takes it, if it is there within `most`.
     pub(crate) fn take_within(&self, most: Duration) -> Option<CheckedOut<'_, T>> {
         let until = Instant::now() + most;
+        // A thread that waits for a limited time is part of no deadlock.
+        let held = Held::tried(self.rank);
         let mut place = lock(&self.place);
         loop {
             if let Some(value) = place.value.take() {
-                return Some(CheckedOut { turn: self, value: Some(value) });
+                return Some(CheckedOut { turn: self, value: Some(value), _held: held });
             }
             let left = until.checked_duration_since(Instant::now()).filter(|it| !it.is_zero())?;
             place.waiting += 1;
-            let waited = self.returned.wait_timeout(place, left);
-            place = waited.unwrap_or_else(|e| e.into_inner()).0;
+            place = wait_timeout(&self.returned, place, left);
             place.waiting -= 1;
         }
     }
@@ -75,6 +122,7 @@ impl<T> Checkout<T> {
 pub(crate) struct CheckedOut<'a, T> {
     turn: &'a Checkout<T>,
     value: Option<T>,
+    _held: Held,
 }
 
 impl<T> std::ops::Deref for CheckedOut<'_, T> {
@@ -124,13 +172,15 @@ struct InvalidateState {
 }
 
 impl InvalidateLock {
+    #[track_caller]
     pub(crate) fn read(&self) -> InvalidateGuard<'_> {
+        let held = Held::take(Rank::Invalidate);
         let mut state = lock(&self.state);
         while state.alone || state.waiting_alone > 0 {
             state = self.wait(state);
         }
         state.shared += 1;
-        InvalidateGuard { invalidate_lock: self, alone: false }
+        InvalidateGuard { invalidate_lock: self, alone: false, _held: held }
     }
 
     /// The same, unless somebody is alone or waits to be.
@@ -140,10 +190,13 @@ impl InvalidateLock {
             return None;
         }
         state.shared += 1;
-        Some(InvalidateGuard { invalidate_lock: self, alone: false })
+        let held = Held::tried(Rank::Invalidate);
+        Some(InvalidateGuard { invalidate_lock: self, alone: false, _held: held })
     }
 
+    #[track_caller]
     pub(crate) fn write(&self) -> InvalidateGuard<'_> {
+        let held = Held::take(Rank::Invalidate);
         let mut state = lock(&self.state);
         state.waiting_alone += 1;
         while state.alone || state.shared > 0 {
@@ -151,7 +204,7 @@ impl InvalidateLock {
         }
         state.waiting_alone -= 1;
         state.alone = true;
-        InvalidateGuard { invalidate_lock: self, alone: true }
+        InvalidateGuard { invalidate_lock: self, alone: true, _held: held }
     }
 
     fn wait<'a>(
@@ -169,6 +222,7 @@ impl InvalidateLock {
 pub(crate) struct InvalidateGuard<'a> {
     invalidate_lock: &'a InvalidateLock,
     alone: bool,
+    _held: Held,
 }
 
 impl Drop for InvalidateGuard<'_> {

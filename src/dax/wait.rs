@@ -9,7 +9,8 @@
 use std::sync::atomic::{AtomicU64, Ordering}; // It only counts: not for the model checker.
 
 use super::entry::PageIndex;
-use super::sync::{Arc, Condvar, Mutex, lock, wait};
+use super::sync::{Arc, Condvar, Mutex, lock, ranked, wait};
+use crate::support::lock::Rank;
 
 /// As many as the kernel has.
 #[cfg(not(loom))]
@@ -77,7 +78,7 @@ pub struct WaitTable {
 
 impl Default for WaitTable {
     fn default() -> Self {
-        let buckets = (0..BUCKETS).map(|_| Mutex::new(Vec::new())).collect();
+        let buckets = (0..BUCKETS).map(|_| ranked(Rank::Bucket, Vec::new())).collect();
         Self { buckets, joined: AtomicU64::new(0) }
     }
 }

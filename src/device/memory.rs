@@ -15,7 +15,7 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use log::debug;
 use nix::sys::statfs::fstatfs;
@@ -24,7 +24,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryB
 use vm_memory::{GuestMemoryLoadGuard, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::persist::{Guarded, page_bytes};
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, lock};
 
 /// The guest's memory, as the front-end last described it.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;

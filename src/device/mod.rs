@@ -80,8 +80,9 @@ pub trait Device: Send + Sync + 'static {
     /// The window as a new front-end will show it.
     fn open_window(&self) -> Arc<dyn SessionWindow>;
 
-    /// Takes one request. Must not block: it runs under the ring's lock. What it returns is done at
-    /// once by the thread that drains the ring, without that lock.
+    /// Takes one request. Called without a lock, in the order of the ring, and for one request of a
+    /// ring at a time. Must not block: a stop of the ring waits until it returns. What it returns
+    /// is done at once by the thread that drains the ring, and no stop waits for that.
     ///
     /// With [`InflightPolicy::Resubmit`] requests of one ring must be completed in the order in
     /// which they came.
@@ -98,17 +99,13 @@ pub trait Device: Send + Sync + 'static {
     /// it is called.
     fn report(&self);
 
-    /// The process is about to end: what runs may finish, and nobody is answered after that.
+    /// The process is about to end: what runs may finish, and nobody is answered after that. No
+    /// request waits for a stopped ring any more.
     fn shutdown(&self);
 
     /// Whether [`handle`](Self::handle) ever returns something: then a thread of its own watches
     /// over the rings.
     fn serves_at_once(&self) -> bool {
-        false
-    }
-
-    /// Whether [`shutdown`](Self::shutdown) has begun: who waits for a stopped ring waits in vain.
-    fn is_closing(&self) -> bool {
         false
     }
 }

@@ -174,6 +174,11 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
+    /// Number of bytes that are to be stored.
+    pub(crate) fn bytes(&self) -> usize {
+        self.header.map_or(0, |header| header.len()) + self.body.len()
+    }
+
     /// Stores the reply. Returns what the used ring says of its length.
     pub(crate) fn store(&self, mem: &GuestMemoryMmap) -> u32 {
         let header = self.header.as_ref().map_or(&[][..], |header| header);

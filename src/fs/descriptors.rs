@@ -6,15 +6,15 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 
 use log::warn;
 use nix::errno::Errno;
 use virtiofsd::oslib::{CFileHandle, name_to_handle_at, open_by_handle_at};
 use virtiofsd::passthrough::InodeFileHandlesMode;
 
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, Rank, lock};
 use crate::support::units::PMD_BYTES;
 
 use super::config::FsConfig;
@@ -152,7 +152,7 @@ impl Descriptors {
             dax,
             left: AtomicI64::new(0),
             promised: AtomicI64::new(0),
-            counting: Mutex::default(),
+            counting: Mutex::ranked(Rank::Counting, false),
         }
     }
 

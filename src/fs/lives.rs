@@ -3,10 +3,9 @@
 //! Which driver a request is of, and whether that one has mounted. What is left of an earlier one
 //! must not unmount, nor mount, what a later one has.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, Rank, lock};
 
 /// What one driver has mounted, or is about to: a life ends with a reset of the device, with
 /// DESTROY, and with an INIT that finds something mounted.
@@ -16,12 +15,17 @@ pub(crate) struct Life(u64);
 const MOUNTED: u64 = 1;
 
 /// The device's.
-#[derive(Default)]
 pub(crate) struct Lives {
     /// The current life, times two, and whether it has mounted.
     state: AtomicU64,
-    /// Held while what belongs to the current life is thrown away. A leaf but for files' closing.
+    /// Held while what belongs to the current life is thrown away: files are closed under it.
     turn: Mutex<()>,
+}
+
+impl Default for Lives {
+    fn default() -> Self {
+        Self { state: AtomicU64::new(0), turn: Mutex::ranked(Rank::Lives, ()) }
+    }
 }
 
 impl Lives {

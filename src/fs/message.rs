@@ -241,7 +241,7 @@ pub(crate) struct Message {
 }
 
 impl Message {
-    /// Reads it. Called under the ring's lock, when the ring runs: what is read later might be
+    /// Reads it. Called while the ring is kept from being stopped: what is read later might be
     /// another driver's memory by then; and so `life` is that of the driver which sent it.
     pub(crate) fn read(request: &Request, life: Life) -> Result<Self, Unanswerable> {
         let chain = request.chain().map_err(|_| Unanswerable)?;

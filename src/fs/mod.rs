@@ -382,7 +382,7 @@ impl Device for Fs {
     }
 
     fn handle(&self, request: Request, drained: Drained) -> Option<InlineWork> {
-        if self.is_closing() {
+        if self.closing.load(Ordering::Relaxed) {
             return None; // It stays open, and is never answered.
         }
         match Message::read(&request, self.server.life()) {
@@ -450,10 +450,6 @@ impl Device for Fs {
         if let Some(dax) = &self.dax {
             dax.settle_all(Occasion::Look);
         }
-    }
-
-    fn is_closing(&self) -> bool {
-        self.closing.load(Ordering::Relaxed)
     }
 }
 

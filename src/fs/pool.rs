@@ -2,12 +2,11 @@
 
 //! The threads that requests run in: as many as are needed at once, and no queue waits for a disk.
 
-use crate::support::lock::lock;
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::thread::{Builder, sleep};
 use std::time::Duration;
 
@@ -16,6 +15,7 @@ use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 
 use super::schedule::JobClass;
+use crate::support::lock::{Condvar, Mutex, MutexGuard, lock};
 
 /// An idle thread goes away after this long.
 const IDLE: Duration = Duration::from_secs(10);
@@ -137,7 +137,7 @@ impl Pool {
         let mut state = self.0.lock();
         state.finishing += 1;
         while !state.is_still() {
-            state = self.0.still.wait(state).unwrap_or_else(|e| e.into_inner());
+            state = self.0.still.wait(state);
         }
         state.finishing -= 1;
     }
@@ -227,11 +227,10 @@ fn run(shared: &Shared) {
             break;
         }
         state.idle += 1;
-        let (after, waited) =
-            shared.changed.wait_timeout(state, IDLE).unwrap_or_else(|e| e.into_inner());
-        state = after;
+        let timed_out;
+        (state, timed_out) = shared.changed.wait_timeout(state, IDLE);
         state.idle -= 1;
-        let spare = waited.timed_out() && state.threads > 1;
+        let spare = timed_out && state.threads > 1;
         if spare && state.is_empty() {
             break;
         }
@@ -241,6 +240,7 @@ fn run(shared: &Shared) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
     use std::sync::mpsc::channel;
 
     use super::*;

@@ -5,10 +5,10 @@
 //! opened anew. It is the file that counts, not the guest's number for it, of which it may have
 //! several.
 
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, MutexGuard, Rank, lock};
 use std::collections::{HashMap, HashSet};
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 
@@ -96,7 +96,7 @@ pub(crate) struct WritebackErrors {
 impl WritebackErrors {
     /// With the losses that others find.
     pub(crate) fn new(losses: Losses) -> Self {
-        Self { state: Mutex::default(), losses }
+        Self { state: Mutex::ranked(Rank::Opened, State::default()), losses }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

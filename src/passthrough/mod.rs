@@ -45,7 +45,7 @@ use std::io::{self, PipeWriter};
 use std::ops::Deref;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
 use log::{error, warn};
@@ -55,7 +55,7 @@ use rustix::fs::{AtFlags, FileType, MemfdFlags, Mode, OFlags, StatxAttributes, S
 use thiserror::Error;
 
 use self::server::{Connection, NodeId};
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, Rank, lock};
 
 /// The length that every passthrough file claims to have.
 ///
@@ -144,7 +144,7 @@ impl PassthroughMount {
     /// One clear phrase why this host can't.
     pub fn new() -> Result<Self, Unavailable> {
         let current = Mutex::new(Arc::new(PrivateMount::new()?));
-        Ok(Self { current, renewal: Mutex::default() })
+        Ok(Self { current, renewal: Mutex::ranked(Rank::Renewal, ()) })
     }
 
     /// A read-write descriptor that maps `file`'s own page cache, and whose length (`fstat`,

@@ -8,8 +8,8 @@ use std::fs::File;
 use std::io::{self, PipeReader, Read, Write};
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use log::{debug, warn};
 use nix::errno::Errno;
@@ -18,7 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::Unavailable;
 use super::backing_id::BackingId;
 use super::protocol::{Ask, READ_BUFFER_BYTES, ROOT, Reply, Request};
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, lock};
 
 /// How long the kernel may take for its first word, which it says before the mount exists.
 const HANDSHAKE_MS: u16 = 10_000;

@@ -6,8 +6,8 @@
 //! the sync runs waits for the next one, so each answer rests on a sync that began after the
 //! request was handed in.
 
-use crate::support::lock::lock;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use crate::support::lock::{Condvar, Mutex, MutexGuard, lock};
+use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 use std::{io, mem};
 
@@ -103,7 +103,7 @@ fn run<W: Waiter>(shared: &Shared<W>, mut sync: impl FnMut() -> bool) {
 fn next_batch<W>(shared: &Shared<W>) -> Option<Vec<W>> {
     let mut queue = shared.lock();
     while !queue.stopping && queue.waiting.is_empty() {
-        queue = shared.changed.wait(queue).unwrap_or_else(|e| e.into_inner());
+        queue = shared.changed.wait(queue);
     }
     (!queue.stopping).then(|| mem::take(&mut queue.waiting))
 }

@@ -12,7 +12,7 @@ use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
@@ -22,7 +22,7 @@ use super::backing::page_bytes;
 use super::cacheline::{Instruction, fence};
 use super::sigbus::Guarded;
 use super::{Backing, Persist};
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, lock};
 use crate::support::units::PMD_BYTES;
 
 /// The file, from its first byte on.

@@ -10,23 +10,25 @@
 
 mod drain;
 mod poll;
+#[cfg(test)]
+mod tests;
 mod vring;
 mod wake;
 mod watchdog;
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use log::warn;
 use vhost_user_backend::VringT;
 use virtio_queue::{Error as QueueError, QueueT};
-use vm_memory::GuestMemoryMmap;
 
 use crate::device::memory::Memory;
 use crate::device::request::{Answer, Epoch, PinGuard, RequestOwner};
 use crate::device::{Device, InflightPolicy, RingStart};
 use crate::ring::poll::Poll;
-use crate::support::lock::lock;
+use crate::support::lock::{Condvar, Mutex, MutexGuard, Rank, assert_free, lock};
 use crate::support::log_limit::RateLimit;
 
 pub use crate::ring::vring::Vring;
@@ -49,8 +51,9 @@ const LOOK_EVERY: u16 = 4;
 /// What is said where a ring can't be written.
 const UNRETURNED: &str = "a chain can't be returned";
 
-/// How often one who waits for a stopped ring looks whether the process is about to end.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// The longest reply, in bytes, that is stored under the ring's lock: to give that lock up and take
+/// it again costs more than to copy a short reply.
+const MOST_UNDER_LOCK: usize = 4096;
 
 /// How a ring was started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,8 +81,14 @@ struct State {
     /// order, so these are the last that were taken, and moving the base back by this number hands
     /// exactly them back.
     inflight: u16,
-    /// Those of them that have a hand in the guest's memory.
+    /// Number of threads that read or write the guest's memory for this ring without its lock: for
+    /// a request that is [pinned](crate::device::request::Request::pin), for one that is handed to
+    /// the device, or for a long reply. A stop waits until it is 0.
     pinned: u16,
+    /// A thread takes chains, and has given the lock up to hand one of them to the device.
+    handing_over: bool,
+    /// The process is about to end: no thread waits for a stopped ring.
+    closing: bool,
     /// Completed while the ring was stopped.
     deferred: Vec<Answer>,
     /// The available index at the last stop; the used index was this less the open ones.
@@ -110,8 +119,9 @@ impl State {
 
     /// What was open is void, and the ring stopped.
     fn renew(&mut self, epoch: Epoch) {
-        let Self { waiting, serving, served, poll, .. } = *self;
-        *self = Self { epoch, waiting, serving, served, poll, ..Self::default() };
+        debug_assert_eq!(self.pinned, 0, "guest memory is used beyond a stop");
+        let Self { waiting, serving, served, poll, closing, .. } = *self;
+        *self = Self { epoch, waiting, serving, served, poll, closing, ..Self::default() };
     }
 }
 
@@ -120,9 +130,13 @@ pub struct Ring {
     device: Arc<dyn Device>,
     index: usize,
     mem: Memory,
-    // Lock order: this, then the library's vring lock, then the device's queue.
+    /// The library's vring lock is taken under it. The device is called without both.
     state: Mutex<State>,
-    /// The ring was stopped, has started, or is touched by one less.
+    /// A copy of whether `state.phase` is another one than `Stopped`: see
+    /// [`is_started`](Ring::is_started).
+    started: AtomicBool,
+    /// The ring was stopped, has started, is about to end with the process, or is pinned by one
+    /// thread less.
     changed: Condvar,
     wake: Arc<Wake>,
     /// The library's, from the first start on: a session has the same one at each start.
@@ -142,7 +156,8 @@ impl Ring {
             device,
             index,
             mem,
-            state: Mutex::default(),
+            state: Mutex::ranked(Rank::Ring, State::default()),
+            started: AtomicBool::new(false),
             changed: Condvar::new(),
             wake,
             vring: OnceLock::new(),
@@ -164,6 +179,37 @@ impl Ring {
         lock(&self.state)
     }
 
+    /// Whether [`start`](Ring::start) would find the ring started already. No lock is taken.
+    ///
+    /// The ring's thread and the watchdog ask this before they start the ring; the front-end thread
+    /// changes it, by a stop. An answer may be older than a stop or a start that runs meanwhile:
+    ///
+    /// - False for a ring that another thread has just started: `start()` looks again, under the
+    ///   lock.
+    /// - True for a ring that the front-end thread is about to stop: the ring's thread then drains
+    ///   a ring, and finds under the lock that it is stopped.
+    /// - True for a ring that was stopped, and whose next start has kicked the ring's thread, would
+    ///   lose that kick. That can't be: the front-end thread stores false here before it makes the
+    ///   vring ready again, under the library's vring lock; and the ring's thread has read the kick
+    ///   under that lock before it comes here. The watchdog, which reads no kick, asks again after
+    ///   its next tick.
+    ///
+    /// So that lock orders the two threads; Release and Acquire make the pair clear by itself.
+    pub(crate) fn is_started(&self) -> bool {
+        self.started.load(Ordering::Acquire)
+    }
+
+    fn set_phase(&self, state: &mut State, phase: Phase) {
+        state.phase = phase;
+        self.started.store(phase != Phase::Stopped, Ordering::Release);
+    }
+
+    /// What was open is void, and the ring stopped.
+    fn renew(&self, state: &mut State, epoch: Epoch) {
+        state.renew(epoch);
+        self.set_phase(state, Phase::Stopped);
+    }
+
     /// Takes note that the library may have started `vring`. If it has, and the ring was stopped,
     /// the ring is now held, and the caller must bring up the window and then call
     /// [`release`](Ring::release) with the epoch that this returns.
@@ -182,11 +228,11 @@ impl Ring {
         let goes_on = state.goes_on(from, used);
         if !goes_on {
             let epoch = state.epoch.next();
-            state.renew(epoch);
+            self.renew(&mut state, epoch);
             self.changed.notify_all();
         }
         self.vring.get_or_init(|| vring.clone());
-        state.phase = Phase::AwaitingWindow;
+        self.set_phase(&mut state, Phase::AwaitingWindow);
         state.window_lost = false;
         let start = match (goes_on, from) {
             (false, _) => RingStart::Afresh,
@@ -221,72 +267,131 @@ impl Ring {
     fn run(self: &Arc<Self>, epoch: Epoch, window_lost: bool, serves: bool) {
         let mut state = self.lock();
         if state.phase == Phase::AwaitingWindow && state.epoch == epoch {
-            state.phase = Phase::Running;
+            self.set_phase(&mut state, Phase::Running);
             state.window_lost = window_lost;
             self.changed.notify_all();
+            // A stop by the front-end thread waits until all of them are returned.
+            state.pinned += 1;
             for answer in std::mem::take(&mut state.deferred) {
-                self.give_back(&mut state, answer);
+                state = self.give_back(state, answer);
             }
+            self.unpinned(&mut state);
             if serves {
                 self.drain_locked(state);
             } else {
-                self.hand_out(&mut state);
+                self.hand_out(state);
             }
         }
     }
 
     /// Stops the ring (GET_VRING_BASE). With [`InflightPolicy::Resubmit`] the base that the
     /// front-end will read is moved before the open requests, so that the next start takes them
-    /// again. Never waits for a request, unless that touches the guest's memory.
+    /// again. Waits for no request but for those whose threads use the guest's memory.
     pub fn stop(&self) {
+        drop(self.stopped());
+    }
+
+    fn stopped(&self) -> MutexGuard<'_, State> {
         let mut state = self.lock();
         state.more = false;
         self.signal_used(&mut state);
-        // Whoever touches guest memory may still return its chain; nothing new is taken.
         let hand_back = self.device.inflight_policy() == InflightPolicy::Resubmit;
-        if state.phase == Phase::Running && !hand_back {
-            state.phase = Phase::Stopping;
+        // A thread that has pinned the ring may still return its chain; no thread takes a new one.
+        if state.phase == Phase::Running {
+            self.set_phase(&mut state, Phase::Stopping);
         }
         while state.pinned > 0 {
-            state.waiting += 1;
-            state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
-            state.waiting -= 1;
+            state = self.wait(state);
         }
         let epoch = state.epoch.next();
         let started = self.vring.get().filter(|_| state.phase != Phase::Stopped);
         let Some(vring) = started else {
             if hand_back {
-                state.renew(epoch);
+                self.renew(&mut state, epoch);
             }
-            return;
+            return state;
         };
         let mut vring = vring.get_mut();
         let queue = vring.get_queue_mut();
         if hand_back {
             let base = queue.next_avail().wrapping_sub(state.inflight);
             queue.set_next_avail(base);
-            state.renew(epoch);
+            self.renew(&mut state, epoch);
             state.stopped_at = base;
         } else {
             state.stopped_at = queue.next_avail();
-            state.phase = Phase::Stopped;
+            self.set_phase(&mut state, Phase::Stopped);
         }
+        drop(vring);
+        state
     }
 
     /// The front-end has gone: whatever is open is void.
     pub fn end(&self) {
-        self.stop();
-        let mut state = self.lock();
+        let mut state = self.stopped();
         let epoch = state.epoch.next();
-        state.renew(epoch);
+        self.renew(&mut state, epoch);
         self.changed.notify_all();
     }
 
-    fn give_back(&self, state: &mut State, answer: Answer) {
-        let Some(vring) = self.vring.get() else { return };
+    /// The process is about to end: threads that wait for the ring to go on wait no more.
+    pub(crate) fn close(&self) {
+        self.lock().closing = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until the ring has [changed](Self::changed).
+    fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        state.waiting += 1;
+        state = self.changed.wait(state);
+        state.waiting -= 1;
+        state
+    }
+
+    /// This thread uses the guest's memory no more.
+    fn unpinned(&self, state: &mut State) {
+        state.pinned -= 1;
+        if state.waiting > 0 {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Stores the reply, puts the head into the used ring (unless it has no place there), and tells
+    /// the driver if it is time to. The ring runs, or stops and waits for this thread. A long reply
+    /// is stored without the lock; other threads may return their chains meanwhile.
+    fn give_back<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        answer: Answer,
+    ) -> MutexGuard<'a, State> {
+        let Some(vring) = self.vring.get() else { return state };
+        if let Some(head) = answer.head {
+            let ram = self.mem.ram();
+            let stored = if answer.bytes() > MOST_UNDER_LOCK {
+                // This thread stores without the lock, and the front-end thread stops the ring:
+                // the stop waits for the pin, so that the memory is this driver's until then.
+                state.pinned += 1;
+                drop(state);
+                assert_free(Rank::Life);
+                let stored = answer.store(&ram);
+                state = self.lock();
+                self.unpinned(&mut state);
+                stored
+            } else {
+                answer.store(&ram)
+            };
+            // The reply before the used index: the driver reads it as soon as the index moves.
+            let returned = vring.get_mut().get_queue_mut().add_used(&*ram, head, stored);
+            self.warn_of(UNRETURNED, returned);
+        }
         state.inflight -= 1;
-        self.warn_of(UNRETURNED, return_chain(&self.mem.ram(), vring, &answer));
         state.unsignalled += 1;
+        self.signal_in_time(&mut state);
+        state
+    }
+
+    /// Tells the driver of the chains that went back, unless more of them are about to.
+    fn signal_in_time(&self, state: &mut State) {
         if !state.more || state.unsignalled >= SIGNAL_AT {
             return self.signal_used(state);
         }
@@ -308,8 +413,17 @@ impl Ring {
         if std::mem::take(&mut state.unsignalled) > 0
             && let Some(vring) = self.vring.get()
         {
-            self.warn_of(UNRETURNED, signal(&self.mem.ram(), vring));
+            self.warn_of(UNRETURNED, self.signal(vring));
         }
+    }
+
+    fn signal(&self, vring: &Vring) -> Result<(), QueueError> {
+        let mut guard = vring.get_mut();
+        if guard.get_queue_mut().needs_notification(&*self.mem.ram())? {
+            // A front-end that closed its end of the call is about to stop the ring: not our fault.
+            let _ = guard.signal_used_queue();
+        }
+        Ok(())
     }
 
     fn warn_of<T>(&self, what: &str, result: Result<T, QueueError>) -> Option<T> {
@@ -329,16 +443,8 @@ impl RequestOwner for Ring {
 
     fn pin(self: Arc<Self>, epoch: Epoch, wait: bool) -> Option<PinGuard> {
         let mut state = self.lock();
-        while wait
-            && state.epoch == epoch
-            && state.phase != Phase::Running
-            && !self.device.is_closing()
-        {
-            // The device has no way to wake us.
-            state.waiting += 1;
-            let waited = self.changed.wait_timeout(state, LOOK_AGAIN);
-            state = waited.unwrap_or_else(|e| e.into_inner()).0;
-            state.waiting -= 1;
+        while wait && state.epoch == epoch && state.phase != Phase::Running && !state.closing {
+            state = self.wait(state);
         }
         if state.epoch != epoch || state.phase != Phase::Running {
             return None;
@@ -349,43 +455,21 @@ impl RequestOwner for Ring {
     }
 
     fn unpin(&self) {
-        let mut state = self.lock();
-        state.pinned -= 1;
-        if state.waiting > 0 {
-            self.changed.notify_all();
-        }
+        self.unpinned(&mut self.lock());
     }
 
-    /// Stores the reply, puts the head into the used ring (unless it has no place there), and
-    /// tells the driver if it wants to be told.
     fn complete(self: Arc<Self>, epoch: Epoch, answer: Answer) {
         let mut state = self.lock();
-        if state.epoch == epoch {
-            match state.phase {
-                Phase::Running | Phase::Stopping => self.give_back(&mut state, answer),
-                Phase::AwaitingWindow | Phase::Stopped => state.deferred.push(answer),
-            }
-            if state.ring_full {
-                // Served by others: this may be the end of one that was taken here.
-                self.hand_out(&mut state);
-            }
+        if state.epoch != epoch {
+            return;
+        }
+        match state.phase {
+            Phase::Running | Phase::Stopping => state = self.give_back(state, answer),
+            Phase::AwaitingWindow | Phase::Stopped => state.deferred.push(answer),
+        }
+        if state.ring_full {
+            // Served by others: this may be the end of one that was taken here.
+            self.hand_out(state);
         }
     }
-}
-
-fn return_chain(ram: &GuestMemoryMmap, vring: &Vring, answer: &Answer) -> Result<(), QueueError> {
-    let Some(head) = answer.head else { return Ok(()) };
-    let mut guard = vring.get_mut();
-    // The reply before the used index: the driver reads it as soon as the index moves.
-    let stored = answer.store(ram);
-    guard.get_queue_mut().add_used(ram, head, stored)
-}
-
-fn signal(ram: &GuestMemoryMmap, vring: &Vring) -> Result<(), QueueError> {
-    let mut guard = vring.get_mut();
-    if guard.get_queue_mut().needs_notification(ram)? {
-        // A front-end that closed its end of the call is about to stop the ring: not our fault.
-        let _ = guard.signal_used_queue();
-    }
-    Ok(())
 }

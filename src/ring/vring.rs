@@ -15,7 +15,6 @@
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
-use std::sync::MutexGuard;
 
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
@@ -24,6 +23,7 @@ use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
 use crate::device::memory::GuestMemory;
+use crate::support::lock::{MutexGuard, Rank};
 
 /// Where the index is in a used ring (virtio 1.4 section 2.7.8: struct virtq_used).
 const USED_IDX: u64 = 2;
@@ -68,6 +68,14 @@ impl VringT<GuestMemory> for Vring {
         Ok(Self(VringMutex::new(mem.clone(), max_queue_size)?, mem))
     }
 
+    fn get_ref(&self) -> MutexGuard<'_, VringState<GuestMemory>> {
+        MutexGuard::of(Rank::Vring, || self.0.get_ref())
+    }
+
+    fn get_mut(&self) -> MutexGuard<'_, VringState<GuestMemory>> {
+        MutexGuard::of(Rank::Vring, || self.0.get_mut())
+    }
+
     /// Whether there is something to do: a kick, and an enabled ring.
     fn read_kick(&self) -> io::Result<bool> {
         match self.0.read_kick() {
@@ -82,8 +90,6 @@ impl VringT<GuestMemory> for Vring {
     }
 
     forward! {
-        fn get_ref(&self) -> MutexGuard<'_, VringState<GuestMemory>>;
-        fn get_mut(&self) -> MutexGuard<'_, VringState<GuestMemory>>;
         fn add_used(&self, desc_index: u16, len: u32) -> Result<(), QueueError>;
         fn signal_used_queue(&self) -> io::Result<()>;
         fn enable_notification(&self) -> Result<bool, QueueError>;

@@ -3,10 +3,9 @@
 //! Step 2 of 6: how the rings wake their watchdog. Knows no ring.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
-use crate::support::lock::lock;
+use crate::support::lock::{Condvar, Mutex, lock};
 
 /// Shared by the rings of a session and their watchdog.
 #[derive(Default)]
@@ -56,7 +55,7 @@ impl Wake {
         }
         let mut over = lock(&self.over);
         while self.asleep.load(Ordering::SeqCst) && !*over {
-            over = self.changed.wait(over).unwrap_or_else(|e| e.into_inner());
+            over = self.changed.wait(over);
         }
     }
 }

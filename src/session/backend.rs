@@ -6,7 +6,7 @@ use std::io;
 use std::ops::{Deref, Range};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::thread::Builder;
 
 use log::{debug, error, info};
@@ -28,9 +28,10 @@ use crate::device::memory::{GuestMemory, Memory};
 use crate::device::request::Epoch;
 use crate::device::{Device, RingStart, SessionWindow};
 use crate::ring::{Ring, Started, Vring, Wake, Watchdog};
+use crate::session::closing::Closing;
 use crate::session::lifecycle::Life;
 use crate::session::restart::Restarts;
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, MutexGuard, lock};
 use crate::window::{MapError, ShmemMapper};
 
 /// The largest ring that a front-end may ask for (its vq_size).
@@ -47,7 +48,7 @@ struct Inner {
     /// None where no request is served by the thread that takes it, and after the end.
     watchdog: Mutex<Option<Watchdog>>,
     window: Arc<dyn SessionWindow>,
-    /// No ring was stopped since the last start: messages about the window may be sent (Q1).
+    /// Whether messages about the window may be sent (Q1).
     life: Arc<Life>,
     /// A ring has started afresh since the last stop. Changed in `life`'s steps.
     restarted: AtomicBool,
@@ -70,11 +71,16 @@ struct Due {
 impl Session {
     /// # Errors
     /// The system's: no thread can be started.
-    pub(crate) fn new(device: Arc<dyn Device>, mem: GuestMemory) -> io::Result<Self> {
+    pub(crate) fn new(
+        device: Arc<dyn Device>,
+        mem: GuestMemory,
+        closing: &Closing,
+    ) -> io::Result<Self> {
         let wake = Arc::new(Wake::default());
         let memory = Memory::new(mem);
         let ring = |index| Ring::new(device.clone(), index, memory.clone(), wake.clone());
         let rings: Vec<_> = (0..device.queues()).map(ring).collect();
+        closing.watch(&rings);
         let session = Self(Arc::new(Inner {
             rings,
             memory,
@@ -113,7 +119,9 @@ impl Session {
         self.0.life.stop(|| self.0.window.stopped());
         self.0.window.ended();
         self.0.rings.iter().for_each(|ring| ring.end());
-        drop(lock(&self.0.watchdog).take());
+        // Not under the lock: this waits for the watchdog's thread.
+        let watchdog = lock(&self.0.watchdog).take();
+        drop(watchdog);
         self.0.device.session_ended();
         self.0.device.report();
         self.0.refusal.get().cloned()
@@ -129,11 +137,11 @@ impl Session {
         }
     }
 
-    fn exit_events(&self) -> std::sync::MutexGuard<'_, Vec<RawFd>> {
+    fn exit_events(&self) -> MutexGuard<'_, Vec<RawFd>> {
         lock(&self.0.exit_events)
     }
 
-    fn connection(&self) -> std::sync::MutexGuard<'_, Option<ShutdownHandle>> {
+    fn connection(&self) -> MutexGuard<'_, Option<ShutdownHandle>> {
         lock(&self.0.connection)
     }
 
@@ -167,6 +175,10 @@ impl Session {
     /// Starts the ring, if it can be and is not, and lets its requests out, which `serves` says
     /// whether this thread may serve. False if there was nothing to start.
     fn begin(&self, ring: &Arc<Ring>, vring: &Vring, serves: bool) -> bool {
+        // Nearly each kick is of a ring that runs: it takes no lock that all rings share.
+        if ring.is_started() {
+            return false;
+        }
         let Some(started) = self.start(ring, vring) else { return false };
         let due = Due { ring: ring.clone(), started };
         let mut due = self.0.restarts.settle(due, || self.0.device.restarted());
@@ -182,7 +194,7 @@ impl Session {
     fn go_on(&self, ring: &Arc<Ring>, started: Started, serves: bool) {
         // Stopped again at once: then it must not be told; and bring_up() finds out by itself, and
         // so does a ring that goes on although another one was stopped.
-        if self.0.life.if_started(|| self.0.window.started(started.start)) == Some(true) {
+        if self.0.life.go_on(|| self.0.window.started(started.start)) == Some(true) {
             debug!("ring {} started", ring.index());
             return ring.release(started.epoch, serves);
         }

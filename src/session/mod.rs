@@ -3,6 +3,7 @@
 //! Step 1 of 6: the daemon's life: socket, sessions, signals, and the order in which it stops.
 
 mod backend;
+mod closing;
 pub mod config;
 mod lifecycle;
 pub mod listener;
@@ -25,6 +26,7 @@ use crate::fs::{Fs, FsError, user_namespace};
 use crate::persist::{Durability, FilePersist};
 use crate::pmem::{FoundFile, Pmem, PmemFile, PmemFileError, file_bytes};
 use crate::session::backend::Session;
+use crate::session::closing::Closing;
 use crate::session::config::{ConfigError, FsRunConfig, PmemConfig};
 use crate::session::listener::accept::{Retries, Waiting, room_for_a_session, wait_for_front_end};
 use crate::session::listener::{BoundSocket, SocketError};
@@ -177,19 +179,27 @@ fn run(
     what: &str,
     keep_listening: bool,
 ) -> Result<(), DaemonError> {
-    stop.serving(device.clone());
+    let closing = Closing::default();
+    stop.serving(device.clone(), closing.clone());
     info!("{what}, waiting for a front-end");
-    let ended =
-        if keep_listening { serve_all(&listener, &device) } else { serve_first(listener, &device) };
+    let ended = if keep_listening {
+        serve_all(&listener, &device, &closing)
+    } else {
+        serve_first(listener, &device, &closing)
+    };
     device.shutdown();
     drop(stop);
     Ok(ended?)
 }
 
-fn serve_first(listener: UnixListener, device: &Arc<dyn Device>) -> Result<(), SessionError> {
+fn serve_first(
+    listener: UnixListener,
+    device: &Arc<dyn Device>,
+    closing: &Closing,
+) -> Result<(), SessionError> {
     wait_for_front_end(&listener)?;
     let mut listener = Listener::from(listener);
-    let session = Running::accept(&mut listener, device)?;
+    let session = Running::accept(&mut listener, device, closing)?;
     // A second front-end is turned away, not left waiting.
     drop(listener);
     session.wait()
@@ -197,14 +207,18 @@ fn serve_first(listener: UnixListener, device: &Arc<dyn Device>) -> Result<(), S
 
 /// Serves one front-end after another. What one of them, or a lack of something, brings about ends
 /// no more than its own session.
-fn serve_all(listener: &UnixListener, device: &Arc<dyn Device>) -> Result<(), SessionError> {
+fn serve_all(
+    listener: &UnixListener,
+    device: &Arc<dyn Device>,
+    closing: &Closing,
+) -> Result<(), SessionError> {
     let mut accepting = Listener::from(listener.try_clone()?);
     let retries = Retries::default();
     loop {
         wait_for_front_end(listener)?;
         let session = room_for_a_session(listener, device.queues())
             .map_err(SessionError::from)
-            .and_then(|()| Running::accept(&mut accepting, device));
+            .and_then(|()| Running::accept(&mut accepting, device, closing));
         let session = match session {
             Ok(session) => session,
             Err(e) => {
@@ -226,7 +240,7 @@ fn serve_all(listener: &UnixListener, device: &Arc<dyn Device>) -> Result<(), Se
 /// # Errors
 /// See [`SessionError`]; a front-end that just goes is no error.
 pub fn serve_one(listener: &mut Listener, device: &Arc<dyn Device>) -> Result<(), SessionError> {
-    Running::accept(listener, device)?.wait()
+    Running::accept(listener, device, &Closing::default())?.wait()
 }
 
 /// One session that has its front-end.
@@ -236,9 +250,13 @@ struct Running {
 }
 
 impl Running {
-    fn accept(listener: &mut Listener, device: &Arc<dyn Device>) -> Result<Self, SessionError> {
+    fn accept(
+        listener: &mut Listener,
+        device: &Arc<dyn Device>,
+        closing: &Closing,
+    ) -> Result<Self, SessionError> {
         let mem = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let session = Session::new(device.clone(), mem.clone())?;
+        let session = Session::new(device.clone(), mem.clone(), closing)?;
         let made = VhostUserDaemon::new("front-end".into(), session.clone(), mem);
         let mut daemon = made.inspect_err(|_| session.close_exit_events())?;
         if let Err(e) = daemon.start(listener) {

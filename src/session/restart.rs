@@ -5,9 +5,7 @@
 //! To forget may take a disk's time, so it is done under no lock, and nobody waits for it: who
 //! comes meanwhile is let go on by the one who does it.
 
-use std::sync::Mutex;
-
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, Rank, lock};
 
 struct State<T> {
     /// Number of drivers that have begun anew.
@@ -25,7 +23,8 @@ pub(crate) struct Restarts<T>(Mutex<State<T>>);
 
 impl<T> Default for Restarts<T> {
     fn default() -> Self {
-        Self(Mutex::new(State { begun: 0, done: 0, running: false, held: Vec::new() }))
+        let state = State { begun: 0, done: 0, running: false, held: Vec::new() };
+        Self(Mutex::ranked(Rank::Restarts, state))
     }
 }
 

@@ -10,7 +10,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::process;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::{self, Builder};
 
 use log::info;
@@ -18,8 +18,9 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::device::Device;
+use crate::session::closing::Closing;
 use crate::session::listener::BoundSocket;
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, lock};
 
 /// Signals that a thread waits for.
 #[derive(Debug)]
@@ -66,7 +67,7 @@ enum Phase {
     /// The main thread makes something that has to go if it is not finished: it looks at `asked`.
     Making,
     /// The device has its guest, or waits for one.
-    Serving(Arc<dyn Device>),
+    Serving(Arc<dyn Device>, Closing),
 }
 
 struct State {
@@ -126,9 +127,9 @@ impl Stop {
         lock(&self.0.state).asked
     }
 
-    /// From here on a signal ends the device in order.
-    pub(crate) fn serving(&self, device: Arc<dyn Device>) {
-        self.enter(Phase::Serving(device));
+    /// From here on a signal ends the device in order, and the sessions learn of it by `closing`.
+    pub(crate) fn serving(&self, device: Arc<dyn Device>, closing: Closing) {
+        self.enter(Phase::Serving(device, closing));
     }
 
     fn enter(&self, phase: Phase) {
@@ -151,18 +152,20 @@ impl Inner {
     fn end(&self, signal: Signal) {
         let mut state = lock(&self.state);
         state.asked = true;
-        let device = match &state.phase {
+        let served = match &state.phase {
             Phase::Starting => None,
             Phase::Making => {
                 // The main thread takes this lock to look at `asked`: no line is written under it.
                 drop(state);
                 return info!("{signal}: taking back what is unfinished");
             }
-            Phase::Serving(device) => Some(device.clone()),
+            Phase::Serving(device, closing) => Some((device.clone(), closing.clone())),
         };
         drop(state);
-        if let Some(device) = device {
+        if let Some((device, closing)) = served {
             info!("{signal}: finishing what runs");
+            // First: the device waits for its requests, and some of them may wait for a ring.
+            closing.close();
             device.shutdown();
             device.report();
         }

@@ -1,11 +1,322 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Beside all steps: how every mutex of ours is locked. (The engine's, which the model checker also
-//! has to see, are in `dax/sync.rs`.)
+//! Beside all steps: the mutexes of this crate, and the order in which a thread takes them.
+//!
+//! Each mutex has a [`Rank`]. A debug build asserts at each lock that the thread holds only locks
+//! of lower ranks, so that a test that runs both sides of a deadlock one after the other finds the
+//! deadlock. A release build holds no rank and checks nothing.
+//!
+//! The condition variable of a mutex is a [`Condvar`] of this module: a thread that waits keeps its
+//! rank, and does nothing else meanwhile.
 
-use std::sync::{Mutex, MutexGuard};
+use std::ops::{Deref, DerefMut};
+use std::sync;
+use std::time::Duration;
+
+pub(crate) use order::{Held, assert_free};
+
+/// The lock order: a thread that holds one rank takes only later ones. The tables of
+/// ARCHITECTURE.md and of `dax/mod.rs` say what each guards; a test compares them with this list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Rank {
+    /// `fs/lives.rs`: the turn of the thread that throws a driver's mount away.
+    Lives,
+    /// `fs/dax/times.rs`: what was seen of one file's times.
+    Times,
+    /// `dax/sync.rs`: the invalidate lock of one space.
+    Invalidate,
+    /// `dax/engine.rs`: the checkout of the window.
+    Window,
+    /// `fs/descriptors.rs`: the turn of the thread that counts descriptors.
+    Counting,
+    /// `fs/dax/nodes.rs`: which files have an address space.
+    Nodes,
+    /// `passthrough/mod.rs`: the turn of the thread that renews the private mount.
+    Renewal,
+    /// `window/channel/committed.rs`: the turn of the thread whose request is at the front-end.
+    Channel,
+    /// `session/lifecycle.rs`: the start and the stop of the device.
+    Life,
+    /// `session/restart.rs`: which drivers the device has forgotten.
+    Restarts,
+    /// `ring/mod.rs`: the state of one ring.
+    Ring,
+    /// The library's vring: the indices of one queue.
+    Vring,
+    /// `dax/space.rs`: the entries of one space.
+    Index,
+    /// `dax/wait.rs`: one bucket of threads that wait for an entry.
+    Bucket,
+    /// `fs/sync_errors.rs`: the guest's open files.
+    Opened,
+    /// All other mutexes: no other of this crate is taken under them, but to log.
+    Leaf,
+    /// `support/log_limit.rs` and `support/stderr.rs`: a thread may log under any lock.
+    Log,
+}
+
+impl Rank {
+    /// Whether one thread may hold several locks of this rank: those of several files.
+    #[cfg(all(debug_assertions, not(loom)))]
+    const fn repeats(self) -> bool {
+        matches!(self, Self::Times | Self::Invalidate)
+    }
+}
+
+/// A mutex with a rank.
+#[derive(Debug)]
+pub(crate) struct Mutex<T> {
+    #[cfg(all(debug_assertions, not(loom)))]
+    rank: Rank,
+    mutex: sync::Mutex<T>,
+}
+
+impl<T> Mutex<T> {
+    /// A leaf.
+    pub(crate) const fn new(value: T) -> Self {
+        Self::ranked(Rank::Leaf, value)
+    }
+
+    /// A mutex of `rank`.
+    #[cfg_attr(not(all(debug_assertions, not(loom))), allow(unused_variables))]
+    pub(crate) const fn ranked(rank: Rank, value: T) -> Self {
+        Self {
+            #[cfg(all(debug_assertions, not(loom)))]
+            rank,
+            mutex: sync::Mutex::new(value),
+        }
+    }
+
+    #[cfg(all(debug_assertions, not(loom)))]
+    const fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    #[cfg(not(all(debug_assertions, not(loom))))]
+    #[allow(clippy::unused_self)]
+    const fn rank(&self) -> Rank {
+        Rank::Leaf
+    }
+}
+
+impl<T: Default> Default for Mutex<T> {
+    fn default() -> Self {
+        Self::new(T::default())
+    }
+}
+
+/// A locked [`Mutex`], or a locked mutex of a library.
+pub struct MutexGuard<'a, T> {
+    guard: sync::MutexGuard<'a, T>,
+    held: Held,
+}
+
+impl<'a, T> MutexGuard<'a, T> {
+    /// The mutex of a library, which `take` locks.
+    #[track_caller]
+    pub(crate) fn of(rank: Rank, take: impl FnOnce() -> sync::MutexGuard<'a, T>) -> Self {
+        let held = Held::take(rank);
+        Self { guard: take(), held }
+    }
+}
+
+impl<T> Deref for MutexGuard<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.guard
+    }
+}
+
+impl<T> DerefMut for MutexGuard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.guard
+    }
+}
 
 /// Locks, also after a panic elsewhere: what our mutexes guard is consistent at every step.
+#[track_caller]
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
+    MutexGuard::of(mutex.rank(), || mutex.mutex.lock().unwrap_or_else(|e| e.into_inner()))
+}
+
+/// The same without waiting: none if another thread has locked it.
+pub(crate) fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    let guard = match mutex.mutex.try_lock() {
+        Ok(guard) => guard,
+        Err(sync::TryLockError::Poisoned(e)) => e.into_inner(),
+        Err(sync::TryLockError::WouldBlock) => return None,
+    };
+    Some(MutexGuard { guard, held: Held::tried(mutex.rank()) })
+}
+
+/// The standard library's, for a [`MutexGuard`].
+#[derive(Debug, Default)]
+pub(crate) struct Condvar(sync::Condvar);
+
+impl Condvar {
+    pub(crate) const fn new() -> Self {
+        Self(sync::Condvar::new())
+    }
+
+    pub(crate) fn notify_one(&self) {
+        self.0.notify_one();
+    }
+
+    pub(crate) fn notify_all(&self) {
+        self.0.notify_all();
+    }
+
+    pub(crate) fn wait<'a, T>(&self, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+        let MutexGuard { guard, held } = guard;
+        MutexGuard { guard: self.0.wait(guard).unwrap_or_else(|e| e.into_inner()), held }
+    }
+
+    /// Waits for at most `most`. Also returns whether that time is over.
+    pub(crate) fn wait_timeout<'a, T>(
+        &self,
+        guard: MutexGuard<'a, T>,
+        most: Duration,
+    ) -> (MutexGuard<'a, T>, bool) {
+        let MutexGuard { guard, held } = guard;
+        let waited = self.0.wait_timeout(guard, most).unwrap_or_else(|e| e.into_inner());
+        (MutexGuard { guard: waited.0, held }, waited.1.timed_out())
+    }
+}
+
+/// Loom runs all its threads in one: what is held by a thread is not known there.
+#[cfg(all(debug_assertions, not(loom)))]
+mod order {
+    use std::cell::RefCell;
+    use std::marker::PhantomData;
+    use std::thread::panicking;
+
+    use super::Rank;
+
+    thread_local! {
+        static HELD: RefCell<Vec<Rank>> = const { RefCell::new(Vec::new()) };
+    }
+
+    /// One lock that this thread holds.
+    #[derive(Debug)]
+    pub(crate) struct Held(Rank, PhantomData<*const ()>);
+
+    impl Held {
+        /// The thread is about to take a lock of `rank`, and may wait for it.
+        #[track_caller]
+        pub(crate) fn take(rank: Rank) -> Self {
+            let follows = |held: Rank| held < rank || held == rank && rank.repeats();
+            let held = HELD.try_with(|held| held.borrow().iter().copied().max());
+            if let Ok(Some(held)) = held {
+                // A second panic would end the process, and the first one's line with it.
+                assert!(follows(held) || panicking(), "lock order: {rank:?} taken under {held:?}");
+            }
+            Self::tried(rank)
+        }
+
+        /// The thread has taken a lock of `rank` that it did not wait for.
+        pub(crate) fn tried(rank: Rank) -> Self {
+            // An error: the thread is about to end.
+            let _ = HELD.try_with(|held| held.borrow_mut().push(rank));
+            Self(rank, PhantomData)
+        }
+    }
+
+    /// Asserts that this thread holds no lock of `rank`, nor of a later one.
+    #[track_caller]
+    pub(crate) fn assert_free(rank: Rank) {
+        let held = HELD.try_with(|held| held.borrow().iter().copied().max());
+        if let Ok(Some(held)) = held {
+            assert!(held < rank || panicking(), "{held:?} is held where {rank:?} must be free");
+        }
+    }
+
+    impl Drop for Held {
+        fn drop(&mut self) {
+            let _ = HELD.try_with(|held| {
+                let mut held = held.borrow_mut();
+                if let Some(last) = held.iter().rposition(|rank| *rank == self.0) {
+                    held.swap_remove(last);
+                }
+            });
+        }
+    }
+}
+
+#[cfg(not(all(debug_assertions, not(loom))))]
+mod order {
+    use std::marker::PhantomData;
+
+    use super::Rank;
+
+    /// One lock that this thread holds.
+    #[derive(Debug)]
+    pub(crate) struct Held(PhantomData<*const ()>);
+
+    impl Held {
+        #[inline(always)]
+        pub(crate) fn take(rank: Rank) -> Self {
+            Self::tried(rank)
+        }
+
+        #[inline(always)]
+        pub(crate) fn tried(_: Rank) -> Self {
+            Self(PhantomData)
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn assert_free(_: Rank) {}
+}
+
+#[cfg(all(test, debug_assertions, not(loom)))]
+mod tests {
+    use std::panic::catch_unwind;
+
+    use super::*;
+
+    /// Shows: a lock that is taken against the order is a panic, also where nobody waits for it;
+    /// and a lock that was given back counts no more.
+    #[test]
+    fn the_order_is_checked() {
+        let (ring, leaf) = (Mutex::ranked(Rank::Ring, ()), Mutex::new(()));
+        {
+            let _ring = lock(&ring);
+            let _leaf = lock(&leaf);
+        }
+        drop(lock(&leaf));
+        drop(lock(&ring));
+        let against = catch_unwind(|| {
+            let _leaf = lock(&leaf);
+            let _ring = lock(&ring);
+        });
+        assert!(against.is_err());
+        assert!(catch_unwind(|| drop((lock(&leaf), lock(&Mutex::new(()))))).is_err());
+        drop(lock(&ring));
+    }
+
+    /// The ranks that the first column of a table's rows names.
+    fn ranks(page: &str) -> Vec<String> {
+        let name = |line: &str| {
+            let line = line.trim_start_matches("//!").trim();
+            Some(line.strip_prefix("| `Rank::")?.split_once('`')?.0.to_owned())
+        };
+        page.lines().filter_map(name).collect()
+    }
+
+    /// Shows: the tables of the lock order list what is checked, in the same order.
+    #[test]
+    fn the_tables_are_what_is_checked() {
+        use Rank::*;
+        let all = [
+            Lives, Times, Invalidate, Window, Counting, Nodes, Renewal, Channel, Life, Restarts,
+            Ring, Vring, Index, Bucket, Opened, Leaf, Log,
+        ];
+        assert!(all.is_sorted());
+        assert_eq!(all.len(), Log as usize + 1);
+        let names: Vec<_> = all.iter().map(|rank| format!("{rank:?}")).collect();
+        assert_eq!(ranks(include_str!("../../ARCHITECTURE.md")), names);
+        let engine = ranks(include_str!("../dax/mod.rs"));
+        assert_eq!(engine, ["Times", "Invalidate", "Window", "Index", "Bucket", "Leaf"]);
+    }
 }

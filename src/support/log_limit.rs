@@ -3,15 +3,13 @@
 //! Limits a log statement that a guest can trigger to one line per second.
 
 use std::fmt;
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, Rank, lock};
 
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Allows one line per second and counts the lines held back.
-#[derive(Default)]
 pub(crate) struct RateLimit {
     state: Mutex<State>,
 }
@@ -20,6 +18,12 @@ pub(crate) struct RateLimit {
 struct State {
     last: Option<Instant>,
     suppressed: u64,
+}
+
+impl Default for RateLimit {
+    fn default() -> Self {
+        Self { state: Mutex::ranked(Rank::Log, State::default()) }
+    }
 }
 
 /// Number of lines held back since the last line; displayed as the end of a line, empty for 0.

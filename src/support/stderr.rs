@@ -11,14 +11,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Write};
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::OnceLock;
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use env_logger::Logger;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
-use crate::support::lock::lock;
+use crate::support::lock::{Condvar, Mutex, MutexGuard, Rank, lock};
 use crate::support::log_limit::HeldBack;
 
 /// Number of lines that one log statement may log at once.
@@ -172,11 +172,10 @@ impl Stderr {
             }
             self.changed.notify_all();
             if state.holds_back() {
-                let waited = self.changed.wait_timeout(state, REFILL);
-                state = waited.unwrap_or_else(|e| e.into_inner()).0;
+                (state, _) = self.changed.wait_timeout(state, REFILL);
                 state.settle(Instant::now(), false);
             } else {
-                state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+                state = self.changed.wait(state);
             }
         }
     }
@@ -223,8 +222,11 @@ impl Log for Stderr {
             return;
         }
         self.changed.notify_all();
-        let left = |state: &mut State| state.busy || state.lost > 0 || !state.waiting.is_empty();
-        drop(self.changed.wait_timeout_while(state, LAST_WAIT, left));
+        let until = Instant::now() + LAST_WAIT;
+        while state.busy || state.lost > 0 || !state.waiting.is_empty() {
+            let Some(left) = until.checked_duration_since(Instant::now()) else { return };
+            (state, _) = self.changed.wait_timeout(state, left);
+        }
     }
 }
 
@@ -242,8 +244,11 @@ pub fn init(level: LevelFilter) {
     }
     let filter = builder.build();
     let most = filter.filter();
-    let stderr =
-        STDERR.get_or_init(|| Stderr { filter, state: Mutex::default(), changed: Condvar::new() });
+    let stderr = STDERR.get_or_init(|| Stderr {
+        filter,
+        state: Mutex::ranked(Rank::Log, State::default()),
+        changed: Condvar::new(),
+    });
     if log::set_logger(stderr).is_ok() {
         log::set_max_level(most);
     }

@@ -3,10 +3,10 @@
 //! The front-end of the current session, for a device that outlives its sessions.
 
 use std::fs::File;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use super::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, lock};
 
 /// A mapper that hands on to the front-end there is. While there is none, what is mapped is only
 /// noted by the caller, to be sent to the next one.

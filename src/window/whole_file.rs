@@ -4,14 +4,14 @@
 
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use log::{debug, warn};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use super::locate::{MapLocator, Outcome, WindowMap};
 use super::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset, inode_of};
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, lock};
 
 /// A mapper that can find out what its acks are worth.
 pub(crate) trait Channel: Mapper {

@@ -11,8 +11,8 @@ mod window;
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 
 use log::warn;
 use nix::errno::Errno;
@@ -24,7 +24,7 @@ use crate::dax::written::Bytes;
 use crate::device::SessionWindow;
 use crate::persist::{Direct, PersistMode};
 use crate::support::counter::Counter;
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, lock};
 use crate::support::units::{PAGE_BYTES, PMD_BYTES, PageIndex};
 use crate::window::layout::ShowError;
 use crate::window::{FileOffset, FrontEnd, WindowBytes, WindowOffset};

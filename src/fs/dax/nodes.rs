@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use log::warn;
@@ -14,7 +14,7 @@ use crate::dax::direct::DirectExtents;
 use crate::dax::engine::{Engine, Space};
 use crate::dax::extent::{ExtentSource, FileExtents};
 use crate::persist::{Backing, Direct, Durability, FilePersist, PersistMode};
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, MutexGuard, Rank, lock};
 use crate::support::log_limit::RateLimit;
 
 use crate::fs::dax::times::Times;
@@ -138,7 +138,8 @@ impl Nodes {
         losses: Losses,
     ) -> io::Result<Self> {
         let watch = Watch::new(engine.clone())?;
-        let (table, unwatched) = (Mutex::default(), RateLimit::default());
+        let table = Mutex::ranked(Rank::Nodes, Table::default());
+        let unwatched = RateLimit::default();
         Ok(Self { table, engine, mount, watch, persist, losses, unwatched })
     }
 

@@ -40,6 +40,7 @@ use crate::fs::identity::FileId;
 use crate::fs::sync_errors::{Losses, is_loss};
 use crate::persist::Backing;
 use crate::persist::dirty::{dirty_pages, wait_for_writeback, write_out};
+use crate::support::lock::Rank;
 
 /// When times are settled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,7 +113,7 @@ impl Times {
             in_memory: backing == Backing::Memory,
             watched: AtomicBool::new(false),
             stored: AtomicBool::new(false),
-            seen: Checkout::new(Seen::default()),
+            seen: Checkout::new(Rank::Times, Seen::default()),
         }
     }
 

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Weak};
 use std::thread::Builder;
 
 use log::warn;
@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 
 use crate::dax::engine::{Engine, Space};
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, MutexGuard, lock};
 
 #[derive(Default)]
 struct Watched {

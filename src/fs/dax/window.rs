@@ -4,14 +4,14 @@
 
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use log::{debug, warn};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::dax::engine::Engine;
 use crate::device::{RingStart, SessionWindow};
-use crate::support::lock::lock;
+use crate::support::lock::{Condvar, Mutex, MutexGuard, lock};
 use crate::window::{
     Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset, inode_of,
 };
@@ -23,21 +23,23 @@ use crate::window::locate::{MapLocator, Outcome, SharedBase, WindowMap};
 /// looking.
 const MOST_REGIONS: usize = 500;
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    Stopped,
-    Running,
-    Ended,
-}
-
 struct State {
-    phase: Phase,
+    /// The session or the process is about to end. Final: the front-end may continue and pause the
+    /// VM after SIGTERM.
+    ended: bool,
     /// Counts the resets: what was to be mapped before one is not wanted any more.
     generation: u64,
     /// From a reset to the next start. A request of the last driver must not wait for that: the
     /// start waits until the device has forgotten that driver.
     forgetting: bool,
     locator: MapLocator,
+}
+
+impl State {
+    /// Whether what was to be mapped in `generation` is not wanted any more.
+    fn is_over(&self, generation: u64) -> bool {
+        self.ended || self.forgetting || self.generation != generation
+    }
 }
 
 /// The window of one session.
@@ -68,7 +70,7 @@ impl FsWindow {
     ) -> Self {
         base.publish(None);
         let state = State {
-            phase: Phase::Stopped,
+            ended: false,
             generation: 0,
             forgetting: false,
             locator: MapLocator::new(bytes, None),
@@ -132,24 +134,24 @@ impl FsWindow {
         };
         let generation = self.lock().generation;
         loop {
-            {
-                let mut state = self.lock();
-                while state.phase == Phase::Stopped
-                    && state.generation == generation
-                    && !state.forgetting
-                {
-                    state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
-                }
-                let is_over = state.phase == Phase::Ended || state.forgetting;
-                if is_over || state.generation != generation {
-                    return Err(MapError::Stopped);
-                }
+            if self.lock().is_over(generation) {
+                return Err(MapError::Stopped);
             }
             match send(channel) {
-                // Stopped in between: our own state says so in a moment.
-                Err(MapError::Stopped) => std::thread::yield_now(),
+                Err(MapError::Stopped) => self.wait_started(channel, generation),
                 done => return done.map(|()| generation == self.lock().generation),
             }
+        }
+    }
+
+    /// The device is stopped: waits until it is started, or nothing of `generation` is wanted any
+    /// more. The ring's thread, or the watchdog, says that it is started before it comes to
+    /// [`started`](SessionWindow::started), which takes the lock and wakes this thread: either this
+    /// thread sees that under the lock, or it waits already and is woken.
+    fn wait_started(&self, channel: &ShmemMapper, generation: u64) {
+        let mut state = self.lock();
+        while !channel.is_started() && !state.is_over(generation) {
+            state = self.changed.wait(state);
         }
     }
 
@@ -219,13 +221,7 @@ impl SessionWindow for FsWindow {
     }
 
     fn started(&self, _: RingStart) -> bool {
-        let mut state = self.lock();
-        state.forgetting = false;
-        // The end is final: the front-end may continue and pause the VM after SIGTERM.
-        if state.phase == Phase::Stopped {
-            state.phase = Phase::Running;
-        }
-        drop(state);
+        self.lock().forgetting = false;
         self.changed.notify_all();
         true
     }
@@ -234,15 +230,11 @@ impl SessionWindow for FsWindow {
         Ok(())
     }
 
-    fn stopped(&self) {
-        let mut state = self.lock();
-        if state.phase == Phase::Running {
-            state.phase = Phase::Stopped;
-        }
-    }
+    /// The channel sends nothing while the device is stopped.
+    fn stopped(&self) {}
 
     fn ended(&self) {
-        self.lock().phase = Phase::Ended;
+        self.lock().ended = true;
         self.changed.notify_all();
         if let Some(channel) = self.channel.get() {
             channel.close();

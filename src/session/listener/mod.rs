@@ -12,7 +12,6 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
 use log::warn;
 use nix::sys::socket::{AddressFamily, SockType, SockaddrLike, SockaddrStorage};
@@ -21,7 +20,7 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Group};
 use thiserror::Error;
 
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, lock};
 
 pub(crate) mod accept;
 mod claim;

@@ -22,7 +22,6 @@ use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -31,7 +30,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
 use vhost::vhost_user::message::VhostUserMMap;
 use vm_memory::ByteValued;
 
-use crate::support::lock::lock;
+use crate::support::lock::{Mutex, MutexGuard, Rank, lock};
 use crate::window::MapError;
 use crate::window::channel::raw::unread;
 
@@ -95,7 +94,7 @@ impl Cut {
 /// The back-end channel of a front-end that acks. One request at a time.
 pub(super) struct CommittedChannel {
     socket: UnixStream,
-    /// Held over the whole round trip. A leaf: nothing is taken under it but what `started` takes.
+    /// Held over the whole round trip. Nothing is taken under it: `started` reads an atomic.
     turn: Mutex<()>,
     closed: AtomicBool,
 }
@@ -103,7 +102,7 @@ pub(super) struct CommittedChannel {
 impl CommittedChannel {
     /// The channel over a connected socket that nobody else reads or writes.
     pub(super) fn new(socket: UnixStream) -> Self {
-        Self { socket, turn: Mutex::new(()), closed: AtomicBool::new(false) }
+        Self { socket, turn: Mutex::ranked(Rank::Channel, ()), closed: AtomicBool::new(false) }
     }
 
     /// Makes a request of a started device, and waits until the front-end has done it.

@@ -14,7 +14,6 @@ use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
-use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
@@ -22,6 +21,7 @@ use nix::sys::socket::{SockType, getsockopt, sockopt};
 use vhost::vhost_user::message::VhostUserSharedMsg;
 use vhost::vhost_user::{Backend, VhostUserFrontendReqHandler};
 
+use crate::support::lock::{Mutex, MutexGuard, try_lock};
 use crate::window::channel::raw::{duplicate, unread};
 
 /// Number of volleys that must point at the same socket; each that pointed at another adds one.
@@ -93,11 +93,9 @@ fn turn(patience: Duration) -> Option<MutexGuard<'static, ()>> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let deadline = Instant::now() + patience;
     loop {
-        match ONE_AT_A_TIME.try_lock() {
-            Ok(turn) => return Some(turn),
-            Err(TryLockError::Poisoned(e)) => return Some(e.into_inner()),
-            Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(PAUSE),
-            Err(TryLockError::WouldBlock) => return None,
+        match try_lock(&ONE_AT_A_TIME) {
+            None if Instant::now() < deadline => thread::sleep(PAUSE),
+            turn => return turn,
         }
     }
 }

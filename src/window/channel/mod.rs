@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, mpsc};
+use std::sync::{Arc, mpsc};
 use std::thread::Builder;
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ use vm_memory::ByteValued;
 use super::channel::committed::{CommittedChannel, Request};
 use super::channel::extract_socket::take_over;
 use super::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
-use crate::support::lock::lock;
+use crate::support::lock::{Condvar, Mutex, MutexGuard, lock};
 
 /// The region's id; both virtio-pmem and virtio-fs have only region 0.
 const SHMID: u8 = 0;
@@ -144,6 +144,12 @@ impl ShmemMapper {
         Ok(self.shared.wait(&*self.shared.started)?.acks)
     }
 
+    /// Whether the device is started, by the session's word. A request is sent only then: this is
+    /// for a thread whose request was not sent, and that waits for the start.
+    pub(crate) fn is_started(&self) -> bool {
+        (self.shared.started)()
+    }
+
     /// The session is over: whatever waits for the front-end returns [`MapError::Broken`], now and
     /// from now on.
     pub fn close(&self) {
@@ -157,9 +163,6 @@ impl ShmemMapper {
         file: Option<&File>,
     ) -> Result<(), MapError> {
         let started = &*self.shared.started;
-        if !started() {
-            return Err(MapError::Stopped);
-        }
         match self.shared.wait(started)?.route {
             Route::Committed(channel) => channel.request(request, body, file, started),
             Route::Library(orders) => self.shared.order(&orders, body, file),
@@ -278,7 +281,7 @@ impl Shared {
                 Err(mpsc::TryRecvError::Empty) if !self.is_closed() => {}
                 Err(_) => return Err(closed()),
             }
-            asked = self.answered.wait(asked).unwrap_or_else(|e| e.into_inner());
+            asked = self.answered.wait(asked);
         }
     }
 
@@ -292,8 +295,7 @@ impl Shared {
             if let Some(asked) = &*asked {
                 return Ok(asked.clone());
             }
-            let waited = self.answered.wait_timeout(asked, GLANCE);
-            drop(waited.unwrap_or_else(|e| e.into_inner()));
+            drop(self.answered.wait_timeout(asked, GLANCE));
             // Not under our lock, which is a leaf.
             if !started() {
                 return Err(MapError::Stopped);
@@ -505,10 +507,10 @@ mod tests {
         let channel = Backend::from_stream(ours);
         channel.set_shmem_flag(true);
         let count = looks.clone();
-        let mapper = ShmemMapper::new(channel, move || count.fetch_add(1, Ordering::Relaxed) == 0);
+        let mapper = ShmemMapper::new(channel, move || count.fetch_add(1, Ordering::Relaxed) > 0);
         assert_eq!(mapper.shared.wait(&|| true).unwrap().acks, Acks::Unknown);
         assert!(matches!(map(&mapper), Err(MapError::Stopped)));
-        assert_eq!(looks.load(Ordering::Relaxed), 2);
+        assert_eq!(looks.load(Ordering::Relaxed), 1);
         drop(mapper);
         assert_eq!(theirs.read_to_end(&mut Vec::new()).unwrap(), 0);
     }
