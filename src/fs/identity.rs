@@ -7,36 +7,15 @@
 use std::cell::Cell;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
 use virtiofsd::filesystem::{Context, FileSystem, ZeroCopyWriter};
 use virtiofsd::oslib::ReadvFlags;
 
+use crate::support::file_id::FileId;
+
 use super::descriptors::Want;
 use super::server::Server;
-
-/// A file, whatever led to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct FileId {
-    /// Inode number. First, so that those of one number stand together.
-    pub(crate) ino: u64,
-    pub(crate) dev: u64,
-}
-
-impl FileId {
-    /// Of the first device.
-    pub(crate) const fn first_of(ino: u64) -> Self {
-        Self { ino, dev: 0 }
-    }
-
-    /// # Errors
-    /// The system's.
-    pub(crate) fn of(file: &File) -> io::Result<Self> {
-        let found = file.metadata()?;
-        Ok(Self { ino: found.ino(), dev: found.dev() })
-    }
-}
 
 /// Finds out which file it is, if its inode number is one of those that the argument holds for.
 /// None: it is none of them.

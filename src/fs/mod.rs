@@ -15,6 +15,8 @@ pub mod config;
 mod dax;
 pub mod descriptors;
 mod identity;
+mod in_window;
+mod inodes;
 mod lives;
 mod message;
 mod open_flags;
@@ -53,6 +55,7 @@ use crate::window::{MapError, ShmemMapper, WindowBytes};
 use self::dax::Dax;
 use self::dax::times::Occasion;
 use self::descriptors::Descriptors;
+use self::inodes::Inodes;
 use self::lives::Lives;
 use self::message::Message;
 use self::open_flags::OpenFlags;
@@ -242,6 +245,7 @@ where
         opened,
         open_flags,
         descriptors,
+        inodes: Inodes::default(),
         options: Default::default(),
         lives: Lives::default(),
         metrics: Metrics::default(),
