@@ -6,7 +6,7 @@
 //! The files are the business of virtiofsd's passthrough file system. Ours are the FUSE messages
 //! (`message`, `server`, `ops`), the way between guest memory and files (`buffers`), the threads
 //! (`pool`), [`descriptors`], and the window: `dax` joins the guest's requests to the engine,
-//! `dax::nodes` knows which file has an address space there (`identity`: which file that is),
+//! `dax::nodes` knows which file has an address space there (`host_file`: which file that is),
 //! `dax::times` sees to it that stores move a file's times, `dax::window` is what a front-end
 //! shows, and [`passthrough`](crate::passthrough) lets it show the end of a file.
 
@@ -14,7 +14,7 @@ mod buffers;
 pub mod config;
 mod dax;
 pub mod descriptors;
-mod identity;
+mod host_file;
 mod in_window;
 mod inodes;
 mod lives;

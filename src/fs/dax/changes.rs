@@ -15,7 +15,7 @@ use crate::window::FileOffset;
 use crate::fs::dax::nodes::{Found, Node};
 use crate::fs::dax::times::Occasion;
 use crate::fs::dax::{Dax, guest_error};
-use crate::fs::identity::Subject;
+use crate::fs::host_file::Subject;
 
 impl Dax {
     /// Settles the times of a file: see `times`.

@@ -52,22 +52,13 @@ where
         let asked: fuse::SetupmappingIn = args.take()?;
         // `fh` is always -1: the inode is what counts.
         let is_current = || self.lives.is_mounted(life);
-        let done = dax.setup(nodeid, &asked, is_current, || self.file_of(ctx, nodeid));
+        let done = dax.setup(nodeid, &asked, is_current, || self.writable_file(ctx, nodeid));
         if done.as_ref().is_err_and(is_for_readers)
             && let Ok((attr, _)) = self.fs.getattr(ctx, nodeid, None)
         {
             dax.note_for_readers(attr.ino);
         }
         done.and(Reply::DONE)
-    }
-
-    /// The file of an inode, readable and writable: QEMU wants it so, also for a guest that only
-    /// reads (Q7, Q8). The file system gives it to whoever reads from it.
-    fn file_of(&self, ctx: Context, nodeid: u64) -> io::Result<File> {
-        let flags = libc::O_RDWR.cast_unsigned();
-        let opened = self.open_now(ctx, nodeid, false, flags, File::try_clone)?;
-        self.fs.release(ctx, nodeid, flags, opened.handle, false, false, None)?;
-        Ok(opened.seen)
     }
 
     pub(in crate::fs) fn remove_mapping(&self, args: &mut Args<'_>) -> io::Result<Reply> {

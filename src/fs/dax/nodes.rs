@@ -20,7 +20,7 @@ use crate::support::log_limit::RateLimit;
 
 use crate::fs::dax::times::Times;
 use crate::fs::dax::watch::{Watch, Watching};
-use crate::fs::identity::Subject;
+use crate::fs::host_file::Subject;
 use crate::fs::sync_errors::Losses;
 use crate::passthrough::{PassthroughFile, PassthroughMount};
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use virtiofsd::filesystem::{Context, Entry, FileSystem, SetattrValid};
 use virtiofsd::fuse::{self, Attr, AttrOut, EntryOut, FsOptions};
 
-use crate::fs::identity::{Subject, Which};
+use crate::fs::host_file::{Subject, Which};
 use crate::fs::message::{Args, Reply, valid_id};
 use crate::fs::server::Server;
 

@@ -4,7 +4,6 @@
 //! that.
 
 use std::ffi::CStr;
-use std::fs::File;
 use std::io;
 
 use nix::errno::Errno;
@@ -12,20 +11,13 @@ use virtiofsd::filesystem::{Context, Entry, FileSystem, OpenOptions};
 use virtiofsd::fuse::{self, FsOptions};
 use vm_memory_of_virtiofsd::ByteValued;
 
-use crate::fs::identity::{Subject, Which};
+use crate::fs::host_file::{Subject, Which};
 use crate::fs::lives::Life;
 use crate::fs::message::{Args, Reply};
 use crate::fs::ops::names::with_groups;
 use crate::fs::ops::open_flag;
 use crate::fs::server::Server;
 use crate::support::file_id::FileId;
-
-/// A file that was opened, and what was seen of it.
-pub(in crate::fs) struct Opened<T> {
-    pub(in crate::fs) handle: u64,
-    options: OpenOptions,
-    pub(in crate::fs) seen: T,
-}
 
 impl<F> Server<F>
 where
@@ -66,37 +58,6 @@ where
         };
         self.note_open(life, ctx, nodeid, flags, (opened.handle, Ok(opened.seen)))?;
         Ok((Some(opened.handle), opened.options))
-    }
-
-    /// Opens the file of an inode, lets `look` look at it, and closes it again if that fails. A
-    /// lease of a host process is not waited for: see `leases`.
-    ///
-    /// # Errors
-    /// EAGAIN where a lease is in the way.
-    pub(in crate::fs) fn open_now<T>(
-        &self,
-        ctx: Context,
-        nodeid: u64,
-        kill_priv: bool,
-        flags: u32,
-        look: impl FnOnce(&File) -> io::Result<T>,
-    ) -> io::Result<Opened<T>> {
-        let at_once = libc::O_NONBLOCK.cast_unsigned();
-        let (handle, options) = self.fs.open(ctx, nodeid, kill_priv, flags | at_once)?;
-        let handle = handle.ok_or(Errno::EBADF)?;
-        let seen = self.with_file(ctx, nodeid, handle, |file| {
-            if flags & at_once == 0 {
-                rustix::io::ioctl_fionbio(file, false)?;
-            }
-            look(file)
-        });
-        match seen {
-            Ok(seen) => Ok(Opened { handle, options, seen }),
-            Err(e) => {
-                self.fs.release(ctx, nodeid, flags, handle, false, false, None)?;
-                Err(e)
-            }
-        }
     }
 
     /// A file was opened, and it is the given one: notes that. If it is not known which, or can't be
