@@ -3,9 +3,7 @@
 //! The buffers of one request as ends of file I/O: between guest memory and a file nothing is
 //! copied.
 //!
-//! A buffer may lie in our own window (O_DIRECT into or from a DAX mapping). Then its bytes are a
-//! file's, and are reached through that file: the memory table need not list the range, and a page
-//! behind the end of the file can't hurt this process. All buffers of such a request go through one
+//! A buffer may lie in our own window (`in_window`). All buffers of such a request go through one
 //! that is ours and lies at a page's start, so that a descriptor with O_DIRECT takes it.
 //!
 //! A buffer may lie in another device's window. Only system calls touch it, which say EFAULT where
@@ -18,22 +16,22 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::stat::futimens;
 use nix::sys::time::TimeSpec;
 use virtiofsd::filesystem::{ZeroCopyReader, ZeroCopyWriter};
 use virtiofsd::oslib::{self, ReadvFlags, WritevFlags};
+use vm_memory::volatile_memory::PtrGuardMut;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
-use crate::dax::engine::{Engine, Space};
+use crate::dax::engine::Engine;
 use crate::device::chain::Segment;
 use crate::persist::Direct;
 use crate::support::units::PAGE_BYTES;
 use crate::window::locate::WindowLocation;
-use crate::window::{FileOffset, WindowOffset};
 
+use super::in_window::FilePiece;
 use super::message::MAX_DATA_BYTES;
 use super::schedule::Blocking;
 
@@ -48,33 +46,17 @@ const BOUNCE_BYTES: usize = MAX_DATA_BYTES as usize;
 /// most.
 const ALIGN: usize = PAGE_BYTES as usize;
 
-/// Where in the window `segment` begins. None if it is not in it.
-///
-/// # Errors
-/// EFAULT if it is in it in part.
-fn offset_in(window: WindowLocation, segment: Segment) -> io::Result<Option<WindowOffset>> {
-    let (start, bytes) = (segment.at.0, u64::from(segment.bytes));
-    let end = start.checked_add(bytes).ok_or(Errno::EFAULT)?;
-    let window_end = window.gpa.saturating_add(window.bytes.0);
-    if bytes == 0 || end <= window.gpa || start >= window_end {
-        return Ok(None);
-    }
-    if start < window.gpa || end > window_end {
-        return Err(Errno::EFAULT.into());
-    }
-    Ok(Some(WindowOffset(start - window.gpa)))
-}
-
 #[derive(Clone)]
 enum Piece {
     Memory { at: GuestAddress, bytes: usize },
-    File { space: Arc<Space>, from: FileOffset, bytes: usize },
+    File(FilePiece),
 }
 
 impl Piece {
     fn bytes(&self) -> usize {
         match self {
-            Self::Memory { bytes, .. } | Self::File { bytes, .. } => *bytes,
+            Self::Memory { bytes, .. } => *bytes,
+            Self::File(piece) => piece.bytes,
         }
     }
 
@@ -84,10 +66,15 @@ impl Piece {
                 at.0 += n as u64;
                 *bytes -= n;
             }
-            Self::File { from, bytes, .. } => {
-                from.0 += n as u64;
-                *bytes -= n;
-            }
+            Self::File(piece) => piece.skip(n),
+        }
+    }
+
+    /// How many of its bytes a load by the guest would find.
+    fn there(&self) -> io::Result<usize> {
+        match self {
+            Self::Memory { bytes, .. } => Ok(*bytes),
+            Self::File(piece) => piece.there(),
         }
     }
 }
@@ -108,15 +95,10 @@ impl Buffers {
     ) -> io::Result<Self> {
         let mut pieces = VecDeque::with_capacity(segments.len());
         for segment in segments {
-            let in_window = match window {
-                Some((window, engine)) => offset_in(window, *segment)?.map(|at| (at, engine)),
-                None => None,
-            };
-            match in_window {
-                Some((at, engine)) => {
-                    granted_pieces(engine, at, segment.bytes as usize, &mut pieces)?;
-                }
-                _ => pieces
+            let in_window = window.map(|window| FilePiece::all_of(*segment, window)).transpose()?;
+            match in_window.flatten() {
+                Some(shown) => pieces.extend(shown.into_iter().map(Piece::File)),
+                None => pieces
                     .push_back(Piece::Memory { at: segment.at, bytes: segment.bytes as usize }),
             }
         }
@@ -164,9 +146,30 @@ impl Buffers {
         Ok(slices)
     }
 
+    /// Lets `call` move bytes between a file and the front of the buffers, at most `most` of them,
+    /// up to the first piece of a file. `call` makes one system call with the iovecs. It may do
+    /// nothing else with them: the guest may change these bytes at any time, and only the kernel may
+    /// read or write them.
+    fn with_iovecs(
+        &self,
+        mem: &GuestMemoryMmap,
+        most: usize,
+        call: impl FnOnce(&[libc::iovec]) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let slices = self.memory(mem, most)?;
+        // Until the call is over.
+        let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
+        let iovec = |guard: &PtrGuardMut| libc::iovec {
+            iov_base: guard.as_ptr().cast(),
+            iov_len: guard.len(),
+        };
+        let iovecs: Vec<_> = guards.iter().map(iovec).collect();
+        call(&iovecs)
+    }
+
     /// Whether some of them lie in the window.
     fn in_window(&self) -> bool {
-        self.0.iter().any(|piece| matches!(piece, Piece::File { .. }))
+        self.0.iter().any(|piece| matches!(piece, Piece::File(_)))
     }
 
     /// How many of the first `most` bytes come before the end of a file that shows through the
@@ -197,7 +200,7 @@ impl Buffers {
                 Piece::Memory { at, .. } => {
                     ram.read_slice(now, *at).map_err(|_| Errno::EFAULT)?;
                 }
-                Piece::File { space, from, .. } => load(space, *from, now)?,
+                Piece::File(piece) => piece.load(now)?,
             }
             to = later;
         }
@@ -212,56 +215,12 @@ impl Buffers {
                 Piece::Memory { at, .. } => {
                     ram.write_slice(now, *at).map_err(|_| Errno::EFAULT)?;
                 }
-                Piece::File { space, from, .. } => store(space, *from, now)?,
+                Piece::File(piece) => piece.store(now)?,
             }
             from = later;
         }
         Ok(())
     }
-}
-
-impl Piece {
-    /// How many of its bytes a load through the window would find: to the end of the file's last
-    /// page.
-    fn there(&self) -> io::Result<usize> {
-        match self {
-            Self::Memory { bytes, .. } => Ok(*bytes),
-            Self::File { space, from, bytes } => {
-                let end = space.source().file_bytes()?.next_multiple_of(PAGE_BYTES);
-                let left = usize::try_from(end.saturating_sub(from.0)).unwrap_or(usize::MAX);
-                Ok(left.min(*bytes))
-            }
-        }
-    }
-}
-
-/// Loads what the window shows: behind the end of the file, zeros.
-fn load(space: &Space, from: FileOffset, to: &mut [u8]) -> io::Result<()> {
-    let mut done = 0;
-    while let Some(rest) = to.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        match space.source().read_at(from.0 + done as u64, rest)? {
-            0 => break,
-            read => done += read,
-        }
-    }
-    Ok(())
-}
-
-/// Stores as the window would: what lies behind the end of the file is lost, and makes it no
-/// longer.
-///
-/// # Errors
-/// EFAULT while the file is being made shorter. This does not wait for that, which may wait for the
-/// front-end, and that for the stop of a ring that this request holds up.
-fn store(space: &Space, to: FileOffset, bytes: &[u8]) -> io::Result<()> {
-    let _stays = space.keep_length().ok_or(Errno::EFAULT)?;
-    let left = space.source().file_bytes()?.saturating_sub(to.0);
-    let within = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-    let mut done = 0;
-    while let Some(rest) = bytes.get(done..within).filter(|rest| !rest.is_empty()) {
-        done += space.source().write_at(to.0 + done as u64, rest)?;
-    }
-    Ok(())
 }
 
 /// Memory of ours that begins at a page's start.
@@ -285,23 +244,6 @@ impl Bounce {
 
 fn iovec(bytes: &mut [u8]) -> libc::iovec {
     libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
-}
-
-fn granted_pieces(
-    engine: &Engine,
-    at: WindowOffset,
-    bytes: usize,
-    pieces: &mut VecDeque<Piece>,
-) -> io::Result<()> {
-    let mut done = 0;
-    while done < bytes {
-        let at = WindowOffset(at.0 + done as u64);
-        let (space, from, left) = engine.granted_at(at).ok_or(Errno::EFAULT)?;
-        let now = (bytes - done).min(usize::try_from(left).unwrap_or(usize::MAX));
-        pieces.push_back(Piece::File { space, from, bytes: now });
-        done += now;
-    }
-    Ok(())
 }
 
 /// An offset that the kernel takes for one (-1 would mean "where the file's own position is").
@@ -352,16 +294,12 @@ impl GuestWriter<'_> {
         let done = if self.buffers.in_window() {
             self.through_bounce(file, count, off, flags)?
         } else {
-            let slices = self.buffers.memory(self.mem, count)?;
-            let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
-            let iovecs: Vec<_> = guards
-                .iter()
-                .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
-                .collect();
-            // SAFETY: each iovec is a slice of guest memory, checked by get_slices(); the guards
-            // and `mem` outlive the call. The guest may change these bytes at any time, and only
-            // the kernel writes to them: no reference to them is ever made.
-            self.read(flags, |flags| unsafe { oslib::readv_at(file.as_fd(), &iovecs, off, flags) })?
+            self.buffers.with_iovecs(self.mem, count, |iovecs| {
+                // SAFETY: the iovecs are slices of guest memory, which with_iovecs() keeps.
+                self.read(flags, |flags| unsafe {
+                    oslib::readv_at(file.as_fd(), iovecs, off, flags)
+                })
+            })?
         };
         self.buffers.consume(done);
         Ok(done)
@@ -393,7 +331,7 @@ impl GuestWriter<'_> {
         read: impl Fn(Option<ReadvFlags>) -> io::Result<usize>,
     ) -> io::Result<usize> {
         match self.blocking {
-            Blocking::Allowed => read(flags),
+            Blocking::Allowed | Blocking::Lease => read(flags),
             Blocking::IfUnknown => self.read_now(flags, read),
         }
     }
@@ -460,17 +398,10 @@ impl GuestReader<'_> {
             {
                 return self.store(direct, &slices, file, off);
             }
-            let slices = self.buffers.memory(self.mem, count)?;
-            let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard).collect();
-            let iovecs: Vec<_> = guards
-                .iter()
-                .map(|guard| libc::iovec {
-                    iov_base: guard.as_ptr().cast_mut().cast(),
-                    iov_len: guard.len(),
-                })
-                .collect();
-            // SAFETY: as in GuestWriter; the kernel only reads from them.
-            unsafe { oslib::writev_at(file.as_fd(), &iovecs, off, flags)? }
+            self.buffers.with_iovecs(self.mem, count, |iovecs| {
+                // SAFETY: as in GuestWriter; the kernel only reads from them.
+                unsafe { oslib::writev_at(file.as_fd(), iovecs, off, flags) }
+            })?
         };
         self.buffers.consume(done);
         Ok(done)

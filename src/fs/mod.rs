@@ -6,7 +6,7 @@
 //! The files are the business of virtiofsd's passthrough file system. Ours are the FUSE messages
 //! (`message`, `server`, `ops`), the way between guest memory and files (`buffers`), the threads
 //! (`pool`), [`descriptors`], and the window: `dax` joins the guest's requests to the engine,
-//! `dax::nodes` knows which file has an address space there (`identity`: which file that is),
+//! `dax::nodes` knows which file has an address space there (`host_file`: which file that is),
 //! `dax::times` sees to it that stores move a file's times, `dax::window` is what a front-end
 //! shows, and [`passthrough`](crate::passthrough) lets it show the end of a file.
 
@@ -14,7 +14,9 @@ mod buffers;
 pub mod config;
 mod dax;
 pub mod descriptors;
-mod identity;
+mod host_file;
+mod in_window;
+mod inodes;
 mod lives;
 mod message;
 mod open_flags;
@@ -53,6 +55,7 @@ use crate::window::{MapError, ShmemMapper, WindowBytes};
 use self::dax::Dax;
 use self::dax::times::Occasion;
 use self::descriptors::Descriptors;
+use self::inodes::Inodes;
 use self::lives::Lives;
 use self::message::Message;
 use self::open_flags::OpenFlags;
@@ -242,6 +245,7 @@ where
         opened,
         open_flags,
         descriptors,
+        inodes: Inodes::default(),
         options: Default::default(),
         lives: Lives::default(),
         metrics: Metrics::default(),

@@ -23,16 +23,23 @@ const IDLE: Duration = Duration::from_secs(10);
 /// Of the threads, the part that is kept free of what may take long: one quarter.
 const KEPT_FREE: usize = 4;
 
+/// Of the threads, the part that may wait for leases: one eighth, but at least one.
+const FOR_LEASES: usize = 8;
+
 type Job = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
 struct State {
     quick: VecDeque<Job>,
     slow: VecDeque<Job>,
+    lease: VecDeque<Job>,
     threads: usize,
     idle: usize,
     running: usize,
+    /// Number of running jobs that are not quick.
     slow_running: usize,
+    /// Number of those that wait for leases.
+    lease_running: usize,
     /// Who waits until nothing runs.
     finishing: usize,
     stopping: bool,
@@ -44,7 +51,11 @@ impl State {
     }
 
     fn is_empty(&self) -> bool {
-        self.quick.is_empty() && self.slow.is_empty()
+        self.waiting() == 0
+    }
+
+    fn waiting(&self) -> usize {
+        self.quick.len() + self.slow.len() + self.lease.len()
     }
 }
 
@@ -65,6 +76,10 @@ impl Shared {
         self.most - self.most / KEPT_FREE
     }
 
+    fn most_lease(&self) -> usize {
+        (self.most / FOR_LEASES).max(1)
+    }
+
     fn next(&self, state: &mut State) -> Option<(JobClass, Job)> {
         if let Some(job) = state.quick.pop_front() {
             return Some((JobClass::Quick, job));
@@ -72,9 +87,17 @@ impl Shared {
         if state.slow_running >= self.most_slow() {
             return None;
         }
-        let job = state.slow.pop_front()?;
+        if let Some(job) = state.slow.pop_front() {
+            state.slow_running += 1;
+            return Some((JobClass::Slow, job));
+        }
+        if state.lease_running >= self.most_lease() {
+            return None;
+        }
+        let job = state.lease.pop_front()?;
         state.slow_running += 1;
-        Some((JobClass::Slow, job))
+        state.lease_running += 1;
+        Some((JobClass::Lease, job))
     }
 
     /// Something that was running has ended.
@@ -114,8 +137,9 @@ impl Pool {
         match class {
             JobClass::Quick => state.quick.push_back(Box::new(job)),
             JobClass::Slow => state.slow.push_back(Box::new(job)),
+            JobClass::Lease => state.lease.push_back(Box::new(job)),
         }
-        if state.quick.len() + state.slow.len() > state.idle
+        if state.waiting() > state.idle
             && state.threads < self.0.most
             && let Err(e) = self.start_one(&mut state)
         {
@@ -217,9 +241,8 @@ fn run(shared: &Shared) {
             drop(state);
             guarded(job);
             state = shared.lock();
-            if class == JobClass::Slow {
-                state.slow_running -= 1;
-            }
+            state.slow_running -= usize::from(class != JobClass::Quick);
+            state.lease_running -= usize::from(class == JobClass::Lease);
             shared.ended(&mut state);
             continue;
         }
@@ -261,6 +284,31 @@ mod tests {
         pool.submit(JobClass::Quick, move || done.send(()).unwrap());
         seen.recv().unwrap();
         drop(release);
+    }
+
+    /// Shows: however many requests wait for leases, a slow one runs beside them, and each of them
+    /// runs at last.
+    #[test]
+    fn leases_hold_up_no_slow_request() {
+        let pool = Pool::new(4).unwrap();
+        let (release, held) = channel::<()>();
+        let held = Arc::new(Mutex::new(held));
+        let ended = Arc::new(Mutex::new(0));
+        for _ in 0..20 {
+            let (held, ended) = (held.clone(), ended.clone());
+            pool.submit(JobClass::Lease, move || {
+                let _ = held.lock().unwrap().recv();
+                *ended.lock().unwrap() += 1;
+            });
+        }
+        for class in [JobClass::Slow, JobClass::Slow, JobClass::Quick] {
+            let (done, seen) = channel();
+            pool.submit(class, move || done.send(()).unwrap());
+            seen.recv().unwrap();
+        }
+        drop(release);
+        pool.finish();
+        assert_eq!(*ended.lock().unwrap(), 20);
     }
 
     /// Shows: finish() returns when everything has ended, and not before.

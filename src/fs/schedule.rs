@@ -4,7 +4,9 @@
 //!
 //! A request that is expected to be quick is served inline, by the thread that took it out of the
 //! ring: to wake another thread costs more than most requests do. The others go to the pool. An
-//! inline READ or WRITE that would block goes to the pool after all.
+//! inline READ or WRITE that would block goes to the pool after all. A request that would wait for a
+//! lease of a host process (OPEN, CREATE, SETATTR, SETUPMAPPING) is served anew by the few threads of
+//! the pool that may.
 //!
 //! | request | inline | in the pool |
 //! |---|---|---|
@@ -34,6 +36,8 @@ pub(crate) enum JobClass {
     Quick,
     /// It may wait for a disk or a network as long as that likes.
     Slow,
+    /// It waits for a lease of a host process: for 45 seconds, as Linux is set up.
+    Lease,
 }
 
 impl JobClass {
@@ -51,13 +55,28 @@ impl JobClass {
     }
 }
 
-/// Whether a READ or WRITE may block.
+/// What a request may wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Blocking {
-    /// In the pool.
+    /// In the pool: all but a lease.
     Allowed,
-    /// Inline: only where the file system can't tell whether it will (RWF_NOWAIT is EOPNOTSUPP).
+    /// Inline: a READ or WRITE blocks only where the file system can't tell whether it will
+    /// (RWF_NOWAIT is EOPNOTSUPP).
     IfUnknown,
+    /// In the pool, as [`JobClass::Lease`]: all.
+    Lease,
+}
+
+impl Blocking {
+    /// Whether a request that ends with EAGAIN is to be served anew, by a thread that may wait.
+    pub(crate) fn gives_back(self, opcode: Option<Opcode>) -> bool {
+        use Opcode::*;
+        match opcode {
+            Some(Read | Write) => self == Self::IfUnknown,
+            Some(Open | Create | Setattr | SetupMapping) => self != Self::Lease,
+            _ => false,
+        }
+    }
 }
 
 /// More data than this is better moved beside other requests than before them.
@@ -99,10 +118,24 @@ pub(crate) fn inline(
 }
 
 /// Serves `request` in the pool.
-pub(crate) fn submit(pool: &Pool, server: &Arc<dyn Serve>, request: Request, message: Message) {
-    let (class, server) = (JobClass::of(message.opcode()), server.clone());
+pub(crate) fn submit(
+    pool: &Arc<Pool>,
+    server: &Arc<dyn Serve>,
+    request: Request,
+    message: Message,
+) {
+    let (class, server, again) = (JobClass::of(message.opcode()), server.clone(), pool.clone());
     pool.submit(class, move || {
-        let left = server.serve(request, message, Blocking::Allowed);
-        debug_assert!(left.is_none(), "a request that may block is served");
+        if let Some((request, message)) = server.serve(request, message, Blocking::Allowed) {
+            wait_for_lease(&again, server, request, message);
+        }
+    });
+}
+
+/// Serves `request`, which would wait for a lease.
+fn wait_for_lease(pool: &Pool, server: Arc<dyn Serve>, request: Request, message: Message) {
+    pool.submit(JobClass::Lease, move || {
+        let left = server.serve(request, message, Blocking::Lease);
+        debug_assert!(left.is_none(), "a request that may wait for all is served");
     });
 }

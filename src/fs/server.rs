@@ -17,6 +17,7 @@ use crate::support::counter::Counter;
 
 use super::dax::Dax;
 use super::descriptors::Descriptors;
+use super::inodes::Inodes;
 use super::lives::{Life, Lives};
 use super::message::{Args, Message, OUT_HEADER_BYTES, Reply};
 use super::message::{in_ram, out_header, room, takes_no_reply, valid_id, writable};
@@ -38,10 +39,6 @@ fn makes(opcode: Opcode) -> bool {
     matches!(opcode, Create | Mknod | Mkdir | Symlink)
 }
 
-fn moves_data(opcode: Option<Opcode>) -> bool {
-    matches!(opcode, Some(Opcode::Read | Opcode::Write))
-}
-
 fn would_wait(done: &io::Result<Reply>) -> bool {
     done.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock)
 }
@@ -54,6 +51,7 @@ pub(crate) struct Server<F> {
     /// What may be asked of the host when a file is opened.
     pub(crate) open_flags: OpenFlags,
     pub(crate) descriptors: Descriptors,
+    pub(crate) inodes: Inodes,
     /// The options that INIT agreed on (FUSE flags and flags2).
     pub(crate) options: AtomicU64,
     pub(crate) lives: Lives,
@@ -101,7 +99,7 @@ where
             error!("{:?} made its thread panic: this is a bug", message.opcode());
             Err(Errno::EIO.into())
         });
-        if blocking != Blocking::Allowed && moves_data(message.opcode()) && would_wait(&done) {
+        if blocking.gives_back(message.opcode()) && would_wait(&done) {
             request.unpin();
             return Some((request, message));
         }
@@ -132,6 +130,7 @@ where
         }
         self.opened.clear();
         self.fs.destroy();
+        self.inodes.clear();
     }
 
     fn metrics(&self) -> &Metrics {
@@ -170,7 +169,7 @@ where
         match opcode {
             Opcode::Read => self.read(request, message, &mut args, blocking),
             Opcode::Write => self.write(request, message, &mut args, blocking),
-            _ => self.operate(opcode, message, &mut args, room(request)),
+            _ => self.operate(opcode, message, room(request), blocking),
         }
     }
 

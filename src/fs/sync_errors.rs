@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::identity::FileId;
+use crate::support::file_id::FileId;
 
 #[derive(Default)]
 struct Open {

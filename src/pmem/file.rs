@@ -18,6 +18,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
 
 use crate::persist::{Backing, DaxNode, Direct, Durability, PersistError};
+use crate::support::file_id::FileId;
 use crate::support::size::{Size, SizeError};
 use crate::support::units::PMD_BYTES;
 
@@ -379,10 +380,9 @@ impl PmemFile {
 
 impl Drop for PmemFile {
     fn drop(&mut self) {
-        let id = |found: Metadata| (found.dev(), found.ino());
-        let at_path = fs::symlink_metadata(&self.path).map(id).ok();
+        let at_path = fs::symlink_metadata(&self.path).map(FileId::from).ok();
         if self.is_new
-            && at_path == self.file.metadata().map(id).ok()
+            && at_path == FileId::of(&self.file).ok()
             && let Err(e) = fs::remove_file(&self.path)
         {
             warn!("{}: can't remove the unfinished file: {e}", self.path.display());

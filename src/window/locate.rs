@@ -17,7 +17,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::{FileOffset as Backing, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::telling::{Freshness, Telling};
-use super::{FileOffset, Inode, WindowBytes, WindowOffset, inode_of};
+use super::{FileOffset, WindowBytes, WindowOffset};
+use crate::support::file_id::FileId;
 
 /// Where the guest sees the window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,7 +33,7 @@ pub(crate) struct WindowLocation {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct WindowMap {
     pub(crate) at: WindowOffset,
-    pub(crate) inode: Inode,
+    pub(crate) id: FileId,
     pub(crate) from: FileOffset,
     pub(crate) bytes: WindowBytes,
 }
@@ -58,13 +59,13 @@ pub(crate) enum Outcome {
 /// A region that has the piece of a map that is looked for.
 struct Candidate {
     start: u64,
-    inode: Inode,
+    id: FileId,
     piece: Piece,
 }
 
 impl Candidate {
     fn may_be(&self, map: &WindowMap) -> bool {
-        (self.inode, self.piece) == (map.inode, map.piece())
+        (self.id, self.piece) == (map.id, map.piece())
     }
 
     /// Where the window begins, if this is `map`.
@@ -86,8 +87,8 @@ impl Look {
         let pieces = &self.0;
         let candidate = |start: u64, backing: &Backing, bytes: u64| {
             let piece = (FileOffset(backing.start()), WindowBytes(bytes));
-            let inode = pieces.contains(&piece).then(|| inode_of(backing.file())).flatten()?;
-            Some(Candidate { start, inode, piece })
+            let id = pieces.contains(&piece).then(|| FileId::of(backing.file()).ok()).flatten()?;
+            Some(Candidate { start, id, piece })
         };
         let of_region = |region: &vm_memory::GuestRegionMmap| {
             candidate(region.start_addr().0, region.file_offset()?, region.len())
@@ -362,8 +363,8 @@ mod tests {
     }
 
     fn shown(range: u64, file: &File, at: WindowOffset) -> WindowMap {
-        let inode = inode_of(file).unwrap();
-        WindowMap { at, inode, from: FileOffset(range * BYTES), bytes: WindowBytes(BYTES) }
+        let id = FileId::of(file).unwrap();
+        WindowMap { at, id, from: FileOffset(range * BYTES), bytes: WindowBytes(BYTES) }
     }
 
     /// A table comes: the number of regions that are not ours.

@@ -17,22 +17,12 @@ mod whole_file;
 use std::fs::File;
 use std::io;
 
-use rustix::fs::{AtFlags, StatxFlags, statx};
 use thiserror::Error;
 
 pub use crate::support::units::{FileOffset, WindowBytes, WindowOffset};
 pub use channel::{Acks, ShmemMapper};
 pub(crate) use current::FrontEnd;
 pub(crate) use whole_file::WholeFile;
-
-/// Which file a descriptor is of: device (major and minor) and number.
-pub(crate) type Inode = (u32, u32, u64);
-
-/// Nothing else is asked for: more would be a request to the server of a passthrough file.
-pub(crate) fn inode_of(file: &File) -> Option<Inode> {
-    let found = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::INO).ok()?;
-    Some((found.stx_dev_major, found.stx_dev_minor, found.stx_ino))
-}
 
 /// Why a piece of the window could not be mapped or unmapped.
 #[derive(Debug, Error)]

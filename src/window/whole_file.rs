@@ -10,7 +10,8 @@ use log::{debug, warn};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use super::locate::{MapLocator, Outcome, WindowMap};
-use super::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset, inode_of};
+use super::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset};
+use crate::support::file_id::FileId;
 use crate::support::lock::{Mutex, lock};
 
 /// A mapper that can find out what its acks are worth.
@@ -48,7 +49,7 @@ impl WholeFile {
     /// The window of `bytes` bytes that shows all of `file`.
     pub(crate) fn new(file: &File, bytes: WindowBytes) -> Self {
         let (at, from) = (WindowOffset(0), FileOffset(0));
-        let map = inode_of(file).map(|inode| WindowMap { at, inode, from, bytes });
+        let map = FileId::of(file).ok().map(|id| WindowMap { at, id, from, bytes });
         let locator = Mutex::new(MapLocator::new(bytes, map));
         let (before_reset, stops) = (AtomicBool::new(false), AtomicU64::new(0));
         Self { map, channel: OnceLock::new(), locator, before_reset, stops }

@@ -806,3 +806,216 @@ fn a_group_that_stays_behind() {
     let found = host.path("roots").metadata().unwrap();
     assert_eq!((found.uid(), found.gid()), (0, 0));
 }
+
+// --- what one guest may take: threads, memory; and files that nobody may write to ---
+
+/// Sends an OPEN for writing.
+fn open_to_write(guest: &mut FsGuest, node: u64) -> Pending {
+    guest.send(op::OPEN, node, &abi::open(libc::O_WRONLY), OPEN_OUT)
+}
+
+/// The flags of the daemon's descriptors of `name`.
+fn host_flags(host: &FsHost, name: &str) -> Vec<i32> {
+    let path = host.path(name);
+    let proc = format!("/proc/{}", host.pid());
+    let all = std::fs::read_dir(format!("{proc}/fd")).unwrap().map(|fd| fd.unwrap());
+    all.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to == path))
+        .map(|fd| {
+            let number = fd.file_name().into_string().unwrap();
+            let info = std::fs::read_to_string(format!("{proc}/fdinfo/{number}")).unwrap();
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+            i32::from_str_radix(flags.trim(), 8).unwrap()
+        })
+        .collect()
+}
+
+/// Must hold: OPENs of a file under a lease, of any number, keep no OPEN of another file waiting;
+/// they succeed when the lease ends, and no descriptor is left with O_NONBLOCK.
+#[test]
+fn opens_under_a_lease_hold_up_no_open_of_another_file() {
+    let host = with(&["--thread-pool-size", "8"]);
+    host.put("leased", b"leased");
+    host.put("other", b"other");
+    let mut guest = host.boot();
+    let (leased, other) = (guest.node("leased"), guest.node("other"));
+    let lease = lease(&host, "leased");
+    let waiting: Vec<_> = (0..16).map(|_| open_to_write(&mut guest, leased)).collect();
+    std::thread::sleep(Duration::from_millis(200));
+    let open = open_to_write(&mut guest, other);
+    let quick = answered_within(&mut guest, open, SOON);
+    let waited = waiting.iter().all(|open| !guest.is_answered(*open));
+    unlease(&lease);
+    drop(lease);
+    assert!(quick, "an OPEN of another file waits for the lease");
+    assert!(waited, "an OPEN was answered under the lease");
+    for open in waiting {
+        guest.result(open).unwrap();
+    }
+    let flags = host_flags(&host, "leased");
+    assert_eq!(flags.len(), 16);
+    assert!(flags.iter().all(|flags| flags & libc::O_NONBLOCK == 0), "{flags:x?}");
+    assert!(host_flags(&host, "other").iter().all(|flags| flags & libc::O_NONBLOCK == 0));
+    // A guest that asks for O_NONBLOCK has it.
+    guest.open(other, libc::O_WRONLY | libc::O_NONBLOCK).unwrap();
+    let asked = host_flags(&host, "other");
+    assert_eq!(asked.iter().filter(|flags| **flags & libc::O_NONBLOCK != 0).count(), 1);
+}
+
+/// Must hold: whatever opens a file on behalf of the guest waits for a lease and then succeeds, and
+/// holds up no OPEN of another file meanwhile.
+#[test]
+fn all_that_waits_for_a_lease() {
+    let trunc = libc::O_RDWR | libc::O_TRUNC;
+    let sends: [(&str, &dyn Fn(&mut FsGuest, u64) -> Pending); 4] = [
+        ("CREATE", &|guest, _| {
+            guest.send(op::CREATE, ROOT, &abi::create("leased", 2, 0o644), ENTRY_OUT + OPEN_OUT)
+        }),
+        ("OPEN, O_TRUNC", &|guest, node| guest.send(op::OPEN, node, &abi::open(trunc), OPEN_OUT)),
+        ("SETATTR", &|guest, node| guest.send(op::SETATTR, node, &abi::set_size(3), abi::ATTR_OUT)),
+        ("SETUPMAPPING", &|guest, node| guest.send_setup(node, 0, RANGE, MAP_READ, 0)),
+    ];
+    for (what, send) in sends {
+        let host = with(&["--thread-pool-size", "4"]);
+        host.put("leased", b"leased");
+        host.put("other", b"other");
+        let mut guest = host.boot();
+        let (leased, other) = (guest.node("leased"), guest.node("other"));
+        let lease = lease(&host, "leased");
+        let waiting: Vec<_> = (0..8).map(|_| send(&mut guest, leased)).collect();
+        std::thread::sleep(Duration::from_millis(200));
+        let open = open_to_write(&mut guest, other);
+        let quick = answered_within(&mut guest, open, SOON);
+        let waited = waiting.iter().all(|one| !guest.is_answered(*one));
+        unlease(&lease);
+        drop(lease);
+        assert!(quick, "{what}: an OPEN of another file waits for the lease");
+        assert!(waited, "{what} was answered under the lease");
+        for one in waiting {
+            guest.result(one).unwrap_or_else(|errno| panic!("{what}: {errno}"));
+        }
+        let flags = host_flags(&host, "leased");
+        assert!(flags.iter().all(|flags| flags & libc::O_NONBLOCK == 0), "{what}: {flags:x?}");
+    }
+}
+
+/// A daemon that may have 72 MiB of memory.
+fn with_little_memory() -> FsHost {
+    use std::os::unix::process::CommandExt;
+
+    let extra = ["--thread-pool-size", "4"].map(String::from).to_vec();
+    FsHost::prepared(FsOptions { extra, ..FsOptions::default() }, |command| {
+        let limit = || {
+            use nix::sys::resource::{Resource, setrlimit};
+            Ok(setrlimit(Resource::RLIMIT_DATA, 72 << 20, 72 << 20)?)
+        };
+        // SAFETY: one system call.
+        unsafe { command.pre_exec(limit) };
+    })
+}
+
+/// Must hold: a guest that forgets no inode can't make the daemon's memory grow without bound. What
+/// it knows goes on; what would be one inode more is ENFILE and leaves no file behind.
+#[test]
+fn a_guest_that_forgets_nothing() {
+    const FILES: usize = 15_000;
+    let host = with_little_memory();
+    std::fs::create_dir(host.path("many")).unwrap();
+    (0..FILES).for_each(|i| host.put(&format!("many/f{i}"), b""));
+    host.put("beside", b"x");
+    let mut guest = host.boot();
+    let many = guest.node("many");
+    let mut known = Vec::new();
+    let full = (0..FILES).find_map(|i| match guest.lookup(many, &format!("f{i}")) {
+        Ok(entry) => {
+            known.push(entry.nodeid);
+            None
+        }
+        Err(errno) => Some(errno),
+    });
+    assert_eq!(full, Some(libc::ENFILE), "{} inodes, {} KiB", known.len(), host.own_kib());
+    assert!(known.len() > 10_000, "{} inodes", known.len());
+    let warnings = host.said().matches("inodes").count();
+    assert_eq!(warnings, 1, "{}", host.said());
+
+    // One inode more is refused, and nothing is made.
+    let mode = libc::S_IFREG | 0o644;
+    let both = ENTRY_OUT + OPEN_OUT;
+    let makes: [(&str, u32, Arg, usize); 5] = [
+        ("CREATE", op::CREATE, abi::create("new", libc::O_RDWR, 0o644), both),
+        ("CREATE, O_EXCL", op::CREATE, abi::create("new", libc::O_EXCL | 2, 0o644), both),
+        ("MKNOD", op::MKNOD, Arg::new().u32s(&[mode, 0, 0, 0]).name("new"), ENTRY_OUT),
+        ("MKDIR", op::MKDIR, Arg::new().u32s(&[0o755, 0]).name("new"), ENTRY_OUT),
+        ("SYMLINK", op::SYMLINK, Arg::new().name("new").name("target"), ENTRY_OUT),
+    ];
+    for (what, opcode, arg, out) in &makes {
+        assert_eq!(guest.call(*opcode, ROOT, arg, *out), Err(libc::ENFILE), "{what}");
+        assert!(!host.path("new").exists(), "{what}");
+    }
+    assert_eq!(guest.lookup(ROOT, "beside"), Err(libc::ENFILE));
+    let named = guest.names().unwrap();
+    assert!(named.iter().any(|(name, node)| name == "beside" && *node == 0), "a name alone");
+
+    // What the guest knows goes on.
+    assert_eq!(guest.lookup(many, "f7").unwrap().nodeid, known[7]);
+    let existing = abi::create("f7", libc::O_RDWR, 0o644);
+    let body = guest.call(op::CREATE, many, &existing, both).unwrap();
+    assert_eq!(abi::u64_at(&body, 0), known[7]);
+    guest.call(op::LINK, ROOT, &Arg::new().u64s(&[known[7]]).name("link"), ENTRY_OUT).unwrap();
+
+    // What it forgets makes room; each look-up must have been forgotten.
+    guest.forget(known[7], 1);
+    assert_eq!(guest.lookup(ROOT, "beside"), Err(libc::ENFILE), "known by three other look-ups");
+    guest.forget(known[7], 3);
+    guest.lookup(ROOT, "beside").unwrap();
+    assert_eq!(guest.lookup(many, "f7"), Err(libc::ENFILE));
+    guest.forget(known[8], 1);
+    for (what, opcode, arg, out) in &makes[..1] {
+        guest.call(*opcode, ROOT, arg, *out).unwrap_or_else(|errno| panic!("{what}: {errno}"));
+    }
+    // A new mount begins with none.
+    guest.init();
+    let many = guest.node("many");
+    for i in 0..1000 {
+        guest.lookup(many, &format!("f{i}")).unwrap();
+    }
+}
+
+/// Must hold: a file that the daemon can't open for writing is read by requests; no guest writes to
+/// it; and a guest that lets the daemon choose is told to map it no more.
+#[test]
+fn a_program_that_runs_on_the_host() {
+    const ATTR_DAX: u32 = 1 << 1;
+    let extra = vec!["--dax-threshold".into(), "4096".into()];
+    let host = FsHost::with(FsOptions { dax: "inode", extra, ..FsOptions::default() });
+    std::fs::copy("/bin/sleep", host.path("busy")).unwrap();
+    let mut program = std::process::Command::new(host.path("busy")).arg("1000").spawn().unwrap();
+    let mut guest = host.boot();
+    let node = guest.node("busy");
+    let before = host.descriptors();
+    let fh = guest.open(node, libc::O_RDONLY).unwrap();
+    for flags in [libc::O_WRONLY, libc::O_RDWR, libc::O_RDWR | libc::O_TRUNC] {
+        assert_eq!(guest.open(node, flags), Err(libc::ETXTBSY));
+    }
+    assert_eq!(guest.set_size(node, 0).map(drop), Err(libc::ETXTBSY));
+    for flags in [MAP_READ, BOTH] {
+        assert_eq!(guest.setup(node, 0, RANGE, flags, 0), Err(libc::ETXTBSY));
+    }
+    assert_eq!(guest.vmm.live_maps(), 0);
+    let real = std::fs::read("/bin/sleep").unwrap();
+    assert_eq!(guest.read(node, fh, 0, 4096).unwrap(), real[..4096]);
+    // The next guest inode of the file is no DAX inode: its reads are requests.
+    assert_eq!(guest.lookup(ROOT, "busy").unwrap().attr.flags & ATTR_DAX, 0);
+    assert_eq!(guest.getattr(node).unwrap().flags & ATTR_DAX, 0);
+    guest.release(node, fh).unwrap();
+    guest.forget(node, 2);
+    let node = guest.node("busy");
+    assert_eq!(guest.getattr(node).unwrap().flags & ATTR_DAX, 0, "also under another number");
+    host.wait_descriptors(&before);
+
+    program.kill().unwrap();
+    program.wait().unwrap();
+    guest.setup(node, 0, RANGE, MAP_READ, 0).unwrap();
+    assert_eq!(guest.vmm.fetch(0, 16).unwrap(), real[..16]);
+    assert_ne!(guest.getattr(node).unwrap().flags & ATTR_DAX, 0, "it could be mapped");
+    guest.open(node, libc::O_RDWR).unwrap();
+}

@@ -1,50 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! SETUPMAPPING and REMOVEMAPPING, and what else changes a file that may be granted at the same
-//! time. Everything here goes through the engine. Knows no message and no ring.
+//! The window of a device, and the files in it: what the guest maps (`mapping`), and what else
+//! changes a file that may be granted at the same time (`changes`). Everything here goes through the
+//! engine. Knows no ring.
 
+mod changes;
+mod mapping;
 pub(crate) mod nodes;
 pub(crate) mod times;
 mod watch;
 mod window;
 
 use std::collections::HashSet;
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use log::warn;
 use nix::errno::Errno;
-use virtiofsd::fuse::{Attr, RemovemappingOne, SetupmappingIn};
+use virtiofsd::fuse::Attr;
 
-use crate::dax::engine::{Engine, GrantError, Space};
-use crate::dax::extent::Access;
-use crate::dax::written::Bytes;
+use crate::dax::engine::{Engine, GrantError};
 use crate::device::SessionWindow;
-use crate::persist::{Direct, PersistMode};
+use crate::persist::PersistMode;
 use crate::support::counter::Counter;
 use crate::support::lock::{Mutex, lock};
-use crate::support::units::{PAGE_BYTES, PMD_BYTES, PageIndex};
+use crate::support::units::{PAGE_BYTES, PMD_BYTES};
+use crate::window::WindowBytes;
 use crate::window::layout::ShowError;
-use crate::window::{FileOffset, FrontEnd, WindowBytes, WindowOffset};
 
 use super::config::DaxPolicy;
-use super::dax::nodes::{Found, Node, Nodes};
+use super::dax::nodes::Nodes;
 use super::dax::times::Occasion;
-use super::dax::window::FsWindow;
-use super::identity::Subject;
-use super::message::invalid;
+use super::dax::window::{CurrentWindow, FsWindow};
 use super::sync_errors::Losses;
 use crate::passthrough::PassthroughMount;
 use crate::window::locate::{SharedBase, WindowLocation};
-
-/// FUSE_SETUPMAPPING_FLAG_WRITE and _READ.
-const FLAG_WRITE: u64 = 1 << 0;
-const FLAG_READ: u64 = 1 << 1;
-
-/// The most removals in one REMOVEMAPPING (FUSE_REMOVEMAPPING_MAX_ENTRY: a page of them).
-pub(crate) const MAX_REMOVALS: u32 = 256;
 
 /// The most of the guest's numbers that are remembered as mapped. With more, each file counts as
 /// mapped.
@@ -60,8 +51,7 @@ pub(crate) const MAP_ALIGNMENT_LOG2: u16 = PMD_BYTES.trailing_zeros() as u16;
 pub(crate) struct Dax {
     engine: Arc<Engine>,
     nodes: Nodes,
-    front_end: Arc<FrontEnd>,
-    current: Mutex<Option<Arc<FsWindow>>>,
+    current: Arc<CurrentWindow>,
     base: Arc<SharedBase>,
     /// How many memory regions the VM has.
     regions: Arc<AtomicUsize>,
@@ -74,6 +64,8 @@ pub(crate) struct Dax {
     /// What the guest has mapped, if it is told which files to map: it goes on with one that has
     /// become short meanwhile.
     mapped: Mutex<HashSet<u64>>,
+    /// The inode numbers of files that could not be mapped, since they can't be opened for writing.
+    for_readers: Mutex<HashSet<u64>>,
     pub(crate) removals: Counter,
 }
 
@@ -100,13 +92,12 @@ impl Dax {
         regions: Arc<AtomicUsize>,
         losses: Losses,
     ) -> io::Result<Self> {
-        let front_end = Arc::new(FrontEnd::default());
-        let engine = Arc::new(Engine::new(bytes, front_end.clone(), most_maps(bytes)));
+        let current = Arc::new(CurrentWindow::default());
+        let engine = Arc::new(Engine::new(bytes, current.clone(), most_maps(bytes)));
         Ok(Self {
             nodes: Nodes::new(engine.clone(), mount, persist, losses)?,
             engine,
-            front_end,
-            current: Mutex::default(),
+            current,
             base: Arc::default(),
             regions,
             bytes,
@@ -114,6 +105,7 @@ impl Dax {
             mapping: AtomicBool::new(false),
             flags_wanted: AtomicBool::new(false),
             mapped: Mutex::default(),
+            for_readers: Mutex::default(),
             removals: Counter::default(),
         })
     }
@@ -127,27 +119,18 @@ impl Dax {
         self.nodes.count()
     }
 
-    fn current(&self) -> Option<Arc<FsWindow>> {
-        lock(&self.current).clone()
-    }
-
-    fn set_current(&self, window: Option<Arc<FsWindow>>) {
-        *lock(&self.current) = window;
-    }
-
     /// A new front-end's window.
     pub(crate) fn open_window(&self) -> Arc<FsWindow> {
         let (engine, most_maps) = (self.engine.clone(), most_maps(self.bytes));
         let shared = (self.base.clone(), self.regions.clone());
         let window = Arc::new(FsWindow::new(engine, self.bytes, most_maps, shared));
-        self.front_end.set(Some(window.clone()));
-        self.set_current(Some(window.clone()));
+        self.current.set(Some(window.clone()));
         window
     }
 
     /// Whether this front-end can show a window. May block.
     pub(crate) fn is_there(&self) -> bool {
-        self.current().is_some_and(|window| window.is_there())
+        self.current.get().is_some_and(|window| window.is_there())
     }
 
     /// Where the window is in the guest's memory, if that is known.
@@ -175,7 +158,7 @@ impl Dax {
         if !self.flags_wanted.load(Ordering::Relaxed) {
             return true; // A mount with `dax=always`.
         }
-        let pays = self.policy.pays(attr.size);
+        let pays = self.policy.pays(attr.size) && !lock(&self.for_readers).contains(&attr.ino);
         if pays {
             attr.flags |= ATTR_DAX;
         }
@@ -183,9 +166,18 @@ impl Dax {
         pays || mapped.len() >= MOST_MAPPED || mapped.contains(&nodeid)
     }
 
+    /// A file could not be mapped, since it can't be opened for writing: a guest that leaves the
+    /// choice to us shall read it by requests.
+    fn note_for_readers(&self, ino: u64) {
+        let mut for_readers = lock(&self.for_readers);
+        if for_readers.len() < MOST_MAPPED {
+            for_readers.insert(ino);
+        }
+    }
+
     /// The driver has reset the device: the front-end has dropped all maps, and nothing is granted.
     pub(crate) fn forget(&self) {
-        if let Some(window) = self.current() {
+        if let Some(window) = self.current.get() {
             window.reset();
         }
         self.take_away_all(|| self.engine.reset());
@@ -194,7 +186,7 @@ impl Dax {
 
     /// The process is about to end: nothing waits for the front-end any more.
     pub(crate) fn close(&self) {
-        if let Some(window) = self.current() {
+        if let Some(window) = self.current.get() {
             window.ended();
         }
     }
@@ -203,8 +195,7 @@ impl Dax {
     pub(crate) fn session_ended(&self) {
         self.forget();
         // Its back-end channel goes with it.
-        self.front_end.set(None);
-        self.set_current(None);
+        self.current.set(None);
     }
 
     /// The guest unmounts, or mounts anew: takes every map away, but none of a driver that has
@@ -230,274 +221,17 @@ impl Dax {
         self.settle_all(Occasion::End);
     }
 
-    /// Looks whether anything was stored to what was granted, and is not any more.
-    fn removed(&self, written: &[(Arc<Space>, Bytes)]) {
-        if written.is_empty() {
-            return;
-        }
-        let nodes = self.nodes.all();
-        for (space, bytes) in written {
-            if let Some(node) = nodes.iter().find(|node| Arc::ptr_eq(&node.space, space)) {
-                node.times.removed(*bytes);
-            }
-        }
-    }
-
-    /// Lets go of what is not used any more.
-    fn drop_idle(&self) {
-        for node in self.nodes.idle() {
-            node.times.settle(&self.engine, &node.space, Occasion::Close);
-        }
-        self.nodes.drop_idle();
-    }
-
-    /// Settles the times of a file: see `times`.
-    pub(crate) fn settle(&self, file: &Found<'_>, occasion: Occasion) {
-        if let Some(node) = &file.node {
-            node.times.settle(&self.engine, &node.space, occasion);
-        }
-    }
-
-    /// Settles the times of the guest's inode `nodeid`, which has the inode number `ino` on the
-    /// host. Whether they may have become new: by this, or by a thread that settled them meanwhile.
-    pub(crate) fn settle_inode(&self, nodeid: u64, ino: u64) -> bool {
-        let settle = |node: &Arc<Node>| {
-            node.times.settle(&self.engine, &node.space, Occasion::Look);
-        };
-        // Of two files on two devices both are settled, which does no harm.
-        let nodes = self.nodes.of_inode(nodeid, ino);
-        nodes.iter().for_each(settle);
-        nodes.iter().any(|node| node.times.is_watched())
-    }
-
-    /// Settles the times of all files.
-    pub(crate) fn settle_all(&self, occasion: Occasion) {
-        for node in self.nodes.all() {
-            node.times.settle(&self.engine, &node.space, occasion);
-        }
-    }
-
-    /// Lets `change` change attributes of a file, mtime among them if it is `given`.
-    ///
-    /// # Errors
-    /// The change's.
-    pub(crate) fn change_times<T>(
-        &self,
-        file: &Found<'_>,
-        given: bool,
-        change: impl FnOnce() -> io::Result<T>,
-    ) -> io::Result<T> {
-        match &file.node {
-            Some(node) => node.times.change(&self.engine, &node.space, given, change),
-            None => change(),
-        }
-    }
-
-    /// All have closed the file, and were told that data was lost: it starts anew.
-    pub(crate) fn forgive(&self, file: &Found<'_>) {
-        if let Some(node) = &file.node {
-            node.space.forgive();
-        }
-    }
-
-    /// A file was opened for writing: see `Times::opened`.
-    pub(crate) fn opened(&self, file: &Found<'_>, count: impl FnOnce() -> bool) {
-        match &file.node {
-            Some(node) => node.times.opened(&self.engine, &node.space, count),
-            None => drop(count()),
-        }
-    }
-
-    /// A handle that could write is about to go: see `Times::closed`.
-    pub(crate) fn closed(&self, file: &Found<'_>, count: impl FnOnce() -> bool) {
-        match &file.node {
-            Some(node) => node.times.closed(&self.engine, &node.space, count),
-            None => drop(count()),
-        }
-    }
-
     /// Forgets which files have been mapped.
     pub(crate) fn clear_nodes(&self) {
         self.nodes.forget();
         lock(&self.mapped).clear();
-    }
-
-    /// What there is of a file of which something may be granted or about to be.
-    ///
-    /// # Errors
-    /// The file system's.
-    pub(crate) fn find<'a>(&self, subject: Subject<'a>) -> io::Result<Found<'a>> {
-        self.nodes.find(subject)
+        lock(&self.for_readers).clear();
     }
 
     /// The guest has forgotten a number.
     pub(crate) fn forget_number(&self, nodeid: u64) {
         self.nodes.forget_number(nodeid);
         lock(&self.mapped).remove(&nodeid);
-    }
-
-    /// A change of a file that was not to be found in the window. If it has got there meanwhile,
-    /// what was granted may rest on how the file was before: the engine looks at it again.
-    fn beside<T>(&self, file: &Found<'_>, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        let done = change()?;
-        if let Some(node) = self.nodes.find_again(file)? {
-            self.engine.resized(&node.space).map_err(|e| guest_error(&e))?;
-        }
-        Ok(done)
-    }
-
-    /// SETUPMAPPING. `open` gives the file, readable and writable. `is_current` says whether the
-    /// guest still wants it, in the moment in which nothing else can be granted.
-    ///
-    /// # Errors
-    /// What the guest is told; never EAGAIN.
-    pub(crate) fn setup(
-        &self,
-        nodeid: u64,
-        asked: &SetupmappingIn,
-        is_current: impl Fn() -> bool,
-        open: impl FnOnce() -> io::Result<File>,
-    ) -> io::Result<()> {
-        let access = match asked.flags {
-            FLAG_READ => Access::Read,
-            flags if flags & !FLAG_READ == FLAG_WRITE => Access::Write,
-            _ => return Err(invalid()),
-        };
-        if !asked.foffset.is_multiple_of(PMD_BYTES) || !asked.moffset.is_multiple_of(PMD_BYTES) {
-            return Err(invalid());
-        }
-        let span = self.engine.span(WindowOffset(asked.moffset), WindowBytes(asked.len));
-        let span = span.map_err(|e| guest_error(&e))?;
-        let node = self.nodes.get_or_make(nodeid, open).map_err(|e| match e.raw_os_error() {
-            Some(errno) if errno != libc::EAGAIN => e,
-            _ => Errno::EIO.into(),
-        })?;
-        if self.flags_wanted.load(Ordering::Relaxed) {
-            let mut mapped = lock(&self.mapped);
-            if mapped.len() < MOST_MAPPED {
-                mapped.insert(nodeid);
-            }
-        }
-        let replaced = self.engine.written_in(&[span]);
-        let from = FileOffset(asked.foffset);
-        let granted = self.engine.grant_if(&node.space, from, span, access, is_current);
-        if granted.is_ok() && access == Access::Write {
-            node.times.granted();
-        }
-        drop(node);
-        self.removed(&replaced);
-        // Also after a success: what it replaced may have been the last of another file.
-        self.drop_idle();
-        granted.map_err(|e| guest_error(&e))
-    }
-
-    /// REMOVEMAPPING. All numbers are looked at before anything is done.
-    ///
-    /// # Errors
-    /// What the guest is told.
-    pub(crate) fn remove(&self, removals: &[RemovemappingOne]) -> io::Result<()> {
-        let spans: Result<Vec<_>, _> = removals
-            .iter()
-            .map(|one| self.engine.span(WindowOffset(one.moffset), WindowBytes(one.len)))
-            .collect();
-        let spans = spans.map_err(|e| guest_error(&e))?;
-        let written = self.engine.written_in(&spans);
-        let done = self.engine.revoke(&spans);
-        self.removals.add(removals.len() as u64);
-        self.removed(&written);
-        self.drop_idle();
-        done.map_err(|e| guest_error(&e))
-    }
-
-    /// Lets `change` set the inode's length to `bytes`.
-    ///
-    /// # Errors
-    /// The change's, or the engine's.
-    pub(crate) fn resize<T>(
-        &self,
-        file: &Found<'_>,
-        bytes: u64,
-        change: impl FnOnce() -> io::Result<T>,
-    ) -> io::Result<T> {
-        let Some(node) = &file.node else { return self.beside(file, change) };
-        let done = self.engine.resize_by(&node.space, bytes, change);
-        done.map(|(done, _)| done).map_err(|e| guest_error(&e))
-    }
-
-    /// Lets `change` do something to the inode's length or blocks that makes it shorter by at most
-    /// `shorter_by` bytes.
-    ///
-    /// # Errors
-    /// The change's, or the engine's.
-    pub(crate) fn change<T>(
-        &self,
-        file: &Found<'_>,
-        shorter_by: u64,
-        change: impl FnOnce() -> io::Result<T>,
-    ) -> io::Result<T> {
-        let Some(node) = &file.node else { return self.beside(file, change) };
-        let at_least = node.space.source().file_bytes()?.saturating_sub(shorter_by);
-        self.engine.change(&node.space, at_least, change).map_err(|e| guest_error(&e))
-    }
-
-    /// Lets `write` write `bytes` at byte `from` of the inode: past the processor's cache where it
-    /// is given the file's memory, which has blocks for all of them then (behaviour 13).
-    ///
-    /// # Errors
-    /// The write's, or the engine's.
-    pub(crate) fn write(
-        &self,
-        file: &Found<'_>,
-        from: u64,
-        bytes: u64,
-        write: impl FnOnce(Option<&Direct>) -> io::Result<usize>,
-    ) -> io::Result<usize> {
-        let Some(node) = &file.node else { return self.beside(file, || write(None)) };
-        let (space, from) = (&node.space, FileOffset(from));
-        let done = self.engine.write_by(space, from, bytes, || {
-            let Some(direct) = node.direct.as_deref() else { return write(None) };
-            write(space.may_be_stored_to(from, bytes)?.then_some(direct))
-        });
-        done.map_err(|e| guest_error(&e))
-    }
-
-    /// Makes a hole, or zeros where a write grant needs the blocks. False if nothing is granted.
-    ///
-    /// # Errors
-    /// The engine's.
-    pub(crate) fn punch(&self, file: &Found<'_>, from: u64, bytes: u64) -> io::Result<bool> {
-        let Some(node) = &file.node else { return Ok(false) };
-        self.engine.punch(&node.space, from, bytes).map_err(|e| guest_error(&e))?;
-        if node.direct.is_some() {
-            // Zeros of our own make, which the kernel does not see.
-            node.times.touch();
-        }
-        Ok(true)
-    }
-
-    /// Makes the inode durable: what the window was written through, then `sync`, which is about
-    /// the guest's own handle.
-    ///
-    /// # Errors
-    /// Either one's; it is final.
-    pub(crate) fn sync(
-        &self,
-        file: &Found<'_>,
-        sync: impl FnOnce() -> io::Result<()>,
-    ) -> io::Result<()> {
-        let Some(node) = &file.node else { return sync() };
-        self.engine.writeback_by(&node.space, sync)
-    }
-
-    /// The same for all inodes that have anything granted.
-    ///
-    /// # Errors
-    /// The first one's.
-    pub(crate) fn sync_all(&self) -> io::Result<()> {
-        self.nodes
-            .all()
-            .iter()
-            .try_for_each(|node| self.engine.writeback(&node.space, PageIndex(0), PageIndex::LAST))
     }
 }
 

@@ -14,12 +14,13 @@ use crate::dax::direct::DirectExtents;
 use crate::dax::engine::{Engine, Space};
 use crate::dax::extent::{ExtentSource, FileExtents};
 use crate::persist::{Backing, Direct, Durability, FilePersist, PersistMode};
+use crate::support::file_id::FileId;
 use crate::support::lock::{Mutex, MutexGuard, Rank, lock};
 use crate::support::log_limit::RateLimit;
 
 use crate::fs::dax::times::Times;
 use crate::fs::dax::watch::{Watch, Watching};
-use crate::fs::identity::{FileId, Subject};
+use crate::fs::host_file::Subject;
 use crate::fs::sync_errors::Losses;
 use crate::passthrough::{PassthroughFile, PassthroughMount};
 
@@ -29,6 +30,7 @@ const MOST_NUMBERS: usize = 8;
 
 /// A file that is or is about to be granted.
 pub(crate) struct Node {
+    pub(crate) id: FileId,
     pub(crate) space: Arc<Space>,
     /// Its memory, where cache lines count.
     pub(crate) direct: Option<Arc<Direct>>,
@@ -225,7 +227,7 @@ impl Nodes {
         let watching = OnceLock::new();
         let (id, losses) = (FileId::of(&file)?, self.losses.clone());
         let times = Times::new(file.clone(), id, durability.backing, losses);
-        Ok(Node { space, direct, times, file, _passthrough: passthrough, watching })
+        Ok(Node { id, space, direct, times, file, _passthrough: passthrough, watching })
     }
 
     fn watch(&self, node: &Node) -> Option<Watching> {

@@ -36,10 +36,10 @@ use nix::sys::time::TimeSpec;
 use crate::dax::engine::{Engine, Space};
 use crate::dax::sync::{CheckedOut, Checkout};
 use crate::dax::written::Bytes;
-use crate::fs::identity::FileId;
 use crate::fs::sync_errors::{Losses, is_loss};
 use crate::persist::Backing;
 use crate::persist::dirty::{dirty_pages, wait_for_writeback, write_out};
+use crate::support::file_id::FileId;
 use crate::support::lock::Rank;
 
 /// When times are settled.

@@ -11,10 +11,9 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::dax::engine::Engine;
 use crate::device::{RingStart, SessionWindow};
+use crate::support::file_id::FileId;
 use crate::support::lock::{Condvar, Mutex, MutexGuard, lock};
-use crate::window::{
-    Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset, inode_of,
-};
+use crate::window::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset};
 
 use crate::window::locate::{MapLocator, Outcome, SharedBase, WindowMap};
 
@@ -184,8 +183,8 @@ impl Mapper for FsWindow {
         bytes: WindowBytes,
     ) -> Result<(), MapError> {
         // Before it is sent: the memory table that shows it comes before the ack (Q3).
-        if let Some(inode) = inode_of(file) {
-            self.lock().locator.requested(WindowMap { at, inode, from, bytes });
+        if let Ok(id) = FileId::of(file) {
+            self.lock().locator.requested(WindowMap { at, id, from, bytes });
         }
         let done = self.while_started(|channel| channel.map(at, file, from, bytes));
         let outcome = if matches!(done, Ok(true)) { Outcome::Made } else { Outcome::Failed };
@@ -242,13 +241,42 @@ impl SessionWindow for FsWindow {
     }
 }
 
+/// The window of the current session. Where there is none, nothing is granted, and what the engine
+/// takes away is shown by no front-end.
+#[derive(Default)]
+pub(crate) struct CurrentWindow(Mutex<Option<Arc<FsWindow>>>);
+
+impl CurrentWindow {
+    pub(crate) fn set(&self, window: Option<Arc<FsWindow>>) {
+        *lock(&self.0) = window;
+    }
+
+    pub(crate) fn get(&self) -> Option<Arc<FsWindow>> {
+        lock(&self.0).clone()
+    }
+}
+
+impl Mapper for CurrentWindow {
+    fn map(
+        &self,
+        at: WindowOffset,
+        file: &File,
+        from: FileOffset,
+        bytes: WindowBytes,
+    ) -> Result<(), MapError> {
+        self.get().map_or(Ok(()), |window| window.map(at, file, from, bytes))
+    }
+
+    fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
+        self.get().map_or(Ok(()), |window| window.unmap(at, bytes))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;
 
     use vhost::vhost_user::Backend;
-
-    use crate::window::FrontEnd;
 
     use super::*;
 
@@ -256,8 +284,8 @@ mod tests {
     /// once more.
     #[test]
     fn the_end_is_final() {
-        let (bytes, front_end) = (WindowBytes(2 << 20), Arc::new(FrontEnd::default()));
-        let engine = Arc::new(Engine::new(bytes, front_end, 1));
+        let (bytes, none) = (WindowBytes(2 << 20), Arc::new(CurrentWindow::default()));
+        let engine = Arc::new(Engine::new(bytes, none, 1));
         let window = FsWindow::new(engine, bytes, 1, Default::default());
         let (ours, _theirs) = UnixStream::pair().unwrap();
         window.set_channel(ShmemMapper::new(Backend::from_stream(ours), || true));

@@ -1,17 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Attributes as the guest is told of them, and as it sets them: right, though it may store to a
-//! file without a request, and believed no longer than they are right. Whoever opens a file to
-//! write is counted for that.
+//! file without a request, and believed no longer than they are right.
 
 use std::io;
 use std::time::Duration;
 
 use virtiofsd::filesystem::{Context, Entry, FileSystem, SetattrValid};
-use virtiofsd::fuse::{self, Attr, AttrOut, EntryOut};
+use virtiofsd::fuse::{self, Attr, AttrOut, EntryOut, FsOptions};
 
-use crate::fs::dax::times::Occasion;
-use crate::fs::identity::{FileId, Subject, Which};
+use crate::fs::host_file::{Subject, Which};
 use crate::fs::message::{Args, Reply, valid_id};
 use crate::fs::server::Server;
 
@@ -19,19 +17,9 @@ impl<F> Server<F>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
 {
-    /// Settles the times of the file of a handle: see `times`.
-    ///
-    /// # Errors
-    /// Those of asking which file it is.
-    pub(crate) fn settle(&self, nodeid: u64, handle: u64, occasion: Occasion) -> io::Result<()> {
-        let Some(dax) = &self.dax else { return Ok(()) };
-        dax.settle(&dax.find(self.open_file(nodeid, handle))?, occasion);
-        Ok(())
-    }
-
     /// The attributes of an inode, whose times tell of what was stored to it: `attr`, or newer
     /// ones.
-    pub(crate) fn settled(&self, ctx: Context, nodeid: u64, attr: Attr) -> Attr {
+    fn settled(&self, ctx: Context, nodeid: u64, attr: Attr) -> Attr {
         let regular = attr.mode & libc::S_IFMT == libc::S_IFREG;
         match &self.dax {
             Some(dax) if regular && dax.settle_inode(nodeid, attr.ino) => {
@@ -41,7 +29,7 @@ where
         }
     }
 
-    pub(crate) fn attr(&self, nodeid: u64, mut attr: Attr, mut valid: Duration) -> Reply {
+    fn attr(&self, nodeid: u64, mut attr: Attr, mut valid: Duration) -> Reply {
         if self.dax.as_ref().is_some_and(|dax| dax.flag(nodeid, &mut attr)) {
             valid = Duration::ZERO;
         }
@@ -53,7 +41,7 @@ where
         })
     }
 
-    pub(crate) fn entry_out(&self, ctx: Context, mut entry: Entry) -> EntryOut {
+    pub(super) fn entry_out(&self, ctx: Context, mut entry: Entry) -> EntryOut {
         self.without_submounts(&mut entry.attr);
         entry.attr = self.settled(ctx, entry.inode, entry.attr);
         if self.dax.as_ref().is_some_and(|dax| dax.flag(entry.inode, &mut entry.attr)) {
@@ -62,7 +50,36 @@ where
         EntryOut::from(entry)
     }
 
-    pub(crate) fn setattr(
+    pub(super) fn getattr(
+        &self,
+        ctx: Context,
+        nodeid: u64,
+        args: &mut Args<'_>,
+    ) -> io::Result<Reply> {
+        let asked: fuse::GetattrIn = args.take()?;
+        let fh = (asked.flags & fuse::GETATTR_FH != 0).then_some(asked.fh);
+        let (attr, valid) = self.fs.getattr(ctx, nodeid, fh)?;
+        Ok(self.attr(nodeid, self.settled(ctx, nodeid, attr), valid))
+    }
+
+    pub(super) fn access(
+        &self,
+        ctx: Context,
+        nodeid: u64,
+        args: &mut Args<'_>,
+    ) -> io::Result<Reply> {
+        let asked: fuse::AccessIn = args.take()?;
+        self.fs.access(ctx, nodeid, asked.mask).and(Reply::DONE)
+    }
+
+    /// A guest that knows no submounts is told of none.
+    fn without_submounts(&self, attr: &mut Attr) {
+        if !self.has(FsOptions::SUBMOUNTS) {
+            attr.flags &= !fuse::ATTR_SUBMOUNT;
+        }
+    }
+
+    pub(super) fn setattr(
         &self,
         ctx: Context,
         nodeid: u64,
@@ -94,65 +111,5 @@ where
             }
         });
         done.map(|(attr, valid)| self.attr(nodeid, attr, valid))
-    }
-
-    /// Counts a handle, which was opened with `flags`.
-    ///
-    /// # Errors
-    /// Those of asking which file it is.
-    pub(crate) fn count_open(
-        &self,
-        nodeid: u64,
-        flags: u32,
-        handle: u64,
-        file: FileId,
-    ) -> io::Result<()> {
-        if flags.cast_signed() & libc::O_ACCMODE == libc::O_RDONLY {
-            self.opened.open(nodeid, handle, file);
-            return Ok(());
-        }
-        let count = || self.opened.open_to_write(nodeid, handle, file);
-        match &self.dax {
-            Some(dax) => {
-                let subject = Subject { nodeid, file: Which::Open(Some(file)) };
-                dax.opened(&dax.find(subject)?, count);
-            }
-            None => drop(count()),
-        }
-        Ok(())
-    }
-
-    pub(crate) fn release(
-        &self,
-        ctx: Context,
-        nodeid: u64,
-        args: &mut Args<'_>,
-    ) -> io::Result<Reply> {
-        let asked: fuse::ReleaseIn = args.take()?;
-        let flush = asked.release_flags & fuse::RELEASE_FLUSH != 0;
-        let unlock = asked.release_flags & fuse::RELEASE_FLOCK_UNLOCK != 0;
-        let owner = (flush || unlock).then_some(asked.lock_owner);
-        self.fs.release(ctx, nodeid, asked.flags, asked.fh, flush, unlock, owner)?;
-        let Some(dax) = &self.dax else {
-            self.opened.release(asked.fh);
-            return Reply::DONE;
-        };
-        let is_writer = self.opened.is_writer(asked.fh);
-        let file = dax.find(self.open_file(nodeid, asked.fh))?;
-        let mut forgiven = false;
-        let mut count = || {
-            let released = self.opened.release(asked.fh);
-            forgiven = released.forgiven;
-            released.writer_left
-        };
-        if is_writer {
-            dax.closed(&file, count);
-        } else {
-            count();
-        }
-        if forgiven {
-            dax.forgive(&file);
-        }
-        Reply::DONE
     }
 }

@@ -1,57 +1,110 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! READDIR and READDIRPLUS: packs entries into what room there is, and counts no look-up that the
-//! guest does not hear of.
+//! OPENDIR, READDIR, READDIRPLUS and RELEASEDIR: packs entries into what room there is, and counts
+//! no look-up that the guest does not hear of.
 
 use std::io;
 
 use virtiofsd::filesystem::{Context, DirEntry, DirectoryIterator, FileSystem};
-use virtiofsd::fuse::{Attr, Dirent, EntryOut, ReadIn};
+use virtiofsd::fuse::{self, Attr, Dirent, EntryOut};
 use vm_memory_of_virtiofsd::ByteValued;
 
 use crate::fs::descriptors::Want;
-use crate::fs::message::{MAX_DATA_BYTES, invalid};
+use crate::fs::lives::Life;
+use crate::fs::message::{Args, MAX_DATA_BYTES, Reply, invalid};
+use crate::fs::ops::open::open_out;
 use crate::fs::server::Server;
 
 /// FUSE_DIRENT_ALIGN.
 const ALIGN: usize = 8;
 
-/// The entries of a directory from `asked.offset` on, as many as fit.
-pub(crate) fn read<F>(
-    server: &Server<F>,
-    ctx: Context,
-    nodeid: u64,
-    asked: &ReadIn,
-    room: usize,
-    plus: bool,
-) -> io::Result<Vec<u8>>
+impl<F> Server<F>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
 {
-    // READDIR may bring less than was asked for.
-    let size = asked.size.min(MAX_DATA_BYTES);
-    if room < size as usize {
-        return Err(invalid());
+    pub(super) fn opendir(
+        &self,
+        life: Life,
+        ctx: Context,
+        nodeid: u64,
+        args: &mut Args<'_>,
+    ) -> io::Result<Reply> {
+        let asked: fuse::OpenIn = args.take()?;
+        let opened = self.fs.opendir(ctx, nodeid, self.flags(asked.flags)?)?;
+        self.unless_over(life, || {
+            let handle = opened.0.unwrap_or_default();
+            let _ = self.fs.releasedir(ctx, nodeid, asked.flags, handle);
+        })?;
+        Ok(open_out(opened))
     }
-    let mut entries = server.fs.readdir(ctx, nodeid, asked.fh, size, asked.offset)?;
-    let mut packed = Vec::new();
-    while let Some(entry) = entries.next() {
-        if packed.len() + packed_bytes(&entry, plus) > size as usize {
-            break;
+
+    pub(super) fn releasedir(
+        &self,
+        ctx: Context,
+        nodeid: u64,
+        args: &mut Args<'_>,
+    ) -> io::Result<Reply> {
+        let asked: fuse::ReleaseIn = args.take()?;
+        self.fs.releasedir(ctx, nodeid, asked.flags, asked.fh)?;
+        self.opened.release(asked.fh); // A file's handle is released by it, too.
+        Reply::DONE
+    }
+
+    /// The entries of a directory from an offset on, as many as fit into `room` bytes.
+    pub(super) fn readdir(
+        &self,
+        ctx: Context,
+        nodeid: u64,
+        args: &mut Args<'_>,
+        room: usize,
+        plus: bool,
+    ) -> io::Result<Reply> {
+        let asked: fuse::ReadIn = args.take()?;
+        // READDIR may bring less than was asked for.
+        let size = asked.size.min(MAX_DATA_BYTES);
+        if room < size as usize {
+            return Err(invalid());
         }
-        if plus {
-            match look_up(server, ctx, nodeid, &entry) {
-                Ok(found) => packed.extend_from_slice(found.as_slice()),
-                // It went away since the directory was read.
-                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-                // What is packed has been looked up, and the guest must hear of it.
-                Err(_) if !packed.is_empty() => break,
-                Err(e) => return Err(e),
+        let mut entries = self.fs.readdir(ctx, nodeid, asked.fh, size, asked.offset)?;
+        let mut packed = Vec::new();
+        while let Some(entry) = entries.next() {
+            if packed.len() + packed_bytes(&entry, plus) > size as usize {
+                break;
             }
+            if plus {
+                match self.entry_plus(ctx, nodeid, &entry) {
+                    Ok(found) => packed.extend_from_slice(found.as_slice()),
+                    // It went away since the directory was read.
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                    // What is packed has been looked up, and the guest must hear of it.
+                    Err(_) if !packed.is_empty() => break,
+                    Err(e) => return Err(e),
+                }
+            }
+            pack(&mut packed, &entry);
         }
-        pack(&mut packed, &entry);
+        Ok(Reply::Bytes(packed))
     }
-    Ok(packed)
+
+    /// What the guest is told of an entry, beside its name. Where no descriptor is left, or the
+    /// guest may know no inode more, the name is all there is: else nothing could be removed.
+    fn entry_plus(&self, ctx: Context, parent: u64, entry: &DirEntry<'_>) -> io::Result<EntryOut> {
+        let leave = self.descriptors.ask(Want::Inode);
+        if leave.is_err() || matches!(entry.name.to_bytes(), b"." | b"..") {
+            return Ok(name_only(entry));
+        }
+        let found = self.fs.lookup(ctx, parent, entry.name)?;
+        match self.count_lookup(ctx, found.inode, None) {
+            Ok(()) => Ok(self.entry_out(ctx, found)),
+            Err(_) => Ok(name_only(entry)),
+        }
+    }
+}
+
+/// An entry with inode number 0 for the guest: not looked up, and not to be forgotten.
+fn name_only(entry: &DirEntry<'_>) -> EntryOut {
+    let attr = Attr { ino: entry.ino, mode: entry.type_ << 12, ..Attr::default() };
+    EntryOut { attr, ..EntryOut::default() }
 }
 
 fn packed_bytes(entry: &DirEntry<'_>, plus: bool) -> usize {
@@ -70,23 +123,4 @@ fn pack(packed: &mut Vec<u8>, entry: &DirEntry<'_>) {
     packed.extend_from_slice(dirent.as_slice());
     packed.extend_from_slice(name);
     packed.resize(packed.len().next_multiple_of(ALIGN), 0);
-}
-
-fn look_up<F>(
-    server: &Server<F>,
-    ctx: Context,
-    parent: u64,
-    entry: &DirEntry<'_>,
-) -> io::Result<EntryOut>
-where
-    F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
-{
-    // Where no descriptor is left the name is all there is: else nothing could be removed.
-    let leave = server.descriptors.ask(Want::Inode);
-    if leave.is_err() || matches!(entry.name.to_bytes(), b"." | b"..") {
-        // Number 0: not looked up, and not to be forgotten.
-        let attr = Attr { ino: entry.ino, mode: entry.type_ << 12, ..Attr::default() };
-        return Ok(EntryOut { attr, ..EntryOut::default() });
-    }
-    server.fs.lookup(ctx, parent, entry.name).map(|found| server.entry_out(ctx, found))
 }

@@ -26,8 +26,8 @@ use crate::fs::server::Server;
 /// Keeps the ring from being stopped while guest memory is read or written.
 fn pin(request: &mut Request, blocking: Blocking) -> io::Result<()> {
     match blocking {
-        Blocking::Allowed if request.pin() => Ok(()),
-        Blocking::Allowed => Err(Errno::EIO.into()),
+        Blocking::Allowed | Blocking::Lease if request.pin() => Ok(()),
+        Blocking::Allowed | Blocking::Lease => Err(Errno::EIO.into()),
         Blocking::IfUnknown if request.pin_now() => Ok(()),
         Blocking::IfUnknown => Err(Errno::EAGAIN.into()),
     }
@@ -94,7 +94,7 @@ where
         let file = |dax: &Dax| dax.find(self.open_file(nodeid, fh));
         let file = self.dax.as_deref().map(file).transpose()?;
         let granted = file.as_ref().is_some_and(|file| file.node.is_some());
-        if granted && blocking != Blocking::Allowed {
+        if granted && blocking == Blocking::IfUnknown {
             return Err(Errno::EAGAIN.into());
         }
         // What the kernel does beside writing is missed past the cache.

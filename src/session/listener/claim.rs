@@ -15,6 +15,8 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;
 
+use crate::support::file_id::FileId;
+
 /// Another process holds the claim for some milliseconds, unless it hangs or was stopped (SIGSTOP).
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -96,9 +98,9 @@ fn open(path: &Path) -> io::Result<File> {
 /// # Errors
 /// The system's.
 pub(super) fn is_at(path: &Path, file: &File) -> io::Result<bool> {
-    let ours = file.metadata()?;
+    let ours = FileId::of(file)?;
     match fs::symlink_metadata(path) {
-        Ok(now) => Ok((now.dev(), now.ino()) == (ours.dev(), ours.ino())),
+        Ok(now) => Ok(FileId::from(now) == ours),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(e),
     }

@@ -1,42 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which file of the host a request is about. The guest's numbers do not say: the file system gives
-//! one file a number for each mount that leads to it (a bind mount in the share), and a new one
-//! after a FORGET. What counts is the inode.
+//! The file of the host that a request is about: which it is, and how to get at it. The guest's
+//! numbers do not say which: the file system gives one file a number for each mount that leads to it
+//! (a bind mount in the share), and a new one after a FORGET. What counts is the inode
+//! ([`FileId`]).
 
 use std::cell::Cell;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
-use virtiofsd::filesystem::{Context, FileSystem, ZeroCopyWriter};
+use virtiofsd::filesystem::{Context, FileSystem, OpenOptions, ZeroCopyWriter};
 use virtiofsd::oslib::ReadvFlags;
+
+use crate::support::file_id::FileId;
 
 use super::descriptors::Want;
 use super::server::Server;
-
-/// A file, whatever led to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct FileId {
-    /// Inode number. First, so that those of one number stand together.
-    pub(crate) ino: u64,
-    pub(crate) dev: u64,
-}
-
-impl FileId {
-    /// Of the first device.
-    pub(crate) const fn first_of(ino: u64) -> Self {
-        Self { ino, dev: 0 }
-    }
-
-    /// # Errors
-    /// The system's.
-    pub(crate) fn of(file: &File) -> io::Result<Self> {
-        let found = file.metadata()?;
-        Ok(Self { ino: found.ino(), dev: found.dev() })
-    }
-}
 
 /// Finds out which file it is, if its inode number is one of those that the argument holds for.
 /// None: it is none of them.
@@ -89,6 +69,13 @@ impl<W: FnOnce(&File)> ZeroCopyWriter for InPlaceOfARead<'_, W> {
     }
 }
 
+/// A file that was opened, and what was seen of it.
+pub(crate) struct Opened<T> {
+    pub(crate) handle: u64,
+    pub(crate) options: OpenOptions,
+    pub(crate) seen: T,
+}
+
 impl<F> Server<F>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
@@ -110,6 +97,46 @@ where
         self.fs.read(ctx, nodeid, handle, InPlaceOfARead(&work), 1, 0, None, 0)?;
         drop(work);
         done
+    }
+
+    /// Opens the file of an inode, lets `look` look at it, and closes it again if that fails. A
+    /// lease of a host process is not waited for: see `ops::leases`.
+    ///
+    /// # Errors
+    /// EAGAIN where a lease is in the way.
+    pub(crate) fn open_now<T>(
+        &self,
+        ctx: Context,
+        nodeid: u64,
+        kill_priv: bool,
+        flags: u32,
+        look: impl FnOnce(&File) -> io::Result<T>,
+    ) -> io::Result<Opened<T>> {
+        let at_once = libc::O_NONBLOCK.cast_unsigned();
+        let (handle, options) = self.fs.open(ctx, nodeid, kill_priv, flags | at_once)?;
+        let handle = handle.ok_or(Errno::EBADF)?;
+        let seen = self.with_file(ctx, nodeid, handle, |file| {
+            if flags & at_once == 0 {
+                rustix::io::ioctl_fionbio(file, false)?;
+            }
+            look(file)
+        });
+        match seen {
+            Ok(seen) => Ok(Opened { handle, options, seen }),
+            Err(e) => {
+                self.fs.release(ctx, nodeid, flags, handle, false, false, None)?;
+                Err(e)
+            }
+        }
+    }
+
+    /// The file of an inode, readable and writable: QEMU wants it so, also for a guest that only
+    /// reads (Q7, Q8). The file system gives it to whoever reads from it.
+    pub(crate) fn writable_file(&self, ctx: Context, nodeid: u64) -> io::Result<File> {
+        let flags = libc::O_RDWR.cast_unsigned();
+        let opened = self.open_now(ctx, nodeid, false, flags, File::try_clone)?;
+        self.fs.release(ctx, nodeid, flags, opened.handle, false, false, None)?;
+        Ok(opened.seen)
     }
 
     /// The file of an inode that the guest knows and need not have open: mostly one look at its

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Buffers that lie in our own window (O_DIRECT into or from a DAX mapping). Their bytes are a
+//! file's, and are reached through that file: the memory table need not list the range, and a page
+//! behind the end of the file can't hurt this process.
+
+use std::io;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use crate::dax::engine::{Engine, Space};
+use crate::device::chain::Segment;
+use crate::support::units::PAGE_BYTES;
+use crate::window::locate::WindowLocation;
+use crate::window::{FileOffset, WindowOffset};
+
+/// A part of a buffer that shows a piece of one file.
+#[derive(Clone)]
+pub(super) struct FilePiece {
+    space: Arc<Space>,
+    from: FileOffset,
+    pub(super) bytes: usize,
+}
+
+/// Where in the window `segment` begins. None if it is not in it.
+///
+/// # Errors
+/// EFAULT if it is in it in part.
+fn offset_in(window: WindowLocation, segment: Segment) -> io::Result<Option<WindowOffset>> {
+    let (start, bytes) = (segment.at.0, u64::from(segment.bytes));
+    let end = start.checked_add(bytes).ok_or(Errno::EFAULT)?;
+    let window_end = window.gpa.saturating_add(window.bytes.0);
+    if bytes == 0 || end <= window.gpa || start >= window_end {
+        return Ok(None);
+    }
+    if start < window.gpa || end > window_end {
+        return Err(Errno::EFAULT.into());
+    }
+    Ok(Some(WindowOffset(start - window.gpa)))
+}
+
+impl FilePiece {
+    /// What `segment` shows, if it lies in the window.
+    ///
+    /// # Errors
+    /// EFAULT for a part of the window where nothing is granted.
+    pub(super) fn all_of(
+        segment: Segment,
+        (window, engine): (WindowLocation, &Engine),
+    ) -> io::Result<Option<Vec<Self>>> {
+        let Some(start) = offset_in(window, segment)? else { return Ok(None) };
+        let (bytes, mut done, mut pieces) = (segment.bytes as usize, 0, Vec::new());
+        while done < bytes {
+            let at = WindowOffset(start.0 + done as u64);
+            let (space, from, left) = engine.granted_at(at).ok_or(Errno::EFAULT)?;
+            let now = (bytes - done).min(usize::try_from(left).unwrap_or(usize::MAX));
+            pieces.push(Self { space, from, bytes: now });
+            done += now;
+        }
+        Ok(Some(pieces))
+    }
+
+    pub(super) fn skip(&mut self, n: usize) {
+        self.from.0 += n as u64;
+        self.bytes -= n;
+    }
+
+    /// How many of its bytes a load through the window would find: to the end of the file's last
+    /// page.
+    pub(super) fn there(&self) -> io::Result<usize> {
+        let end = self.space.source().file_bytes()?.next_multiple_of(PAGE_BYTES);
+        let left = usize::try_from(end.saturating_sub(self.from.0)).unwrap_or(usize::MAX);
+        Ok(left.min(self.bytes))
+    }
+
+    /// Loads what the window shows: behind the end of the file, zeros.
+    pub(super) fn load(&self, to: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        while let Some(rest) = to.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            match self.space.source().read_at(self.from.0 + done as u64, rest)? {
+                0 => break,
+                read => done += read,
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores as the window would: what lies behind the end of the file is lost, and makes it no
+    /// longer.
+    ///
+    /// # Errors
+    /// EFAULT while the file is being made shorter. This does not wait for that, which may wait for
+    /// the front-end, and that for the stop of a ring that this request holds up.
+    pub(super) fn store(&self, bytes: &[u8]) -> io::Result<()> {
+        let source = self.space.source();
+        let _stays = self.space.keep_length().ok_or(Errno::EFAULT)?;
+        let left = source.file_bytes()?.saturating_sub(self.from.0);
+        let within = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let mut done = 0;
+        while let Some(rest) = bytes.get(done..within).filter(|rest| !rest.is_empty()) {
+            done += source.write_at(self.from.0 + done as u64, rest)?;
+        }
+        Ok(())
+    }
+}
