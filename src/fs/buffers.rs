@@ -32,7 +32,7 @@ use crate::device::chain::Segment;
 use crate::persist::Direct;
 use crate::support::units::PAGE_BYTES;
 use crate::window::locate::WindowLocation;
-use crate::window::{FileOffset, WindowOffset};
+use crate::window::{FileOffset, FileRange, WindowOffset};
 
 use super::message::MAX_DATA_BYTES;
 use super::schedule::Blocking;
@@ -239,7 +239,7 @@ impl Piece {
 fn load(space: &Space, from: FileOffset, to: &mut [u8]) -> io::Result<()> {
     let mut done = 0;
     while let Some(rest) = to.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        match space.source().read_at(from.0 + done as u64, rest)? {
+        match space.source().read_at(from + done as u64, rest)? {
             0 => break,
             read => done += read,
         }
@@ -259,7 +259,7 @@ fn store(space: &Space, to: FileOffset, bytes: &[u8]) -> io::Result<()> {
     let within = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
     let mut done = 0;
     while let Some(rest) = bytes.get(done..within).filter(|rest| !rest.is_empty()) {
-        done += space.source().write_at(to.0 + done as u64, rest)?;
+        done += space.source().write_at(to + done as u64, rest)?;
     }
     Ok(())
 }
@@ -296,7 +296,8 @@ fn granted_pieces(
     let mut done = 0;
     while done < bytes {
         let at = WindowOffset(at.0 + done as u64);
-        let (space, from, left) = engine.granted_at(at).ok_or(Errno::EFAULT)?;
+        let (space, FileRange { from, bytes: left }) =
+            engine.granted_at(at).ok_or(Errno::EFAULT)?;
         let now = (bytes - done).min(usize::try_from(left).unwrap_or(usize::MAX));
         pieces.push_back(Piece::File { space, from, bytes: now });
         done += now;
@@ -487,7 +488,7 @@ impl GuestReader<'_> {
     ) -> io::Result<usize> {
         let mut done = 0;
         for slice in slices {
-            direct.store_from(off.cast_unsigned() + done as u64, slice)?;
+            direct.store_from(FileOffset(off.cast_unsigned()) + done as u64, slice)?;
             done += slice.len();
         }
         futimens(file, &TimeSpec::UTIME_OMIT, &TimeSpec::UTIME_NOW)?;

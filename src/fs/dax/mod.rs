@@ -20,14 +20,13 @@ use virtiofsd::fuse::{Attr, RemovemappingOne, SetupmappingIn};
 
 use crate::dax::engine::{Engine, GrantError, Space};
 use crate::dax::extent::Access;
-use crate::dax::written::Bytes;
 use crate::device::SessionWindow;
 use crate::persist::{Direct, PersistMode};
 use crate::support::counter::Counter;
 use crate::support::lock::lock;
 use crate::support::units::{PAGE_BYTES, PMD_BYTES, PageIndex};
 use crate::window::layout::ShowError;
-use crate::window::{FileOffset, FrontEnd, WindowBytes, WindowOffset};
+use crate::window::{FileOffset, FileRange, FrontEnd, WindowBytes, WindowOffset};
 
 use super::config::DaxPolicy;
 use super::dax::nodes::{Found, Node, Nodes};
@@ -231,14 +230,14 @@ impl Dax {
     }
 
     /// Looks whether anything was stored to what was granted, and is not any more.
-    fn removed(&self, written: &[(Arc<Space>, Bytes)]) {
+    fn removed(&self, written: &[(Arc<Space>, FileRange)]) {
         if written.is_empty() {
             return;
         }
         let nodes = self.nodes.all();
-        for (space, bytes) in written {
+        for (space, range) in written {
             if let Some(node) = nodes.iter().find(|node| Arc::ptr_eq(&node.space, space)) {
-                node.times.removed(*bytes);
+                node.times.removed(*range);
             }
         }
     }
@@ -440,7 +439,7 @@ impl Dax {
         self.engine.change(&node.space, at_least, change).map_err(|e| guest_error(&e))
     }
 
-    /// Lets `write` write `bytes` at byte `from` of the inode: past the processor's cache where it
+    /// Lets `write` write to `range` of the inode: past the processor's cache where it
     /// is given the file's memory, which has blocks for all of them then (behaviour 13).
     ///
     /// # Errors
@@ -448,15 +447,14 @@ impl Dax {
     pub(crate) fn write(
         &self,
         file: &Found<'_>,
-        from: u64,
-        bytes: u64,
+        range: FileRange,
         write: impl FnOnce(Option<&Direct>) -> io::Result<usize>,
     ) -> io::Result<usize> {
         let Some(node) = &file.node else { return self.beside(file, || write(None)) };
-        let (space, from) = (&node.space, FileOffset(from));
-        let done = self.engine.write_by(space, from, bytes, || {
+        let space = &node.space;
+        let done = self.engine.write_by(space, range, || {
             let Some(direct) = node.direct.as_deref() else { return write(None) };
-            write(space.may_be_stored_to(from, bytes)?.then_some(direct))
+            write(space.may_be_stored_to(range)?.then_some(direct))
         });
         done.map_err(|e| guest_error(&e))
     }
@@ -465,9 +463,9 @@ impl Dax {
     ///
     /// # Errors
     /// The engine's.
-    pub(crate) fn punch(&self, file: &Found<'_>, from: u64, bytes: u64) -> io::Result<bool> {
+    pub(crate) fn punch(&self, file: &Found<'_>, range: FileRange) -> io::Result<bool> {
         let Some(node) = &file.node else { return Ok(false) };
-        self.engine.punch(&node.space, from, bytes).map_err(|e| guest_error(&e))?;
+        self.engine.punch(&node.space, range).map_err(|e| guest_error(&e))?;
         if node.direct.is_some() {
             // Zeros of our own make, which the kernel does not see.
             node.times.touch();

@@ -31,6 +31,7 @@ use super::identity::{FileId, Subject, Which};
 use super::lives::Life;
 use super::message::{Args, MAX_DATA_BYTES, Message, Reply, invalid};
 use super::server::Server;
+use crate::window::{FileOffset, FileRange};
 
 /// FUSE_MAP_ALIGNMENT and FUSE_HAS_INODE_DAX.
 const MAP_ALIGNMENT: u64 = 1 << 26;
@@ -521,7 +522,10 @@ where
         let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // A handle of this file that can write, and no other mode: else the file system refuses it.
         let may = self.opened.file(nodeid, asked.fh).is_some() && self.opened.is_writer(asked.fh);
-        if may && mode == hole.cast_unsigned() && dax.punch(&file, from, bytes)? {
+        if may
+            && mode == hole.cast_unsigned()
+            && dax.punch(&file, FileRange::new(FileOffset(from), bytes))?
+        {
             return Reply::DONE;
         }
         let shorter_by = if has(libc::FALLOC_FL_COLLAPSE_RANGE) { bytes } else { 0 };
@@ -547,7 +551,7 @@ where
         let done = match &self.dax {
             Some(dax) => {
                 let to = dax.find(self.open_file(asked.nodeid_out, asked.fh_out))?;
-                dax.write(&to, asked.off_out, len, |_| copy())?
+                dax.write(&to, FileRange::new(FileOffset(asked.off_out), len), |_| copy())?
             }
             None => copy()?,
         };
