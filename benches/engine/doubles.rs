@@ -10,8 +10,8 @@ use std::sync::Arc;
 use vhost_user_dax::dax::engine::{Engine, Space};
 use vhost_user_dax::dax::entry::{Block, Order, PAGE_BYTES, PageIndex};
 use vhost_user_dax::dax::extent::{Access, Backed, Extent, ExtentSource};
-use vhost_user_dax::persist::Persist;
-use vhost_user_dax::window::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
+use vhost_user_dax::persist::{KernelSync, LineFlush, Persist};
+use vhost_user_dax::window::{FileOffset, FileRange, MapError, Mapper, WindowBytes, WindowOffset};
 
 /// Above the number of maps of any benchmark.
 pub const MOST_MAPS: usize = 1 << 30;
@@ -68,7 +68,7 @@ impl ExtentSource for Flat {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    fn zero(&self, _from: u64, _bytes: u64, _keep: bool) -> io::Result<()> {
+    fn zero(&self, _range: FileRange, _keep: bool) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
 }
@@ -82,25 +82,22 @@ pub fn flushed_by_this_thread() -> u64 {
     FLUSHED.get()
 }
 
-/// A disk whose flushes and syncs take no time. It only counts flushes.
-pub struct InstantDisk {
-    /// As in [`Persist::kernel_tracks`].
-    pub kernel_tracks: bool,
-}
+/// A disk on which everything is durable at once. It counts flushes, and does nothing else.
+pub struct InstantDisk;
 
-impl Persist for InstantDisk {
+impl KernelSync for InstantDisk {
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }
+}
 
-    fn kernel_tracks(&self) -> bool {
-        self.kernel_tracks
-    }
-
-    fn flush(&self, _from: u64, _bytes: u64) -> io::Result<()> {
+impl LineFlush for InstantDisk {
+    fn flush(&self, _range: FileRange) -> io::Result<()> {
         FLUSHED.set(FLUSHED.get() + 1);
         Ok(())
     }
+
+    fn fence(&self) {}
 }
 
 /// An engine with one file, whose dirty pages only the engine tracks.
@@ -120,7 +117,7 @@ impl Loaded {
         let engine = Engine::new(WindowBytes(bytes), Arc::new(AnyMapper), MOST_MAPS);
         let file = Arc::new(tempfile::tempfile().unwrap());
         let source = Flat { file, bytes, maps_pmd: order == Order::Pmd };
-        let space = engine.space(Box::new(source), Box::new(InstantDisk { kernel_tracks: false }));
+        let space = engine.space(Box::new(source), Persist::lines(InstantDisk));
         Self { engine, space, last: PageIndex(entries * order.pages() - 1) }
     }
 
@@ -133,9 +130,9 @@ impl Loaded {
 
     /// Grants pages, at a window offset equal to their file offset.
     pub fn grant(&self, first: PageIndex, pages: u64, access: Access) {
-        let (at, bytes) = (WindowOffset(first.byte()), WindowBytes(pages * PAGE_BYTES));
+        let (at, bytes) = (WindowOffset(first.byte().0), WindowBytes(pages * PAGE_BYTES));
         let span = self.engine.span(at, bytes).unwrap();
-        self.engine.grant(&self.space, FileOffset(first.byte()), span, access).unwrap();
+        self.engine.grant(&self.space, first.byte(), span, access).unwrap();
     }
 
     /// Writes back the whole file.

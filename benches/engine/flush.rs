@@ -9,7 +9,8 @@ use std::sync::Arc;
 use vhost_user_dax::dax::engine::Engine;
 use vhost_user_dax::dax::entry::PageIndex;
 use vhost_user_dax::dax::extent::{Access, FileExtents};
-use vhost_user_dax::window::WindowBytes;
+use vhost_user_dax::persist::Persist;
+use vhost_user_dax::window::{FileOffset, WindowBytes};
 
 use super::doubles::{AnyMapper, InstantDisk, Loaded, MOST_MAPS};
 use super::measure::{Effort, Samples, nanos};
@@ -68,7 +69,7 @@ fn pmem(bytes: u64) -> Loaded {
     file.set_len(bytes).unwrap();
     let engine = Engine::new(WindowBytes(bytes), Arc::new(AnyMapper), MOST_MAPS);
     let source = Box::new(FileExtents::preallocated(Arc::new(file), bytes));
-    let space = engine.space(source, Box::new(InstantDisk { kernel_tracks: true }));
-    let last = PageIndex::of_byte(bytes - 1);
+    let space = engine.space(source, Persist::kernel(InstantDisk));
+    let last = PageIndex::of(FileOffset(bytes - 1));
     Loaded { engine, space, last }
 }

@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use super::entry::{PAGE_BYTES, PageIndex};
 use super::extent::{Access, Backed, Extent, ExtentSource};
 use crate::persist::Direct;
+use crate::window::{FileOffset, FileRange};
 
 /// A file that is mapped directly. What its file system has to do it does as for any other file.
 pub struct DirectExtents<S> {
@@ -27,30 +28,25 @@ impl<S: ExtentSource> DirectExtents<S> {
 
     /// Whether each byte of the range has a block already, and lies inside the file: a store to
     /// anything else is the file system's business.
-    fn has_blocks(&self, from: u64, bytes: u64) -> io::Result<bool> {
-        let end = from.checked_add(bytes).ok_or(Errno::EINVAL)?;
-        if bytes == 0 || end > self.file_bytes()? {
+    fn has_blocks(&self, range: FileRange) -> io::Result<bool> {
+        let end = range.checked_end().ok_or(Errno::EINVAL)?;
+        if range.is_empty() || end.0 > self.file_bytes()? {
             return Ok(false);
         }
-        let (mut page, last) = (PageIndex::of_byte(from), PageIndex::of_byte(end - 1));
+        let (mut page, last) = range.pages();
         while page <= last {
-            let extent = self.extent(page, last.0 - page.0 + 1, Access::Read)?;
+            let extent = self.extent(page, last - page + 1, Access::Read)?;
             if !extent.holds(page, 1) || !matches!(extent.backed, Backed::Mapped(_)) {
                 return Ok(false);
             }
-            page = PageIndex(extent.start.0 + extent.pages);
+            page = extent.start + extent.pages;
         }
         Ok(true)
     }
 
     /// Behaviour 12: a part of a page. One that has no block reads as zeros as it is.
-    fn zero_part(&self, from: u64, end: u64) -> io::Result<()> {
-        let bytes = end - from;
-        if bytes > 0 && self.has_blocks(from, bytes)? {
-            self.direct.zero(from, bytes)
-        } else {
-            Ok(())
-        }
+    fn zero_part(&self, range: FileRange) -> io::Result<()> {
+        if self.has_blocks(range)? { self.direct.zero(range) } else { Ok(()) }
     }
 }
 
@@ -84,27 +80,24 @@ impl<S: ExtentSource> ExtentSource for DirectExtents<S> {
     }
 
     /// Whole pages are the file system's; what sticks out at both ends is cleared through the map.
-    fn zero(&self, from: u64, bytes: u64, keep: bool) -> io::Result<()> {
-        let end = from.checked_add(bytes).ok_or(Errno::EINVAL)?.min(self.file_bytes()?.max(from));
-        let (first, last) = (from.next_multiple_of(PAGE_BYTES), end / PAGE_BYTES * PAGE_BYTES);
-        if first < last {
-            self.zero_part(from, first)?;
-            self.file_system.zero(first, last - first, keep)?;
-            self.zero_part(last, end)?;
-        } else {
-            let middle = first.clamp(from, end);
-            self.zero_part(from, middle)?;
-            self.zero_part(middle, end)?;
-        }
+    fn zero(&self, range: FileRange, keep: bool) -> io::Result<()> {
+        let bytes = FileOffset(self.file_bytes()?);
+        let end = range.checked_end().ok_or(Errno::EINVAL)?.min(bytes.max(range.from));
+        // The first page's start and the last page's end, as far as they lie in the range.
+        let first = FileOffset(range.from.0.next_multiple_of(PAGE_BYTES)).min(end);
+        let last = PageIndex::of(end).byte().max(first);
+        self.zero_part(FileRange::between(range.from, first))?;
+        self.file_system.zero(FileRange::between(first, last), keep)?;
+        self.zero_part(FileRange::between(last, end))?;
         self.direct.fence();
         Ok(())
     }
 
-    fn read_at(&self, from: u64, to: &mut [u8]) -> io::Result<usize> {
+    fn read_at(&self, from: FileOffset, to: &mut [u8]) -> io::Result<usize> {
         self.file_system.read_at(from, to)
     }
 
-    fn write_at(&self, from: u64, bytes: &[u8]) -> io::Result<usize> {
+    fn write_at(&self, from: FileOffset, bytes: &[u8]) -> io::Result<usize> {
         self.file_system.write_at(from, bytes)
     }
 }

@@ -13,23 +13,25 @@ use thiserror::Error;
 
 use super::counters::Counters;
 use super::coverage::Coverage;
-use super::entry::{Entry, PAGE_BYTES, PageIndex};
+use super::entry::{Entry, PAGE_BYTES, PMD_BYTES, PageIndex};
 use super::extent::{Access, ExtentSource};
 use super::index::Mark;
 use super::space::Entries;
 use super::sync::{Arc, CheckedOut, Checkout, InvalidateLock, Mutex, lock};
 use super::wait::{SpaceId, WaitTable};
-use crate::persist::Persist;
+use crate::persist::{LineFlush, Persist};
 use crate::support::lock::Rank;
 use crate::window::layout::{Layout, Piece, ShowError};
-use crate::window::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
+use crate::window::{
+    FileOffset, FileRange, MapError, Mapper, WindowBytes, WindowOffset, WindowRange,
+};
 
 /// One host file that is or was mapped.
 pub struct Space {
     pub(super) id: SpaceId,
     pub(super) entries: Entries,
     pub(super) source: Box<dyn ExtentSource>,
-    pub(super) persist: Box<dyn Persist>,
+    pub(super) persist: Persist,
     /// Shared by grants; alone for what changes the file's length or blocks. The kernel's
     /// `i_mmap_sem`: whoever has it may do file system calls and front-end round trips.
     pub(super) invalidate_lock: InvalidateLock,
@@ -72,16 +74,18 @@ impl Space {
         lock(&self.coverage).runs_kept()
     }
 
-    /// Whether `bytes` from byte `from` on lie inside the file, and live write grants cover all of
-    /// them: then they have blocks (behaviour 16), for as long as the caller is in the gate.
+    /// Whether `range` lies inside the file, and live write grants cover all of it: then it has
+    /// blocks (behaviour 16), for as long as the caller is in the gate.
     ///
     /// # Errors
     /// The system's.
-    pub(crate) fn may_be_stored_to(&self, from: FileOffset, bytes: u64) -> io::Result<bool> {
+    pub(crate) fn may_be_stored_to(&self, range: FileRange) -> io::Result<bool> {
         let file_bytes = self.source.file_bytes()?;
-        let end = from.0.checked_add(bytes).filter(|end| bytes > 0 && *end <= file_bytes);
-        let Some(end) = end else { return Ok(false) };
-        let (first, last) = (PageIndex::of_byte(from.0), PageIndex::of_byte(end - 1));
+        let end = range.checked_end().filter(|end| end.0 <= file_bytes);
+        if range.is_empty() || end.is_none() {
+            return Ok(false);
+        }
+        let (first, last) = range.pages();
         let runs = lock(&self.coverage).runs(first, last);
         let mut next = first;
         for (start, end, count) in runs {
@@ -115,14 +119,22 @@ impl Space {
         Some((start, entry, index.is_marked(start, Mark::Dirty)))
     }
 
-    /// Whether only our entries know what is dirty.
-    pub(super) fn tracks(&self) -> bool {
-        !self.persist.kernel_tracks()
+    /// What makes lines durable, where only our entries know what is dirty.
+    pub(super) fn lines(&self) -> Option<&dyn LineFlush> {
+        match &self.persist {
+            Persist::Lines(lines) => Some(&**lines),
+            Persist::Kernel(_) => None,
+        }
     }
 
-    /// Pages that have a byte of the file.
-    pub(super) fn pages(&self) -> io::Result<u64> {
-        Ok(self.look()?.div_ceil(PAGE_BYTES))
+    /// Whether only our entries know what is dirty.
+    pub(super) fn tracks(&self) -> bool {
+        self.lines().is_some()
+    }
+
+    /// The page behind the file's last one.
+    pub(super) fn end(&self) -> io::Result<PageIndex> {
+        Ok(PageIndex::behind(self.look()?))
     }
 
     /// The file's length when we last looked.
@@ -143,29 +155,75 @@ impl Space {
 pub(super) struct Grant {
     pub(super) space: Arc<Space>,
     pub(super) from: FileOffset,
-    pub(super) bytes: u64,
+    pub(super) bytes: WindowBytes,
     pub(super) access: Access,
 }
 
 impl Grant {
+    /// What it grants of the file.
+    pub(super) fn of_file(&self) -> FileRange {
+        FileRange::new(self.from, self.bytes.0)
+    }
+
     pub(super) fn first(&self) -> PageIndex {
-        PageIndex::of_byte(self.from.0)
+        self.of_file().pages().0
     }
 
     pub(super) fn last(&self) -> PageIndex {
-        PageIndex::of_byte(self.from.0 + self.bytes - 1)
+        self.of_file().pages().1
     }
 
-    pub(super) fn cut(&self, skip: u64, bytes: u64) -> Self {
-        Self { from: FileOffset(self.from.0 + skip), bytes, ..self.clone() }
+    /// The range of the window that it grants where it begins at `at`.
+    pub(super) fn range(&self, at: WindowOffset) -> WindowRange {
+        WindowRange::new(at, self.bytes)
+    }
+
+    /// What the range `part` of the window has of it where it begins at `at`.
+    pub(super) fn part(&self, at: WindowOffset, part: WindowRange) -> Self {
+        Self { from: self.from + (part.at - at), bytes: part.bytes, ..self.clone() }
+    }
+
+    /// Whether file and window agree modulo 2 MiB where it begins at `at` (behaviour 15).
+    pub(super) fn agrees(&self, at: WindowOffset) -> bool {
+        at.0 % PMD_BYTES == self.from.0 % PMD_BYTES
     }
 }
 
 /// Grants and maps, by window offset.
 #[derive(Default)]
 pub(super) struct Window {
-    pub(super) grants: BTreeMap<u64, Grant>,
+    pub(super) grants: BTreeMap<WindowOffset, Grant>,
     pub(super) layout: Layout,
+}
+
+impl Window {
+    /// The grants that have a byte of `range`: where each is, and what it grants.
+    pub(super) fn touching(
+        &self,
+        range: WindowRange,
+    ) -> impl Iterator<Item = (WindowRange, &Grant)> {
+        let before = self.grants.range(..range.at).next_back();
+        let grants = before.into_iter().chain(self.grants.range(range.at..range.end()));
+        grants
+            .map(|(at, grant)| (grant.range(*at), grant))
+            .filter(move |(there, _)| there.overlap(range).is_some())
+    }
+
+    /// Takes `range` out of the grants, cutting those that stick out, and returns what was in it.
+    fn cut_out(&mut self, range: WindowRange) -> Vec<Grant> {
+        let touched: Vec<_> =
+            self.touching(range).map(|(there, grant)| (there, grant.clone())).collect();
+        for (there, grant) in &touched {
+            self.grants.remove(&there.at);
+            for part in there.without(range) {
+                self.grants.insert(part.at, grant.part(there.at, part));
+            }
+        }
+        let cut = |(there, grant): (WindowRange, Grant)| {
+            there.overlap(range).map(|part| grant.part(there.at, part))
+        };
+        touched.into_iter().filter_map(cut).collect()
+    }
 }
 
 /// The engine of one device.
@@ -216,18 +274,9 @@ impl GrantError {
     }
 }
 
-/// A place in the window that was checked: aligned to pages, not empty, and inside.
+/// A range of the window that was checked: aligned to pages, not empty, and inside.
 #[derive(Debug, Clone, Copy)]
-pub struct Span {
-    pub(super) at: u64,
-    pub(super) bytes: u64,
-}
-
-impl Span {
-    fn end(self) -> u64 {
-        self.at + self.bytes
-    }
-}
+pub struct Span(pub(super) WindowRange);
 
 impl Engine {
     /// An engine without grants, over a window of `bytes`. It never has more than `most_maps` maps.
@@ -244,7 +293,7 @@ impl Engine {
     }
 
     /// An address space for a file that has none yet in this engine.
-    pub fn space(&self, source: Box<dyn ExtentSource>, persist: Box<dyn Persist>) -> Arc<Space> {
+    pub fn space(&self, source: Box<dyn ExtentSource>, persist: Persist) -> Arc<Space> {
         let id = SpaceId(self.next_space.fetch_add(1, Ordering::Relaxed));
         Arc::new(Space {
             id,
@@ -269,13 +318,12 @@ impl Engine {
         self.most_maps.store(most_maps, Ordering::Relaxed);
     }
 
-    /// What is granted at byte `at` of the window: the file, where in it, and how many bytes more.
-    pub fn granted_at(&self, at: WindowOffset) -> Option<(Arc<Space>, FileOffset, u64)> {
+    /// What is granted from byte `at` of the window on: of which file, and which bytes of it.
+    pub fn granted_at(&self, at: WindowOffset) -> Option<(Arc<Space>, FileRange)> {
         let window = self.window.take();
-        let (start, grant) = window.grants.range(..=at.0).next_back()?;
-        let skip = at.0 - start;
-        let left = grant.bytes.checked_sub(skip).filter(|left| *left > 0)?;
-        Some((grant.space.clone(), FileOffset(grant.from.0 + skip), left))
+        let (start, grant) = window.grants.range(..=at).next_back()?;
+        let left = WindowRange::between(at, grant.range(*start).end())?;
+        Some((grant.space.clone(), grant.part(*start, left).of_file()))
     }
 
     /// What the engine has done.
@@ -300,7 +348,7 @@ impl Engine {
             return Err(GrantError::Invalid("not whole pages of the window"));
         }
         match at.0.checked_add(bytes.0) {
-            Some(end) if end <= self.bytes.0 => Ok(Span { at: at.0, bytes: bytes.0 }),
+            Some(end) if end <= self.bytes.0 => Ok(Span(WindowRange::new(at, bytes))),
             _ => Err(GrantError::Invalid("past the end of the window")),
         }
     }
@@ -348,11 +396,11 @@ impl Engine {
         access: Access,
         may: impl Fn() -> bool,
     ) -> Result<(), GrantError> {
-        let end = from.0.checked_add(span.bytes).filter(|end| *end <= i64::MAX as u64);
-        if !from.0.is_multiple_of(PAGE_BYTES) || end.is_none() {
+        let range = span.0;
+        let grant = Grant { space: space.clone(), from, bytes: range.bytes, access };
+        if !from.0.is_multiple_of(PAGE_BYTES) || grant.of_file().checked_end().is_none() {
             return Err(GrantError::Invalid("not whole pages of a file"));
         }
-        let grant = Grant { space: space.clone(), from, bytes: span.bytes, access };
         let shared = space.invalidate_lock.read();
         let (last, mapped) = extent_of(&grant)?;
         if access == Access::Write {
@@ -364,9 +412,9 @@ impl Engine {
         // wanted.
         lock(&space.coverage).add(grant.first(), grant.last(), access);
         let shown = self
-            .fault(space, grant.first(), last, access, span.at.wrapping_sub(from.0))
+            .fault(&grant, range.at, grant.first(), last)
             .map_err(GrantError::from)
-            .and_then(|()| self.show(span, &grant, mapped, may));
+            .and_then(|()| self.show(range, &grant, mapped, may));
         drop(shared);
         match shown {
             Ok(replaced) => {
@@ -382,34 +430,33 @@ impl Engine {
 
     fn show(
         &self,
-        span: Span,
+        range: WindowRange,
         grant: &Grant,
-        mapped: u64,
+        mapped: WindowBytes,
         may: impl Fn() -> bool,
     ) -> Result<Vec<Grant>, GrantError> {
         let mut window = self.window.take();
         if !may() {
             return Err(GrantError::Unwanted);
         }
-        self.show_piece(&mut window, span, Some((grant, mapped)))?;
-        let replaced = cut_out(&mut window.grants, span);
-        window.grants.insert(span.at, grant.clone());
+        self.show_piece(&mut window, range, Some((grant, mapped)))?;
+        let replaced = window.cut_out(range);
+        window.grants.insert(range.at, grant.clone());
         Ok(replaced)
     }
 
     pub(super) fn show_piece(
         &self,
         window: &mut CheckedOut<'_, Window>,
-        span: Span,
-        new: Option<(&Grant, u64)>,
+        range: WindowRange,
+        new: Option<(&Grant, WindowBytes)>,
     ) -> Result<(), ShowError> {
         let piece = new.map(|(grant, mapped)| Piece {
             file: grant.space.source.file().clone(),
             from: grant.from,
-            bytes: WindowBytes(mapped),
+            bytes: mapped,
         });
-        let (at, bytes) = (WindowOffset(span.at), WindowBytes(span.bytes));
-        window.layout.show(at, bytes, piece.as_ref(), &*self.mapper, self.most_maps())
+        window.layout.show(range, piece.as_ref(), &*self.mapper, self.most_maps())
     }
 
     /// REMOVEMAPPING: takes away what is granted in `spans`, of whatever files, in this order.
@@ -424,13 +471,13 @@ impl Engine {
 
     fn revoke_if(&self, spans: &[Span], may: impl Fn() -> bool) -> Result<(), GrantError> {
         let mut result = Ok(());
-        for span in spans {
+        for Span(range) in spans {
             let removed = {
                 let mut window = self.window.take();
                 if !may() {
                     return result;
                 }
-                match self.show_piece(&mut window, *span, None) {
+                match self.show_piece(&mut window, *range, None) {
                     Ok(()) => {}
                     Err(e @ ShowError::TooMany(_)) => {
                         result = result.and(Err(e.into()));
@@ -438,7 +485,7 @@ impl Engine {
                     }
                     Err(e) => return Err(e.into()),
                 }
-                cut_out(&mut window.grants, *span)
+                window.cut_out(*range)
             };
             self.release(&removed);
         }
@@ -450,8 +497,7 @@ impl Engine {
     /// # Errors
     /// See [`revoke`](Self::revoke).
     pub fn revoke_all(&self, may: impl Fn() -> bool) -> Result<(), GrantError> {
-        let whole = Span { at: 0, bytes: self.bytes.0 };
-        self.revoke_if(&[whole], may)
+        self.revoke_if(&[self.whole()], may)
     }
 
     /// The front-end has dropped all maps, or is a new one, and the grants stay: sends every map
@@ -494,45 +540,20 @@ impl Engine {
 }
 
 /// The last page of the grant inside the file, and how many bytes of it are to be mapped.
-pub(super) fn extent_of(grant: &Grant) -> Result<(PageIndex, u64), GrantError> {
+pub(super) fn extent_of(grant: &Grant) -> Result<(PageIndex, WindowBytes), GrantError> {
     let source = &grant.space.source;
     let file_bytes = grant.space.look()?;
-    let pages = file_bytes.div_ceil(PAGE_BYTES);
-    if grant.first().0 >= pages {
+    let inside = FileRange::between(grant.from, PageIndex::behind(file_bytes).byte());
+    if inside.is_empty() {
         return Err(GrantError::PastEof);
     }
-    let last = grant.last().min(PageIndex(pages - 1));
-    let wanted = last.next().byte() - grant.from.0;
-    let mapped = source.mappable_bytes(file_bytes).saturating_sub(grant.from.0).min(grant.bytes);
+    let wanted = inside.bytes.min(grant.bytes.0);
+    let mapped = FileRange::between(grant.from, FileOffset(source.mappable_bytes(file_bytes)));
+    let mapped = mapped.bytes.min(grant.bytes.0);
     if mapped < wanted {
         return Err(GrantError::Tail);
     }
-    Ok((last, mapped))
-}
-
-/// Takes `span` out of the grants, cutting those that stick out, and returns what was in it.
-fn cut_out(grants: &mut BTreeMap<u64, Grant>, span: Span) -> Vec<Grant> {
-    let before = grants.range(..span.at).next_back().map(|(at, _)| *at);
-    let first = before.unwrap_or(span.at);
-    let touched: Vec<_> =
-        grants.range(first..span.end()).map(|(at, grant)| (*at, grant.clone())).collect();
-    let mut removed = Vec::new();
-    for (at, grant) in touched {
-        let end = at + grant.bytes;
-        if end <= span.at {
-            continue;
-        }
-        grants.remove(&at);
-        if at < span.at {
-            grants.insert(at, grant.cut(0, span.at - at));
-        }
-        if end > span.end() {
-            grants.insert(span.end(), grant.cut(span.end() - at, end - span.end()));
-        }
-        let (from, to) = (at.max(span.at), end.min(span.end()));
-        removed.push(grant.cut(from - at, to - from));
-    }
-    removed
+    Ok((FileRange::new(grant.from, wanted).pages().1, WindowBytes(mapped)))
 }
 
 impl From<MapError> for GrantError {

@@ -33,6 +33,14 @@ impl Order {
             Self::Pmd => page.chunk(),
         }
     }
+
+    /// The last page of the entry of this order that covers `page`.
+    pub const fn last(self, page: PageIndex) -> PageIndex {
+        match self {
+            Self::Pte => page,
+            Self::Pmd => page.chunk_last(),
+        }
+    }
 }
 
 /// The number of a 4 KiB block of the backing.

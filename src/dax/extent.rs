@@ -14,6 +14,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::entry::{Block, PAGE_BYTES, PMD_BYTES, PageIndex};
 use super::fiemap::first_piece;
+use crate::window::{FileOffset, FileRange};
 
 /// What a grant is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,14 +50,14 @@ pub struct Extent {
 impl Extent {
     /// Whether `pages` pages from `page` on are all in it.
     pub fn holds(&self, page: PageIndex, pages: u64) -> bool {
-        page >= self.start && page.0 - self.start.0 + pages <= self.pages
+        page >= self.start && page - self.start + pages <= self.pages
     }
 
     /// The block of `page`, if the extent has blocks and `page` is in it.
     pub fn block(&self, page: PageIndex) -> Option<Block> {
         match self.backed {
             Backed::Mapped(first) if self.holds(page, 1) => {
-                Block::new(first.number() + (page.0 - self.start.0))
+                Block::new(first.number() + (page - self.start))
             }
             _ => None,
         }
@@ -108,22 +109,22 @@ pub trait ExtentSource: Send + Sync {
     ///
     /// # Errors
     /// The system's.
-    fn zero(&self, from: u64, bytes: u64, keep: bool) -> io::Result<()>;
+    fn zero(&self, range: FileRange, keep: bool) -> io::Result<()>;
 
     /// Reads, holes as zeros. May read less than asked, and 0 bytes only at the end of the file.
     ///
     /// # Errors
     /// The system's.
-    fn read_at(&self, from: u64, to: &mut [u8]) -> io::Result<usize> {
-        self.file().read_at(to, from)
+    fn read_at(&self, from: FileOffset, to: &mut [u8]) -> io::Result<usize> {
+        self.file().read_at(to, from.0)
     }
 
     /// Writes, and gives blocks to what has none. May write less than asked, but not nothing.
     ///
     /// # Errors
     /// The system's.
-    fn write_at(&self, from: u64, bytes: &[u8]) -> io::Result<usize> {
-        self.file().write_at(bytes, from)
+    fn write_at(&self, from: FileOffset, bytes: &[u8]) -> io::Result<usize> {
+        self.file().write_at(bytes, from.0)
     }
 }
 
@@ -174,22 +175,20 @@ impl FileExtents {
         let run = |pages, backed| Extent { start: page, pages, backed };
         // No multiple of 2 MiB: not the start of a chunk's blocks.
         let odd = Block::new(page.0 | 1).map(Backed::Mapped).ok_or(Errno::EFBIG)?;
-        let wanted = pages * PAGE_BYTES;
-        let piece = first_piece(&self.file, page.byte(), wanted)?;
-        let hole = piece
-            .map_or(pages, |piece| (piece.logical / PAGE_BYTES).saturating_sub(page.0).min(pages));
+        let wanted = FileRange::new(page.byte(), pages * PAGE_BYTES);
+        let piece = first_piece(&self.file, wanted)?;
+        let hole = piece.map_or(pages, |piece| pages_to(page, piece.logical.from).min(pages));
         let Some(piece) = piece.filter(|_| hole == 0) else {
             // A device that was not allocated beforehand gets its blocks by the guest's stores.
             let by_store = self.preallocated.is_some() && access == Access::Write;
             return Ok(if by_store { run(1, odd) } else { run(hole, Backed::Hole) });
         };
-        let end = piece.logical.saturating_add(piece.bytes);
-        let within = (end / PAGE_BYTES).saturating_sub(page.0).clamp(1, pages);
+        let within = pages_to(page, piece.logical.end()).clamp(1, pages);
         if piece.unwritten && access == Access::Read {
             return Ok(run(within, Backed::Unwritten));
         }
-        let at =
-            piece.physical.map(|at| at.saturating_add(page.byte().saturating_sub(piece.logical)));
+        let skipped = FileRange::between(piece.logical.from, page.byte()).bytes;
+        let at = piece.physical.map(|at| at.saturating_add(skipped));
         match at
             .filter(|at| at.is_multiple_of(PAGE_BYTES))
             .and_then(|at| Block::new(at / PAGE_BYTES))
@@ -200,9 +199,9 @@ impl FileExtents {
     }
 
     /// The first byte from `from` on that is data or a hole; the end of the file counts as a hole.
-    fn seek(&self, from: u64, whence: Whence) -> io::Result<Option<u64>> {
-        match lseek(&*self.file, from.cast_signed(), whence) {
-            Ok(at) => Ok(Some(at.cast_unsigned())),
+    fn seek(&self, from: FileOffset, whence: Whence) -> io::Result<Option<FileOffset>> {
+        match lseek(&*self.file, from.0.cast_signed(), whence) {
+            Ok(at) => Ok(Some(FileOffset(at.cast_unsigned()))),
             Err(Errno::ENXIO) => Ok(None),
             Err(e) => Err(e.into()),
         }
@@ -210,7 +209,7 @@ impl FileExtents {
 
     /// Whether the whole range, as far as it lies in the file, has blocks already. To ask costs a
     /// tenth of an fallocate, which changes the inode even where it allocates nothing.
-    fn has_blocks(&self, from: u64, end: u64) -> io::Result<bool> {
+    fn has_blocks(&self, range: FileRange) -> io::Result<bool> {
         let tell_all = || {
             let found = fstatfs(&self.file).map(|found| found.filesystem_type());
             matches!(found, Ok(EXT4_SUPER_MAGIC | TMPFS_MAGIC))
@@ -218,8 +217,8 @@ impl FileExtents {
         if self.on_device || !self.holes_tell_all.get_or_init(tell_all) {
             return Ok(false);
         }
-        match self.seek(from, Whence::SeekHole)? {
-            Some(hole) => Ok(hole >= end || hole >= self.file_bytes()?),
+        match self.seek(range.from, Whence::SeekHole)? {
+            Some(hole) => Ok(hole >= range.end() || hole.0 >= self.file_bytes()?),
             None => Ok(true),
         }
     }
@@ -227,18 +226,19 @@ impl FileExtents {
     /// Blocks of its own also for what is shared by reflink (behaviour 16), where the file system
     /// knows reflinks in place (xfs). The others say EOPNOTSUPP and have nothing to unshare, or
     /// write elsewhere at each store and can promise nothing (see `persist::Backing`).
-    fn fallocate_own(&self, from: u64, bytes: u64) -> io::Result<()> {
+    fn fallocate_own(&self, range: FileRange) -> io::Result<()> {
         let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match self.fallocate(keep | FallocateFlags::FALLOC_FL_UNSHARE_RANGE, from, bytes) {
+        match self.fallocate(keep | FallocateFlags::FALLOC_FL_UNSHARE_RANGE, range) {
             Err(e) if e.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => {
-                self.fallocate(keep, from, bytes)
+                self.fallocate(keep, range)
             }
             done => done,
         }
     }
 
-    fn fallocate(&self, flags: FallocateFlags, from: u64, bytes: u64) -> io::Result<()> {
-        fallocate(&*self.file, flags, from.cast_signed(), bytes.cast_signed()).map_err(Into::into)
+    fn fallocate(&self, flags: FallocateFlags, range: FileRange) -> io::Result<()> {
+        let (from, bytes) = (range.from.0.cast_signed(), range.bytes.cast_signed());
+        fallocate(&*self.file, flags, from, bytes).map_err(Into::into)
     }
 }
 
@@ -261,12 +261,12 @@ impl ExtentSource for FileExtents {
         }
     }
 
-    fn read_at(&self, from: u64, to: &mut [u8]) -> io::Result<usize> {
-        self.file.read_at(to, from)
+    fn read_at(&self, from: FileOffset, to: &mut [u8]) -> io::Result<usize> {
+        self.file.read_at(to, from.0)
     }
 
-    fn write_at(&self, from: u64, bytes: &[u8]) -> io::Result<usize> {
-        self.file.write_at(bytes, from)
+    fn write_at(&self, from: FileOffset, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write_at(bytes, from.0)
     }
 
     /// The page cache can be mapped by 2 MiB where it has huge pages; whether it does is the
@@ -276,16 +276,14 @@ impl ExtentSource for FileExtents {
     }
 
     fn allocate(&self, first: PageIndex, last: PageIndex) -> io::Result<()> {
-        let end = last.next().byte();
-        if self.preallocated.is_some() || self.has_blocks(first.byte(), end)? {
+        let range = FileRange::of_pages(first, last);
+        if self.preallocated.is_some() || self.has_blocks(range)? {
             return Ok(());
         }
         // Never past the end of the file: KEEP_SIZE would leave blocks there that nobody sees.
-        let end = end.min(self.file_bytes()?);
-        match end.checked_sub(first.byte()) {
-            None | Some(0) => Ok(()),
-            Some(bytes) => self.fallocate_own(first.byte(), bytes),
-        }
+        let inside =
+            FileRange::between(range.from, range.end().min(FileOffset(self.file_bytes()?)));
+        if inside.is_empty() { Ok(()) } else { self.fallocate_own(inside) }
     }
 
     fn extent(&self, page: PageIndex, pages: u64, access: Access) -> io::Result<Extent> {
@@ -299,16 +297,15 @@ impl ExtentSource for FileExtents {
         if self.preallocated.is_some() || access == Access::Write {
             return Ok(run(pages, by_place));
         }
-        let until = |byte: Option<u64>, pages: u64| match byte {
-            Some(byte) => (byte / PAGE_BYTES).saturating_sub(page.0).clamp(1, pages),
-            None => pages,
+        let until = |byte: Option<FileOffset>| {
+            byte.map_or(pages, |byte| pages_to(page, byte).clamp(1, pages))
         };
         match self.seek(page.byte(), Whence::SeekData)? {
             Some(data) if data < page.next().byte() => {
                 let hole = self.seek(data, Whence::SeekHole)?;
-                Ok(run(until(hole, pages), by_place))
+                Ok(run(until(hole), by_place))
             }
-            data => Ok(run(until(data, pages), Backed::Hole)),
+            data => Ok(run(until(data), Backed::Hole)),
         }
     }
 
@@ -316,8 +313,8 @@ impl ExtentSource for FileExtents {
         self.file.set_len(bytes)
     }
 
-    fn zero(&self, from: u64, bytes: u64, keep: bool) -> io::Result<()> {
-        if bytes == 0 {
+    fn zero(&self, range: FileRange, keep: bool) -> io::Result<()> {
+        if range.is_empty() {
             return Ok(());
         }
         let how = if keep {
@@ -325,21 +322,26 @@ impl ExtentSource for FileExtents {
         } else {
             FallocateFlags::FALLOC_FL_PUNCH_HOLE
         };
-        match self.fallocate(how | FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes) {
+        match self.fallocate(how | FallocateFlags::FALLOC_FL_KEEP_SIZE, range) {
             // tmpfs can't: then the zeros are stored. The range has its blocks, or gets them.
             Err(e) if keep && e.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => {
-                let zeros = vec![0; bytes.min(PMD_BYTES) as usize];
-                let mut at = from;
-                while at < from + bytes {
-                    let n = (from + bytes - at).min(PMD_BYTES);
-                    self.file.write_all_at(zeros.get(..n as usize).unwrap_or(&zeros), at)?;
-                    at += n;
+                let zeros = vec![0; range.bytes.min(PMD_BYTES) as usize];
+                let mut at = range.from;
+                while at < range.end() {
+                    let n = (range.end() - at).min(PMD_BYTES);
+                    self.file.write_all_at(zeros.get(..n as usize).unwrap_or(&zeros), at.0)?;
+                    at = at + n;
                 }
                 Ok(())
             }
             done => done,
         }
     }
+}
+
+/// The number of whole pages from `page` to `byte`: 0 if it comes before.
+fn pages_to(page: PageIndex, byte: FileOffset) -> u64 {
+    FileRange::between(page.byte(), byte).bytes / PAGE_BYTES
 }
 
 #[cfg(test)]
@@ -358,7 +360,7 @@ mod tests {
         file.set_len(64 * PAGE_BYTES).unwrap();
         file.write_all_at(&[1; 8 * PAGE_BYTES as usize], 16 * PAGE_BYTES).unwrap();
         file.sync_all().unwrap();
-        if let Err(e) = first_piece(&file, 0, PAGE_BYTES) {
+        if let Err(e) = first_piece(&file, FileRange::new(FileOffset(0), PAGE_BYTES)) {
             let text = format!("SKIPPED a_real_file_tells_its_blocks: no FIEMAP here: {e}");
             // Not println!: the test runner would swallow it.
             let _ = writeln!(io::stderr(), "{text}");

@@ -5,13 +5,13 @@
 
 use std::io;
 
-use super::engine::{Engine, Space};
-use super::entry::{Entry, Order, PAGE_BYTES, PMD_BYTES, PMD_PAGES, PageIndex};
+use super::engine::{Engine, Grant, Space};
+use super::entry::{Entry, Order, PAGE_BYTES, PMD_PAGES, PageIndex};
 use super::extent::{Access, Backed, Extent};
 use super::index::Mark;
 use super::space::Held;
 use super::trace::trace_dax;
-use crate::window::{FileOffset, WindowBytes};
+use crate::window::{WindowBytes, WindowOffset};
 
 /// Why a chunk got no PMD (behaviour 15).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,30 +37,31 @@ struct Fault<'a> {
     first: PageIndex,
     last: PageIndex,
     access: Access,
-    /// Window offset less file offset, modulo 2^64.
-    delta: u64,
+    /// File and window agree modulo 2 MiB.
+    agrees: bool,
     /// The extent that was asked for last.
     extent: Option<Extent>,
 }
 
 impl Engine {
-    /// Makes entries for `first..=last`, which lies inside the file and, for a write, is allocated.
-    /// Entries made before an error stay: the caller retires the grant.
+    /// Makes entries for `first..=last` of a grant that begins at `at`. These pages lie inside the
+    /// file and, for a write, are allocated. Entries made before an error stay: the caller retires
+    /// the grant.
     pub(super) fn fault(
         &self,
-        space: &Space,
+        grant: &Grant,
+        at: WindowOffset,
         first: PageIndex,
         last: PageIndex,
-        access: Access,
-        delta: u64,
     ) -> io::Result<()> {
-        Fault { engine: self, space, first, last, access, delta, extent: None }.run()
+        let (space, access, agrees) = (&*grant.space, grant.access, grant.agrees(at));
+        Fault { engine: self, space, first, last, access, agrees, extent: None }.run()
     }
 
     /// Behaviour 8: the window may show something else than the file where the file has a hole.
     fn unmap_hole(&self, space: &Space, start: PageIndex, order: Order) {
         let bytes = WindowBytes(order.pages() * PAGE_BYTES);
-        self.mapper.unmap_hole(space.source.file(), FileOffset(start.byte()), bytes);
+        self.mapper.unmap_hole(space.source.file(), start.byte(), bytes);
     }
 
     fn count_fallback(&self, why: Fallback) {
@@ -80,10 +81,10 @@ impl Engine {
 impl Fault<'_> {
     fn run(mut self) -> io::Result<()> {
         // Whoever knows what lies inside the file has just looked.
-        let eof = PageIndex(self.space.known_bytes().div_ceil(PAGE_BYTES));
+        let eof = PageIndex::behind(self.space.known_bytes());
         let mut page = self.first;
         while page <= self.last {
-            let next = PageIndex(page.chunk().0 + PMD_PAGES);
+            let until = page.chunk_last().min(self.last);
             trace_dax!(pmd_fault, self.space, page, "access={:?} eof={:#x}", self.access, eof.0);
             match self.pmd_fault(page.chunk(), eof)? {
                 Ok(()) => {
@@ -93,23 +94,21 @@ impl Fault<'_> {
                 Err(why) => {
                     self.engine.count_fallback(why);
                     trace_dax!(pmd_fault_done, self.space, page, "fallback={why:?}");
-                    let until = self.last.min(PageIndex(next.0 - 1));
                     self.pte_faults(page, until)?;
                 }
             }
-            page = next;
+            page = until.next();
         }
         Ok(())
     }
 
     /// Behaviour 15, in the kernel's order.
     fn pmd_fault(&mut self, chunk: PageIndex, eof: PageIndex) -> io::Result<Result<(), Fallback>> {
-        let end = PageIndex(chunk.0 + PMD_PAGES);
-        if chunk < self.first || end.0 - 1 > self.last.0 {
-            let past = end > eof && self.last.next() == eof && chunk >= self.first;
+        if chunk < self.first || chunk.chunk_last() > self.last {
+            let past = chunk.chunk_last() >= eof && self.last.next() == eof && chunk >= self.first;
             return Ok(Err(if past { Fallback::Eof } else { Fallback::Partial }));
         }
-        if !self.delta.is_multiple_of(PMD_BYTES) {
+        if !self.agrees {
             return Ok(Err(Fallback::Window));
         }
         if !self.space.source.maps_pmd() {
@@ -159,7 +158,7 @@ impl Fault<'_> {
                 self.dirty(&held);
                 trace_dax!(insert_mapping, space, page, "entry={:?}", held.entry());
                 trace_dax!(pte_fault_done, space, page, "mapped");
-                page = PageIndex(held.start().0 + PMD_PAGES);
+                page = page.chunk_last().next();
                 continue;
             }
             page = self.pte_fault(held, last)?;
@@ -176,7 +175,7 @@ impl Fault<'_> {
         if !mkwrite {
             trace_dax!(pte_fault, space, page, "access={:?}", self.access);
         }
-        let extent = match self.extent(page, last.0 - page.0 + 1) {
+        let extent = match self.extent(page, last - page + 1) {
             Ok(extent) => extent,
             Err(e) => {
                 if held.entry().is_empty() {

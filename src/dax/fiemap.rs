@@ -9,6 +9,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
+use crate::window::{FileOffset, FileRange};
+
 /// struct fiemap of linux/fiemap.h, with room for one extent.
 #[repr(C)]
 pub struct Fiemap {
@@ -48,25 +50,23 @@ nix::ioctl_readwrite_bad!(
 /// A piece of a file that lies on its device in one piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Piece {
-    /// Its first byte in the file.
-    pub logical: u64,
+    /// Where in the file it lies.
+    pub logical: FileRange,
     /// Its first byte on the device; None where the file system does not say, or it is not as it is
     /// read.
     pub physical: Option<u64>,
-    /// How many bytes.
-    pub bytes: u64,
     /// It has blocks, and reads as zeros until they are written.
     pub unwritten: bool,
 }
 
-/// The first piece that has a byte of `from..from + bytes`, if there is one.
+/// The first piece that has a byte of `range`, if there is one.
 ///
 /// # Errors
 /// The system's: EOPNOTSUPP where the file system can't say.
-pub fn first_piece(file: &File, from: u64, bytes: u64) -> io::Result<Option<Piece>> {
+pub fn first_piece(file: &File, range: FileRange) -> io::Result<Option<Piece>> {
     let mut map = Fiemap {
-        fm_start: from,
-        fm_length: bytes,
+        fm_start: range.from.0,
+        fm_length: range.bytes,
         // Not FIEMAP_FLAG_SYNC: a DAX file system delays no allocation, and each look would sync
         // the file.
         fm_flags: 0,
@@ -83,9 +83,8 @@ pub fn first_piece(file: &File, from: u64, bytes: u64) -> io::Result<Option<Piec
     let FiemapExtent { fe_logical, fe_physical, fe_length, fe_flags, .. } = map.extent;
     let known = fe_flags & (FIEMAP_EXTENT_UNKNOWN | FIEMAP_EXTENT_ENCODED) == 0;
     Ok(Some(Piece {
-        logical: fe_logical,
+        logical: FileRange::new(FileOffset(fe_logical), fe_length),
         physical: known.then_some(fe_physical),
-        bytes: fe_length,
         unwritten: fe_flags & FIEMAP_EXTENT_UNWRITTEN != 0,
     }))
 }

@@ -142,7 +142,7 @@ impl Finger {
     }
 
     fn end(self) -> PageIndex {
-        PageIndex(self.base.0 + (1 << shift(self.level + 1)))
+        self.base + (1 << shift(self.level + 1))
     }
 
     fn covers(self, page: PageIndex) -> bool {
@@ -440,7 +440,7 @@ impl Index {
         let mut bits = node.bits(mark) & u64::MAX << first;
         while bits != 0 {
             let slot = bits.trailing_zeros() as usize;
-            let start = PageIndex(base.0 + ((slot as u64) << shift(level)));
+            let start = base + ((slot as u64) << shift(level));
             if start > last {
                 return None;
             }
@@ -477,7 +477,7 @@ impl Index {
                 return (tagged, Some(start));
             };
             let mut bits = 1 << place.slot;
-            at = PageIndex(start.0 + entry.order().pages());
+            at = start + entry.order().pages();
             if place.level == 0 {
                 // A leaf has entries only: all of it at once.
                 let behind = (last.0 - start.0).min((SLOTS - 1 - place.slot) as u64);

@@ -17,8 +17,8 @@ use super::index::Mark;
 use super::space::Entries;
 use super::sync::Arc;
 use super::wait::{SpaceId, WaitTable};
-use crate::persist::Persist;
-use crate::window::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
+use crate::persist::{LineFlush, Persist};
+use crate::window::{FileOffset, FileRange, MapError, Mapper, WindowBytes, WindowOffset};
 
 fn check(test: impl Fn() + Send + Sync + 'static) {
     let mut model = loom::model::Builder::new();
@@ -165,7 +165,7 @@ impl ExtentSource for OneExtent {
         Ok(())
     }
 
-    fn zero(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+    fn zero(&self, _: FileRange, _: bool) -> io::Result<()> {
         Ok(())
     }
 }
@@ -207,29 +207,23 @@ impl Line {
     }
 }
 
-impl Persist for Line {
-    fn sync(&self) -> io::Result<()> {
-        unreachable!("the entries track")
-    }
-
-    fn kernel_tracks(&self) -> bool {
-        false
-    }
-
-    fn flush(&self, _: u64, _: u64) -> io::Result<()> {
+impl LineFlush for Line {
+    fn flush(&self, _: FileRange) -> io::Result<()> {
         if self.1 {
             return Err(io::Error::other("the line is broken"));
         }
         self.0.1.fetch_or(self.0.0.load(Ordering::SeqCst), Ordering::SeqCst);
         Ok(())
     }
+
+    fn fence(&self) {}
 }
 
 fn engine(line: &Line) -> (Arc<Engine>, Arc<Space>, Span) {
     let window = WindowBytes(PAGE_BYTES);
     let engine = Engine::new(window, Arc::new(Yes), 8);
     let file = Arc::new(File::open("/dev/null").unwrap());
-    let space = engine.space(Box::new(OneExtent(file)), Box::new(line.clone()));
+    let space = engine.space(Box::new(OneExtent(file)), Persist::lines(line.clone()));
     let span = engine.span(WindowOffset(0), window).unwrap();
     (Arc::new(engine), space, span)
 }

@@ -9,13 +9,13 @@
 
 use std::io;
 
-use super::engine::{Engine, Grant, GrantError, Space, Span, Window, extent_of};
-use super::entry::{PAGE_BYTES, PMD_PAGES, PageIndex};
+use super::engine::{Engine, Grant, GrantError, Space, Window, extent_of};
+use super::entry::{PAGE_BYTES, PageIndex};
 use super::extent::Access;
 use super::rw::write_back_pages;
 
 use super::sync::{Arc, CheckedOut, lock};
-use crate::window::FileOffset;
+use crate::window::{FileOffset, FileRange, WindowBytes, WindowOffset, WindowRange};
 
 /// What a change of length did to live grants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,7 +56,7 @@ impl Engine {
         let done = clipped.and_then(|()| Ok(change()?));
         // Also after an error: what the window let go of in vain comes back.
         let kept = old.min(space.source.file_bytes()?);
-        let followed = self.sync_to_length(space, kept, PageIndex::of_byte(kept).chunk());
+        let followed = self.sync_to_length(space, kept, PageIndex::of(FileOffset(kept)).chunk());
         done.and_then(|done| Ok((done, followed?)))
     }
 
@@ -81,11 +81,12 @@ impl Engine {
         let followed = self.sync_to_length(space, bytes.min(at_least), PageIndex(0));
         let done = done?;
         followed?;
-        if space.tracks() && bytes > old {
+        let grown = FileRange::between(FileOffset(old), FileOffset(bytes));
+        if let Some(lines) = space.lines().filter(|_| !grown.is_empty()) {
             // What it has grown by was written by the change, and no entry need know of it.
             self.check_failed(space)?;
-            let grown = write_back_pages(space, old / PAGE_BYTES, bytes.div_ceil(PAGE_BYTES));
-            self.note(space, grown)?;
+            let (first, last) = grown.pages();
+            self.note(space, write_back_pages(lines, first, last))?;
         }
         Ok(done)
     }
@@ -117,10 +118,10 @@ impl Engine {
         let known = space.known_bytes();
         let bytes = space.look()?;
         if bytes > known {
-            self.sync_to_length(space, known, PageIndex::of_byte(known).chunk())?;
+            self.sync_to_length(space, known, PageIndex::of(FileOffset(known)).chunk())?;
         } else if bytes < known {
             self.unmap_beyond(space, bytes.next_multiple_of(PAGE_BYTES))?;
-            self.delete_entries(space, bytes.next_multiple_of(PAGE_BYTES), i64::MAX as u64)?;
+            self.delete_entries(space, behind(bytes))?;
         }
         Ok(())
     }
@@ -140,14 +141,14 @@ impl Engine {
         kept: u64,
         from: PageIndex,
     ) -> Result<Resized, GrantError> {
-        let stale = PageIndex(kept.div_ceil(PAGE_BYTES));
+        let stale = PageIndex::behind(kept);
         space.look()?;
         let mut window = self.window.take();
         // Behaviour 16: blocks, and entries that know what is dirty, before the window shows
         // anything. A growth that nobody told of is not shown yet, either.
         let from = unshown(&window, space).map_or(from, |page| page.min(from));
         let allocated = self.allocate(&window, space, from, PageIndex::LAST);
-        let deleted = self.delete_entries(space, stale.byte(), i64::MAX as u64);
+        let deleted = self.delete_entries(space, behind(kept));
         let last = if allocated.is_ok() {
             Some(PageIndex::LAST)
         } else {
@@ -165,8 +166,9 @@ impl Engine {
                 Err(GrantError::Tail) => {
                     tail_hidden = true;
                     let mappable = space.source.mappable_bytes(space.source.file_bytes()?);
-                    let mapped = mappable.saturating_sub(grant.from.0);
-                    self.show_grant(&mut window, at, &grant, mapped.min(grant.bytes))?;
+                    let mapped = FileRange::between(grant.from, FileOffset(mappable)).bytes;
+                    let mapped = WindowBytes(mapped).min(grant.bytes);
+                    self.show_grant(&mut window, at, &grant, mapped)?;
                 }
                 Err(e) => return Err(e),
             }
@@ -180,73 +182,74 @@ impl Engine {
     fn show_grant(
         &self,
         window: &mut CheckedOut<'_, Window>,
-        at: u64,
+        at: WindowOffset,
         grant: &Grant,
-        mapped: u64,
+        mapped: WindowBytes,
     ) -> Result<(), GrantError> {
-        let shown = window.layout.shown_until(at, at + grant.bytes);
-        if shown < at + mapped {
-            let new = Span { at: shown, bytes: at + mapped - shown };
-            let piece = grant.cut(shown - at, new.bytes);
-            self.show_piece(window, new, Some((&piece, new.bytes)))?;
+        let shown = window.layout.shown_until(grant.range(at));
+        if let Some(new) = WindowRange::between(shown, at + mapped) {
+            self.show_piece(window, new, Some((&grant.part(at, new), new.bytes)))?;
         }
         Ok(())
     }
 
-    /// Behaviour 12 and 5: makes `bytes` from byte `from` on read as zeros. What no write grant
-    /// covers becomes a hole; the rest keeps its blocks, since a store to a hole on a full disk
-    /// would be SIGBUS in the VMM.
+    /// Behaviour 12 and 5: makes `range` read as zeros. What no write grant covers becomes a hole;
+    /// the rest keeps its blocks, since a store to a hole on a full disk would be SIGBUS in the
+    /// VMM.
     ///
     /// # Errors
     /// The file system's.
-    pub fn punch(&self, space: &Arc<Space>, from: u64, bytes: u64) -> Result<(), GrantError> {
-        let end = from.checked_add(bytes).filter(|end| *end <= i64::MAX as u64);
-        let Some(end) = end else { return Err(GrantError::Invalid("longer than any file")) };
-        if bytes == 0 {
+    pub fn punch(&self, space: &Arc<Space>, range: FileRange) -> Result<(), GrantError> {
+        let Some(end) = range.checked_end() else {
+            return Err(GrantError::Invalid("longer than any file"));
+        };
+        if range.is_empty() {
             return Err(GrantError::Invalid("nothing to punch"));
         }
         let _alone = space.invalidate_lock.write();
-        let end = end.min(space.source.file_bytes()?);
-        if from >= end {
+        let inside = end.min(FileOffset(space.source.file_bytes()?));
+        let range = FileRange::between(range.from, inside);
+        if range.is_empty() {
             return Ok(());
         }
-        let (first, last) = (PageIndex::of_byte(from), PageIndex::of_byte(end - 1));
-        let chunks = (first.chunk(), PageIndex(last.chunk().0 + PMD_PAGES - 1));
-        self.allocate(&self.window.take(), space, chunks.0, chunks.1)?;
-        self.zero(space, from, end)?;
-        let deleted = self.delete_entries(space, from, end);
+        let (first, last) = range.pages();
+        let (first, last) = (first.chunk(), last.chunk_last());
+        self.allocate(&self.window.take(), space, first, last)?;
+        self.zero(space, range)?;
+        let deleted = self.delete_entries(space, range);
         // Under a write grant what is left of a split chunk is dirty as before, and the zeros are
         // new.
-        self.renew(&self.window.take(), space, chunks.0, chunks.1)?;
+        self.renew(&self.window.take(), space, first, last)?;
         Ok(deleted?)
     }
 
-    fn zero(&self, space: &Space, from: u64, end: u64) -> io::Result<()> {
-        let (first, last) = (PageIndex::of_byte(from), PageIndex::of_byte(end - 1));
+    fn zero(&self, space: &Space, range: FileRange) -> io::Result<()> {
+        let (first, last) = range.pages();
         let runs = lock(&space.coverage).runs(first, last);
-        let mut at = from;
+        let (mut at, end) = (range.from, range.end());
         for (start, stop, count) in runs {
             if count.writes > 0 {
-                let (start, stop) = (start.byte().max(from), stop.next().byte().min(end));
-                space.source.zero(at, start - at, false)?;
-                space.source.zero(start, stop - start, true)?;
-                at = stop;
+                let kept = FileRange::of_pages(start, stop);
+                let (from, until) = (kept.from.max(range.from), kept.end().min(end));
+                space.source.zero(FileRange::between(at, from), false)?;
+                space.source.zero(FileRange::between(from, until), true)?;
+                at = until;
             }
         }
-        space.source.zero(at, end - at, false)
+        space.source.zero(FileRange::between(at, end), false)
     }
 
-    /// Deletes what covers a byte of `from..end`. An entry that sticks out is written back before:
-    /// the grant under which the rest of it was stored to may be on its way out, and then nobody
-    /// makes that rest anew.
-    fn delete_entries(&self, space: &Space, from: u64, end: u64) -> io::Result<()> {
-        let (first, last) = (PageIndex::of_byte(from), PageIndex::of_byte(end - 1));
+    /// Deletes what covers a byte of `range`. An entry that sticks out is written back before: the
+    /// grant under which the rest of it was stored to may be on its way out, and then nobody makes
+    /// that rest anew.
+    fn delete_entries(&self, space: &Space, range: FileRange) -> io::Result<()> {
+        let (first, last) = range.pages();
         let mut result = Ok(());
         let mut at = first;
         loop {
             let Some((start, entry)) = space.entries.index().next(at, last, None) else { break };
-            at = PageIndex(start.0 + entry.order().pages());
-            if start.byte() < from || at.byte() > end {
+            at = start + entry.order().pages();
+            if start.byte() < range.from || at.byte() > range.end() {
                 result = result.and(self.clean_one(space, start));
             }
             space.entries.delete(start);
@@ -279,9 +282,9 @@ impl Engine {
         first: PageIndex,
         last: PageIndex,
     ) -> io::Result<()> {
-        wanted(window, space, first, last)?.iter().try_for_each(|(at, grant, first, last)| {
-            self.fault(space, *first, *last, grant.access, at.wrapping_sub(grant.from.0))
-        })
+        wanted(window, space, first, last)?
+            .iter()
+            .try_for_each(|(at, grant, first, last)| self.fault(grant, *at, *first, *last))
     }
 
     /// The same where entries were deleted. If that fails, the guest goes on storing where no entry
@@ -298,9 +301,14 @@ impl Engine {
     }
 }
 
+/// What lies behind the page with the last byte of a file of `bytes` bytes.
+fn behind(bytes: u64) -> FileRange {
+    FileRange::between(PageIndex::behind(bytes).byte(), FileOffset::MAX)
+}
+
 /// The live grants of one file. Whoever acts on them holds on to the window's turn until it is
 /// done: they may be gone right after.
-fn grants_of(window: &Window, space: &Arc<Space>) -> Vec<(u64, Grant)> {
+fn grants_of(window: &Window, space: &Arc<Space>) -> Vec<(WindowOffset, Grant)> {
     let of_space = window.grants.iter().filter(|(_, grant)| Arc::ptr_eq(&grant.space, space));
     of_space.map(|(at, grant)| (*at, grant.clone())).collect()
 }
@@ -312,8 +320,8 @@ fn wanted(
     space: &Arc<Space>,
     first: PageIndex,
     last: PageIndex,
-) -> io::Result<Vec<(u64, Grant, PageIndex, PageIndex)>> {
-    let Some(end) = space.pages()?.checked_sub(1) else { return Ok(Vec::new()) };
+) -> io::Result<Vec<(WindowOffset, Grant, PageIndex, PageIndex)>> {
+    let Some(end) = space.end()?.0.checked_sub(1) else { return Ok(Vec::new()) };
     let wanted = grants_of(window, space).into_iter().map(|(at, grant)| {
         let (start, stop) = (grant.first().max(first), grant.last().min(last).min(PageIndex(end)));
         (at, grant, start, stop)
@@ -324,8 +332,8 @@ fn wanted(
 /// The first chunk of the file of which a live grant does not show all.
 fn unshown(window: &Window, space: &Arc<Space>) -> Option<PageIndex> {
     let shown = grants_of(window, space).into_iter().map(|(at, grant)| {
-        let until = window.layout.shown_until(at, at + grant.bytes);
-        PageIndex::of_byte(grant.from.0 + (until - at)).chunk()
+        let until = window.layout.shown_until(grant.range(at));
+        PageIndex::of(grant.from + (until - at)).chunk()
     });
     shown.min()
 }

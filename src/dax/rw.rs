@@ -6,9 +6,10 @@
 use std::io;
 
 use super::engine::{Engine, GrantError, Space};
-use super::entry::{PAGE_BYTES, PMD_PAGES, PageIndex};
+use super::entry::PageIndex;
 use super::sync::Arc;
-use crate::window::FileOffset;
+use crate::persist::LineFlush;
+use crate::window::{FileOffset, FileRange};
 
 impl Engine {
     /// Reads from byte `from` on. Stops at the end of the file: what is returned is how much was
@@ -22,7 +23,7 @@ impl Engine {
         let wanted = to.len().min(usize::try_from(left).unwrap_or(usize::MAX));
         let mut done = 0;
         while let Some(rest) = to.get_mut(done..wanted).filter(|rest| !rest.is_empty()) {
-            match space.source.read_at(from.0 + done as u64, rest)? {
+            match space.source.read_at(from + done as u64, rest)? {
                 0 => break,
                 n => done += n,
             }
@@ -41,10 +42,10 @@ impl Engine {
         from: FileOffset,
         data: &[u8],
     ) -> Result<usize, GrantError> {
-        self.write_by(space, from, data.len() as u64, || {
+        self.write_by(space, FileRange::new(from, data.len() as u64), || {
             let mut done = 0;
             while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
-                match space.source.write_at(from.0 + done as u64, rest) {
+                match space.source.write_at(from + done as u64, rest) {
                     Ok(0) => break,
                     Ok(n) => done += n,
                     Err(e) if done == 0 => return Err(e),
@@ -55,23 +56,22 @@ impl Engine {
         })
     }
 
-    /// The same, where it is `write` that writes up to `bytes` from byte `from` on, and says how
-    /// many.
+    /// The same, where it is `write` that writes from the start of `range` on, and says how
+    /// many bytes.
     ///
     /// # Errors
     /// See [`write`](Self::write).
     pub fn write_by(
         &self,
         space: &Arc<Space>,
-        from: FileOffset,
-        bytes: u64,
+        range: FileRange,
         write: impl FnOnce() -> io::Result<usize>,
     ) -> Result<usize, GrantError> {
-        let end = from.0.checked_add(bytes).filter(|end| *end <= i64::MAX as u64);
+        let (from, end) = (range.from, range.checked_end());
         let Some(end) = end else { return Err(GrantError::Invalid("longer than any file")) };
         {
             let _shared = space.invalidate_lock.read();
-            if end <= space.source.file_bytes()? {
+            if end.0 <= space.source.file_bytes()? {
                 return Ok(self.write_inside(space, from, write)?);
             }
         }
@@ -80,7 +80,8 @@ impl Engine {
         let old = space.source.file_bytes()?;
         let done = self.write_inside(space, from, write)?;
         if space.source.file_bytes()? > old {
-            self.sync_to_length(space, old, PageIndex::of_byte(old.min(from.0)).chunk())?;
+            let first = PageIndex::of(from.min(FileOffset(old)));
+            self.sync_to_length(space, old, first.chunk())?;
         }
         Ok(done)
     }
@@ -95,13 +96,13 @@ impl Engine {
         if done == 0 {
             return Ok(0);
         }
-        let (first, end) = (from.0 / PAGE_BYTES, (from.0 + done as u64).div_ceil(PAGE_BYTES));
-        if space.tracks() {
+        let (first, last) = FileRange::new(from, done as u64).pages();
+        if let Some(lines) = space.lines() {
             // Written back at once: no entry need know of it, and there may be none.
             self.check_failed(space)?;
-            self.note(space, write_back_pages(space, first, end))?;
+            self.note(space, write_back_pages(lines, first, last))?;
         }
-        self.fill_holes(space, PageIndex(first), PageIndex(end - 1))?;
+        self.fill_holes(space, first, last)?;
         Ok(done)
     }
 
@@ -114,21 +115,25 @@ impl Engine {
             if !entry.is_real() {
                 // Whole chunks: a hole of 2 MiB becomes one entry with blocks, or 512 of either
                 // kind.
-                let stop = PageIndex(last.chunk().0 + PMD_PAGES - 1);
+                let (start, stop) = (start.chunk(), last.chunk_last());
                 let window = self.window.take();
                 // The chunk may reach into a growth that nobody told of, where write grants have no
                 // blocks yet.
-                self.allocate(&window, space, start.chunk(), stop)?;
-                return self.refault(&window, space, start.chunk(), stop);
+                self.allocate(&window, space, start, stop)?;
+                return self.refault(&window, space, start, stop);
             }
-            at = PageIndex(start.0 + entry.order().pages());
+            at = start + entry.order().pages();
         }
     }
 }
 
-/// Pages `first..end` of the file are durable then, if their metadata is.
-pub(super) fn write_back_pages(space: &Space, first: u64, end: u64) -> io::Result<()> {
-    space.persist.flush(first * PAGE_BYTES, (end - first) * PAGE_BYTES)?;
-    space.persist.fence();
+/// Pages `first..=last` of a file are durable then, if their metadata is.
+pub(super) fn write_back_pages(
+    lines: &dyn LineFlush,
+    first: PageIndex,
+    last: PageIndex,
+) -> io::Result<()> {
+    lines.flush(FileRange::of_pages(first, last))?;
+    lines.fence();
     Ok(())
 }

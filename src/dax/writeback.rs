@@ -10,6 +10,8 @@ use super::index::Mark;
 use super::space::Held;
 use super::sync::lock;
 use super::trace::trace_dax;
+use crate::persist::{LineFlush, Persist};
+use crate::window::{FileOffset, FileRange};
 
 /// Entries looked up at once, and tagged at once: how long the index lock is held at most.
 /// Linux 4.x fs/dax.c writes back PAGEVEC_SIZE (14) entries at once, and tags 4096.
@@ -39,9 +41,10 @@ impl Engine {
     /// The first failure, and the same kind of failure in every later call (it is final).
     pub fn writeback(&self, space: &Space, first: PageIndex, last: PageIndex) -> io::Result<()> {
         self.check_failed(space)?;
-        if space.persist.kernel_tracks() {
-            return self.sync_by(space, || space.persist.sync());
-        }
+        let lines = match &space.persist {
+            Persist::Kernel(kernel) => return self.sync_by(space, || kernel.sync()),
+            Persist::Lines(lines) => &**lines,
+        };
         // A punch or truncate beside us would delete entries that we have tagged, and make them
         // anew without the tag.
         let _shared = space.invalidate_lock.read();
@@ -52,8 +55,8 @@ impl Engine {
             // Behaviour 11: each batch starts behind the last entry of the one before.
             let batch = self.batch(space, at, last);
             let Some((start, entry)) = batch.last() else { break };
-            at = PageIndex(start.0 + entry.order().pages());
-            self.writeback_batch(space, &batch)?;
+            at = *start + entry.order().pages();
+            self.writeback_batch(space, lines, &batch)?;
         }
         self.wait_for_others(space, first, last);
         trace_dax!(writeback_range_done, space, first, "last={:#x}", last.0);
@@ -71,10 +74,10 @@ impl Engine {
         space: &Space,
         sync: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
-        if space.persist.kernel_tracks() {
+        if let Persist::Kernel(kernel) = &space.persist {
             // The kernel tells of lost pages once through each open file, and either may be the
             // older one.
-            return self.sync_by(space, || sync().and_then(|()| space.persist.check()));
+            return self.sync_by(space, || sync().and_then(|()| kernel.check()));
         }
         self.writeback(space, PageIndex(0), PageIndex::LAST)?;
         self.sync_by(space, sync)
@@ -100,7 +103,7 @@ impl Engine {
             let Some((start, entry)) = index.next(at, last, Some(Mark::Writeback)) else { break };
             drop(space.entries.look(index, start));
             space.entries.pass_on(start);
-            at = PageIndex(start.0 + entry.order().pages());
+            at = start + entry.order().pages();
         }
     }
 
@@ -119,7 +122,7 @@ impl Engine {
             && let Some((start, entry)) = index.next(at, last, Some(Mark::ToWrite))
         {
             batch.push((start, entry));
-            at = PageIndex(start.0 + entry.order().pages());
+            at = start + entry.order().pages();
         }
         batch
     }
@@ -127,15 +130,20 @@ impl Engine {
     /// Flushes the entries, then fences once for all of them: only then are their lines where they
     /// belong, so all stay locked until then. They are locked in the order of the file, and whoever
     /// else holds an entry waits for no second one: nobody waits in a circle.
-    fn writeback_batch(&self, space: &Space, batch: &[(PageIndex, Entry)]) -> io::Result<()> {
+    fn writeback_batch(
+        &self,
+        space: &Space,
+        lines: &dyn LineFlush,
+        batch: &[(PageIndex, Entry)],
+    ) -> io::Result<()> {
         let mut flushing = Vec::with_capacity(batch.len());
         for (start, entry) in batch {
-            flushing.extend(self.begin_writeback(space, *start, *entry)?);
+            flushing.extend(self.begin_writeback(space, lines, *start, *entry)?);
         }
         if flushing.is_empty() {
             return Ok(());
         }
-        space.persist.fence();
+        lines.fence();
         self.counters.fences.add(1);
         for Flushing { held, written } in &flushing {
             let pages = held.entry().order().pages();
@@ -152,6 +160,7 @@ impl Engine {
     fn begin_writeback<'a>(
         &self,
         space: &'a Space,
+        lines: &dyn LineFlush,
         page: PageIndex,
         seen: Entry,
     ) -> io::Result<Option<Flushing<'a>>> {
@@ -174,16 +183,17 @@ impl Engine {
         // Behaviour 9: we can't write-protect the guest's view. Under a write grant there may be
         // new dirty lines at once, so the entry stays dirty until the last such grant is gone.
         // Looked up before the flush: a grant that goes during it may have stored behind it.
-        let last = PageIndex(start.0 + entry.order().pages() - 1);
+        let last = entry.order().last(start);
         let written = lock(&space.coverage).any(start, last, |count| count.writes > 0);
         let flushing = Flushing { held, written };
         // All of it, also where only a part was asked for; but where the file has just been cut off
         // there is nothing any more. A failure is noted before the entry is unlocked: whoever waits
         // for it looks at that next.
-        let end = last.next().byte().min(space.known_bytes().next_multiple_of(PAGE_BYTES));
-        if let Some(bytes) = end.checked_sub(start.byte()).filter(|bytes| *bytes > 0) {
-            self.note(space, space.persist.flush(start.byte(), bytes))?;
-            self.counters.bytes_written_back.add(bytes);
+        let end = FileOffset(space.known_bytes().next_multiple_of(PAGE_BYTES));
+        let range = FileRange::between(start.byte(), last.next().byte().min(end));
+        if !range.is_empty() {
+            self.note(space, lines.flush(range))?;
+            self.counters.bytes_written_back.add(range.bytes);
         }
         Ok(Some(flushing))
     }
@@ -200,7 +210,7 @@ impl Engine {
         let mut at = first;
         loop {
             let Some((start, entry)) = space.entries.index().next(at, last, None) else { break };
-            let end = PageIndex(start.0 + entry.order().pages() - 1);
+            let end = entry.order().last(start);
             at = end.next();
             let (covered, written) = {
                 let coverage = lock(&space.coverage);
@@ -209,7 +219,7 @@ impl Engine {
                     coverage.any(start, end, |count| count.writes > 0),
                 )
             };
-            if !written && space.tracks() {
+            if !written {
                 let last_flush = self.clean_one(space, start);
                 result = result.and(last_flush);
             }
@@ -220,8 +230,9 @@ impl Engine {
         result
     }
 
-    /// Flushes one entry if it is dirty.
+    /// Flushes one entry if it is dirty. Where the kernel knows what is dirty, no entry is.
     pub(super) fn clean_one(&self, space: &Space, start: PageIndex) -> io::Result<()> {
+        let Some(lines) = space.lines() else { return Ok(()) };
         let entry = {
             let mut index = space.entries.index();
             if !index.is_marked(start, Mark::Dirty) {
@@ -233,7 +244,7 @@ impl Engine {
             index.get(start)
         };
         match entry {
-            Some((start, entry)) => self.writeback_batch(space, &[(start, entry)]),
+            Some((start, entry)) => self.writeback_batch(space, lines, &[(start, entry)]),
             None => Ok(()),
         }
     }
@@ -249,7 +260,7 @@ impl Engine {
             let dirty = index.is_marked(start, Mark::Dirty) && !*lock(&space.failed);
             let held = entries.hold(&mut index, start, entry);
             drop(index);
-            let end = PageIndex(start.0 + entry.order().pages() - 1);
+            let end = entry.order().last(start);
             let wanted =
                 lock(&space.coverage).any(start, end, |count| count.reads + count.writes > 0);
             if !wanted && !dirty {

@@ -9,29 +9,18 @@ use super::engine::{Engine, Space, Span};
 use super::entry::PageIndex;
 use super::extent::Access;
 use super::sync::{Arc, lock};
-use crate::window::{FileOffset, WindowBytes};
-
-/// A piece of a file, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Bytes {
-    /// Its first byte.
-    pub from: FileOffset,
-    /// Its length.
-    pub bytes: u64,
-}
+use crate::window::{FileRange, WindowOffset, WindowRange};
 
 impl Space {
     /// The pieces that live write grants cover, in order.
-    pub fn written(&self) -> Vec<Bytes> {
+    pub fn written(&self) -> Vec<FileRange> {
         let runs = lock(&self.coverage).runs(PageIndex(0), PageIndex::LAST);
-        let mut written: Vec<Bytes> = Vec::new();
+        let mut written: Vec<FileRange> = Vec::new();
         for (first, last, _) in runs.into_iter().filter(|(.., count)| count.writes > 0) {
-            let (from, end) = (first.byte(), last.next().byte());
+            let run = FileRange::of_pages(first, last);
             match written.last_mut() {
-                Some(before) if before.from.0 + before.bytes == from => {
-                    before.bytes = end - before.from.0;
-                }
-                _ => written.push(Bytes { from: FileOffset(from), bytes: end - from }),
+                Some(before) if before.end() == run.from => before.bytes += run.bytes,
+                _ => written.push(run),
             }
         }
         written
@@ -40,17 +29,15 @@ impl Space {
 
 impl Engine {
     /// What is granted for writing in `spans` of the window.
-    pub fn written_in(&self, spans: &[Span]) -> Vec<(Arc<Space>, Bytes)> {
+    pub fn written_in(&self, spans: &[Span]) -> Vec<(Arc<Space>, FileRange)> {
         let window = self.window.take();
         let mut written = Vec::new();
-        for span in spans {
-            let before = window.grants.range(..=span.at).next_back().map_or(span.at, |(at, _)| *at);
-            for (at, grant) in window.grants.range(before..span.at + span.bytes) {
-                let (from, to) = ((*at).max(span.at), (at + grant.bytes).min(span.at + span.bytes));
-                if from < to && grant.access == Access::Write {
-                    let from_byte = FileOffset(grant.from.0 + (from - at));
-                    let bytes = Bytes { from: from_byte, bytes: to - from };
-                    written.push((grant.space.clone(), bytes));
+        for Span(range) in spans {
+            for (there, grant) in window.touching(*range) {
+                if let Some(part) = there.overlap(*range)
+                    && grant.access == Access::Write
+                {
+                    written.push((grant.space.clone(), grant.part(there.at, part).of_file()));
                 }
             }
         }
@@ -59,8 +46,7 @@ impl Engine {
 
     /// The whole window.
     pub fn whole(&self) -> Span {
-        let WindowBytes(bytes) = self.bytes;
-        Span { at: 0, bytes }
+        Span(WindowRange::new(WindowOffset(0), self.bytes))
     }
 
     /// Remembers that pages of the file may be lost, as a sync of our own that failed would.

@@ -29,6 +29,7 @@ use crate::dax::engine::Engine;
 use crate::device::chain::Segment;
 use crate::persist::Direct;
 use crate::support::units::PAGE_BYTES;
+use crate::window::FileOffset;
 use crate::window::locate::WindowLocation;
 
 use super::in_window::FilePiece;
@@ -418,7 +419,7 @@ impl GuestReader<'_> {
     ) -> io::Result<usize> {
         let mut done = 0;
         for slice in slices {
-            direct.store_from(off.cast_unsigned() + done as u64, slice)?;
+            direct.store_from(FileOffset(off.cast_unsigned()) + done as u64, slice)?;
             done += slice.len();
         }
         futimens(file, &TimeSpec::UTIME_OMIT, &TimeSpec::UTIME_NOW)?;

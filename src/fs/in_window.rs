@@ -13,7 +13,7 @@ use crate::dax::engine::{Engine, Space};
 use crate::device::chain::Segment;
 use crate::support::units::PAGE_BYTES;
 use crate::window::locate::WindowLocation;
-use crate::window::{FileOffset, WindowOffset};
+use crate::window::{FileOffset, FileRange, WindowOffset};
 
 /// A part of a buffer that shows a piece of one file.
 #[derive(Clone)]
@@ -53,7 +53,8 @@ impl FilePiece {
         let (bytes, mut done, mut pieces) = (segment.bytes as usize, 0, Vec::new());
         while done < bytes {
             let at = WindowOffset(start.0 + done as u64);
-            let (space, from, left) = engine.granted_at(at).ok_or(Errno::EFAULT)?;
+            let (space, FileRange { from, bytes: left }) =
+                engine.granted_at(at).ok_or(Errno::EFAULT)?;
             let now = (bytes - done).min(usize::try_from(left).unwrap_or(usize::MAX));
             pieces.push(Self { space, from, bytes: now });
             done += now;
@@ -78,7 +79,7 @@ impl FilePiece {
     pub(super) fn load(&self, to: &mut [u8]) -> io::Result<()> {
         let mut done = 0;
         while let Some(rest) = to.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            match self.space.source().read_at(self.from.0 + done as u64, rest)? {
+            match self.space.source().read_at(self.from + done as u64, rest)? {
                 0 => break,
                 read => done += read,
             }
@@ -99,7 +100,7 @@ impl FilePiece {
         let within = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
         let mut done = 0;
         while let Some(rest) = bytes.get(done..within).filter(|rest| !rest.is_empty()) {
-            done += source.write_at(self.from.0 + done as u64, rest)?;
+            done += source.write_at(self.from + done as u64, rest)?;
         }
         Ok(())
     }

@@ -208,9 +208,9 @@ impl Durability {
             .map(|instruction| Direct::new(file.clone(), bytes, self.backing, instruction));
         Ok(match direct.transpose()? {
             Some(direct) => {
-                FilePersist { persist: Box::new(Lines::of(direct.clone())), direct: Some(direct) }
+                FilePersist { persist: Persist::lines(Lines(direct.clone())), direct: Some(direct) }
             }
-            None => FilePersist { persist: Box::new(Fdatasync(file.clone())), direct: None },
+            None => FilePersist { persist: Persist::kernel(Fdatasync(file.clone())), direct: None },
         })
     }
 }
@@ -218,7 +218,7 @@ impl Durability {
 /// What makes one file durable.
 pub struct FilePersist {
     /// The seam.
-    pub persist: Box<dyn Persist>,
+    pub persist: Persist,
     /// The file's own memory, where cache lines count.
     pub direct: Option<Arc<Direct>>,
 }

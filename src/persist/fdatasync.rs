@@ -11,12 +11,12 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::Persist;
+use super::KernelSync;
 
 /// A file in the page cache or on a DAX file system: the kernel knows what is dirty.
 pub struct Fdatasync(pub Arc<File>);
 
-impl Persist for Fdatasync {
+impl KernelSync for Fdatasync {
     fn sync(&self) -> io::Result<()> {
         self.0.sync_data()
     }

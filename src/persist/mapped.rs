@@ -10,8 +10,6 @@ use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
@@ -21,9 +19,9 @@ use vm_memory::VolatileSlice;
 use super::backing::page_bytes;
 use super::cacheline::{Instruction, fence};
 use super::sigbus::Guarded;
-use super::{Backing, Persist};
+use super::{Backing, LineFlush};
 use crate::support::lock::{Mutex, lock};
-use crate::support::units::PMD_BYTES;
+use crate::support::units::{FileOffset, FileRange, PMD_BYTES};
 
 /// The file, from its first byte on.
 struct Mapping {
@@ -36,15 +34,6 @@ struct Mapping {
 struct Pages {
     base: Base,
     bytes: usize,
-}
-
-/// Where a mapping is, for as long as it is there.
-#[derive(Clone, Copy)]
-struct Place {
-    base: Base,
-    bytes: usize,
-    /// Set for ever when a page that was touched was none of the file's, by whatever thread.
-    gone: &'static AtomicBool,
 }
 
 #[derive(Clone, Copy)]
@@ -74,41 +63,31 @@ impl Mapping {
         Ok(Self { guarded, pages })
     }
 
-    fn place(&self) -> Place {
-        Place { base: self.pages.base, bytes: self.pages.bytes, gone: self.guarded.gone() }
+    /// Where `range` is, if all of it is mapped.
+    fn start_of(&self, range: FileRange) -> Option<*mut u8> {
+        let (start, bytes) = (usize::try_from(range.from.0).ok()?, length_of(range).ok()?);
+        let last = self.pages.bytes.checked_sub(bytes)?;
+        (start <= last).then(|| self.pages.base.0.as_ptr().wrapping_add(start))
+    }
+
+    /// Runs `work` with a pointer to `range`.
+    ///
+    /// # Errors
+    /// EINVAL for what is not in it; EIO where the file lacked a page that was touched, now or
+    /// before.
+    fn work<T>(&self, range: FileRange, work: impl FnOnce(*mut u8) -> T) -> io::Result<T> {
+        let at = self.start_of(range).ok_or(Errno::EINVAL)?;
+        let done = work(at);
+        if self.guarded.is_gone() { Err(Errno::EIO.into()) } else { Ok(done) }
     }
 }
 
-impl Place {
-    /// Runs `work` with a pointer to byte `from`, behind which `bytes` are mapped.
-    ///
-    /// # Errors
-    /// EINVAL for what is not in it; EIO where the file has no page any more.
-    fn at<T>(&self, from: u64, bytes: usize, work: impl FnOnce(*mut u8) -> T) -> io::Result<T> {
-        let at = self.start_of(from, bytes).ok_or(Errno::EINVAL)?;
-        self.whole(|| work(at))
-    }
-
-    /// Where byte `from` is, if `bytes` are mapped from there on.
-    fn start_of(&self, from: u64, bytes: usize) -> Option<*mut u8> {
-        let start = usize::try_from(from).ok()?;
-        let last = self.bytes.checked_sub(bytes)?;
-        (start <= last).then(|| self.base.0.as_ptr().wrapping_add(start))
-    }
-
-    /// Runs `work`, which touches the pages.
-    ///
-    /// # Errors
-    /// EIO where the file lacked a page that was touched.
-    #[inline(always)]
-    fn whole<T>(&self, work: impl FnOnce() -> T) -> io::Result<T> {
-        // Read here, and not when it is needed: a load behind a write-back of a line that has the
-        // same place in a page may have to wait for it, which doubles a page's time.
-        // SAFETY: it is a field of ours.
-        let gone = unsafe { std::ptr::read_volatile(&raw const self.gone) };
-        let done = work();
-        if gone.load(SeqCst) { Err(Errno::EIO.into()) } else { Ok(done) }
-    }
+/// The length of a range that is to be mapped.
+///
+/// # Errors
+/// EINVAL for one that no address space has.
+fn length_of(range: FileRange) -> io::Result<usize> {
+    usize::try_from(range.bytes).map_err(|_| Errno::EINVAL.into())
 }
 
 #[cfg(test)]
@@ -145,8 +124,8 @@ pub struct Direct {
     instruction: Instruction,
     /// As long as the file was at first.
     first: Mapping,
-    /// Twice as long, four times as long ..., made when the file has grown so far. To find one
-    /// costs no lock: a flush of a page takes less time than a contended lock does.
+    /// Twice as long, four times as long ..., made when the file has grown so far. No lock is taken
+    /// to find one: a contended lock takes longer than the flush of a page.
     grown: [OnceLock<Mapping>; DOUBLINGS],
     making: Mutex<()>,
 }
@@ -172,18 +151,14 @@ impl Direct {
         Ok(Arc::new(Self { file, flags, instruction, first, grown, making: Mutex::default() }))
     }
 
-    /// Gives each page of the `bytes` from byte `from` on, the start of a page, a block that is
-    /// durably the file's, so that cache lines are all that a later store needs. Nothing that the
-    /// file holds changes.
+    /// Gives each page of `range`, which begins with a page, a block that is durably the file's, so
+    /// that cache lines are all that a later store needs. Nothing that the file holds changes.
     ///
     /// # Errors
     /// The system's; EFAULT where the file system finds no space.
-    pub fn populate_blocks(&self, from: u64, bytes: u64) -> io::Result<()> {
-        let end = from.checked_add(bytes).ok_or(Errno::EINVAL)?;
-        let place = self.covering(end)?.place();
-        let bytes = usize::try_from(bytes).map_err(|_| Errno::EINVAL)?;
-        let start = place.start_of(from, bytes).and_then(|at| NonNull::new(at.cast()));
-        let start = start.ok_or(Errno::EINVAL)?;
+    pub fn populate_blocks(&self, range: FileRange) -> io::Result<()> {
+        let start = self.covering(range)?.start_of(range).and_then(|at| NonNull::new(at.cast()));
+        let (start, bytes) = (start.ok_or(Errno::EINVAL)?, length_of(range)?);
         // SAFETY: of the range that is mapped; it is as if each page had been stored to.
         Ok(unsafe { madvise(start, bytes, MmapAdvise::MADV_POPULATE_WRITE) }?)
     }
@@ -193,9 +168,9 @@ impl Direct {
     ///
     /// # Errors
     /// EIO where the file has no page for them.
-    pub fn store(&self, from: u64, bytes: &[u8]) -> io::Result<()> {
+    pub fn store(&self, from: FileOffset, bytes: &[u8]) -> io::Result<()> {
         // SAFETY: `bytes` are ours, and `bytes.len()` bytes are mapped from `to` on.
-        self.work(from, bytes.len(), |to| unsafe {
+        self.work(FileRange::new(from, bytes.len() as u64), |to| unsafe {
             self.instruction.copy(to, bytes.as_ptr(), bytes.len());
         })
     }
@@ -204,10 +179,10 @@ impl Direct {
     ///
     /// # Errors
     /// See [`store`](Self::store).
-    pub fn store_from(&self, from: u64, slice: &VolatileSlice<'_>) -> io::Result<()> {
+    pub fn store_from(&self, from: FileOffset, slice: &VolatileSlice<'_>) -> io::Result<()> {
         let guard = slice.ptr_guard();
         // SAFETY: the slice is as long as it says, and so much is mapped from `to` on.
-        self.work(from, slice.len(), |to| unsafe {
+        self.work(FileRange::new(from, slice.len() as u64), |to| unsafe {
             self.instruction.copy(to, guard.as_ptr(), slice.len());
         })
     }
@@ -216,22 +191,22 @@ impl Direct {
     ///
     /// # Errors
     /// See [`store`](Self::store).
-    pub fn load(&self, from: u64, to: &mut [u8]) -> io::Result<()> {
-        self.work(from, to.len(), |at| {
+    pub fn load(&self, from: FileOffset, to: &mut [u8]) -> io::Result<()> {
+        self.work(FileRange::new(from, to.len() as u64), |at| {
             // SAFETY: `to` is ours alone, and what is mapped is as long. Others may store
             // meanwhile: any mixture of bytes is a good copy.
             unsafe { std::ptr::copy_nonoverlapping(at, to.as_mut_ptr(), to.len()) };
         })
     }
 
-    /// Clears bytes, past the cache, as [`store`](Self::store) does.
+    /// Clears `range`, as [`store`](Self::store) does.
     ///
     /// # Errors
     /// See [`store`](Self::store).
-    pub fn zero(&self, from: u64, bytes: u64) -> io::Result<()> {
-        let bytes = usize::try_from(bytes).map_err(|_| Errno::EINVAL)?;
+    pub fn zero(&self, range: FileRange) -> io::Result<()> {
+        let bytes = length_of(range)?;
         // SAFETY: mapped, as long as that.
-        self.work(from, bytes, |to| unsafe { self.instruction.zero(to, bytes) })
+        self.work(range, |to| unsafe { self.instruction.zero(to, bytes) })
     }
 
     /// Returns once what this thread has stored is durable.
@@ -239,29 +214,14 @@ impl Direct {
         fence();
     }
 
-    /// Runs `work` where byte `from` is mapped, and `bytes` behind it.
-    fn work<T>(&self, from: u64, bytes: usize, work: impl FnOnce(*mut u8) -> T) -> io::Result<T> {
-        let first = self.first.place();
-        match first.start_of(from, bytes) {
-            Some(_) => first.at(from, bytes, work),
-            None => self.work_in_grown(from, bytes, work),
-        }
+    /// Runs `work` where `range` is mapped.
+    fn work<T>(&self, range: FileRange, work: impl FnOnce(*mut u8) -> T) -> io::Result<T> {
+        self.covering(range)?.work(range, work)
     }
 
-    /// The same, of what the file has gained.
-    #[cold]
-    fn work_in_grown<T>(
-        &self,
-        from: u64,
-        bytes: usize,
-        work: impl FnOnce(*mut u8) -> T,
-    ) -> io::Result<T> {
-        let end = from.checked_add(bytes as u64).ok_or(Errno::EINVAL)?;
-        self.covering(end)?.place().at(from, bytes, work)
-    }
-
-    /// A mapping of at least `end` bytes.
-    fn covering(&self, end: u64) -> io::Result<&Mapping> {
+    /// A mapping that holds all of `range`.
+    fn covering(&self, range: FileRange) -> io::Result<&Mapping> {
+        let end = range.checked_end().ok_or(Errno::EINVAL)?.0;
         let first = self.first.pages.bytes as u64;
         if end <= first {
             return Ok(&self.first);
@@ -281,46 +241,15 @@ impl Direct {
 }
 
 /// Makes what was stored to a file durable by its cache lines.
-pub(super) struct Lines {
-    /// Of `direct`, which keeps it mapped. Not behind one more pointer: a page's time is that of a
-    /// few loads.
-    first: Place,
-    instruction: Instruction,
-    direct: Arc<Direct>,
-}
+pub(super) struct Lines(pub(super) Arc<Direct>);
 
-impl Lines {
-    /// Of that file.
-    pub(super) fn of(direct: Arc<Direct>) -> Self {
-        Self { first: direct.first.place(), instruction: direct.instruction, direct }
-    }
-}
-
-impl Persist for Lines {
-    /// Nobody calls this where only cache lines count; metadata is the file system's business.
-    fn sync(&self) -> io::Result<()> {
-        self.direct.file.sync_data()
-    }
-
-    fn kernel_tracks(&self) -> bool {
-        false
-    }
-
+impl LineFlush for Lines {
     /// # Errors
     /// EIO where the file has no page there, or has had none before.
-    fn flush(&self, from: u64, bytes: u64) -> io::Result<()> {
-        let bytes = usize::try_from(bytes).map_err(|_| Errno::EINVAL)?;
-        let instruction = self.instruction;
-        let write_back = move |at: *mut u8| {
-            // SAFETY: the instruction was chosen because it is here, and the range is mapped where
-            // it is called.
-            unsafe { instruction.write_back(at, bytes) };
-        };
-        // All of it here, so that no register is saved: 1 % of a page's time.
-        match self.first.start_of(from, bytes) {
-            Some(at) => self.first.whole(|| write_back(at)),
-            None => self.direct.work_in_grown(from, bytes, write_back),
-        }
+    fn flush(&self, range: FileRange) -> io::Result<()> {
+        let (bytes, instruction) = (length_of(range)?, self.0.instruction);
+        // SAFETY: the instruction was chosen because it is here, and the range is mapped.
+        self.0.work(range, |at| unsafe { instruction.write_back(at, bytes) })
     }
 
     fn fence(&self) {
@@ -345,8 +274,12 @@ mod tests {
         (file, direct)
     }
 
+    fn range(from: u64, bytes: u64) -> FileRange {
+        FileRange::new(FileOffset(from), bytes)
+    }
+
     fn flush(direct: &Arc<Direct>, from: u64, bytes: u64) -> io::Result<()> {
-        Lines::of(direct.clone()).flush(from, bytes)
+        Lines(direct.clone()).flush(range(from, bytes))
     }
 
     /// Shows: a file that somebody else cuts off is an error of that file, in each kind of access
@@ -356,9 +289,9 @@ mod tests {
         type Work = fn(&Arc<Direct>) -> io::Result<()>;
         let works: [(&str, Work); 4] = [
             ("write back", |direct| flush(direct, 0, 4 * PMD_BYTES)),
-            ("store", |direct| direct.store(3 * PMD_BYTES, b"lost")),
-            ("zero", |direct| direct.zero(3 * PMD_BYTES, 100)),
-            ("load", |direct| direct.load(3 * PMD_BYTES, &mut [0; 100])),
+            ("store", |direct| direct.store(FileOffset(3 * PMD_BYTES), b"lost")),
+            ("zero", |direct| direct.zero(range(3 * PMD_BYTES, 100))),
+            ("load", |direct| direct.load(FileOffset(3 * PMD_BYTES), &mut [0; 100])),
         ];
         let (_, other) = direct(PMD_BYTES);
         for (name, work) in works {
@@ -368,7 +301,7 @@ mod tests {
             assert_eq!(work(&direct).unwrap_err().raw_os_error(), Some(libc::EIO), "{name}");
             file.set_len(4 * PMD_BYTES).unwrap();
             assert!(work(&direct).is_err(), "{name}: what it did before was lost");
-            other.store(0, b"kept").unwrap();
+            other.store(FileOffset(0), b"kept").unwrap();
         }
     }
 
@@ -378,13 +311,13 @@ mod tests {
     fn a_huge_page_that_is_gone_is_an_error() {
         type Work = fn(&Arc<Direct>) -> io::Result<()>;
         let works: [(&str, Work); 3] = [
-            ("store", |direct| direct.store(3 * PMD_BYTES + 5000, b"lost")),
-            ("zero", |direct| direct.zero(3 * PMD_BYTES + 5000, 100)),
-            ("load", |direct| direct.load(3 * PMD_BYTES + 5000, &mut [0; 100])),
+            ("store", |direct| direct.store(FileOffset(3 * PMD_BYTES + 5000), b"lost")),
+            ("zero", |direct| direct.zero(range(3 * PMD_BYTES + 5000, 100))),
+            ("load", |direct| direct.load(FileOffset(3 * PMD_BYTES + 5000), &mut [0; 100])),
         ];
         for (name, work) in works {
             let Some((file, direct)) = huge(4 * PMD_BYTES) else { return };
-            direct.store(PMD_BYTES - 4, b"kept").unwrap();
+            direct.store(FileOffset(PMD_BYTES - 4), b"kept").unwrap();
             work(&direct).unwrap();
             file.set_len(PMD_BYTES).unwrap();
             assert_eq!(work(&direct).unwrap_err().raw_os_error(), Some(libc::EIO), "{name}");
@@ -420,13 +353,13 @@ mod tests {
         for pages in [2, 3, 9, 64] {
             let bytes = pages * PMD_BYTES;
             file.set_len(bytes).unwrap();
-            direct.store(bytes - 5, b"last.").unwrap();
+            direct.store(FileOffset(bytes - 5), b"last.").unwrap();
             let mut found = [0; 5];
             file.read_exact_at(&mut found, bytes - 5).unwrap();
             assert_eq!(&found, b"last.");
             flush(&direct, 0, bytes).unwrap();
         }
-        assert!(direct.store(u64::MAX - 2, b"wraps").is_err());
+        assert!(direct.store(FileOffset(u64::MAX - 2), b"wraps").is_err());
         assert!(flush(&direct, 1 << 62, 1).is_err());
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 6 of 6: the `Persist` seam: what makes the file's bytes durable. Knows no virtio.
+//! Step 6 of 6: the `Persist` seam: what makes a file's bytes durable. Knows no virtio.
 
 mod backing;
 pub mod cacheline;
@@ -21,8 +21,31 @@ pub use group::{GroupSync, Waiter};
 pub use mapped::Direct;
 pub(crate) use sigbus::Guarded;
 
-/// Makes durable what has been stored so far.
-pub trait Persist: Send + Sync + 'static {
+use crate::support::units::FileRange;
+
+/// How the stores to one file become durable: by the kernel, which knows what is dirty, or by cache
+/// lines, where only the engine's entries know that.
+pub enum Persist {
+    /// A file in the page cache, or on a DAX file system.
+    Kernel(Box<dyn KernelSync>),
+    /// A file whose pages are the memory itself.
+    Lines(Box<dyn LineFlush>),
+}
+
+impl Persist {
+    /// By the kernel.
+    pub fn kernel(sync: impl KernelSync) -> Self {
+        Self::Kernel(Box::new(sync))
+    }
+
+    /// By cache lines.
+    pub fn lines(flush: impl LineFlush) -> Self {
+        Self::Lines(Box::new(flush))
+    }
+}
+
+/// Makes durable what the kernel knows to be dirty of one file.
+pub trait KernelSync: Send + Sync + 'static {
     /// Returns once all stores that completed before the call are durable.
     ///
     /// # Errors
@@ -38,22 +61,17 @@ pub trait Persist: Send + Sync + 'static {
     fn check(&self) -> io::Result<()> {
         self.sync()
     }
+}
 
-    /// Whether the kernel knows what is dirty. If so, only [`sync`](Self::sync) and
-    /// [`check`](Self::check) are called.
-    fn kernel_tracks(&self) -> bool {
-        true
-    }
-
-    /// Begins to make durable `bytes` of the file from byte `from` on, if the kernel does not track
-    /// it. They are durable once this thread has called [`fence`](Self::fence).
+/// Makes durable what the caller knows to be dirty of one file.
+pub trait LineFlush: Send + Sync + 'static {
+    /// Begins to make `range` of the file durable. It is once this thread has called
+    /// [`fence`](Self::fence).
     ///
     /// # Errors
-    /// Final, as those of [`sync`](Self::sync).
-    fn flush(&self, _from: u64, _bytes: u64) -> io::Result<()> {
-        self.sync()
-    }
+    /// Any error is final: what was stored there may be lost. The caller must not flush again.
+    fn flush(&self, range: FileRange) -> io::Result<()>;
 
     /// Returns once all that this thread has flushed is durable: one for each batch of flushes.
-    fn fence(&self) {}
+    fn fence(&self);
 }

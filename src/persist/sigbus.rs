@@ -30,28 +30,24 @@ struct Slot {
     end: AtomicUsize,
     /// The size of a page of it: a power of two.
     page: AtomicUsize,
+    /// A page of it was gone when it was touched.
+    gone: AtomicBool,
 }
 
 /// A table that a signal handler can read: no lock, no memory to be had, and no store where a range
 /// is used (one right behind a page of dirty lines costs more than their write-back).
 static SLOTS: [Slot; MOST] = [const {
-    Slot { start: AtomicUsize::new(0), end: AtomicUsize::new(0), page: AtomicUsize::new(0) }
+    Slot {
+        start: AtomicUsize::new(0),
+        end: AtomicUsize::new(0),
+        page: AtomicUsize::new(0),
+        gone: AtomicBool::new(false),
+    }
 }; MOST];
-
-/// Whether a page of the slot of the same number was gone when it was touched.
-///
-/// A page of its own, which is filled from its start on: a load waits for a write-back before it
-/// whose line has the same place in a page, and a page's first lines are the first to be written
-/// back.
-#[repr(align(4096))]
-struct Gone([AtomicBool; MOST]);
-
-static GONE: Gone = Gone([const { AtomicBool::new(false) }; MOST]);
 
 /// A range of a mapping, until dropped: before it is unmapped.
 pub(crate) struct Guarded {
     slot: &'static Slot,
-    gone: &'static AtomicBool,
 }
 
 impl Guarded {
@@ -61,20 +57,19 @@ impl Guarded {
     /// ENOMEM when there are too many; the system's.
     pub(crate) fn new(start: usize, bytes: usize, page: usize) -> io::Result<Self> {
         install()?;
-        let take = |(slot, _): &(&Slot, _)| {
-            slot.end.compare_exchange(0, start + bytes, SeqCst, SeqCst).is_ok()
-        };
-        let (slot, gone) = SLOTS.iter().zip(&GONE.0).find(take).ok_or(Errno::ENOMEM)?;
-        gone.store(false, SeqCst);
+        let take =
+            |slot: &&Slot| slot.end.compare_exchange(0, start + bytes, SeqCst, SeqCst).is_ok();
+        let slot = SLOTS.iter().find(take).ok_or(Errno::ENOMEM)?;
+        slot.gone.store(false, SeqCst);
         slot.page.store(page, SeqCst);
         slot.start.store(start, SeqCst);
-        Ok(Self { slot, gone })
+        Ok(Self { slot })
     }
 
     /// Whether a page of it was gone when it was touched, by whatever thread: another one's work
     /// may have been on zeros.
-    pub(super) fn gone(&self) -> &'static AtomicBool {
-        self.gone
+    pub(super) fn is_gone(&self) -> bool {
+        self.slot.gone.load(SeqCst)
     }
 }
 
@@ -104,11 +99,11 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     let mut sizes = 0;
     // All that match: one that is being taken or left may seem to, and the one that was touched is
     // there.
-    for (slot, gone) in SLOTS.iter().zip(&GONE.0) {
+    for slot in &SLOTS {
         let start = slot.start.load(SeqCst);
         if start != 0 && (start..slot.end.load(SeqCst)).contains(&at) {
             // Before the zeros are there: whoever meets them sees it.
-            gone.store(true, SeqCst);
+            slot.gone.store(true, SeqCst);
             sizes |= slot.page.load(SeqCst);
         }
     }

@@ -20,7 +20,7 @@ use thiserror::Error;
 use crate::persist::{Backing, DaxNode, Direct, Durability, PersistError};
 use crate::support::file_id::FileId;
 use crate::support::size::{Size, SizeError};
-use crate::support::units::PMD_BYTES;
+use crate::support::units::{FileOffset, FileRange, PMD_BYTES};
 
 use super::size::PmemSize;
 
@@ -362,7 +362,7 @@ impl PmemFile {
         info!("giving each page of {} a block that is durably its own", path.display());
         in_pieces("settled", bytes, is_asked, |from, bytes| {
             allocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes)?;
-            direct.populate_blocks(from, bytes)
+            direct.populate_blocks(FileRange::new(FileOffset(from), bytes))
         })
         .map_err(|error| PmemFileError::Blocks { path: path.clone(), error })
     }

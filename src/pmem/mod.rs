@@ -84,7 +84,7 @@ impl Pmem {
     /// # Errors
     /// When the file's length is no [`PmemSize`] or can't be read, or when no thread can be
     /// started.
-    pub fn new(file: Arc<File>, persist: Box<dyn Persist>) -> io::Result<Arc<Self>> {
+    pub fn new(file: Arc<File>, persist: Persist) -> io::Result<Arc<Self>> {
         Self::with_mem_slots(file, persist, false)
     }
 
@@ -94,7 +94,7 @@ impl Pmem {
     /// See [`new`](Self::new).
     pub fn with_mem_slots(
         file: Arc<File>,
-        persist: Box<dyn Persist>,
+        persist: Persist,
         mem_slots: bool,
     ) -> io::Result<Arc<Self>> {
         let size = PmemSize::new(file_bytes(&file)?)
@@ -330,7 +330,7 @@ mod tests {
     fn a_front_end_that_has_gone_is_let_go() {
         let file = Arc::new(tempfile::tempfile().unwrap());
         file.set_len(2 << 20).unwrap();
-        let device = Pmem::new(file.clone(), Box::new(Fdatasync(file.clone()))).unwrap();
+        let device = Pmem::new(file.clone(), Persist::kernel(Fdatasync(file.clone()))).unwrap();
         let window = Arc::new(WholeFile::new(&file, device.window_bytes()));
         let (engine, front_end) = (device.engine.clone(), device.front_end.clone());
         let left = Arc::downgrade(&window);

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Pages, chunks, and the offsets that must not be confused: each is a type of its own.
+//! Pages, chunks, offsets and ranges. Offsets into the file and into the window are different types,
+//! which they keep from the guest's message to the front-end's map.
+
+use std::ops::{Add, Sub};
 
 /// log2 of a page: what a PTE entry covers.
 pub const PAGE_SHIFT: u32 = 12;
@@ -19,11 +22,16 @@ pub struct PageIndex(pub u64);
 
 impl PageIndex {
     /// No file has a page behind this one (its length is at most `i64::MAX` bytes).
-    pub const LAST: Self = Self((i64::MAX as u64) >> PAGE_SHIFT);
+    pub const LAST: Self = Self::of(FileOffset::MAX);
 
     /// The first page of the chunk that this page is in.
     pub const fn chunk(self) -> Self {
         Self(self.0 & !(PMD_PAGES - 1))
+    }
+
+    /// The last page of the chunk that this page is in.
+    pub const fn chunk_last(self) -> Self {
+        Self(self.0 | (PMD_PAGES - 1))
     }
 
     /// The page behind this one.
@@ -32,13 +40,121 @@ impl PageIndex {
     }
 
     /// The byte in the file at which the page begins.
-    pub const fn byte(self) -> u64 {
-        self.0 << PAGE_SHIFT
+    pub const fn byte(self) -> FileOffset {
+        FileOffset(self.0 << PAGE_SHIFT)
     }
 
     /// The page that holds a byte of the file.
-    pub const fn of_byte(byte: u64) -> Self {
-        Self(byte >> PAGE_SHIFT)
+    pub const fn of(byte: FileOffset) -> Self {
+        Self(byte.0 >> PAGE_SHIFT)
+    }
+
+    /// The first page behind a file of `bytes` bytes.
+    pub const fn behind(bytes: u64) -> Self {
+        Self(bytes.div_ceil(PAGE_BYTES))
+    }
+}
+
+/// So many pages further on.
+impl Add<u64> for PageIndex {
+    type Output = Self;
+
+    fn add(self, pages: u64) -> Self {
+        Self(self.0 + pages)
+    }
+}
+
+/// The number of pages from the other page to this one.
+impl Sub for PageIndex {
+    type Output = u64;
+
+    fn sub(self, before: Self) -> u64 {
+        self.0 - before.0
+    }
+}
+
+/// A byte offset into the file that is mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FileOffset(pub u64);
+
+impl FileOffset {
+    /// No file is longer.
+    pub const MAX: Self = Self(i64::MAX as u64);
+}
+
+/// So many bytes further on.
+impl Add<u64> for FileOffset {
+    type Output = Self;
+
+    fn add(self, bytes: u64) -> Self {
+        Self(self.0 + bytes)
+    }
+}
+
+/// So many bytes further on, where a map shows the file.
+impl Add<WindowBytes> for FileOffset {
+    type Output = Self;
+
+    fn add(self, bytes: WindowBytes) -> Self {
+        Self(self.0 + bytes.0)
+    }
+}
+
+/// The number of bytes from the other offset to this one.
+impl Sub for FileOffset {
+    type Output = u64;
+
+    fn sub(self, before: Self) -> u64 {
+        self.0 - before.0
+    }
+}
+
+/// A range of bytes of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileRange {
+    /// The first byte.
+    pub from: FileOffset,
+    /// The number of bytes.
+    pub bytes: u64,
+}
+
+impl FileRange {
+    /// `bytes` bytes from byte `from` on.
+    pub const fn new(from: FileOffset, bytes: u64) -> Self {
+        Self { from, bytes }
+    }
+
+    /// The bytes from `from` on that are before `end`. Empty where `end` is not behind `from`.
+    pub const fn between(from: FileOffset, end: FileOffset) -> Self {
+        Self { from, bytes: end.0.saturating_sub(from.0) }
+    }
+
+    /// The pages `first..=last`.
+    pub const fn of_pages(first: PageIndex, last: PageIndex) -> Self {
+        Self::between(first.byte(), last.next().byte())
+    }
+
+    /// The offset behind the last byte. None where no file has such an offset: ask this first of a
+    /// range that the guest has named.
+    pub fn checked_end(self) -> Option<FileOffset> {
+        let end = self.from.0.checked_add(self.bytes).map(FileOffset);
+        end.filter(|end| *end <= FileOffset::MAX)
+    }
+
+    /// The offset behind the last byte.
+    pub fn end(self) -> FileOffset {
+        self.from + self.bytes
+    }
+
+    /// Whether there is no byte in it.
+    pub const fn is_empty(self) -> bool {
+        self.bytes == 0
+    }
+
+    /// The first and the last page that have a byte of it. It is not empty.
+    pub const fn pages(self) -> (PageIndex, PageIndex) {
+        let last = FileOffset(self.from.0 + self.bytes - 1);
+        (PageIndex::of(self.from), PageIndex::of(last))
     }
 }
 
@@ -46,10 +162,97 @@ impl PageIndex {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct WindowOffset(pub u64);
 
-/// A byte offset into the file that is mapped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct FileOffset(pub u64);
+/// So many bytes further on.
+impl Add<WindowBytes> for WindowOffset {
+    type Output = Self;
+
+    fn add(self, bytes: WindowBytes) -> Self {
+        Self(self.0 + bytes.0)
+    }
+}
+
+/// The number of bytes from the other offset to this one.
+impl Sub for WindowOffset {
+    type Output = WindowBytes;
+
+    fn sub(self, before: Self) -> WindowBytes {
+        WindowBytes(self.0 - before.0)
+    }
+}
 
 /// A length in bytes, of the window or of a piece of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct WindowBytes(pub u64);
+
+/// A range of bytes of the window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WindowRange {
+    /// The first byte.
+    pub at: WindowOffset,
+    /// The number of bytes.
+    pub bytes: WindowBytes,
+}
+
+impl WindowRange {
+    /// `bytes` bytes from offset `at` on.
+    pub const fn new(at: WindowOffset, bytes: WindowBytes) -> Self {
+        Self { at, bytes }
+    }
+
+    /// The bytes from `at` on that are before `end`. None if there is no such byte.
+    pub fn between(at: WindowOffset, end: WindowOffset) -> Option<Self> {
+        (at < end).then(|| Self { at, bytes: end - at })
+    }
+
+    /// The offset behind the last byte.
+    pub fn end(self) -> WindowOffset {
+        self.at + self.bytes
+    }
+
+    /// What is in the other range, too.
+    pub fn overlap(self, other: Self) -> Option<Self> {
+        Self::between(self.at.max(other.at), self.end().min(other.end()))
+    }
+
+    /// What is left of it without the other range: before that, and behind that.
+    pub fn without(self, other: Self) -> impl Iterator<Item = Self> {
+        let before = Self::between(self.at, self.end().min(other.at));
+        let behind = Self::between(self.at.max(other.end()), self.end());
+        before.into_iter().chain(behind)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Shows: of two ranges, in every position to one another, what they share and what sticks out
+    /// make up the first one.
+    #[test]
+    fn an_overlap_and_what_is_left_make_up_the_range() {
+        let bytes = |range: WindowRange| range.at.0..range.end().0;
+        let all = |n: u64| {
+            let range = |at, end| WindowRange::between(WindowOffset(at), WindowOffset(end));
+            (0..n).flat_map(move |at| (at + 1..=n).filter_map(move |end| range(at, end)))
+        };
+        for (one, other) in all(6).flat_map(|one| all(6).map(move |other| (one, other))) {
+            let shared: Vec<_> = one.overlap(other).into_iter().flat_map(bytes).collect();
+            let left: Vec<_> = one.without(other).flat_map(bytes).collect();
+            assert!(shared.iter().all(|byte| bytes(other).contains(byte)), "{one:?} {other:?}");
+            assert!(!left.iter().any(|byte| bytes(other).contains(byte)), "{one:?} {other:?}");
+            let mut joined = [shared, left].concat();
+            joined.sort_unstable();
+            assert_eq!(joined, bytes(one).collect::<Vec<_>>(), "{one:?} {other:?}");
+        }
+    }
+
+    /// Shows: a range that no file can have has no end, and the last one that a file can have does.
+    #[test]
+    fn no_range_reaches_behind_the_longest_file() {
+        let end = |from, bytes| FileRange::new(FileOffset(from), bytes).checked_end();
+        assert_eq!(end(u64::MAX, 2), None);
+        assert_eq!(end(FileOffset::MAX.0, 1), None);
+        assert_eq!(end(FileOffset::MAX.0 - 1, 1), Some(FileOffset::MAX));
+        assert_eq!(PageIndex::LAST, PageIndex((i64::MAX as u64) >> PAGE_SHIFT));
+    }
+}

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use log::error;
 use thiserror::Error;
 
-use super::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
+use super::{FileOffset, FileRange, MapError, Mapper, WindowBytes, WindowOffset, WindowRange};
 
 /// A piece of a file, to be shown.
 #[derive(Debug, Clone)]
@@ -26,9 +26,14 @@ pub struct Piece {
 }
 
 impl Piece {
-    fn cut(&self, skip: u64, bytes: u64) -> Self {
-        let from = FileOffset(self.from.0 + skip);
-        Self { file: self.file.clone(), from, bytes: WindowBytes(bytes) }
+    /// The range of the window that shows it where its map is at `at`.
+    fn range(&self, at: WindowOffset) -> WindowRange {
+        WindowRange::new(at, self.bytes)
+    }
+
+    /// What the range `part` of the window shows of it where its map is at `at`.
+    fn part(&self, at: WindowOffset, part: WindowRange) -> Self {
+        Self { file: self.file.clone(), from: self.from + (part.at - at), bytes: part.bytes }
     }
 }
 
@@ -64,7 +69,7 @@ impl Step {
 /// The maps that the front-end has.
 #[derive(Debug, Default)]
 pub struct Layout {
-    maps: BTreeMap<u64, Piece>,
+    maps: BTreeMap<WindowOffset, Piece>,
 }
 
 impl Layout {
@@ -80,7 +85,7 @@ impl Layout {
 
     /// The maps by window offset.
     pub fn maps(&self) -> impl Iterator<Item = (WindowOffset, &Piece)> {
-        self.maps.iter().map(|(at, piece)| (WindowOffset(*at), piece))
+        self.maps.iter().map(|(at, piece)| (*at, piece))
     }
 
     /// The front-end has dropped all maps by itself (Q10).
@@ -88,25 +93,28 @@ impl Layout {
         self.maps.clear();
     }
 
-    fn touching(&self, at: u64, end: u64) -> impl Iterator<Item = (u64, &Piece)> {
-        let before = self.maps.range(..at).next_back();
-        let before = before.filter(move |(start, piece)| *start + piece.bytes.0 > at);
-        before.into_iter().chain(self.maps.range(at..end)).map(|(start, piece)| (*start, piece))
+    /// The maps that have a byte of `range`: where each is, and what it shows.
+    fn touching(&self, range: WindowRange) -> impl Iterator<Item = (WindowRange, &Piece)> {
+        let before = self.maps.range(..range.at).next_back();
+        let maps = before.into_iter().chain(self.maps.range(range.at..range.end()));
+        maps.map(|(at, piece)| (piece.range(*at), piece))
+            .filter(move |(there, _)| there.overlap(range).is_some())
     }
 
-    /// How far the window is shown from `at` on without a gap, looked at up to `end`.
-    pub(crate) fn shown_until(&self, at: u64, end: u64) -> u64 {
-        let mut until = at;
-        for (start, piece) in self.touching(at, end) {
-            if start > until {
+    /// How far the window shows something from the start of `range` on without a gap: the end of
+    /// `range` at most.
+    pub(crate) fn shown_until(&self, range: WindowRange) -> WindowOffset {
+        let mut until = range.at;
+        for (there, _) in self.touching(range) {
+            if there.at > until {
                 break;
             }
-            until = (start + piece.bytes.0).min(end);
+            until = there.end().min(range.end());
         }
         until
     }
 
-    /// Makes `bytes` of the window at `at` show `new` (which may be shorter), or nothing. No
+    /// Makes `range` of the window show `new` (which may be shorter), or nothing. No
     /// message is sent if they do already. What adds no map is done whatever `most` is: the limit
     /// may have been lowered below what there is, and maps must still be taken away, made shorter
     /// and replaced. A removal out of the middle of a map adds one: where there is no room for it,
@@ -116,14 +124,13 @@ impl Layout {
     /// See [`ShowError`]; but for [`ShowError::Torn`], all is as it was.
     pub fn show(
         &mut self,
-        at: WindowOffset,
-        bytes: WindowBytes,
+        range: WindowRange,
         new: Option<&Piece>,
         mapper: &dyn Mapper,
         most: usize,
     ) -> Result<(), ShowError> {
         let new = new.filter(|piece| piece.bytes.0 > 0);
-        let steps = self.plan(at.0, at.0 + bytes.0, new);
+        let steps = self.plan(range, new);
         let maps = steps.iter().filter(|step| matches!(step, Step::Map(..))).count();
         let (now, then) = (self.maps.len(), self.maps.len() + 2 * maps - steps.len());
         if then > now.max(most) {
@@ -151,59 +158,51 @@ impl Layout {
         mapper: &dyn Mapper,
         most: usize,
     ) -> Result<(), ShowError> {
-        let over: Vec<_> = self
-            .maps
-            .iter()
-            .filter(|(_, piece)| Arc::ptr_eq(&piece.file, file))
-            .map(|(at, piece)| (at, end.0.saturating_sub(piece.from.0), piece.bytes.0))
-            .filter(|(_, keep, bytes)| keep < bytes)
-            .map(|(at, keep, bytes)| (WindowOffset(at + keep), WindowBytes(bytes - keep)))
+        let of_file = self.maps.iter().filter(|(_, piece)| Arc::ptr_eq(&piece.file, file));
+        let over: Vec<_> = of_file
+            .filter_map(|(at, piece)| {
+                let kept = WindowBytes(FileRange::between(piece.from, end).bytes);
+                WindowRange::between(*at + kept, piece.range(*at).end())
+            })
             .collect();
         // A map that the front-end keeps is no reason to keep the others.
         let mut result = Ok(());
-        for (at, bytes) in over {
-            result = result.and(self.show(at, bytes, None, mapper, most));
+        for range in over {
+            result = result.and(self.show(range, None, mapper, most));
         }
         result
     }
 
-    fn plan(&self, at: u64, end: u64, new: Option<&Piece>) -> Vec<Step> {
-        if self.shows(at, end, new) {
+    fn plan(&self, range: WindowRange, new: Option<&Piece>) -> Vec<Step> {
+        if self.shows(range, new) {
             return Vec::new();
         }
-        let mut steps: Vec<_> = self
-            .touching(at, end)
-            .map(|(start, piece)| Step::Unmap(WindowOffset(start), piece.clone()))
-            .collect();
-        for (start, piece) in self.touching(at, end) {
-            let piece_end = start + piece.bytes.0;
-            if start < at {
-                steps.push(Step::Map(WindowOffset(start), piece.cut(0, at - start)));
-            }
-            if piece_end > end {
-                steps.push(Step::Map(WindowOffset(end), piece.cut(end - start, piece_end - end)));
-            }
+        let unmap = |(there, piece): (WindowRange, &Piece)| Step::Unmap(there.at, piece.clone());
+        let mut steps: Vec<_> = self.touching(range).map(unmap).collect();
+        for (there, piece) in self.touching(range) {
+            let kept = there.without(range);
+            steps.extend(kept.map(|part| Step::Map(part.at, piece.part(there.at, part))));
         }
         // Last: nothing comes behind it that could be refused, so it never has to be taken back,
         // and a way back that is refused, too, leaves a gap but never shows what was not granted.
-        steps.extend(new.map(|piece| Step::Map(WindowOffset(at), piece.clone())));
+        steps.extend(new.map(|piece| Step::Map(range.at, piece.clone())));
         steps
     }
 
-    fn shows(&self, at: u64, end: u64, new: Option<&Piece>) -> bool {
-        let mut there = self.touching(at, end);
+    fn shows(&self, range: WindowRange, new: Option<&Piece>) -> bool {
+        let mut there = self.touching(range);
         match (there.next(), there.next(), new) {
             (None, _, None) => true,
-            (Some((start, piece)), None, Some(new)) => {
+            (Some((there, piece)), None, Some(new)) => {
                 // One map, of the same bytes of the same file, as far as asked and no further.
-                let new_end = at + new.bytes.0;
+                let new_end = new.range(range.at).end();
                 Arc::ptr_eq(&piece.file, &new.file)
-                    && start <= at
-                    && piece.from.0 + (at - start) == new.from.0
-                    && if new_end < end {
-                        start + piece.bytes.0 == new_end
+                    && there.at <= range.at
+                    && piece.from + (range.at - there.at) == new.from
+                    && if new_end < range.end() {
+                        there.end() == new_end
                     } else {
-                        start + piece.bytes.0 >= new_end
+                        there.end() >= new_end
                     }
             }
             _ => false,
@@ -214,11 +213,11 @@ impl Layout {
         match step {
             Step::Map(at, piece) => {
                 mapper.map(*at, &piece.file, piece.from, piece.bytes)?;
-                self.maps.insert(at.0, piece.clone());
+                self.maps.insert(*at, piece.clone());
             }
             Step::Unmap(at, piece) => {
                 mapper.unmap(*at, piece.bytes)?;
-                self.maps.remove(&at.0);
+                self.maps.remove(at);
             }
         }
         Ok(())
@@ -235,7 +234,7 @@ impl Layout {
             let back = step.inverse();
             // What an earlier step back could not take away is in the way (Q4).
             let blocked = matches!(&back, Step::Map(at, piece)
-                if self.touching(at.0, at.0 + piece.bytes.0).next().is_some());
+                if self.touching(piece.range(*at)).next().is_some());
             if blocked || self.take(&back, mapper).is_err() {
                 error!("the window can't be put back as it was: {back:?}");
                 torn = true;
@@ -309,6 +308,10 @@ mod tests {
         Piece { file: file.clone(), from: FileOffset(from * PAGE), bytes }
     }
 
+    fn range(at: u64, pages: u64) -> WindowRange {
+        WindowRange::new(WindowOffset(at * PAGE), WindowBytes(pages * PAGE))
+    }
+
     /// What is asked for: from which page, how many pages, and what is to be shown there.
     type Shape = (&'static str, u64, u64, Option<u64>);
 
@@ -331,8 +334,7 @@ mod tests {
         let mut layout = Layout::default();
         for at in [0, 4, 8, 12, 20] {
             let new = piece(shown, at, 4);
-            let (at, bytes) = (WindowOffset(at * PAGE), new.bytes);
-            layout.show(at, bytes, Some(&new), mapper, 5).unwrap();
+            layout.show(new.range(WindowOffset(at * PAGE)), Some(&new), mapper, 5).unwrap();
         }
         layout
     }
@@ -354,8 +356,7 @@ mod tests {
                 let mut layout = five(&mapper, &old);
                 let before = shown(&layout);
                 let new = new.map(|pages| piece(&other, 100, pages));
-                let (from, bytes) = (WindowOffset(at * PAGE), WindowBytes(pages * PAGE));
-                let done = layout.show(from, bytes, new.as_ref(), &mapper, most);
+                let done = layout.show(range(at, pages), new.as_ref(), &mapper, most);
                 let adds = matches!(name, "out of its middle" | "a new map");
                 if adds && most < 6 {
                     assert!(matches!(done, Err(ShowError::TooMany(_))), "{name}, {most}: {done:?}");
@@ -411,8 +412,7 @@ mod tests {
                 let before = shown(&layout);
                 *mapper.takes.lock().unwrap() = takes;
                 let new = new.map(|pages| piece(&other, 100, pages));
-                let (from, bytes) = (WindowOffset(at * PAGE), WindowBytes(pages * PAGE));
-                match layout.show(from, bytes, new.as_ref(), &mapper, 2) {
+                match layout.show(range(at, pages), new.as_ref(), &mapper, 2) {
                     Ok(()) | Err(ShowError::Torn(_)) => {}
                     Err(_) => assert_eq!(shown(&layout), before, "{name}, {takes} messages"),
                 }

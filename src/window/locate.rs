@@ -122,7 +122,9 @@ pub(crate) struct MapLocator {
     only: Option<WindowMap>,
     /// A map was made since the last reset.
     made: bool,
-    /// A table has come since.
+    /// A map was made before a reset, and was not removed since.
+    made_before_reset: bool,
+    /// A table has come since the last map was made.
     told: bool,
     telling: Telling,
     /// The last table does not hold any more, and no other one has come.
@@ -145,6 +147,7 @@ impl MapLocator {
             window,
             only,
             made: false,
+            made_before_reset: false,
             told: false,
             telling: Telling::default(),
             outdated: false,
@@ -265,9 +268,10 @@ impl MapLocator {
         self.telling.freshness == Freshness::WholeTables && self.is_shown()
     }
 
-    /// Whether a map was made since the last reset.
-    pub(crate) fn is_made(&self) -> bool {
-        self.made
+    /// Whether a map was made before a reset, which the front-end may have kept. The caller removes
+    /// it: the next call says no.
+    pub(crate) fn take_made_before_reset(&mut self) -> bool {
+        std::mem::take(&mut self.made_before_reset)
     }
 
     /// Whether a table that still holds shows the only map where it was made.
@@ -290,7 +294,7 @@ impl MapLocator {
     /// the window (Q10).
     pub(crate) fn reset(&mut self) {
         self.base = None;
-        self.made = false;
+        self.made_before_reset |= std::mem::take(&mut self.made);
         self.settled = false;
         self.requested.clear();
     }

@@ -19,7 +19,7 @@ use std::io;
 
 use thiserror::Error;
 
-pub use crate::support::units::{FileOffset, WindowBytes, WindowOffset};
+pub use crate::support::units::{FileOffset, FileRange, WindowBytes, WindowOffset, WindowRange};
 pub use channel::{Acks, ShmemMapper};
 pub(crate) use current::FrontEnd;
 pub(crate) use whole_file::WholeFile;

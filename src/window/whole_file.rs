@@ -3,7 +3,7 @@
 //! A window that shows one whole file in one map, as virtio-pmem does.
 
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use log::{debug, warn};
@@ -39,8 +39,6 @@ pub(crate) struct WholeFile {
     map: Option<WindowMap>,
     channel: OnceLock<Arc<dyn Channel>>,
     locator: Mutex<MapLocator>,
-    /// A map was made before the last reset, and none since.
-    before_reset: AtomicBool,
     /// Number of stops of the device.
     stops: AtomicU64,
 }
@@ -51,8 +49,7 @@ impl WholeFile {
         let (at, from) = (WindowOffset(0), FileOffset(0));
         let map = FileId::of(file).ok().map(|id| WindowMap { at, id, from, bytes });
         let locator = Mutex::new(MapLocator::new(bytes, map));
-        let (before_reset, stops) = (AtomicBool::new(false), AtomicU64::new(0));
-        Self { map, channel: OnceLock::new(), locator, before_reset, stops }
+        Self { map, channel: OnceLock::new(), locator, stops: AtomicU64::new(0) }
     }
 
     /// The channel to the front-end, which a session gets once.
@@ -85,11 +82,7 @@ impl WholeFile {
 
     /// The driver has reset the device.
     pub(crate) fn reset(&self) {
-        let mut locator = lock(&self.locator);
-        if locator.is_made() {
-            self.before_reset.store(true, Ordering::SeqCst);
-        }
-        locator.reset();
+        lock(&self.locator).reset();
     }
 
     /// Whether the map is there behind a stop that no reset followed.
@@ -140,7 +133,7 @@ impl Mapper for WholeFile {
                 return Ok(());
             }
             // The front-end has kept it over the reset. No driver uses the window yet.
-            if self.before_reset.swap(false, Ordering::SeqCst) {
+            if lock(&self.locator).take_made_before_reset() {
                 channel.unmap(at, bytes)?;
                 done = send();
             }
@@ -169,6 +162,7 @@ impl Mapper for WholeFile {
 #[cfg(test)]
 mod tests {
     use std::sync::Weak;
+    use std::sync::atomic::AtomicBool;
 
     use vm_memory::{FileOffset as Backing, GuestAddress, GuestRegionMmap, MmapRegion};
 
@@ -452,9 +446,10 @@ mod tests {
         map(&window, &file).unwrap();
         window.reset();
         // The front-end of this test has no second answer: strict_frontend has one.
-        assert!(window.before_reset.load(Ordering::SeqCst));
         map(&window, &file).unwrap();
         assert!(window.outlives_stop());
+        assert!(lock(&window.locator).take_made_before_reset());
+        assert!(!lock(&window.locator).take_made_before_reset(), "it is removed once");
     }
 
     /// Shows: a session without a back-end channel is told apart.

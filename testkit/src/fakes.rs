@@ -13,8 +13,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use nix::errno::Errno;
 use vhost_user_dax::dax::entry::{Block, PAGE_BYTES, PMD_PAGES, PageIndex};
 use vhost_user_dax::dax::extent::{Access, Backed, Extent, ExtentSource};
-use vhost_user_dax::persist::Persist;
-use vhost_user_dax::window::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
+use vhost_user_dax::persist::{KernelSync, LineFlush, Persist};
+use vhost_user_dax::window::{FileOffset, FileRange, MapError, Mapper, WindowBytes, WindowOffset};
 
 /// QEMU's limit on the number of a VM's regions: above it QEMU aborts (Q2 of docs/front-ends.md).
 const QEMU_MOST_REGIONS: usize = 512;
@@ -298,14 +298,15 @@ impl ExtentSource for FakeSource {
         self.0.file.set_len(bytes)
     }
 
-    fn write_at(&self, from: u64, bytes: &[u8]) -> io::Result<usize> {
-        let end = from + bytes.len() as u64;
-        self.allocate(PageIndex::of_byte(from), PageIndex::of_byte(end - 1))?;
-        self.0.file.write_at(bytes, from)
+    fn write_at(&self, from: FileOffset, bytes: &[u8]) -> io::Result<usize> {
+        let (first, last) = FileRange::new(from, bytes.len() as u64).pages();
+        self.allocate(first, last)?;
+        self.0.file.write_at(bytes, from.0)
     }
 
-    fn zero(&self, from: u64, bytes: u64, keep: bool) -> io::Result<()> {
-        if bytes == 0 {
+    fn zero(&self, range: FileRange, keep: bool) -> io::Result<()> {
+        let (from, bytes) = (range.from.0, range.bytes);
+        if range.is_empty() {
             return Ok(());
         }
         self.0.log.push(Event::Zero { from, bytes, keep });
@@ -346,6 +347,14 @@ impl FakePersist {
         &self.0
     }
 
+    /// The engine's handle of it.
+    pub fn persist(&self) -> Persist {
+        match self.0.kernel_tracks {
+            true => Persist::kernel(self.clone()),
+            false => Persist::lines(self.clone()),
+        }
+    }
+
     fn outcome(&self) -> io::Result<()> {
         if self.0.fails.load(Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(Errno::EIO as i32));
@@ -354,17 +363,16 @@ impl FakePersist {
     }
 }
 
-impl Persist for FakePersist {
+impl KernelSync for FakePersist {
     fn sync(&self) -> io::Result<()> {
         self.0.log.push(Event::Sync);
         self.outcome()
     }
+}
 
-    fn kernel_tracks(&self) -> bool {
-        self.0.kernel_tracks
-    }
-
-    fn flush(&self, from: u64, bytes: u64) -> io::Result<()> {
+impl LineFlush for FakePersist {
+    fn flush(&self, range: FileRange) -> io::Result<()> {
+        let (from, bytes) = (range.from.0, range.bytes);
         self.0.log.push(Event::Flush { from, bytes });
         let during = lock(&self.0.during).clone();
         if let Some(during) = during {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A `Persist` double: counts syncs, holds one open while a test looks around, fails the k-th.
+//! A `KernelSync` double: counts syncs, holds one open while a test looks around, fails the k-th.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
-use vhost_user_dax::persist::Persist;
+use vhost_user_dax::persist::{KernelSync, Persist};
 
 use crate::HANG;
 
@@ -37,12 +37,9 @@ struct Shared {
     changed: Condvar,
 }
 
-/// The test's side of the double. All clones share one gate.
+/// The double. All clones share one gate.
 #[derive(Clone, Default)]
 pub struct Gate(Arc<Shared>);
-
-/// The daemon's side.
-pub struct GatedSync(Gate);
 
 impl Gate {
     /// An open gate: syncs pass until [`hold`](Self::hold).
@@ -51,8 +48,8 @@ impl Gate {
     }
 
     /// The double to hand to the device.
-    pub fn persist(&self) -> Box<dyn Persist> {
-        Box::new(GatedSync(self.clone()))
+    pub fn persist(&self) -> Persist {
+        Persist::kernel(self.clone())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -115,9 +112,9 @@ impl Gate {
     }
 }
 
-impl Persist for GatedSync {
+impl KernelSync for Gate {
     fn sync(&self) -> io::Result<()> {
-        let Gate(shared) = &self.0;
+        let Gate(shared) = self;
         let mut state = shared.state.lock().unwrap();
         state.begun += 1;
         let k = state.begun;

@@ -10,7 +10,7 @@ use std::thread;
 use vhost_user_dax::dax::engine::{Engine, Space};
 use vhost_user_dax::dax::entry::{PAGE_BYTES, PMD_BYTES, PMD_PAGES, PageIndex};
 use vhost_user_dax::dax::extent::Access;
-use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
+use vhost_user_dax::window::{FileOffset, FileRange, WindowBytes, WindowOffset};
 
 use testkit::fakes::{FakePersist, FakeSource, Log, StrictMapper, lock};
 
@@ -76,8 +76,8 @@ fn world() -> World {
     let flushed = memory.clone();
     *lock(&persist.state().during) = Some(Arc::new(move |from| flushed.flush(from)));
     let file = || Box::new(FakeSource::new(FILE_CHUNKS * PMD_BYTES, log.clone()));
-    let steady = engine.space(file(), Box::new(persist));
-    let restless = engine.space(file(), Box::new(FakePersist::new(false, log.clone())));
+    let steady = engine.space(file(), persist.persist());
+    let restless = engine.space(file(), FakePersist::new(false, log.clone()).persist());
     World { engine, mapper, steady, restless, memory, log }
 }
 
@@ -133,8 +133,9 @@ fn change_file(world: &World, stop: &AtomicBool) {
         match random.below(3) {
             0 => drop(world.engine.resize(&world.restless, bytes).unwrap()),
             1 => {
-                let from = random.below(bytes);
-                world.engine.punch(&world.restless, from, 1 + random.below(PMD_BYTES)).unwrap();
+                let from = FileOffset(random.below(bytes));
+                let range = FileRange::new(from, 1 + random.below(PMD_BYTES));
+                world.engine.punch(&world.restless, range).unwrap();
             }
             _ => {
                 world.engine.writeback(&world.restless, PageIndex(0), PageIndex::LAST).unwrap();

@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use vhost_user_dax::device::Device as _;
-use vhost_user_dax::persist::Persist;
+use vhost_user_dax::persist::{KernelSync, LineFlush, Persist};
 use vhost_user_dax::pmem::Pmem;
+use vhost_user_dax::support::units::{FileOffset, FileRange};
 
 use testkit::driver::{Answer, Driver, Offered};
 use testkit::gated_sync::Gate;
@@ -60,21 +61,13 @@ fn answer_rests_on_a_sync_that_began_after_the_flush() {
 
 /// Durability by cache lines: each flush is noted, and the fence is a gate.
 struct Lines {
-    fence: Box<dyn Persist>,
-    flushed: Arc<Mutex<Vec<(u64, u64)>>>,
+    fence: Gate,
+    flushed: Arc<Mutex<Vec<FileRange>>>,
 }
 
-impl Persist for Lines {
-    fn sync(&self) -> io::Result<()> {
-        panic!("no kernel knows what is dirty");
-    }
-
-    fn kernel_tracks(&self) -> bool {
-        false
-    }
-
-    fn flush(&self, from: u64, bytes: u64) -> io::Result<()> {
-        self.flushed.lock().unwrap().push((from, bytes));
+impl LineFlush for Lines {
+    fn flush(&self, range: FileRange) -> io::Result<()> {
+        self.flushed.lock().unwrap().push(range);
         Ok(())
     }
 
@@ -90,21 +83,21 @@ fn an_answer_waits_for_the_fence() {
     let dir = tempfile::tempdir().unwrap();
     let file = tempfile::tempfile().unwrap();
     file.set_len(FILE_BYTES).unwrap();
-    let (gate, flushed) = (Gate::new(), Arc::<Mutex<Vec<(u64, u64)>>>::default());
-    let persist = Lines { fence: gate.persist(), flushed: flushed.clone() };
-    let pmem = Pmem::new(Arc::new(file.try_clone().unwrap()), Box::new(persist)).unwrap();
+    let (gate, flushed) = (Gate::new(), Arc::<Mutex<Vec<FileRange>>>::default());
+    let persist = Persist::lines(Lines { fence: gate.clone(), flushed: flushed.clone() });
+    let pmem = Pmem::new(Arc::new(file.try_clone().unwrap()), persist).unwrap();
     let host = Host::with(dir, file, gate, pmem);
     let (mut guest, flush) = boot_into_held_sync(&host);
     assert!(!guest.driver.is_answered(flush), "an answer before the fence");
     host.gate.open();
     assert_eq!(guest.driver.wait(flush), Answer::OK);
     let mut lines = flushed.lock().unwrap().clone();
-    lines.sort_unstable();
-    let end = lines.iter().fold(0, |end, (from, bytes)| {
-        assert_eq!(*from, end, "a gap, or lines that come twice: {lines:?}");
-        from + bytes
+    lines.sort_unstable_by_key(|range| range.from);
+    let end = lines.iter().fold(FileOffset(0), |end, range| {
+        assert_eq!(range.from, end, "a gap, or lines that come twice: {lines:?}");
+        range.end()
     });
-    assert_eq!(end, FILE_BYTES, "behind {end}");
+    assert_eq!(end, FileOffset(FILE_BYTES), "the last byte");
     guest.power_off();
 }
 

@@ -18,7 +18,7 @@ use testkit::memory::guest_ram;
 use testkit::strict_vmm::{StrictVmm, VmmOptions};
 use vhost::vhost_user::Listener;
 use vhost_user_dax::device::Device;
-use vhost_user_dax::persist::Fdatasync;
+use vhost_user_dax::persist::{Fdatasync, Persist};
 use vhost_user_dax::pmem::Pmem;
 use vhost_user_dax::session;
 
@@ -116,7 +116,7 @@ fn pmem_fails_for_good() {
         file.sync_all().unwrap();
         let disk = BadDisk::new();
         let file = Arc::new(file);
-        let pmem = Pmem::new(file.clone(), Box::new(Fdatasync(file))).unwrap();
+        let pmem = Pmem::new(file.clone(), Persist::kernel(Fdatasync(file))).unwrap();
         let socket = dir.path().join("sock");
         let mut listener = Listener::new(&socket, true).unwrap();
         let device: Arc<dyn Device> = pmem.clone();

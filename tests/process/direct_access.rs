@@ -20,6 +20,7 @@ use testkit::memory::guest_ram;
 use testkit::strict_vmm::{StrictVmm, VmmOptions};
 use vhost_user_dax::persist::{Backing, DaxNode, Durability, PersistMode};
 use vhost_user_dax::pmem::{PmemFile, PmemFileSpec};
+use vhost_user_dax::window::FileOffset;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-dax");
 const FILE_BYTES: u64 = 16 << 20;
@@ -100,7 +101,7 @@ fn a_dax_file_system_is_detected() {
     let lines = Durability::choose(Backing::DaxFile, PersistMode::Cacheline).unwrap();
     file.set_len(FILE_BYTES).unwrap();
     let direct = lines.persist(&file, FILE_BYTES).unwrap().direct.unwrap();
-    direct.store(5000, b"straight").unwrap();
+    direct.store(FileOffset(5000), b"straight").unwrap();
     let mut found = [0; 8];
     file.read_exact_at(&mut found, 5000).unwrap();
     assert_eq!(&found, b"straight");
@@ -222,14 +223,17 @@ fn behind_the_end_of_a_device_dax_node() {
     assert!(align > PAGE, "its alignment is {align} bytes: this shows nothing");
     let lines = Durability::choose(Backing::DeviceDax, PersistMode::Auto).unwrap();
     let direct = lines.persist(&file, bytes + align).unwrap().direct.unwrap();
-    direct.store(bytes - 4, b"last").unwrap();
+    direct.store(FileOffset(bytes - 4), b"last").unwrap();
     let mut found = [0; 4];
-    direct.load(bytes - 4, &mut found).unwrap();
+    direct.load(FileOffset(bytes - 4), &mut found).unwrap();
     assert_eq!(&found, b"last");
-    let gone = direct.store(bytes + 5000, b"lost").unwrap_err();
+    let gone = direct.store(FileOffset(bytes + 5000), b"lost").unwrap_err();
     assert_eq!(gone.raw_os_error(), Some(nix::libc::EIO));
-    assert!(direct.load(bytes - 4, &mut found).is_err(), "what was done before may be lost");
+    assert!(
+        direct.load(FileOffset(bytes - 4), &mut found).is_err(),
+        "what was done before may be lost"
+    );
     let again = lines.persist(&file, bytes).unwrap().direct.unwrap();
-    again.load(bytes - 4, &mut found).unwrap();
+    again.load(FileOffset(bytes - 4), &mut found).unwrap();
     assert_eq!(&found, b"last");
 }

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 
 use crate::persist::Direct;
 use crate::support::units::PageIndex;
-use crate::window::FileOffset;
+use crate::window::FileRange;
 
 use crate::fs::dax::nodes::{Found, Node};
 use crate::fs::dax::times::Occasion;
@@ -135,7 +135,7 @@ impl Dax {
         self.engine.change(&node.space, at_least, change).map_err(|e| guest_error(&e))
     }
 
-    /// Lets `write` write `bytes` at byte `from` of the inode: past the processor's cache where it
+    /// Lets `write` write to `range` of the inode: past the processor's cache where it
     /// is given the file's memory, which has blocks for all of them then (behaviour 13).
     ///
     /// # Errors
@@ -143,15 +143,14 @@ impl Dax {
     pub(crate) fn write(
         &self,
         file: &Found<'_>,
-        from: u64,
-        bytes: u64,
+        range: FileRange,
         write: impl FnOnce(Option<&Direct>) -> io::Result<usize>,
     ) -> io::Result<usize> {
         let Some(node) = &file.node else { return self.beside(file, || write(None)) };
-        let (space, from) = (&node.space, FileOffset(from));
-        let done = self.engine.write_by(space, from, bytes, || {
+        let space = &node.space;
+        let done = self.engine.write_by(space, range, || {
             let Some(direct) = node.direct.as_deref() else { return write(None) };
-            write(space.may_be_stored_to(from, bytes)?.then_some(direct))
+            write(space.may_be_stored_to(range)?.then_some(direct))
         });
         done.map_err(|e| guest_error(&e))
     }
@@ -160,9 +159,9 @@ impl Dax {
     ///
     /// # Errors
     /// The engine's.
-    pub(crate) fn punch(&self, file: &Found<'_>, from: u64, bytes: u64) -> io::Result<bool> {
+    pub(crate) fn punch(&self, file: &Found<'_>, range: FileRange) -> io::Result<bool> {
         let Some(node) = &file.node else { return Ok(false) };
-        self.engine.punch(&node.space, from, bytes).map_err(|e| guest_error(&e))?;
+        self.engine.punch(&node.space, range).map_err(|e| guest_error(&e))?;
         if node.direct.is_some() {
             // Zeros of our own make, which the kernel does not see.
             node.times.touch();

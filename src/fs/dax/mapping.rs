@@ -13,10 +13,9 @@ use virtiofsd::fuse::{self, RemovemappingOne, SetupmappingIn};
 
 use crate::dax::engine::Space;
 use crate::dax::extent::Access;
-use crate::dax::written::Bytes;
 use crate::support::lock::lock;
 use crate::support::units::PMD_BYTES;
-use crate::window::{FileOffset, WindowBytes, WindowOffset};
+use crate::window::{FileOffset, FileRange, WindowBytes, WindowOffset};
 
 use crate::fs::dax::times::Occasion;
 use crate::fs::dax::{Dax, MOST_MAPPED, guest_error};
@@ -139,7 +138,7 @@ impl Dax {
     }
 
     /// Looks whether anything was stored to what was granted, and is not any more.
-    pub(super) fn removed(&self, written: &[(Arc<Space>, Bytes)]) {
+    pub(super) fn removed(&self, written: &[(Arc<Space>, FileRange)]) {
         if written.is_empty() {
             return;
         }

@@ -35,12 +35,12 @@ use nix::sys::time::TimeSpec;
 
 use crate::dax::engine::{Engine, Space};
 use crate::dax::sync::{CheckedOut, Checkout};
-use crate::dax::written::Bytes;
 use crate::fs::sync_errors::{Losses, is_loss};
 use crate::persist::Backing;
 use crate::persist::dirty::{dirty_pages, wait_for_writeback, write_out};
 use crate::support::file_id::FileId;
 use crate::support::lock::Rank;
+use crate::support::units::FileRange;
 
 /// When times are settled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -201,14 +201,14 @@ impl Times {
         done
     }
 
-    /// `bytes` were granted for writing, and are not any more.
-    pub(crate) fn removed(&self, bytes: Bytes) {
+    /// `range` was granted for writing, and is not any more.
+    pub(crate) fn removed(&self, range: FileRange) {
         if !self.is_watched() || self.stored.load(Ordering::SeqCst) {
             return;
         }
         // Whoever has it may have looked before the last store.
         let seen = self.seen.take_within(Duration::ZERO);
-        if seen.is_none_or(|mut seen| self.is_stored(&mut seen, &[bytes], Occasion::Close)) {
+        if seen.is_none_or(|mut seen| self.is_stored(&mut seen, &[range], Occasion::Close)) {
             self.stored.store(true, Ordering::SeqCst);
         }
     }
@@ -240,7 +240,7 @@ impl Times {
 
     /// Whether something was stored since the times were settled, as far as can be told, that mtime
     /// does not tell of.
-    fn is_stored(&self, seen: &mut Seen, written: &[Bytes], occasion: Occasion) -> bool {
+    fn is_stored(&self, seen: &mut Seen, written: &[FileRange], occasion: Occasion) -> bool {
         if written.is_empty() {
             return false;
         }
@@ -276,12 +276,12 @@ impl Times {
     }
 
     /// None where the system does not tell, or all pages count as dirty.
-    fn is_dirty(&self, written: &[Bytes]) -> Option<bool> {
+    fn is_dirty(&self, written: &[FileRange]) -> Option<bool> {
         if self.in_memory {
             return None;
         }
-        for Bytes { from, bytes } in written {
-            if dirty_pages(&self.file, from.0, *bytes).ok()? > 0 {
+        for range in written {
+            if dirty_pages(&self.file, *range).ok()? > 0 {
                 return Some(true);
             }
         }
@@ -294,18 +294,18 @@ impl Times {
         if self.in_memory {
             return;
         }
-        for Bytes { from, bytes } in space.written() {
-            self.note(engine, space, wait_for_writeback(&self.file, from.0, bytes));
+        for range in space.written() {
+            self.note(engine, space, wait_for_writeback(&self.file, range));
         }
     }
 
     /// Writes the dirty pages out, so that the next store to each is seen.
-    fn clean(&self, engine: &Engine, space: &Space, written: &[Bytes]) {
+    fn clean(&self, engine: &Engine, space: &Space, written: &[FileRange]) {
         if self.in_memory {
             return;
         }
-        for bytes in written {
-            self.note(engine, space, write_out(&self.file, bytes.from.0, bytes.bytes));
+        for range in written {
+            self.note(engine, space, write_out(&self.file, *range));
         }
     }
 

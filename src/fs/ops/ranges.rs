@@ -10,6 +10,7 @@ use virtiofsd::fuse;
 use crate::fs::message::{Args, Reply};
 use crate::fs::ops::{open_flag, written};
 use crate::fs::server::Server;
+use crate::window::{FileOffset, FileRange};
 
 /// The most that one COPY_FILE_RANGE copies: who copies more asks again, and others get their turn.
 const MAX_COPY_BYTES: u64 = 16 << 20;
@@ -33,7 +34,10 @@ where
         let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // A handle of this file that can write, and no other mode: else the file system refuses it.
         let may = self.opened.file(nodeid, asked.fh).is_some() && self.opened.is_writer(asked.fh);
-        if may && mode == hole.cast_unsigned() && dax.punch(&file, from, bytes)? {
+        if may
+            && mode == hole.cast_unsigned()
+            && dax.punch(&file, FileRange::new(FileOffset(from), bytes))?
+        {
             return Reply::DONE;
         }
         let shorter_by = if has(libc::FALLOC_FL_COLLAPSE_RANGE) { bytes } else { 0 };
@@ -64,7 +68,7 @@ where
         let done = match &self.dax {
             Some(dax) => {
                 let to = dax.find(self.open_file(asked.nodeid_out, asked.fh_out))?;
-                dax.write(&to, asked.off_out, len, |_| copy())?
+                dax.write(&to, FileRange::new(FileOffset(asked.off_out), len), |_| copy())?
             }
             None => copy()?,
         };

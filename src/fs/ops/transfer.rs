@@ -13,6 +13,7 @@ use crate::dax::engine::Engine;
 use crate::device::request::Request;
 use crate::persist::Direct;
 use crate::window::locate::WindowLocation;
+use crate::window::{FileOffset, FileRange};
 
 use crate::fs::buffers::{Buffers, GuestReader, GuestWriter};
 use crate::fs::dax::Dax;
@@ -115,7 +116,10 @@ where
             Some((dax, file)) if open_flag(flags, libc::O_APPEND) && !delayed => {
                 dax.change(&file, 0, || write(None))?
             }
-            Some((dax, file)) => dax.write(&file, from, u64::from(size), write)?,
+            Some((dax, file)) => {
+                let range = FileRange::new(FileOffset(from), u64::from(size));
+                dax.write(&file, range, write)?
+            }
             None => write(None)?,
         };
         Ok(written(done))

@@ -8,7 +8,7 @@ use vhost_user_dax::dax::engine::{GrantError, Span};
 use vhost_user_dax::dax::entry::{PAGE_BYTES, PageIndex};
 use vhost_user_dax::dax::extent::Access;
 use vhost_user_dax::window::layout::ShowError;
-use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
+use vhost_user_dax::window::{FileOffset, FileRange, WindowBytes, WindowOffset};
 
 use super::guest::{Cell, Disk};
 use super::op::{FILES, WINDOW_PAGES};
@@ -184,7 +184,8 @@ impl World {
     }
 
     pub(super) fn punch(&mut self, file: usize, from: u64, bytes: u64, before: &Before) -> Checked {
-        let done = self.engine.punch(&self.files[file].space, from, bytes);
+        let range = FileRange::new(FileOffset(from), bytes);
+        let done = self.engine.punch(&self.files[file].space, range);
         let end = from.checked_add(bytes).filter(|end| *end <= i64::MAX as u64 && bytes > 0);
         let end = match (end, &done) {
             (None, Err(GrantError::Invalid(_))) => return Ok(()),

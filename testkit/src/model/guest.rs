@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vhost_user_dax::dax::entry::{PAGE_BYTES, PMD_PAGES};
-use vhost_user_dax::persist::Persist;
-use vhost_user_dax::window::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
+use vhost_user_dax::persist::{KernelSync, LineFlush, Persist};
+use vhost_user_dax::window::{FileOffset, FileRange, MapError, Mapper, WindowBytes, WindowOffset};
 
 use super::op::{FILES, WINDOW_PAGES};
 use super::pages::Pages;
@@ -244,25 +244,27 @@ impl Disk {
 /// The engine's handle to a disk.
 pub struct DiskOf(pub Arc<Disk>);
 
-impl Persist for DiskOf {
+impl DiskOf {
+    pub fn persist(self) -> Persist {
+        if self.0.kernel { Persist::kernel(self) } else { Persist::lines(self) }
+    }
+}
+
+impl KernelSync for DiskOf {
     fn sync(&self) -> io::Result<()> {
-        assert!(self.0.kernel, "a sync of a file whose dirty pages only the entries track");
         self.0.syncs.fetch_add(1, Ordering::Relaxed);
         self.0.outcome()?;
         lock(&self.0.guest).synced(self.0.file);
         Ok(())
     }
+}
 
-    fn kernel_tracks(&self) -> bool {
-        self.0.kernel
-    }
-
-    fn flush(&self, from: u64, bytes: u64) -> io::Result<()> {
-        assert!(!self.0.kernel, "a flush of a file whose dirty pages the kernel tracks");
+impl LineFlush for DiskOf {
+    fn flush(&self, range: FileRange) -> io::Result<()> {
         self.0.outcome()?;
         self.0.flushes.fetch_add(1, Ordering::Relaxed);
-        self.0.flushed_bytes.fetch_add(bytes, Ordering::Relaxed);
-        let (from, end) = (from / PAGE_BYTES, (from + bytes) / PAGE_BYTES);
+        self.0.flushed_bytes.fetch_add(range.bytes, Ordering::Relaxed);
+        let (from, end) = (range.from.0 / PAGE_BYTES, range.end().0 / PAGE_BYTES);
         lock(&self.0.guest).flushed(self.0.file, from, end);
         Ok(())
     }

@@ -124,7 +124,7 @@ impl World {
             flushed_bytes: AtomicU64::new(0),
             syncs: AtomicU64::new(0),
         });
-        let space = self.engine.space(Box::new(source.clone()), Box::new(DiskOf(disk.clone())));
+        let space = self.engine.space(Box::new(source.clone()), DiskOf(disk.clone()).persist());
         let known = bytes / PAGE_BYTES;
         self.files.push(ModelFile { space, source, log, disk, known, may_fail: false });
     }

@@ -11,7 +11,6 @@ use nix::unistd::{SysconfVar, sysconf};
 use vhost_user_dax::dax::engine::{Engine, GrantError, Space};
 use vhost_user_dax::dax::entry::{PAGE_BYTES, PMD_BYTES};
 use vhost_user_dax::dax::extent::{Access, ExtentSource, FileExtents};
-use vhost_user_dax::persist::Persist;
 use vhost_user_dax::window::layout::ShowError;
 use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
 
@@ -84,7 +83,7 @@ fn run(source: FileExtents, most_written: u64) {
     let mapper = StrictMapper::new(WINDOW_BYTES, log.clone());
     let engine = Engine::new(WindowBytes(WINDOW_BYTES), mapper.clone(), MOST_MAPS);
     let written = source.file().clone();
-    let persist: Box<dyn Persist> = Box::new(FakePersist::new(false, log.clone()));
+    let persist = FakePersist::new(false, log.clone()).persist();
     let space = engine.space(Box::new(source), persist);
     let mut random = Random(1);
     let mut half = 0;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use vhost_user_dax::dax::engine::{Engine, Space};
 use vhost_user_dax::dax::entry::{Entry, PAGE_BYTES, PMD_PAGES, PageIndex};
 use vhost_user_dax::dax::extent::{Access, Extent, ExtentSource, FileExtents};
-use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
+use vhost_user_dax::window::{FileOffset, FileRange, WindowBytes, WindowOffset};
 
 use super::ops::MOST_PAGES;
 use testkit::fakes::{Event, FakePersist, Log, StrictMapper};
@@ -52,9 +52,13 @@ impl ExtentSource for Replay {
         Ok(())
     }
 
-    fn zero(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+    fn zero(&self, _: FileRange, _: bool) -> io::Result<()> {
         Ok(())
     }
+}
+
+fn range(page: u64, pages: u64) -> FileRange {
+    FileRange::new(FileOffset(page * PAGE_BYTES), pages * PAGE_BYTES)
 }
 
 pub struct Ours {
@@ -71,7 +75,7 @@ impl Ours {
         let engine = Engine::new(WindowBytes(bytes), mapper, MOST_MAPS);
         let source = Replay(FileExtents::new(file).on_device(true));
         let persist = FakePersist::new(false, log.clone());
-        let space = engine.space(Box::new(source), Box::new(persist));
+        let space = engine.space(Box::new(source), persist.persist());
         Self { engine, space, log }
     }
 
@@ -133,8 +137,8 @@ impl Ours {
 
     /// Reports a write(2) that the kernel has carried out.
     pub fn written(&self, page: u64, pages: u64) -> Result<(), String> {
-        let (from, bytes) = (FileOffset(page * PAGE_BYTES), pages * PAGE_BYTES);
-        let done = self.engine.write_by(&self.space, from, bytes, || Ok(bytes as usize));
+        let range = range(page, pages);
+        let done = self.engine.write_by(&self.space, range, || Ok(range.bytes as usize));
         done.map(drop).map_err(|e| e.to_string())
     }
 
@@ -150,8 +154,7 @@ impl Ours {
 
     pub fn punched(&self, page: u64, pages: u64) -> Result<(), String> {
         self.revoke(page, pages)?;
-        let (from, bytes) = (page * PAGE_BYTES, pages * PAGE_BYTES);
-        self.engine.punch(&self.space, from, bytes).map_err(|e| e.to_string())
+        self.engine.punch(&self.space, range(page, pages)).map_err(|e| e.to_string())
     }
 
     pub fn truncated(&self, pages: u64) -> Result<(), String> {

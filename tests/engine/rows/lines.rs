@@ -12,8 +12,8 @@ use vhost_user_dax::dax::direct::DirectExtents;
 use vhost_user_dax::dax::engine::{Engine, Space};
 use vhost_user_dax::dax::entry::{PAGE_BYTES, PMD_BYTES, PMD_PAGES, PageIndex};
 use vhost_user_dax::dax::extent::{Access, ExtentSource, FileExtents};
-use vhost_user_dax::persist::{Backing, Direct, Durability, Persist, PersistMode};
-use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
+use vhost_user_dax::persist::{Backing, Direct, Durability, LineFlush, Persist, PersistMode};
+use vhost_user_dax::window::{FileOffset, FileRange, WindowBytes, WindowOffset};
 
 use testkit::fakes::{Log, StrictMapper, lock};
 
@@ -32,18 +32,10 @@ struct Lines {
 #[derive(Clone, Default)]
 struct LineCounter(Arc<Mutex<Lines>>);
 
-impl Persist for LineCounter {
-    fn sync(&self) -> io::Result<()> {
-        panic!("a sync, although the kernel does not track dirty pages");
-    }
-
-    fn kernel_tracks(&self) -> bool {
-        false
-    }
-
-    fn flush(&self, from: u64, bytes: u64) -> io::Result<()> {
+impl LineFlush for LineCounter {
+    fn flush(&self, range: FileRange) -> io::Result<()> {
         let mut lines = lock(&self.0);
-        for line in from / LINE..(from + bytes).div_ceil(LINE) {
+        for line in range.from.0 / LINE..range.end().0.div_ceil(LINE) {
             *lines.unfenced.entry(line).or_default() += 1;
         }
         Ok(())
@@ -70,7 +62,7 @@ impl LineFixture {
         let engine =
             Engine::new(WindowBytes(window), StrictMapper::new(window, Log::default()), 256);
         let lines = LineCounter::default();
-        let space = engine.space(Box::new(FileExtents::new(file)), Box::new(lines.clone()));
+        let space = engine.space(Box::new(FileExtents::new(file)), Persist::lines(lines.clone()));
         Self { engine, space, lines }
     }
 
@@ -182,20 +174,20 @@ fn row_13_non_temporal_writes_reach_the_file() {
         if n % 2 == 0 {
             let (first, last) = (from as u64 / PAGE_BYTES, (from + length) as u64 / PAGE_BYTES);
             source.allocate(PageIndex(first), PageIndex(last)).unwrap();
-            direct.store(from as u64, &bytes).unwrap();
+            direct.store(FileOffset(from as u64), &bytes).unwrap();
             direct.fence();
         } else {
-            assert_eq!(source.write_at(from as u64, &bytes).unwrap(), length);
+            assert_eq!(source.write_at(FileOffset(from as u64), &bytes).unwrap(), length);
         }
         expected[from..from + length].copy_from_slice(&bytes);
         let mut found = vec![0; length];
-        source.read_at(from as u64, &mut found).unwrap();
+        source.read_at(FileOffset(from as u64), &mut found).unwrap();
         assert_eq!(found, bytes);
     }
     let mut found = vec![0; expected.len()];
     file.read_exact_at(&mut found, 0).unwrap();
     assert!(found == expected, "the file has other bytes");
-    assert_eq!(source.write_at(PMD_BYTES + 5, b"behind").unwrap(), 6);
+    assert_eq!(source.write_at(FileOffset(PMD_BYTES + 5), b"behind").unwrap(), 6);
     assert_eq!(source.file_bytes().unwrap(), PMD_BYTES + 11);
 }
 
@@ -212,7 +204,7 @@ fn row_12_parts_of_pages_are_zeroed_past_the_cache() {
         let inside = [(1, 62), (4095, 2), (5000, 9000), (8192, 4096), (31 * 4096, 4000)];
         let in_a_hole = (40 * 4096 + 5, 100);
         for (from, bytes) in inside.into_iter().chain([in_a_hole]) {
-            source.zero(from, bytes, keep).unwrap();
+            source.zero(FileRange::new(FileOffset(from), bytes), keep).unwrap();
             expected[from as usize..(from + bytes) as usize].fill(0);
         }
         let mut found = vec![0; expected.len()];

@@ -26,7 +26,7 @@ use vhost_user_dax::dax::engine::{Engine, GrantError, Space};
 use vhost_user_dax::dax::entry::{Block, Entry, Order, PAGE_BYTES, PMD_PAGES, PageIndex};
 use vhost_user_dax::dax::extent::Access;
 use vhost_user_dax::dax::index::Mark;
-use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
+use vhost_user_dax::window::{FileOffset, FileRange, WindowBytes, WindowOffset};
 
 use testkit::fakes::{Event, FakePersist, FakeSource, Log, StrictMapper};
 
@@ -57,14 +57,15 @@ impl Fixture {
         let engine = Engine::new(WindowBytes(window), mapper.clone(), MOST_MAPS);
         let source = FakeSource::new(file_bytes, log.clone());
         let persist = FakePersist::new(kernel_tracks, log.clone());
-        let space = engine.space(Box::new(source.clone()), Box::new(persist.clone()));
+        let space = engine.space(Box::new(source.clone()), persist.persist());
         Self { log, mapper, engine: Arc::new(engine), source, persist, space }
     }
 
     /// Another file under the same engine.
     pub fn another_file(&self, pages: u64) -> Arc<Space> {
         let source = FakeSource::new(pages * PAGE_BYTES, self.log.clone());
-        self.engine.space(Box::new(source), Box::new(FakePersist::new(false, self.log.clone())))
+        let persist = FakePersist::new(false, self.log.clone());
+        self.engine.space(Box::new(source), persist.persist())
     }
 
     /// Grants `pages` of the file from page `from` on, at page `at` of the window.
@@ -92,6 +93,11 @@ impl Fixture {
             self.engine.span(at, bytes).unwrap()
         };
         self.engine.revoke(&ranges.iter().map(span).collect::<Vec<_>>())
+    }
+
+    /// Makes `bytes` bytes of the file from byte `from` on read as zeros.
+    pub fn punch(&self, from: u64, bytes: u64) -> Result<(), GrantError> {
+        self.engine.punch(&self.space, FileRange::new(FileOffset(from), bytes))
     }
 
     pub fn sync(&self) -> std::io::Result<()> {

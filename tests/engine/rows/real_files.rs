@@ -16,8 +16,8 @@ use nix::errno::Errno;
 use vhost_user_dax::dax::engine::{Engine, Space};
 use vhost_user_dax::dax::entry::{Order, PAGE_BYTES, PMD_BYTES, PMD_PAGES, PageIndex};
 use vhost_user_dax::dax::extent::{Access, FileExtents};
-use vhost_user_dax::persist::Fdatasync;
-use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
+use vhost_user_dax::persist::{Fdatasync, Persist};
+use vhost_user_dax::window::{FileOffset, FileRange, WindowBytes, WindowOffset};
 
 use super::{ALL, MOST_MAPS};
 use testkit::fakes::{Log, StrictMapper};
@@ -79,7 +79,8 @@ impl Real {
         let mapper = StrictMapper::new(window, Log::default());
         let engine = Engine::new(WindowBytes(window), mapper, MOST_MAPS);
         let source = FileExtents::new(file.clone());
-        let space = engine.space(Box::new(source), Box::new(Fdatasync(file.clone())));
+        let persist = Persist::kernel(Fdatasync(file.clone()));
+        let space = engine.space(Box::new(source), persist);
         Self { file, engine, space }
     }
 
@@ -152,7 +153,8 @@ fn row_12_zeroing_a_real_file_at_odd_offsets() {
             real.grant(0, 4 * PMD_BYTES, access).unwrap();
             let (before, window) = (real.blocks(), Mapping::new(&real.file));
             let (from, end) = (PAGE_BYTES + 123, 3 * PMD_BYTES + 77);
-            real.engine.punch(&real.space, from, end - from).unwrap();
+            let range = FileRange::new(FileOffset(from), end - from);
+            real.engine.punch(&real.space, range).unwrap();
             real.file.sync_all().unwrap();
             let gone = before.saturating_sub(real.blocks());
             let holes =

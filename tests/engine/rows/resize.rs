@@ -55,7 +55,7 @@ fn row_05_truncation_writes_back_what_a_cut_chunk_keeps() {
     fixture.log.take();
     resize(&fixture, 7 * PAGE_BYTES);
     assert_eq!(fixture.flushed(), [(0, 7)]);
-    fixture.engine.punch(&fixture.space, 3 * PAGE_BYTES, PAGE_BYTES).unwrap();
+    fixture.punch(3 * PAGE_BYTES, PAGE_BYTES).unwrap();
     assert_eq!(fixture.flushed(), [], "the punch of a whole PTE entry flushed something");
 }
 
@@ -130,7 +130,7 @@ fn row_12_zeroing_at_odd_offsets() {
     let (from, end) = (3 * PAGE_BYTES + 5, 9 * PAGE_BYTES - 7);
     let zeroed = |fixture: &Fixture| {
         fixture.log.take();
-        fixture.engine.punch(&fixture.space, from, end - from).unwrap();
+        fixture.punch(from, end - from).unwrap();
         let is_zero = |event: &Event| matches!(event, Event::Zero { .. });
         fixture.log.take().into_iter().filter(is_zero).collect::<Vec<_>>()
     };
@@ -163,21 +163,21 @@ fn row_12_entries_follow_a_punch() {
     fixture.source.fill(0, PMD_PAGES);
     fixture.grant(0, 0, PMD_PAGES, Access::Read).unwrap();
     assert_eq!(fixture.entries(), [(0, pmd(0))]);
-    fixture.engine.punch(&fixture.space, 2 * PAGE_BYTES, 3 * PAGE_BYTES).unwrap();
+    fixture.punch(2 * PAGE_BYTES, 3 * PAGE_BYTES).unwrap();
     for (page, entry) in fixture.entries() {
         assert_eq!(entry.is_zero(), (2..5).contains(&page), "page {page}");
     }
     assert_eq!((fixture.entries().len() as u64, fixture.dirty()), (PMD_PAGES, vec![]));
     fixture.grant(0, 0, PMD_PAGES, Access::Write).unwrap();
-    fixture.engine.punch(&fixture.space, 0, u64::from(u32::MAX)).unwrap();
+    fixture.punch(0, u64::from(u32::MAX)).unwrap();
     assert!(
         fixture.entries().iter().all(|(_, entry)| entry.is_real()),
         "a page with a write grant has no block"
     );
     assert_eq!(fixture.dirty().len(), fixture.entries().len());
     fixture.log.take();
-    fixture.engine.punch(&fixture.space, PMD_PAGES * PAGE_BYTES, 100).unwrap();
+    fixture.punch(PMD_PAGES * PAGE_BYTES, 100).unwrap();
     assert_eq!(fixture.log.take(), []);
-    assert!(fixture.engine.punch(&fixture.space, 0, 0).is_err());
-    assert!(fixture.engine.punch(&fixture.space, u64::MAX, 2).is_err());
+    assert!(fixture.punch(0, 0).is_err());
+    assert!(fixture.punch(u64::MAX, 2).is_err());
 }

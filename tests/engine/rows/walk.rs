@@ -12,8 +12,8 @@ use vhost_user_dax::dax::engine::{Engine, Space};
 use vhost_user_dax::dax::entry::{Block, Order, PAGE_BYTES, PMD_PAGES, PageIndex};
 use vhost_user_dax::dax::extent::{Access, Backed, Extent, ExtentSource};
 use vhost_user_dax::dax::index::Mark;
-use vhost_user_dax::persist::Persist;
-use vhost_user_dax::window::{FileOffset, WindowBytes, WindowOffset};
+use vhost_user_dax::persist::{LineFlush, Persist};
+use vhost_user_dax::window::{FileOffset, FileRange, WindowBytes, WindowOffset};
 
 use super::entries::{no_unmap, put};
 use super::{ALL, Fixture, MOST_MAPS, pte};
@@ -47,26 +47,20 @@ impl ExtentSource for Flat {
         self.0.set_len(bytes)
     }
 
-    fn zero(&self, _from: u64, _bytes: u64, _keep: bool) -> io::Result<()> {
+    fn zero(&self, _range: FileRange, _keep: bool) -> io::Result<()> {
         Ok(())
     }
 }
 
 struct Counted(Arc<AtomicU64>);
 
-impl Persist for Counted {
-    fn sync(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn kernel_tracks(&self) -> bool {
-        false
-    }
-
-    fn flush(&self, _from: u64, _bytes: u64) -> io::Result<()> {
+impl LineFlush for Counted {
+    fn flush(&self, _range: FileRange) -> io::Result<()> {
         self.0.fetch_add(1, SeqCst);
         Ok(())
     }
+
+    fn fence(&self) {}
 }
 
 fn flat(pages: u64) -> (Engine, Arc<Space>, Arc<AtomicU64>) {
@@ -75,7 +69,8 @@ fn flat(pages: u64) -> (Engine, Arc<Space>, Arc<AtomicU64>) {
     let window = WindowBytes(pages * PAGE_BYTES);
     let engine = Engine::new(window, StrictMapper::new(window.0, Log::default()), MOST_MAPS);
     let flushes = Arc::new(AtomicU64::new(0));
-    let space = engine.space(Box::new(Flat(Arc::new(file))), Box::new(Counted(flushes.clone())));
+    let persist = Persist::lines(Counted(flushes.clone()));
+    let space = engine.space(Box::new(Flat(Arc::new(file))), persist);
     (engine, space, flushes)
 }
 
