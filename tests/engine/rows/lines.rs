@@ -77,7 +77,7 @@ impl LineRig {
     fn grant(&self, page: u64, pages: u64, access: Access) {
         let at = page * PAGE_BYTES;
         let span = self.engine.span(WindowOffset(at), WindowBytes(pages * PAGE_BYTES)).unwrap();
-        self.engine.grant(&self.space, FileOffset(at), span, access).unwrap();
+        self.engine.grant(&self.space, FileOffset(at), span, access, || true).unwrap();
     }
 
     /// The batches since the last call. Nothing may be under way any more.
