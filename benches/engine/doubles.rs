@@ -132,7 +132,7 @@ impl Loaded {
     pub fn grant(&self, first: PageIndex, pages: u64, access: Access) {
         let (at, bytes) = (WindowOffset(first.byte().0), WindowBytes(pages * PAGE_BYTES));
         let span = self.engine.span(at, bytes).unwrap();
-        self.engine.grant(&self.space, first.byte(), span, access).unwrap();
+        self.engine.grant(&self.space, first.byte(), span, access, || true).unwrap();
     }
 
     /// Writes back the whole file.

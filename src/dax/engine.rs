@@ -354,25 +354,12 @@ impl Engine {
     }
 
     /// SETUPMAPPING: lets the guest touch `span` of the window, which then shows `space`'s file
-    /// from `from` on. What was granted there before is replaced.
+    /// from `from` on. What was granted there before is replaced. `may` says whether the guest still
+    /// wants it, in the moment in which nothing else can be granted.
     ///
     /// # Errors
     /// See [`GrantError`].
     pub fn grant(
-        &self,
-        space: &Arc<Space>,
-        from: FileOffset,
-        span: Span,
-        access: Access,
-    ) -> Result<(), GrantError> {
-        self.grant_if(space, from, span, access, || true)
-    }
-
-    /// The same, if `may` says so in the moment in which nothing else can be granted.
-    ///
-    /// # Errors
-    /// See [`GrantError`].
-    pub fn grant_if(
         &self,
         space: &Arc<Space>,
         from: FileOffset,

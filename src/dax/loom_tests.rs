@@ -238,7 +238,7 @@ fn neither_of_two_flushers_returns_early() {
     check(|| {
         let line = Line::default();
         let (engine, space, span) = engine(&line);
-        engine.grant(&space, FileOffset(0), span, Access::Write).unwrap();
+        engine.grant(&space, FileOffset(0), span, Access::Write, || true).unwrap();
         line.store();
         let flusher = || {
             let (engine, space, line) = (engine.clone(), space.clone(), line.clone());
@@ -256,7 +256,7 @@ fn neither_of_two_flushers_returns_early() {
 fn both_of_two_flushers_learn_of_a_failure() {
     check(|| {
         let (engine, space, span) = engine(&Line::broken());
-        engine.grant(&space, FileOffset(0), span, Access::Write).unwrap();
+        engine.grant(&space, FileOffset(0), span, Access::Write, || true).unwrap();
         let flusher = || {
             let (engine, space) = (engine.clone(), space.clone());
             move || assert!(engine.writeback(&space, PageIndex(0), PageIndex(0)).is_err())
@@ -272,7 +272,7 @@ fn a_write_grant_beside_a_writeback() {
     check(|| {
         let line = Line::default();
         let (engine, space, span) = engine(&line);
-        engine.grant(&space, FileOffset(0), span, Access::Read).unwrap();
+        engine.grant(&space, FileOffset(0), span, Access::Read, || true).unwrap();
         let (other, there) = (engine.clone(), space.clone());
         let (guest, store, stores_into) = (engine.clone(), space.clone(), line.clone());
         together(
@@ -295,7 +295,7 @@ fn a_removal_beside_a_writeback() {
     check(|| {
         let line = Line::default();
         let (engine, space, span) = engine(&line);
-        engine.grant(&space, FileOffset(0), span, Access::Write).unwrap();
+        engine.grant(&space, FileOffset(0), span, Access::Write, || true).unwrap();
         line.store();
         let (other, there, after) = (engine.clone(), space.clone(), line.clone());
         let (guest, gone) = (engine.clone(), line.clone());

@@ -109,7 +109,7 @@ impl Pmem {
         );
         engine
             .span(WindowOffset(0), window)
-            .and_then(|whole| engine.grant(&space, FileOffset(0), whole, Access::Write))
+            .and_then(|whole| engine.grant(&space, FileOffset(0), whole, Access::Write, || true))
             .map_err(io::Error::other)?;
         Ok(Arc::new(Self {
             file,

@@ -96,13 +96,13 @@ fn guest_cpu(world: &World, thread: u64) {
         let from = FileOffset(chunk * PMD_BYTES);
         if random.below(3) == 0 {
             let access = [Access::Read, Access::Write][random.below(2) as usize];
-            let restless = world.engine.grant(&world.restless, from, span, access);
+            let restless = world.engine.grant(&world.restless, from, span, access, || true);
             assert!(
                 restless.is_ok() || chunk > 0,
                 "a grant of the first chunk, which is never cut, failed: {restless:?}"
             );
         } else {
-            world.engine.grant(&world.steady, from, span, Access::Write).unwrap();
+            world.engine.grant(&world.steady, from, span, Access::Write, || true).unwrap();
             let page = chunk * PMD_PAGES + thread * 100 + random.below(100);
             let version = &world.memory.stored[page as usize];
             version.fetch_add(1, Ordering::SeqCst);

@@ -860,12 +860,15 @@ fn opens_under_a_lease_hold_up_no_open_of_another_file() {
     assert_eq!(asked.iter().filter(|flags| **flags & libc::O_NONBLOCK != 0).count(), 1);
 }
 
+/// Sends a request about an inode.
+type SendAbout<'a> = &'a dyn Fn(&mut FsGuest, u64) -> Pending;
+
 /// Must hold: whatever opens a file on behalf of the guest waits for a lease and then succeeds, and
 /// holds up no OPEN of another file meanwhile.
 #[test]
 fn all_that_waits_for_a_lease() {
     let trunc = libc::O_RDWR | libc::O_TRUNC;
-    let sends: [(&str, &dyn Fn(&mut FsGuest, u64) -> Pending); 4] = [
+    let sends: [(&str, SendAbout<'_>); 4] = [
         ("CREATE", &|guest, _| {
             guest.send(op::CREATE, ROOT, &abi::create("leased", 2, 0o644), ENTRY_OUT + OPEN_OUT)
         }),

@@ -104,7 +104,7 @@ where
         };
         let (entry, opened) = match (made, room) {
             (Ok((entry, handle, options)), room) => {
-                let counted = self.count_lookup(ctx, entry.inode, room.ok());
+                let counted = self.inodes.count(entry.inode, room.ok());
                 let handle = handle.ok_or(Errno::EBADF)?;
                 let file = self.with_file(ctx, entry.inode, handle, FileId::of);
                 let file = counted.and(file);

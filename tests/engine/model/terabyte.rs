@@ -55,7 +55,7 @@ fn step(engine: &Engine, space: &Arc<Space>, random: &mut Random, most_written: 
         let within = if write { most_written } else { FILE_BYTES };
         let from = random.below(within / PMD_BYTES) * PMD_BYTES + at % PMD_BYTES;
         let access = if write { Access::Write } else { Access::Read };
-        engine.grant(space, FileOffset(from), span, access)
+        engine.grant(space, FileOffset(from), span, access, || true)
     };
     match done {
         Ok(()) => {}

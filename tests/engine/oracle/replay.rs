@@ -84,7 +84,7 @@ impl Ours {
         let at = WindowOffset((base + page) * PAGE_BYTES);
         let span = self.engine.span(at, WindowBytes(pages * PAGE_BYTES));
         let from = FileOffset(page * PAGE_BYTES);
-        span.and_then(|span| self.engine.grant(&self.space, from, span, access))
+        span.and_then(|span| self.engine.grant(&self.space, from, span, access, || true))
             .map_err(|e| format!("the engine refuses {access:?} of {page}: {e}"))
     }
 

@@ -77,7 +77,8 @@ fn row_14_numbers_that_cannot_be() {
     }
     for from in [1, u64::MAX, u64::MAX - PAGE_BYTES + 1, 1 << 63, (1 << 63) - PAGE_BYTES] {
         let span = span(0, PAGE_BYTES).unwrap();
-        let refused = fixture.engine.grant(&fixture.space, FileOffset(from), span, Access::Write);
+        let refused =
+            fixture.engine.grant(&fixture.space, FileOffset(from), span, Access::Write, || true);
         assert_eq!(refused.unwrap_err().errno(), Errno::EINVAL, "{from:#x}");
     }
     assert_eq!((fixture.log.take(), fixture.entries()), (vec![], vec![]));

@@ -69,7 +69,7 @@ impl LineFixture {
     fn grant(&self, page: u64, pages: u64, access: Access) {
         let at = page * PAGE_BYTES;
         let span = self.engine.span(WindowOffset(at), WindowBytes(pages * PAGE_BYTES)).unwrap();
-        self.engine.grant(&self.space, FileOffset(at), span, access).unwrap();
+        self.engine.grant(&self.space, FileOffset(at), span, access, || true).unwrap();
     }
 
     /// The batches since the last call. Every flushed line must have its fence.

@@ -83,7 +83,7 @@ impl Fixture {
     ) -> Result<(), GrantError> {
         let (at, bytes) = (WindowOffset(at * PAGE_BYTES), WindowBytes(pages * PAGE_BYTES));
         let span = self.engine.span(at, bytes)?;
-        self.engine.grant(space, FileOffset(from * PAGE_BYTES), span, access)
+        self.engine.grant(space, FileOffset(from * PAGE_BYTES), span, access, || true)
     }
 
     /// Revokes the grants of ranges of the window: first page and number of pages.

@@ -86,7 +86,9 @@ impl Real {
 
     fn grant(&self, from: u64, bytes: u64, access: Access) -> Result<(), Errno> {
         let span = self.engine.span(WindowOffset(from), WindowBytes(bytes)).unwrap();
-        self.engine.grant(&self.space, FileOffset(from), span, access).map_err(|e| e.errno())
+        self.engine
+            .grant(&self.space, FileOffset(from), span, access, || true)
+            .map_err(|e| e.errno())
     }
 
     fn read(&self, from: u64, bytes: usize) -> Vec<u8> {

@@ -77,7 +77,7 @@ fn flat(pages: u64) -> (Engine, Arc<Space>, Arc<AtomicU64>) {
 fn grant(engine: &Engine, space: &Arc<Space>, from: u64, pages: u64, access: Access) {
     let at = WindowOffset(from * PAGE_BYTES);
     let span = engine.span(at, WindowBytes(pages * PAGE_BYTES)).unwrap();
-    engine.grant(space, FileOffset(from * PAGE_BYTES), span, access).unwrap();
+    engine.grant(space, FileOffset(from * PAGE_BYTES), span, access, || true).unwrap();
 }
 
 /// Number of index steps of one writeback of `dirty` dirty entries, per entry.
