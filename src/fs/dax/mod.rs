@@ -24,6 +24,7 @@ use crate::dax::written::Bytes;
 use crate::device::SessionWindow;
 use crate::persist::{Direct, PersistMode};
 use crate::support::counter::Counter;
+use crate::support::failpoint;
 use crate::support::lock::lock;
 use crate::support::units::{PAGE_BYTES, PMD_BYTES, PageIndex};
 use crate::window::layout::ShowError;
@@ -486,6 +487,12 @@ impl Dax {
         sync: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
         let Some(node) = &file.node else { return sync() };
+        if failpoint::is_on("fs-reply-before-sync") {
+            let (engine, node) = (self.engine.clone(), node.clone());
+            let late = move || engine.writeback(&node.space, PageIndex(0), PageIndex::LAST);
+            std::thread::spawn(late);
+            return Ok(());
+        }
         self.engine.writeback_by(&node.space, sync)
     }
 
