@@ -40,7 +40,7 @@
 //! | `Rank::Leaf` | coverage; failed; a waiter's flag | how often each page is granted; whether a writeback has failed; whether the waiter was woken | nothing |
 //!
 //! # From behaviour to test
-//! (Linux's own decisions stand beside the engine's in `tests/oracle`: docs/kernel-oracle.md.)
+//! (Linux's own decisions stand beside the engine's in `tests/engine/oracle`: docs/kernel-oracle.md.)
 //!
 //! The rows are those of the project's table of the kernel's behaviours. Tests named `row_*` are in
 //! `tests/engine/rows`, unless a module is given. Where the model checker looks as well:

@@ -306,7 +306,7 @@ mod tests {
     }
 
     /// Shows: real files are told apart. (A DAX file and a device-DAX node:
-    /// tests/direct_access.rs.)
+    /// tests/process/direct_access.rs.)
     #[test]
     fn what_files_lie_in() {
         let on_disk = tempfile::tempfile_in(".").unwrap();

@@ -31,7 +31,7 @@ const RAMFS: u32 = 0x8584_58f6;
 const HUGETLBFS: u32 = 0x9584_58f6;
 
 /// Tried: ext4, xfs and btrfs by tests/guest/crash.rs, which takes the power away; what is in
-/// memory by tests/cli.rs and tests/start.rs.
+/// memory by tests/process/cli.rs and start.rs beside it.
 const TRIED: [(u32, Tried); 6] = [
     (EXT, Tried::InPlace),
     (XFS, Tried::InPlace),

@@ -3,6 +3,7 @@
 //! Utilities for every step. Imports no step.
 
 pub mod counter;
+pub(crate) mod failpoint;
 pub(crate) mod file_id;
 pub(crate) mod lock;
 pub(crate) mod log_limit;

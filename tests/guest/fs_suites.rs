@@ -195,13 +195,13 @@ fn stress_ng_the_rest() {
 }
 
 /// fsx with reads, writes, truncates, holes, copies and mappings; the same operations on each
-/// share.
+/// share of ours. fsx checks its own results, so it needs no virtiofsd beside it.
 #[test]
 fn fsx() {
     let Some(guest) = Guest::enter("fsx") else { return };
     let shares = Shares::new();
     let mut vm = shares.boot(&guest);
-    for (index, name) in NAMES.iter().enumerate() {
+    for (index, name) in NAMES.iter().enumerate().skip(1) {
         let report = vm.run("fsx", &["2000", "42", &format!("/mnt/{name}/fsx")]);
         shares.shares[index].check_sums(&report);
     }

@@ -56,26 +56,28 @@ fn pool(map: &str) -> String {
     format!("/mnt/{map}.pool")
 }
 
-/// Loads the maps in one VM and verifies them in another, without a kill.
-fn without_kill(guest: &Guest, medium: &Medium) {
+/// Loads the maps, without a kill.
+fn load_in_peace(guest: &Guest, medium: &Medium) {
     let mut vm = medium.boot(guest, true);
     for map in MAPS {
         vm.run("kv", &["load", &pool(map), map, "30"]);
     }
     vm.run("umount", &["/mnt"]);
     vm.poweroff();
-    let mut vm = medium.boot(guest, false);
+}
+
+/// Verifies what was loaded in peace, in another VM.
+fn verify_in_peace(vm: &mut Vm<'_>) {
     for map in MAPS {
         let report = vm.run("kv", &["verify", &pool(map), map, "29"]);
         assert_eq!(report.number("transactions"), 30);
     }
-    vm.poweroff();
 }
 
-/// Kills during the load; a new VM recovers the map and verifies it.
-fn killed(guest: &Guest, medium: &Medium, map: &str, kill: Kill) {
-    let mut vm = medium.boot(guest, true);
-    vm.start("kv", &["load", &pool(map), map, "0"]);
+/// Kills the VM during a load into a pool of its own; a new VM recovers the map and verifies it.
+fn killed<'g>(guest: &'g Guest, medium: &Medium, mut vm: Vm<'g>, map: &str, kill: Kill) -> Vm<'g> {
+    let pool = pool(&format!("{map}-{kill:?}"));
+    vm.start("kv", &["load", &pool, map, "0"]);
     let mut last = 0;
     let acked = |line: &str| line.strip_prefix("acked=").map(|n| n.parse().unwrap());
     while last < TRANSACTIONS {
@@ -88,23 +90,27 @@ fn killed(guest: &Guest, medium: &Medium, map: &str, kill: Kill) {
     last = vm.last_lines().iter().filter_map(|line| acked(line)).max().unwrap_or(last);
     drop(vm);
     let mut vm = medium.boot(guest, false);
-    let report = vm.run("kv", &["verify", &pool(map), map, &last.to_string()]);
+    let report = vm.run("kv", &["verify", &pool, map, &last.to_string()]);
     println!("{kill:?} after {last}: {} transactions found", report.number("transactions"));
-    vm.poweroff();
+    vm
 }
 
 fn all(test: &'static str, medium: impl Fn() -> Medium) {
     let Some(guest) = Guest::enter(test) else { return };
-    without_kill(&guest, &medium());
+    let medium = medium();
+    load_in_peace(&guest, &medium);
+    let mut vm = medium.boot(&guest, false);
+    verify_in_peace(&mut vm);
     for (map, kill) in [("hashmap", Kill::Qemu), ("rbtree", Kill::Daemon), ("hashmap", Kill::Both)]
     {
-        killed(&guest, &medium(), map, kill);
+        vm = killed(&guest, &medium, vm, map, kill);
     }
+    vm.poweroff();
 }
 
 #[test]
 fn pmemkv_on_virtio_pmem() {
-    all("pmemkv_on_virtio_pmem", || Medium::Pmem(Disk::new(128)));
+    all("pmemkv_on_virtio_pmem", || Medium::Pmem(Disk::new(256)));
 }
 
 #[test]

@@ -84,8 +84,9 @@ fn open(path: &Path) -> io::Result<File> {
         .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
     let found = file.metadata()?;
     let is_private = found.uid() == geteuid().as_raw() && found.mode() & 0o077 == 0;
-    // A user's file of that name is no lock, and must not be removed.
-    let is_empty = found.is_file() && found.len() == 0 && found.nlink() == 1;
+    // A user's file of that name is no lock, and must not be removed. One with no name any more was
+    // a lock: its holder has removed it since the open.
+    let is_empty = found.is_file() && found.len() == 0 && found.nlink() <= 1;
     if is_private && is_empty {
         return Ok(file);
     }
