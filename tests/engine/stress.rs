@@ -115,7 +115,10 @@ fn guest_cpu(world: &World, thread: u64) {
             let last = PageIndex(page + random.below(PMD_PAGES));
             world.engine.writeback(&world.steady, PageIndex(page), last).unwrap();
             let durable = world.memory.durable[page as usize].load(Ordering::SeqCst);
-            assert!(durable >= stored, "round {round}: page {page} has {durable} of {stored}");
+            assert!(
+                durable >= stored,
+                "round {round}: page {page}: version {durable} is durable, {stored} was stored"
+            );
         }
         if round % 8 == 0 {
             world.engine.revoke(&spans).unwrap();

@@ -244,7 +244,7 @@ fn run_plan<'g>(guest: &'g Guest, round: &Round, place: &Place, host: &Path) -> 
     while count(&acked) < round.acks {
         let line = vm.case_line();
         if !record_ack(&mut acked, &line) {
-            vm.fail(&format!("the workload said '{line}'"));
+            vm.fail(&format!("unexpected line of the workload: '{line}'"));
         }
     }
     (vm, acked)

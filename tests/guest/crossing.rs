@@ -27,14 +27,14 @@ use crate::vm::{Guest, Vm};
 const OURS: MakeMapper = |channel, started| Arc::new(ShmemMapper::new(channel, started));
 
 /// A naive mapper: it only checks just before sendmsg(2) whether the device is started.
-const LOOKS: MakeMapper = |channel, started| Arc::new(Looks { channel, started });
+const NAIVE: MakeMapper = |channel, started| Arc::new(NaiveMapper { channel, started });
 
-struct Looks {
+struct NaiveMapper {
     channel: Backend,
     started: Box<dyn Fn() -> bool + Send + Sync>,
 }
 
-struct AtLastMoment<'a>(&'a Looks, RawFd);
+struct AtLastMoment<'a>(&'a NaiveMapper, RawFd);
 
 impl AsRawFd for AtLastMoment<'_> {
     fn as_raw_fd(&self) -> RawFd {
@@ -42,7 +42,7 @@ impl AsRawFd for AtLastMoment<'_> {
     }
 }
 
-impl Looks {
+impl NaiveMapper {
     fn sort(&self, sent: io::Result<u64>) -> Result<(), MapError> {
         match sent {
             Ok(_) => Ok(()),
@@ -58,7 +58,7 @@ fn message(at: WindowOffset, from: FileOffset, bytes: WindowBytes) -> VhostUserM
     VhostUserMMap { shmid: 0, padding: [0; 7], fd_offset, shm_offset, len, flags }
 }
 
-impl Mapper for Looks {
+impl Mapper for NaiveMapper {
     fn map(
         &self,
         at: WindowOffset,
@@ -179,9 +179,9 @@ fn stops_cross_maps() {
 /// `window/channel/` prevents.
 #[test]
 #[ignore = "shows how QEMU crashes; run by hand"]
-fn stops_cross_maps_that_only_look() {
-    let name = "stops_cross_maps_that_only_look";
-    let Some((survived, _)) = cross(name, LOOKS, 3000) else { return };
+fn stops_cross_maps_of_a_naive_mapper() {
+    let name = "stops_cross_maps_of_a_naive_mapper";
+    let Some((survived, _)) = cross(name, NAIVE, 3000) else { return };
     assert!(survived < 3000, "QEMU survived");
 }
 
@@ -189,7 +189,7 @@ fn stops_cross_maps_that_only_look() {
 #[test]
 #[ignore = "a measurement; run by hand"]
 fn cost_of_a_map() {
-    for (name, make) in [("looks", LOOKS), ("ours", OURS), ("looks", LOOKS), ("ours", OURS)] {
+    for (name, make) in [("naive", NAIVE), ("ours", OURS), ("naive", NAIVE), ("ours", OURS)] {
         let Some(guest) = Guest::enter("cost_of_a_map") else { return };
         let script = Script::start(make);
         let options = Options { qemu: script.qemu_arguments(), ..Options::default() };

@@ -168,7 +168,7 @@ fn four_request_queues() {
     if shares[1].is_ours() {
         let report = vm.run("sh", &["cat", "/proc/interrupts"]);
         let queues = report.lines.iter().filter(|line| line.contains("-requests")).count();
-        assert!(queues > 1, "one queue only: {report:#?}");
+        assert!(queues > 1, "the driver uses only one queue: {report:#?}");
     }
     vm.poweroff();
 }

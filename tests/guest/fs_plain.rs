@@ -61,7 +61,7 @@ fn a_share_without_a_window() {
         vm.run("umount", &[&dir]);
     }
     vm.poweroff();
-    for line in vm.qemu_says() {
+    for line in vm.qemu_lines() {
         assert!(line.contains(QEMU_SAYS), "{line}");
     }
     for (index, share) in shares.iter().enumerate().filter(|(_, share)| share.is_ours()) {

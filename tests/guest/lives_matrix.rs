@@ -140,7 +140,11 @@ impl<'g> Life<'g> {
             }
             let report = self.vm.run("mapio", &["sums", "/mnt/file"]);
             let sum = xxh3(&std::fs::read(self.shares[0].path("file")).unwrap());
-            assert_eq!(report.get("sum"), format!("file,{LEN},{sum},{sum}"), "in the guest (left)");
+            assert_eq!(
+                report.get("sum"),
+                format!("file,{LEN},{sum},{sum}"),
+                "the file differs: guest (left), host (right)"
+            );
             self.vm.run("mapio", &["store", "0", &LEN.to_string(), &seed, "msync", "/mnt/file"]);
             let bytes = std::fs::read(self.shares[0].path("file")).unwrap();
             assert!(bytes == pattern(&seed, LEN), "{seed}: the bytes on the host differ");
@@ -234,7 +238,7 @@ impl<'g> Life<'g> {
         self.vm.qmp("stop", json!({}));
         self.vm.qmp("cont", json!({}));
         // With slots no such line is expected; a dead device would make `use_all` fail.
-        if !self.row.slots && self.vm.qemu_has_said("Error starting vhost-user-base: 105") {
+        if !self.row.slots && self.vm.qemu_has_written("Error starting vhost-user-base: 105") {
             return format!("{WORKS}; with {MANY} files mapped: the devices are dead (Q13)");
         }
         self.use_all();

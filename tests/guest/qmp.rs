@@ -32,7 +32,7 @@ impl Qmp {
     fn read(&mut self) -> Value {
         let mut line = String::new();
         self.stream.read_line(&mut line).expect("QMP answers");
-        serde_json::from_str(&line).unwrap_or_else(|error| panic!("QMP said '{line}': {error}"))
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("QMP sent '{line}': {error}"))
     }
 
     fn note(&mut self, said: &Value) {

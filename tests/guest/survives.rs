@@ -28,7 +28,7 @@ fn write_until_kill<'g>(
         let line = vm.case_line();
         match line.strip_prefix("acked=").and_then(|record| record.parse().ok()) {
             Some(record) => last = record,
-            None => vm.fail(&format!("ack-loop said '{line}'")),
+            None => vm.fail(&format!("unexpected line of ack-loop: '{line}'")),
         }
     }
     kill(&mut vm);

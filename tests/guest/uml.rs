@@ -86,7 +86,11 @@ fn run(test: &'static str, share: &Share, script: &str) -> Option<CaseReport> {
     assert!(status.success(), "{test}: user-mode Linux ended with {status}\n{}", everything());
     assert_eq!(said("status"), "0\n", "{test}: the script failed\n{}", everything());
     for bad in ["WARNING:", "virtio-uml virtio-uml.0:"] {
-        assert!(!said("console").contains(bad), "{test}: the kernel complains\n{}", everything());
+        assert!(
+            !said("console").contains(bad),
+            "{test}: a kernel message has \"{bad}\"\n{}",
+            everything()
+        );
     }
     let status = daemon.wait();
     assert!(status.success(), "{test}: the daemon ended with {status}:\n{}", daemon.log());
@@ -102,7 +106,7 @@ fn run(test: &'static str, share: &Share, script: &str) -> Option<CaseReport> {
 fn check_session_line(log: &str) {
     let ended: Vec<&str> =
         log.lines().filter_map(|line| line.split_once("session ended: ")).map(|x| x.1).collect();
-    let [line] = ended[..] else { panic!("not one session:\n{log}") };
+    let [line] = ended[..] else { panic!("not exactly one session:\n{log}") };
     let number = |key: &str| -> u64 {
         let words = line.split([' ', ';']).filter_map(|word| word.split_once('='));
         let value = words.filter(|(name, _)| *name == key).map(|(_, value)| value).next();

@@ -157,12 +157,12 @@ impl<'g> Vm<'g> {
 
     /// Whether QEMU has written a line with `words` to stderr. QEMU writes it before it answers on
     /// QMP, but our thread may read it later.
-    pub fn qemu_has_said(&self, words: &str) -> bool {
+    pub fn qemu_has_written(&self, words: &str) -> bool {
         self.qemu_output.wait_line(READER_LAG, words)
     }
 
     /// All lines that QEMU has written to stderr.
-    pub fn qemu_says(&self) -> Vec<String> {
+    pub fn qemu_lines(&self) -> Vec<String> {
         self.qemu_output.lines()
     }
 
@@ -172,7 +172,7 @@ impl<'g> Vm<'g> {
         self.finish(case)
     }
 
-    /// Starts a case, and returns as soon as the guest began with it.
+    /// Starts a case, and returns when the guest has begun it.
     pub fn start(&mut self, case: &str, args: &[&str]) {
         self.send(&format!("RUN {case} {}", args.join(" ")));
         let line = self.next_line();
@@ -225,7 +225,7 @@ impl<'g> Vm<'g> {
             } else if let Some(status) = line.strip_prefix(&end) {
                 break status.parse().unwrap_or(-1);
             } else {
-                self.fail(&format!("unexpected in {case}: '{line}'"));
+                self.fail(&format!("unexpected line in {case}: '{line}'"));
             }
         };
         let outcome = match status {
@@ -314,7 +314,7 @@ impl<'g> Vm<'g> {
     /// Prints QEMU's lines, sorted and without repetitions, and QEMU's exit status if it has ended.
     pub fn print_end(&mut self) {
         let mut lines = self.qemu_output.lines();
-        println!("QEMU said {} lines; ended: {:?}", lines.len(), self.qemu.try_wait());
+        println!("QEMU wrote {} lines; exit status: {:?}", lines.len(), self.qemu.try_wait());
         lines.sort();
         lines.dedup();
         lines.iter().for_each(|line| println!("  {line}"));
@@ -323,7 +323,7 @@ impl<'g> Vm<'g> {
     /// Asserts that QEMU has written nothing to stderr.
     pub fn assert_qemu_is_quiet(&self) {
         let lines = self.qemu_output.lines();
-        assert!(lines.is_empty(), "QEMU said:\n{}", lines.join("\n"));
+        assert!(lines.is_empty(), "QEMU wrote to stderr:\n{}", lines.join("\n"));
     }
 
     pub fn daemon(&self, index: usize) -> &Daemon {
@@ -348,7 +348,7 @@ impl<'g> Vm<'g> {
     fn send(&mut self, line: &str) {
         let agent = self.agent.as_mut().expect("the agent is not connected");
         if let Err(error) = writeln!(agent, "{line}") {
-            self.fail(&format!("can't talk to the agent: {error}"));
+            self.fail(&format!("can't write to the agent: {error}"));
         }
     }
 
@@ -371,7 +371,7 @@ impl<'g> Vm<'g> {
                 // A panic in the guest ends QEMU, too.
                 Ok(Event::Gone(process)) => self.fail(&format!("{process:?} ended")),
                 Err(RecvTimeoutError::Timeout) => self.fail("the guest hangs"),
-                Err(RecvTimeoutError::Disconnected) => self.fail("the VM is gone"),
+                Err(RecvTimeoutError::Disconnected) => self.fail("QEMU and all daemons have ended"),
             }
         }
     }

@@ -150,7 +150,7 @@ fn fdatasync_of_the_real_file_makes_stores_durable() {
 /// Shows: a store to a hole allocates blocks and changes mtime exactly where a store through a map
 /// of the real file does.
 #[test]
-fn blocks_and_mtime_are_the_files() {
+fn blocks_and_mtime_change_as_with_a_plain_map() {
     let _others = among_others();
     let Some(mount) = mount() else { return };
     for place in places::all() {
@@ -182,7 +182,7 @@ fn blocks_and_mtime_are_the_files() {
 /// Shows: on a full file system a store to a hole raises SIGBUS and a store to an allocated block
 /// succeeds, as with a map of the real file; when there is space again, a store to a hole succeeds.
 #[test]
-fn a_full_file_system_is_full() {
+fn stores_on_a_full_file_system() {
     let _others = among_others();
     let Some(mount) = mount() else { return };
     let small = [places::ext4(), places::memory("2m")];

@@ -69,7 +69,7 @@ fn ten_thousand_rounds_leave_nothing() {
     assert_eq!(counts(), before);
     let grown = resident_kib().saturating_sub(kib);
     println!("10,000 rounds: {took:?}, {grown} KiB more; inodes {inodes:?} -> {:?}", fuse_inodes());
-    assert!(grown < 512, "{grown} KiB more");
+    assert!(grown < 512, "the process has grown by {grown} KiB");
     if let Some(inodes) = inodes {
         until("inodes freed", || fuse_inodes().is_some_and(|now| now < inodes + 1000));
     }
@@ -105,7 +105,7 @@ fn many_threads_at_once() {
 
 /// Shows: the mount is in no mount table, and files can be opened from any mount namespace.
 #[test]
-fn no_mount_table_knows_it() {
+fn no_mount_table_lists_the_mount() {
     let _alone = alone();
     let mounts = || fs::read_to_string("/proc/self/mountinfo").unwrap();
     let before = mounts();
@@ -199,7 +199,7 @@ fn a_dropped_mount_holds_no_file() {
 
 /// Shows: after kill -9 of the daemon, maps and descriptors of its files keep working.
 #[test]
-fn a_killed_daemon_takes_no_map_along() {
+fn maps_outlive_a_killed_daemon() {
     let _others = among_others();
     if mount().is_none() {
         return;

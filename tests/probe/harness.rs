@@ -179,7 +179,7 @@ impl Harness {
         Ok(())
     }
 
-    /// QMP stop and cont.
+    /// Stops and continues the VM by QMP.
     pub fn pause(&mut self) -> Res<()> {
         let qemu = self.qemu()?;
         qemu.qmp("stop", json!({}))?;

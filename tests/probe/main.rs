@@ -32,7 +32,7 @@ use harness::Harness;
 use qemu::ProbeError;
 use table::{Outcome, Row, Verdict};
 
-/// Time limit that tells a hang from a slow machine: a QEMU that still runs after it is killed.
+/// Time limit that tells a hang from a slow machine: a QEMU that runs longer is killed.
 pub const HANG: Duration = Duration::from_secs(180);
 
 const USAGE: &str = "usage: ci/probe-frontend [--json] [--row NAME] [QEMU]";

@@ -178,7 +178,7 @@ impl Qemu {
     fn read_qmp(&mut self) -> Res<Value> {
         let line = read_line(&mut self.sockets()?.qmp)?;
         let said: Value = serde_json::from_str(&line)
-            .map_err(|e| ProbeError::Other(format!("QMP said '{line}': {e}")))?;
+            .map_err(|e| ProbeError::Other(format!("QMP sent '{line}': {e}")))?;
         if let Some(event) = said.get("event").and_then(Value::as_str) {
             self.events.push(event.to_owned());
         }

@@ -59,7 +59,11 @@ impl World {
             Err(GrantError::PastEof) if valid && past => {}
             Err(GrantError::Tail) if valid && !past && tail => {}
             Err(e) if valid && !past && !tail => self.excuse(e, file, before)?,
-            other => return fail(format!("the grant is {other:?}: {valid} {past} {tail}")),
+            other => {
+                return fail(format!(
+                    "the grant is {other:?}; valid: {valid}, past the end: {past}, tail: {tail}"
+                ));
+            }
         }
         let (first, count) = (at / PAGE_BYTES, bytes / PAGE_BYTES);
         if done.is_err() {

@@ -97,7 +97,10 @@ fn run(source: FileExtents, most_written: u64) {
         }
     }
     let grown = memory().saturating_sub(half);
-    assert!(grown <= GROWTH_BYTES, "{grown} bytes more memory after {STEPS} steps");
+    assert!(
+        grown <= GROWTH_BYTES,
+        "the process has grown by {grown} bytes in half of {STEPS} steps"
+    );
     let counters = engine.counters().snapshot();
     assert!(counters.pmd > STEPS / 4 && counters.pte > STEPS / 100, "{counters:?}");
     assert!(counters.flushes > STEPS / 100, "{counters:?}");

@@ -50,7 +50,7 @@ fn chunk_of_blocks() -> Fixture {
 /// Row 15: if all conditions hold, the fault makes one PMD entry: for read or write, of blocks or
 /// of a hole.
 #[test]
-fn row_15_pmd_fault_where_all_holds() {
+fn row_15_pmd_fault_if_all_conditions_hold() {
     for access in [Access::Read, Access::Write] {
         let fixture = chunk_of_blocks();
         let lines = record(|| fixture.grant(PMD_PAGES, 0, PMD_PAGES, access).unwrap());
@@ -110,7 +110,7 @@ fn row_15_fallback_when_the_block_is_not_aligned() {
 
 /// Row 15: one extent must cover the chunk: not two runs of blocks, and not a hole and blocks.
 #[test]
-fn row_15_fallback_when_extents_are_two() {
+fn row_15_fallback_with_two_extents() {
     for other in [None, Some(5)] {
         for page in [1, 300, PMD_PAGES - 1] {
             let fixture = chunk_of_blocks();

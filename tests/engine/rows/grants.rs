@@ -60,7 +60,7 @@ fn row_14_a_last_page_that_is_not_whole() {
 
 /// Row 14: invalid numbers are refused with EINVAL, without effect.
 #[test]
-fn row_14_numbers_that_cannot_be() {
+fn row_14_invalid_numbers_are_refused() {
     let fixture = Fixture::new(1);
     let span = |at, bytes| fixture.engine.span(WindowOffset(at), WindowBytes(bytes));
     let window = WINDOW_PAGES * PAGE_BYTES;

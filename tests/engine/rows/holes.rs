@@ -30,7 +30,7 @@ fn row_06_load_hole_allocates_nothing() {
 
 /// Row 6: unwritten blocks are a hole for a reader.
 #[test]
-fn row_06_load_hole_takes_unwritten_blocks_for_one() {
+fn row_06_load_hole_treats_unwritten_blocks_as_a_hole() {
     let fixture = Fixture::new(1);
     fixture.source.fill(0, 1);
     fixture.source.set_unwritten(0);

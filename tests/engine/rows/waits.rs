@@ -127,7 +127,7 @@ fn row_04_a_refused_grab_passes_the_wake_up_on() {
 
 /// Row 4: an invalidation that finds the entry dirty passes the wake-up on.
 #[test]
-fn row_04_an_invalidation_in_vain_passes_the_wake_up_on() {
+fn row_04_a_failed_invalidation_passes_the_wake_up_on() {
     first_does_not_lock(|entries| assert!(!entries.invalidate_clean(PageIndex(0))));
 }
 

@@ -123,7 +123,7 @@ fn row_09_a_grant_that_goes_during_a_flush() {
 
 /// Row 9: if the kernel tracks dirty pages, no entry is marked, and a flush is one sync.
 #[test]
-fn row_09_where_the_kernel_tracks_nothing_is_tagged() {
+fn row_09_nothing_is_marked_if_the_kernel_tracks() {
     let fixture = Fixture::with(8 * PMD_PAGES * PAGE_BYTES, true);
     fixture.grant(0, 0, 8 * PMD_PAGES, Access::Write).unwrap();
     assert!(fixture.dirty().is_empty());
