@@ -34,7 +34,7 @@ use crate::window::locate::WindowLocation;
 
 use super::in_window::FilePiece;
 use super::message::MAX_DATA_BYTES;
-use super::schedule::Blocking;
+use super::serve::Blocking;
 
 /// IOV_MAX.
 const MAX_IOVECS: usize = 1024;

@@ -14,7 +14,6 @@ use log::error;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 
-use super::schedule::JobClass;
 use crate::support::lock::{Condvar, Mutex, MutexGuard, lock};
 
 /// An idle thread goes away after this long.
@@ -25,6 +24,17 @@ const KEPT_FREE: usize = 4;
 
 /// Of the threads, the part that may wait for leases: one eighth, but at least one.
 const FOR_LEASES: usize = 8;
+
+/// How long a request may take in the pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum JobClass {
+    /// It waits for no disk, or not for long.
+    Quick,
+    /// It may wait for a disk or a network as long as that likes.
+    Slow,
+    /// It waits for a lease of a host process: for 45 seconds, as Linux is set up.
+    Lease,
+}
 
 type Job = Box<dyn FnOnce() + Send>;
 

@@ -26,56 +26,19 @@ use crate::device::InlineWork;
 use crate::device::request::Request;
 
 use super::message::{Message, room};
-use super::pool::{self, Pool};
-use super::server::Serve;
+use super::pool::{self, JobClass, Pool};
+use super::serve::{Blocking, Serve};
 
-/// How long a request may take in the pool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum JobClass {
-    /// It waits for no disk, or not for long.
-    Quick,
-    /// It may wait for a disk or a network as long as that likes.
-    Slow,
-    /// It waits for a lease of a host process: for 45 seconds, as Linux is set up.
-    Lease,
-}
-
-impl JobClass {
-    /// That of an operation.
-    pub(crate) fn of(opcode: Option<Opcode>) -> Self {
-        use Opcode::*;
-        match opcode {
-            Some(
-                Fsync | Fsyncdir | Flush | Fallocate | Syncfs | CopyFileRange | Open | Opendir
-                | Create | Release | Releasedir | Setattr | Unlink | Rmdir | Rename | Rename2
-                | Read | Write | Destroy | SetupMapping,
-            ) => Self::Slow,
-            _ => Self::Quick,
-        }
-    }
-}
-
-/// What a request may wait for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Blocking {
-    /// In the pool: all but a lease.
-    Allowed,
-    /// Inline: a READ or WRITE blocks only where the file system can't tell whether it will
-    /// (RWF_NOWAIT is EOPNOTSUPP).
-    IfUnknown,
-    /// In the pool, as [`JobClass::Lease`]: all.
-    Lease,
-}
-
-impl Blocking {
-    /// Whether a request that ends with EAGAIN is to be served anew, by a thread that may wait.
-    pub(crate) fn gives_back(self, opcode: Option<Opcode>) -> bool {
-        use Opcode::*;
-        match opcode {
-            Some(Read | Write) => self == Self::IfUnknown,
-            Some(Open | Create | Setattr | SetupMapping) => self != Self::Lease,
-            _ => false,
-        }
+/// The class of an operation in the pool.
+fn class_of(opcode: Option<Opcode>) -> JobClass {
+    use Opcode::*;
+    match opcode {
+        Some(
+            Fsync | Fsyncdir | Flush | Fallocate | Syncfs | CopyFileRange | Open | Opendir | Create
+            | Release | Releasedir | Setattr | Unlink | Rmdir | Rename | Rename2 | Read | Write
+            | Destroy | SetupMapping,
+        ) => JobClass::Slow,
+        _ => JobClass::Quick,
     }
 }
 
@@ -124,7 +87,7 @@ pub(crate) fn submit(
     request: Request,
     message: Message,
 ) {
-    let (class, server, again) = (JobClass::of(message.opcode()), server.clone(), pool.clone());
+    let (class, server, again) = (class_of(message.opcode()), server.clone(), pool.clone());
     pool.submit(class, move || {
         if let Some((request, message)) = server.serve(request, message, Blocking::Allowed) {
             wait_for_lease(&again, server, request, message);

@@ -13,7 +13,6 @@ use virtiofsd::filesystem::FileSystem;
 use virtiofsd::fuse::Opcode;
 
 use crate::device::request::Request;
-use crate::support::counter::Counter;
 
 use super::dax::Dax;
 use super::descriptors::Descriptors;
@@ -22,16 +21,8 @@ use super::lives::{Life, Lives};
 use super::message::{Args, Message, OUT_HEADER_BYTES, Reply};
 use super::message::{in_ram, out_header, room, takes_no_reply, valid_id, writable};
 use super::open_flags::OpenFlags;
-use super::schedule::Blocking;
+use super::serve::{Blocking, Metrics, Serve};
 use super::sync_errors::WritebackErrors;
-
-/// What has been asked and answered.
-#[derive(Debug, Default)]
-pub(crate) struct Metrics {
-    pub(crate) requests: Counter,
-    pub(crate) errors: Counter,
-    pub(crate) malformed: Counter,
-}
 
 /// Whether a request makes something that belongs to whoever asks for it.
 fn makes(opcode: Opcode) -> bool {
@@ -56,29 +47,6 @@ pub(crate) struct Server<F> {
     pub(crate) options: AtomicU64,
     pub(crate) lives: Lives,
     pub(crate) metrics: Metrics,
-}
-
-/// A [`Server`], whatever its file system.
-pub(crate) trait Serve: Send + Sync {
-    /// Does what the message asks for, and answers it; or gives it back, if it has no blocking to
-    /// wait.
-    fn serve(
-        &self,
-        request: Request,
-        message: Message,
-        blocking: Blocking,
-    ) -> Option<(Request, Message)>;
-
-    /// That of the driver whose requests are taken now.
-    fn life(&self) -> Life;
-
-    /// A driver has begun anew. None of its requests is taken before this returns.
-    fn restarted(&self);
-
-    /// The session is over.
-    fn ended(&self);
-
-    fn metrics(&self) -> &Metrics;
 }
 
 impl<F> Serve for Server<F>

@@ -2,21 +2,20 @@
 
 //! What a file's bytes lie in, who knows which of them are dirty, and so what makes them durable.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use nix::sys::stat::{major, minor};
 use nix::sys::statfs;
 use thiserror::Error;
 
 use super::cacheline::Instruction;
+use super::device_dax::DaxNode;
 use super::file_systems::{FileSystem, Tried};
 use super::mapped::{Direct, Lines, maps_sync};
 use super::{Fdatasync, Persist};
-use crate::support::units::{PAGE_BYTES, PMD_BYTES};
 
 /// What a file's bytes lie in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -221,58 +220,6 @@ pub struct FilePersist {
     pub persist: Persist,
     /// The file's own memory, where cache lines count.
     pub direct: Option<Arc<Direct>>,
-}
-
-/// A device-DAX node, as sysfs describes it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DaxNode {
-    /// Its length: a multiple of its alignment, so that a map of all of it is as aligned as it must
-    /// be.
-    pub bytes: u64,
-    /// Its alignment: no smaller piece can be mapped, or taken out of a map.
-    pub align: u64,
-}
-
-impl DaxNode {
-    /// None for anything else.
-    ///
-    /// # Errors
-    /// The system's, and InvalidData where sysfs says no number.
-    pub fn of(file: &File) -> io::Result<Option<Self>> {
-        let found = file.metadata()?;
-        if !found.file_type().is_char_device() {
-            return Ok(None);
-        }
-        let number = found.rdev();
-        let node = PathBuf::from(format!("/sys/dev/char/{}:{}", major(number), minor(number)));
-        let subsystem = fs::canonicalize(node.join("subsystem")).unwrap_or_default();
-        if subsystem.file_name().is_none_or(|name| name != "dax") {
-            return Ok(None);
-        }
-        let number = |name: &str| {
-            let text = fs::read_to_string(node.join(name))?;
-            text.trim().parse::<u64>().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
-        };
-        // Before Linux 5.10 only the region has one; nearly all have that of a huge page.
-        let align = number("align").or_else(|_| number("../dax_region/align"));
-        let align = align.ok().filter(|align| align.is_power_of_two()).unwrap_or(PMD_BYTES);
-        Ok(Some(Self { bytes: number("size")?, align }))
-    }
-}
-
-/// The size of the pages that a map of the file is made of.
-///
-/// # Errors
-/// The system's.
-pub(crate) fn page_bytes(file: &File) -> io::Result<u64> {
-    if let Some(node) = DaxNode::of(file)? {
-        return Ok(node.align);
-    }
-    let is_huge =
-        statfs::fstatfs(file).is_ok_and(|s| s.filesystem_type() == statfs::HUGETLBFS_MAGIC);
-    // stat(2) tells it for hugetlbfs only: other file systems have a block size of their own.
-    let page = if is_huge { file.metadata()?.blksize() } else { rustix::param::page_size() as u64 };
-    Ok(page.max(PAGE_BYTES))
 }
 
 #[cfg(test)]

@@ -16,8 +16,8 @@ use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use vm_memory::VolatileSlice;
 
-use super::backing::page_bytes;
 use super::cacheline::{Instruction, fence};
+use super::device_dax::page_bytes;
 use super::sigbus::Guarded;
 use super::{Backing, LineFlush};
 use crate::support::lock::{Mutex, lock};

@@ -4,6 +4,7 @@
 
 mod backing;
 pub mod cacheline;
+mod device_dax;
 pub mod dirty;
 mod fdatasync;
 mod file_systems;
@@ -13,8 +14,9 @@ mod sigbus;
 
 use std::io;
 
-pub(crate) use backing::page_bytes;
-pub use backing::{Backing, DaxNode, Durability, FilePersist, PersistError, PersistMode};
+pub use backing::{Backing, Durability, FilePersist, PersistError, PersistMode};
+pub use device_dax::DaxNode;
+pub(crate) use device_dax::page_bytes;
 pub use fdatasync::Fdatasync;
 pub use file_systems::FileSystem;
 pub use group::{GroupSync, Waiter};

@@ -23,7 +23,7 @@ use virtiofsd::fuse::{self, AttrOut, EntryOut, FsOptions, Opcode};
 
 use super::descriptors::Want;
 use super::message::{Args, Message, Reply, invalid};
-use super::schedule::Blocking;
+use super::serve::Blocking;
 use super::server::Server;
 
 pub(crate) fn open_flag(flags: u32, flag: i32) -> bool {

@@ -21,7 +21,7 @@ use crate::fs::message::{
     Args, IN_HEADER_BYTES, MAX_DATA_BYTES, Message, OUT_HEADER_BYTES, Reply, invalid,
 };
 use crate::fs::ops::{open_flag, written};
-use crate::fs::schedule::Blocking;
+use crate::fs::serve::Blocking;
 use crate::fs::server::Server;
 
 /// Keeps the ring from being stopped while guest memory is read or written.
