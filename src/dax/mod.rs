@@ -80,6 +80,7 @@ pub mod entry;
 pub mod extent;
 mod fault;
 mod fiemap;
+mod grant;
 pub mod index;
 #[cfg(all(test, loom))]
 mod loom_tests;
