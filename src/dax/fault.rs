@@ -5,9 +5,10 @@
 
 use std::io;
 
-use super::engine::{Engine, Grant, Space};
+use super::engine::{Engine, Space};
 use super::entry::{Entry, Order, PAGE_BYTES, PMD_PAGES, PageIndex};
 use super::extent::{Access, Backed, Extent};
+use super::grant::Grant;
 use super::index::Mark;
 use super::space::Held;
 use super::trace::trace_dax;

@@ -9,9 +9,10 @@
 
 use std::io;
 
-use super::engine::{Engine, Grant, GrantError, Space, Window, extent_of};
+use super::engine::{Engine, Space};
 use super::entry::{PAGE_BYTES, PageIndex};
 use super::extent::Access;
+use super::grant::{Grant, GrantError, Window, extent_of};
 use super::rw::write_back_pages;
 
 use super::sync::{Arc, CheckedOut, lock};

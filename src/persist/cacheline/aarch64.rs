@@ -2,7 +2,7 @@
 
 //! Cache lines on aarch64: DC CVAP and DC CVAC.
 
-use std::arch::asm;
+use std::arch::{asm, is_aarch64_feature_detected};
 
 use super::lines;
 
@@ -15,9 +15,6 @@ pub enum Instruction {
     Cvac,
 }
 
-/// AT_HWCAP bit 16: DC CVAP may be used in user mode.
-const HWCAP_DCPOP: u64 = 1 << 16;
-
 impl Instruction {
     /// From the best to the worst.
     pub const ALL: [Self; 2] = [Self::Cvap, Self::Cvac];
@@ -25,8 +22,7 @@ impl Instruction {
     /// Whether this processor has it.
     pub fn is_here(self) -> bool {
         match self {
-            // SAFETY: getauxval() has no conditions.
-            Self::Cvap => (unsafe { libc::getauxval(libc::AT_HWCAP) }) & HWCAP_DCPOP != 0,
+            Self::Cvap => is_aarch64_feature_detected!("dpb"),
             Self::Cvac => true,
         }
     }

@@ -4,7 +4,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __cpuid, __cpuid_count, _mm_clflush, _mm_loadu_si128, _mm_sfence, _mm_stream_si128,
+    __cpuid, __cpuid_count, __m128i, _mm_clflush, _mm_loadu_si128, _mm_sfence, _mm_stream_si128,
 };
 use std::sync::LazyLock;
 
@@ -116,14 +116,21 @@ impl Instruction {
     }
 }
 
-/// Copies by stores that bypass the cache.
+/// Copies by stores that bypass the cache, line by line: one line is filled at once, or a large
+/// copy takes half as long again.
 ///
 /// # Safety
 /// As `copy_nonoverlapping`; `to` and `bytes` are multiples of 64.
 unsafe fn stream(to: *mut u8, from: *const u8, bytes: usize) {
-    for at in (0..bytes).step_by(16) {
+    for at in (0..bytes).step_by(LINE_BYTES) {
         // SAFETY: inside the range, and `to` is aligned to 16.
-        unsafe { _mm_stream_si128(to.add(at).cast(), _mm_loadu_si128(from.add(at).cast())) };
+        unsafe {
+            let (to, from) = (to.add(at).cast::<__m128i>(), from.add(at).cast::<__m128i>());
+            let line: [__m128i; 4] = std::array::from_fn(|n| _mm_loadu_si128(from.add(n)));
+            for (n, vector) in line.into_iter().enumerate() {
+                _mm_stream_si128(to.add(n), vector);
+            }
+        }
     }
 }
 
