@@ -307,7 +307,11 @@ impl Ring {
         let started = self.vring.get().filter(|_| state.phase != Phase::Stopped);
         let Some(vring) = started else {
             if hand_back {
+                // The front-end thread has stopped, started and stopped the ring before the ring's
+                // thread saw the start: the ring goes on where it was stopped first.
+                let stopped_at = state.stopped_at;
                 self.renew(&mut state, epoch);
+                state.stopped_at = stopped_at;
             }
             return state;
         };

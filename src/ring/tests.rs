@@ -223,3 +223,24 @@ fn the_end_wakes_what_waits() {
     let (mut request, pinned) = waits.join().unwrap();
     assert!(!pinned && !request.pin());
 }
+
+/// Shows: a start that no thread has seen before the next stop changes nothing: the ring goes on
+/// where it was stopped first, and its window is kept.
+#[test]
+fn a_stop_of_a_stopped_ring() {
+    for policy in [InflightPolicy::Retain, InflightPolicy::Resubmit] {
+        let bench = Bench::new(policy);
+        bench.offer(1);
+        let ring = bench.kick();
+        let request = bench.taken.recv().unwrap();
+        request.complete_with(None, Vec::new(), 0);
+        bench.go.send(()).unwrap();
+        ring.join().unwrap();
+        for _pause in 0..2 {
+            assert_eq!(bench.stop().join().unwrap(), 1);
+            bench.vring.set_queue_ready(true);
+        }
+        let started = bench.ring.start(&bench.vring).unwrap();
+        assert_eq!(started.start, RingStart::Resumed, "{policy:?}");
+    }
+}
