@@ -56,8 +56,8 @@ impl Job {
     }
 }
 
-/// All jobs, in the order of their runs.
-fn jobs() -> Vec<Job> {
+/// All jobs, in the order of their runs. A quick trial has several threads only in jobs with fsync.
+fn jobs(quick: bool) -> Vec<Job> {
     let cold = |engine, rw| Job { engine, rw, threads: 1, fsync: false, cold: true };
     let mut jobs = Vec::new();
     for engine in ["psync", "mmap"] {
@@ -66,7 +66,8 @@ fn jobs() -> Vec<Job> {
     for engine in ["psync", "mmap"] {
         for rw in ["read", "randread", "write", "randwrite"] {
             let job = |threads| Job { engine, rw, threads, fsync: false, cold: false };
-            jobs.extend([1, 4].map(job));
+            jobs.push(job(1));
+            jobs.extend((!quick).then(|| job(4)));
         }
     }
     jobs.extend(fsyncs());
@@ -114,7 +115,7 @@ fn measure(
         for index in in_turn(peers.len(), round) {
             let peer = &peers[index];
             step(&format!("round {} of {rounds}: {}", round + 1, peer.name()));
-            let jobs: Vec<_> = jobs().into_iter().filter(|job| peer.runs(job)).collect();
+            let jobs: Vec<_> = jobs(quick).into_iter().filter(|job| peer.runs(job)).collect();
             let words: Vec<_> = jobs.iter().enumerate().map(|(i, job)| job.words(i)).collect();
             for (job, iops) in jobs.iter().zip(peer.run(guest, dir.path(), runtime, &words)) {
                 figures.add(&job.name(), "/s", Better::More, index, iops);

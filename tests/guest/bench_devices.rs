@@ -138,7 +138,13 @@ pub fn run(guest: &Guest, quick: bool, rounds: usize, how: &How, step: &dyn Fn(&
         step(&format!("round {} of {rounds}: {}", round + 1, NAMES.join(", ")));
         let peers = if quick { BLK } else { NAMES.len() };
         let mut add = |row: String, peer, iops| figures.add(&row, "/s", Better::More, peer, iops);
-        Fixture::boot(guest, None).measure(peers, round, runtime, jobs().into_iter(), &mut add);
+        Fixture::boot(guest, None).measure(
+            peers,
+            round,
+            runtime,
+            jobs(quick).into_iter(),
+            &mut add,
+        );
         if let Some(kernel) = &parallel {
             step(&format!("round {} of {rounds}: a kernel with parallel flushes", round + 1));
             let fixture = Fixture::boot(guest, Some(kernel.clone()));
@@ -154,7 +160,7 @@ pub fn run(guest: &Guest, quick: bool, rounds: usize, how: &How, step: &dyn Fn(&
         32 => 4.0,
         _ => 1.0,
     };
-    let rows = jobs().into_iter().map(|job| (job.name(), least(&job)));
+    let rows = jobs(quick).into_iter().map(|job| (job.name(), least(&job)));
     for (row, least) in rows.chain(fsyncs().map(|job| (bare(&job), least(&job)))) {
         let over = |ours| figures.ratio(&row, ours, &[ours + BUILT_IN]).median;
         verdict(&format!("{row}, our pmem over QEMU's"), over(OURS), least);
