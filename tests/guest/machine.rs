@@ -23,8 +23,9 @@ pub struct Parts<'a> {
 /// What an emulated processor does better without. tsc=reliable: on a busy host the kernel's watchdog
 /// takes QEMU's TSC for unstable, and patches running code for that; under TCG with two processors
 /// this ended in an invalid opcode in `sched_clock_idle_wakeup_event` once. mitigations=off: nothing
-/// speculates here, and retpolines cost time.
-const UNDER_TCG: &str = "tsc=reliable mitigations=off";
+/// speculates here, and retpolines cost time. no_timer_check: a busy host delivers the timer's
+/// interrupts late, and the kernel then panicked with "IO-APIC + timer doesn't work!" once.
+const UNDER_TCG: &str = "tsc=reliable no_timer_check mitigations=off";
 
 /// How a VM differs from the plain one.
 #[derive(Default)]
