@@ -2,6 +2,7 @@
 
 //! The real daemon, as a process that ends with its owner.
 
+use std::borrow::BorrowMut;
 use std::env;
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -67,13 +68,13 @@ pub struct Daemon {
 
 impl Daemon {
     /// Starts `command`; its stderr is read to the end.
-    pub fn start(command: Command) -> Self {
+    pub fn start(command: impl BorrowMut<Command>) -> Self {
         Self::start_and_read(command, true)
     }
 
     /// Starts `command`; its stderr is read on only if `read_log` says so.
-    pub fn start_and_read(mut command: Command, read_log: bool) -> Self {
-        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    pub fn start_and_read(mut command: impl BorrowMut<Command>, read_log: bool) -> Self {
+        let mut child = command.borrow_mut().stderr(Stdio::piped()).spawn().unwrap();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
         let mut text = String::new();
         while !text.to_lowercase().contains("waiting for") {
@@ -129,6 +130,12 @@ impl Daemon {
     /// Waits for its end.
     pub fn wait_end(&mut self) -> ExitStatus {
         wait_end(&mut self.child)
+    }
+
+    /// Sends it a signal, and waits for its end.
+    pub fn end_with(mut self, signal: Signal) -> ExitStatus {
+        self.signal(signal);
+        self.wait_end()
     }
 
     /// Whether it has ended, without waiting.

@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use testkit::fs::{FsHost, FsOptions, RANGE};
 use testkit::fuse::FsGuest;
 use testkit::fuse_abi::{self as abi, MAP_READ, MAP_WRITE, op, u32_at, u64_at};
-use testkit::slow::{DELAY, HELD, Strace, skip};
+use testkit::slow::{DELAY, Strace, skip};
 
 const BOTH: u64 = MAP_READ | MAP_WRITE;
 const OLD: u64 = 1000;
@@ -127,8 +127,8 @@ fn nobody_waits_behind_a_slow_close() {
         let (mut guest, node, fh) = host.boot_with_stored_file();
         assert!(guest.vmm.store(0, &[3]));
         // The first call is the one that waits for the disk.
-        let held = format!("{HELD}:when=1");
-        let mut strace = Strace::attach(host.pid(), "sync_file_range", &held);
+        let delay = "delay_enter=4000000:when=1";
+        let mut strace = Strace::attach(host.pid(), "sync_file_range", delay);
         let flush = guest.send(op::FLUSH, node, &abi::flush(fh), 0);
         strace.wait_begun(1);
         if reset {

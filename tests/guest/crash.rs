@@ -4,7 +4,7 @@
 //! steps of a plan. Every acknowledged byte must be there: after a kill in the file system, which
 //! stays in use, and in the images of the lossy disk that the host finds after a power failure.
 //!
-//! `VUD_CRASH_ROUNDS` is the number of rounds (default: 10), `VUD_CRASH_SEED` the seed,
+//! `VUD_CRASH_ROUNDS` is the number of rounds (default: 10), `VUD_CRASH_SEED` the random seed,
 //! `VUD_CRASH_ROUND` the number of the only round to run; `ci/crash` sets them.
 
 use std::collections::BTreeMap;

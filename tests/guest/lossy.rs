@@ -49,7 +49,7 @@ pub struct LossyDisk {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Survivors {
     None,
-    /// Each sector with a probability of 1/2; the value is the seed.
+    /// Each sector with a probability of 1/2; the value is the random seed.
     Some(u64),
     All,
 }

@@ -23,8 +23,9 @@ pub struct Parts<'a> {
 /// Kernel parameters for an emulated processor. tsc=reliable: on a busy host the kernel's clock
 /// watchdog marks QEMU's TSC as unstable and patches running code; under TCG with two processors
 /// this once ended in an invalid opcode in `sched_clock_idle_wakeup_event`. mitigations=off: TCG does
-/// not speculate, and retpolines cost time.
-const UNDER_TCG: &str = "tsc=reliable mitigations=off";
+/// not speculate, and retpolines cost time. no_timer_check: a busy host delivers timer interrupts
+/// late; the kernel once panicked with "IO-APIC + timer doesn't work!".
+const UNDER_TCG: &str = "tsc=reliable no_timer_check mitigations=off";
 
 /// How a VM differs from the default one.
 #[derive(Default)]

@@ -13,11 +13,12 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
+use testkit::daemon::Daemon;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-dax");
 const NOBODY: u32 = 65534;
@@ -92,33 +93,7 @@ impl Place {
 
     /// Starts a daemon and returns once it says that it waits.
     fn start(&self, command: &mut Command) -> Daemon {
-        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-        let mut stderr = BufReader::new(child.stderr.take().unwrap());
-        let mut said = String::new();
-        while !said.contains("waiting for a front-end") {
-            let got = stderr.read_line(&mut said).unwrap();
-            assert_ne!(got, 0, "the daemon ended: {said}");
-        }
-        Daemon { child, said }
-    }
-}
-
-struct Daemon {
-    child: Child,
-    said: String,
-}
-
-impl Daemon {
-    fn end_with(mut self, signal: Signal) -> ExitStatus {
-        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
-        self.child.wait().unwrap()
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        Daemon::start(command)
     }
 }
 
@@ -280,7 +255,7 @@ fn idle_options_are_told_of() {
         (&["--allow-mmap", "--cache", "always"], "--allow-mmap does nothing"),
     ] {
         let daemon = place.start(&mut place.fs(arguments));
-        assert!(daemon.said.contains(words), "{}", daemon.said);
+        assert!(daemon.said().contains(words), "{}", daemon.said());
         assert!(daemon.end_with(Signal::SIGTERM).success());
     }
 }
@@ -295,12 +270,12 @@ fn a_share_says_what_is_in_force() {
         (&["--readonly"], "no window: the share is read-only"),
     ] {
         let daemon = place.start(&mut place.fs(arguments));
-        assert!(daemon.said.contains(words), "{}", daemon.said);
+        assert!(daemon.said().contains(words), "{}", daemon.said());
         assert!(daemon.end_with(Signal::SIGTERM).success());
     }
     let daemon = place.start(&mut place.fs(&["--window-size", "64M"]));
     let told = ["a window of 64M; the ends of files are mapped", "no window: the end of a file"];
-    assert!(told.iter().any(|words| daemon.said.contains(words)), "{}", daemon.said);
+    assert!(told.iter().any(|words| daemon.said().contains(words)), "{}", daemon.said());
 }
 
 /// Shows: a daemon that is not root serves from a user namespace, in which the numbers are as told.
@@ -323,10 +298,10 @@ fn an_ordinary_user_has_a_map_of_users() {
     command.args(["--uid-map", ":0:65534:1:", "--gid-map", ":0:65534:1:"]);
     let daemon = place.start(command.uid(NOBODY).gid(NOBODY));
     for map in ["uid_map", "gid_map"] {
-        let told = fs::read_to_string(format!("/proc/{}/{map}", daemon.child.id())).unwrap();
+        let told = fs::read_to_string(format!("/proc/{}/{map}", daemon.pid())).unwrap();
         assert_eq!(told.split_whitespace().collect::<Vec<_>>(), ["0", "65534", "1"]);
     }
-    assert!(daemon.said.contains("no window"), "{}", daemon.said);
+    assert!(daemon.said().contains("no window"), "{}", daemon.said());
 }
 
 /// Shows: a size that can't be is refused, and says what would do.
@@ -413,7 +388,7 @@ fn blocks_are_allocated_at_creation_unless_sparse() {
     assert_eq!(made.mode() & 0o777, 0o600, "a VM's memory is nobody else's");
     assert!(sparse.end_with(Signal::SIGTERM).success());
     let warned = place.start(&mut place.pmem("holes"));
-    assert!(warned.said.contains("8M of holes"), "{}", warned.said);
+    assert!(warned.said().contains("8M of holes"), "{}", warned.said());
 }
 
 /// Shows: the start says what a flush is and what it is worth; what can't be promised is refused,
@@ -422,8 +397,8 @@ fn blocks_are_allocated_at_creation_unless_sparse() {
 fn persist_is_what_the_backing_can_keep() {
     let place = Place::new();
     let auto = place.start(&mut place.pmem("good"));
-    assert!(auto.said.contains("a flush is fdatasync"), "{}", auto.said);
-    assert!(auto.said.contains("survives this daemon, the VM and power loss"), "{}", auto.said);
+    assert!(auto.said().contains("a flush is fdatasync"), "{}", auto.said());
+    assert!(auto.said().contains("survives this daemon, the VM and power loss"), "{}", auto.said());
     assert!(auto.end_with(Signal::SIGTERM).success());
     for file in ["good", "new"] {
         let mut command = place.pmem(file);
@@ -442,8 +417,8 @@ fn persist_is_what_the_backing_can_keep() {
         command.arg("pmem").arg("--socket-path").arg(place.path("sock")).arg("--file");
         command.arg(memory.path().join("file")).args(["--size", "4M", "--persist", how]);
         let daemon = place.start(&mut command);
-        assert!(daemon.said.contains(said), "{}", daemon.said);
-        assert!(daemon.said.contains("no power loss"), "{}", daemon.said);
+        assert!(daemon.said().contains(said), "{}", daemon.said());
+        assert!(daemon.said().contains("no power loss"), "{}", daemon.said());
         assert!(daemon.end_with(Signal::SIGTERM).success());
     }
 }
@@ -620,11 +595,11 @@ fn versions_and_repeated_options() {
     let place = Place::new();
     let last = ["--tag", "last", "--window-size", "2M", "--window-size", "0", "--readonly"];
     let share = place.start(place.fs(&last).arg("--readonly"));
-    assert!(share.said.contains("tag last"), "{}", share.said);
-    assert!(share.said.contains("no window: every access"), "{}", share.said);
+    assert!(share.said().contains("tag last"), "{}", share.said());
+    assert!(share.said().contains("no window: every access"), "{}", share.said());
     assert!(share.end_with(Signal::SIGTERM).success());
     let pmem = place.start(place.pmem("missing").arg("--file").arg(place.path("good")));
-    assert!(pmem.said.contains("good: 4M"), "{}", pmem.said);
+    assert!(pmem.said().contains("good: 4M"), "{}", pmem.said());
     assert!(pmem.end_with(Signal::SIGTERM).success());
 }
 
@@ -653,9 +628,10 @@ fn options_that_want_more_than_one_may() {
         &["--inode-file-handles=mandatory", "CAP_DAC_READ_SEARCH", "take prefer"],
     );
     let daemon = place.start(&mut without("dac_read_search", &["--window-size", "0"]));
-    let warned: Vec<_> = daemon.said.lines().filter(|line| line.contains("warn:")).collect();
-    assert_eq!(warned.len(), 1, "{}", daemon.said);
-    assert!(warned[0].contains("--inode-file-handles=prefer"), "{}", daemon.said);
+    let said = daemon.said();
+    let warned: Vec<_> = said.lines().filter(|line| line.contains("warn:")).collect();
+    assert_eq!(warned.len(), 1, "{said}");
+    assert!(warned[0].contains("--inode-file-handles=prefer"), "{}", daemon.said());
     assert!(daemon.end_with(Signal::SIGTERM).success());
 }
 
@@ -691,7 +667,7 @@ fn one_session_or_many() {
     let place = Place::new();
     let mut once = place.start(&mut place.pmem("good"));
     drop(UnixStream::connect(place.path("sock")).unwrap());
-    assert_eq!(once.child.wait().unwrap().code(), Some(0));
+    assert_eq!(once.wait_end().code(), Some(0));
     assert!(!place.path("sock").exists());
 
     let mut command = place.pmem("good");

@@ -6,13 +6,13 @@
 //! (`/dev/dax0.0`).
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 
 use tempfile::TempDir;
+use testkit::daemon::Daemon;
 use testkit::driver::{Answer, Driver, DriverOptions};
 use testkit::fs::{FsHost, FsOptions, RANGE};
 use testkit::fuse_abi::{MAP_READ, MAP_WRITE};
@@ -37,8 +37,7 @@ fn dax_dir() -> TempDir {
 /// `vhost-user-dax pmem`, the real binary, and a guest before it.
 struct Pmem {
     file: PathBuf,
-    child: Child,
-    said: String,
+    daemon: Daemon,
     driver: Driver,
     vmm: StrictVmm,
 }
@@ -48,20 +47,14 @@ impl Pmem {
         let socket = dir.join("sock");
         let mut command = Command::new(BINARY);
         command.arg("pmem").arg("--socket-path").arg(&socket).arg("--file").arg(file);
-        command.args(more).stderr(Stdio::piped()).env_remove("RUST_LOG");
-        let mut child = command.spawn().unwrap();
-        let mut said = String::new();
-        let mut stderr = BufReader::new(child.stderr.take().unwrap());
-        while !said.contains("waiting for a front-end") {
-            assert_ne!(stderr.read_line(&mut said).unwrap(), 0, "the daemon ended: {said}");
-        }
-        std::thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::sink()));
+        command.args(more).env_remove("RUST_LOG");
+        let daemon = Daemon::start(command);
         let ram = guest_ram(1);
         let mut vmm = StrictVmm::connect(&socket, &ram, VmmOptions::default()).unwrap();
         let mut driver = Driver::new(ram, DriverOptions::default());
         vmm.start(&mut driver);
         vmm.wait_live(1);
-        Self { file: file.to_owned(), child, said, driver, vmm }
+        Self { file: file.to_owned(), daemon, driver, vmm }
     }
 
     fn store(&mut self, at: u64, bytes: &[u8]) {
@@ -72,19 +65,12 @@ impl Pmem {
     fn end(mut self) {
         self.vmm.check();
         self.vmm.kill();
-        assert!(self.child.wait().unwrap().success());
+        assert!(self.daemon.wait_end().success());
         let file = self.file.clone();
         drop(self);
         // The VM's map carries the lock, too, and its thread has it for a moment more.
         let spec = PmemFileSpec { path: file, size: None, sparse: true };
         testkit::eventually("the VM to let go of the file", || PmemFile::open(&spec).is_ok());
-    }
-}
-
-impl Drop for Pmem {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -116,7 +102,11 @@ fn blocks_are_settled_before_lines_count() {
     let path = dir.path().join("pmem");
     File::create(&path).unwrap().set_len(FILE_BYTES).unwrap();
     let mut pmem = Pmem::start(dir.path(), &path, &["--persist=cacheline"]);
-    assert!(pmem.said.contains("a DAX file system: a flush is CL"), "{}", pmem.said);
+    assert!(
+        pmem.daemon.said().contains("a DAX file system: a flush is CL"),
+        "{}",
+        pmem.daemon.said()
+    );
     assert!(fs::metadata(&path).unwrap().blocks() * 512 >= FILE_BYTES, "holes are left");
     pmem.store(FILE_BYTES - 3, b"end");
     pmem.end();
@@ -161,7 +151,7 @@ fn pmem_on_a_device_dax_node() {
         DaxNode::of(&file).unwrap().unwrap().bytes
     };
     let mut pmem = Pmem::start(dir.path(), &node, &[]);
-    assert!(pmem.said.contains("device-DAX: a flush is CL"), "{}", pmem.said);
+    assert!(pmem.daemon.said().contains("device-DAX: a flush is CL"), "{}", pmem.daemon.said());
     for at in (0..bytes).step_by(1 << 20) {
         assert!(pmem.vmm.store(at + 5, &at.to_le_bytes()));
     }
