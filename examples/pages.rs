@@ -95,6 +95,14 @@ fn verbatim(heading: &str, text: &str) -> String {
     format!(".SH \"{heading}\"\n.nf\n{}\n.fi\n", lines.join("\n"))
 }
 
+/// clap_complete 4.6 takes a hyphen in the program's name for the end of a subcommand, in the labels
+/// of the bash script but not in the variable that is compared with them. No option is offered then.
+fn mend_bash(script: &Path) -> io::Result<()> {
+    let separated = format!("{}__subcmd__", NAME.replace('-', "__subcmd__"));
+    let joined = format!("{}__subcmd__", NAME.replace('-', "__"));
+    fs::write(script, fs::read_to_string(script)?.replace(&separated, &joined))
+}
+
 fn main() -> io::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [directory, date] = &arguments[..] else {
@@ -104,7 +112,10 @@ fn main() -> io::Result<()> {
     fs::create_dir_all(directory)?;
     let mut command = cli::Cli::command().name(NAME).bin_name(NAME).disable_help_subcommand(true);
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        generate_to(shell, &mut command.clone(), NAME, directory)?;
+        let script = generate_to(shell, &mut command.clone(), NAME, directory)?;
+        if shell == Shell::Bash {
+            mend_bash(&script)?;
+        }
     }
     command.build();
     let names: Vec<String> =
