@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Beside the path: the log on stderr. A guest can't fill the log, and a slow reader of stderr
+//! Beside all steps: the log on stderr. A guest can't fill the log, and a slow reader of stderr
 //! delays no request.
 //!
-//! Each log statement (ours or a library's) may log `BURST` lines at once and one line per second
-//! from then on. Further lines are held back and counted; the count is logged with the next line of
-//! that statement, or one second later. The levels `debug` and `trace` have no limit. After
-//! [`detach`] a thread of its own writes to stderr: lines wait for it in a queue of `QUEUE_LINES`
-//! lines, and lines that find the queue full are counted; that count is logged, too.
+//! Each log statement (of this crate or of a library) may log `BURST` lines at once and one line
+//! per second from then on. Further lines are held back and counted; the count is logged with the
+//! next line of that statement, or one second later. The levels `debug` and `trace` have no limit.
+//! After [`detach`] the thread `stderr` writes the lines. They wait in a queue of `QUEUE_LINES`
+//! lines; lines that find the queue full are lost and counted, and that count is logged.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Write};
@@ -24,13 +24,13 @@ use crate::support::log_limit::HeldBack;
 /// Number of lines that one log statement may log at once.
 const BURST: u64 = 20;
 
-/// Time after which one more line is allowed.
+/// Time after which a log statement may log one more line.
 const REFILL: Duration = Duration::from_secs(1);
 
-/// Number of lines that wait to be written, at most.
+/// Limit on the number of lines in the queue.
 const QUEUE_LINES: usize = 1024;
 
-/// How long the process waits for stderr before it ends, at most.
+/// Limit on the time for which the process waits for stderr before it ends.
 const LAST_WAIT: Duration = Duration::from_secs(1);
 
 /// A log statement: file and line.
@@ -58,7 +58,7 @@ impl Limit {
         }
     }
 
-    /// The line, with the number of lines held back before it; None if this line is held back.
+    /// The line with the number of lines held back before it; None if this line is held back.
     fn admit(&mut self, now: Instant, text: String) -> Option<String> {
         self.refill(now);
         if self.left == 0 {
@@ -71,7 +71,8 @@ impl Limit {
         Some(said(self.level, &format!("{text}{held_back}")))
     }
 
-    /// The line that reports the lines held back, if no other line comes.
+    /// The line that reports the number of lines held back, if that is due. `last`: the process
+    /// ends.
     fn settle(&mut self, now: Instant, last: bool) -> Option<String> {
         self.refill(now);
         if self.held_back == 0 || (self.left == 0 && !last) {
@@ -94,9 +95,9 @@ struct State {
     waiting: VecDeque<String>,
     /// Number of lines for which the queue had no room.
     lost: u64,
-    /// The stderr thread runs.
+    /// The thread `stderr` has been started.
     detached: bool,
-    /// The stderr thread is in write(2).
+    /// The thread `stderr` is in write(2).
     busy: bool,
 }
 
@@ -109,7 +110,7 @@ impl State {
         }
     }
 
-    /// Queues the lines that report held-back lines.
+    /// Queues the lines that report the numbers of lines held back.
     fn settle(&mut self, now: Instant, last: bool) {
         let limits = self.limits.values_mut();
         let lines: Vec<_> = limits.filter_map(|limit| limit.settle(now, last)).collect();
@@ -136,7 +137,8 @@ impl State {
 struct Stderr {
     filter: Logger,
     state: Mutex<State>,
-    /// The queue has got its first line, or has become empty.
+    /// Notified when a line was queued, when the first line was held back, and when the queue is
+    /// empty.
     changed: Condvar,
 }
 
@@ -237,7 +239,7 @@ pub fn init(level: LevelFilter) {
     builder.filter_level(level);
     // The crate virtio-queue logs each malformed chain; the device logs them itself, by a limit.
     builder.filter_module("virtio_queue", LevelFilter::Off);
-    // A hard limit of open files below the one that virtiofsd asks for is the usual case.
+    // virtiofsd logs a hard limit on open files that is lower than its request: the common case.
     builder.filter_module("virtiofsd::limits", LevelFilter::Off);
     if std::env::var_os("RUST_LOG").is_some() {
         builder.parse_default_env();
@@ -274,7 +276,7 @@ pub fn last_words(text: &str) {
     let line = format!("vhost-user-dax: {text}");
     match STDERR.get() {
         Some(stderr) => {
-            // If it fails, the calling thread writes.
+            // If the thread can't be started, the calling thread writes the line itself.
             let _ = detach();
             stderr.say(stderr.lock(), line);
             stderr.flush();
@@ -291,8 +293,8 @@ mod tests {
         Limit::new(start, Level::Warn)
     }
 
-    /// Shows: of a flood the first `BURST` lines are logged, then one line per second with the number
-    /// of lines held back.
+    /// Shows: of a flood of lines the first `BURST` are logged, then one line per second with the
+    /// number of lines held back.
     #[test]
     fn a_flood_is_counted() {
         let start = Instant::now();
@@ -307,8 +309,8 @@ mod tests {
         assert!(said[20].ends_with("line 1000 (980 more such lines held back)"), "{}", said[20]);
     }
 
-    /// Shows: the number of lines held back is logged after `REFILL` though no other line comes, and
-    /// at the end of the process in any case.
+    /// Shows: the number of lines held back is logged after `REFILL` although no other line follows,
+    /// and at the end of the process in any case.
     #[test]
     fn held_back_lines_are_reported() {
         let start = Instant::now();
