@@ -6,7 +6,7 @@
 //! Each log statement (of this crate or of a library) may log `BURST` lines at once and one line
 //! per second from then on. Further lines are held back and counted; the count is logged with the
 //! next line of that statement, or one second later. The levels `debug` and `trace` have no limit.
-//! After [`detach`] the thread `stderr` writes the lines. They wait in a queue of `QUEUE_LINES`
+//! After `detach` the thread `stderr` writes the lines. They wait in a queue of `QUEUE_LINES`
 //! lines; lines that find the queue full are lost and counted, and that count is logged.
 
 use std::collections::{HashMap, VecDeque};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The real daemon, as a process that ends with its owner.
+//! The real daemon as a child process, which is killed when its owner is dropped.
 
 use std::env;
 use std::io::{BufRead, BufReader};
@@ -47,7 +47,7 @@ fn pidfd_of(child: &Child) -> OwnedFd {
     // SAFETY: pidfd_open takes numbers only.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) };
     assert!(fd >= 0, "pidfd_open: {}", Errno::last());
-    // SAFETY: the kernel has just returned this descriptor, and nobody else has it.
+    // SAFETY: the kernel has just returned this descriptor, and no other owner exists.
     unsafe { OwnedFd::from_raw_fd(fd as i32) }
 }
 
@@ -57,21 +57,21 @@ struct Log {
     grown: Condvar,
 }
 
-/// A daemon that has said that it waits for a front-end.
+/// A daemon that has logged that it waits for a front-end.
 pub struct Daemon {
     child: Child,
     log: Arc<Log>,
-    /// A stderr that nobody reads.
+    /// A stderr that no thread reads.
     _unread: Option<BufReader<ChildStderr>>,
 }
 
 impl Daemon {
-    /// Starts `command`; its stderr is read to the end.
+    /// Starts `command`; a thread reads its stderr to the end.
     pub fn start(command: Command) -> Self {
         Self::start_and_read(command, true)
     }
 
-    /// Starts `command`; its stderr is read on only if `read_log` says so.
+    /// Starts `command`. `read_log`: a thread reads its stderr after the start, too.
     pub fn start_and_read(mut command: Command, read_log: bool) -> Self {
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
@@ -97,17 +97,17 @@ impl Daemon {
         Self { child, log, _unread }
     }
 
-    /// Its process.
+    /// The process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// What it has logged.
+    /// The log so far.
     pub fn said(&self) -> String {
         self.log.text.lock().unwrap().clone()
     }
 
-    /// Waits until it has logged `words`.
+    /// Waits until the log contains `words`.
     pub fn wait_said(&self, words: &str) {
         let text = self.log.text.lock().unwrap();
         let stop = |text: &mut String| !text.contains(words);
@@ -115,23 +115,23 @@ impl Daemon {
         assert!(!timeout.timed_out(), "hang: waited for '{words}' in: {text}");
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the process.
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
-    /// Kills it.
+    /// Kills the process with SIGKILL.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
-    /// Waits for its end.
+    /// Waits until the process ends.
     pub fn wait_end(&mut self) -> ExitStatus {
         wait_end(&mut self.child)
     }
 
-    /// Whether it has ended, without waiting.
+    /// Whether the process has ended. Does not wait.
     pub fn is_over(&mut self) -> bool {
         self.child.try_wait().unwrap().is_some()
     }

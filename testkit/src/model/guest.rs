@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The model: the guest's grants, the pages that it may have stored to, and the durable ones.
+//! The model: the guest's grants, the pages that it may have stored to, and the durable pages.
 //!
 //! The modelled guest is the worst case: at every moment it stores to every page that it may write.
 
@@ -217,7 +217,7 @@ impl Mapper for FrontEnd {
     }
 }
 
-/// One file's disk: the flushes and syncs that it has got.
+/// One file's disk: counts the flushes and syncs of the engine.
 pub struct Disk {
     pub file: usize,
     pub kernel: bool,
