@@ -209,15 +209,15 @@ impl<'a> FoundFile<'a> {
         }
     }
 
-    /// Returns the file; creates it if it was missing. Fails soon after `is_asked` returns true.
+    /// Returns the file; creates it if it was missing. Fails soon after `must_end` returns true.
     ///
     /// # Errors
     /// [`PmemFileError`]; a file that was created has been removed then.
-    pub fn make(self, is_asked: &dyn Fn() -> bool) -> Result<PmemFile, PmemFileError> {
+    pub fn make(self, must_end: &dyn Fn() -> bool) -> Result<PmemFile, PmemFileError> {
         let path = self.spec.path.clone();
         match self.found {
             Found::There(file, _) => Ok(PmemFile { file: Arc::new(file), path, is_new: false }),
-            Found::Missing(size) => PmemFile::create(self.spec, size, is_asked),
+            Found::Missing(size) => PmemFile::create(self.spec, size, must_end),
         }
     }
 }
@@ -238,8 +238,7 @@ fn open_found(path: &Path, name: &File) -> Result<Found, PmemFileError> {
     Ok(Found::There(file, node))
 }
 
-/// Checks the size of a device-DAX node. A node is one extent, so a map is as aligned as its
-/// offset.
+/// Checks the size of a device-DAX node. A node is contiguous, so its maps have its alignment.
 fn check_node(spec: &PmemFileSpec, node: DaxNode) -> Result<(), PmemFileError> {
     let path = spec.path.clone();
     let size = PmemSize::new(node.bytes);
@@ -291,7 +290,7 @@ impl PmemFile {
     fn create(
         spec: &PmemFileSpec,
         size: PmemSize,
-        is_asked: &dyn Fn() -> bool,
+        must_end: &dyn Fn() -> bool,
     ) -> Result<Self, PmemFileError> {
         let path = &spec.path;
         let file = OpenOptions::new()
@@ -304,7 +303,7 @@ impl PmemFile {
         // From here on a failure removes the file.
         let created = Self { file: Arc::new(file), path: path.clone(), is_new: true };
         lock(&created.file, path)?;
-        created.give_size(size, spec.sparse, is_asked)?;
+        created.give_size(size, spec.sparse, must_end)?;
         // The first flush promises that the file survives, so its directory entry must be durable,
         // too.
         created
@@ -319,9 +318,9 @@ impl PmemFile {
         &self,
         size: PmemSize,
         sparse: bool,
-        is_asked: &dyn Fn() -> bool,
+        must_end: &dyn Fn() -> bool,
     ) -> Result<(), PmemFileError> {
-        let made = if sparse { Ok(()) } else { self.allocate(size, is_asked) };
+        let made = if sparse { Ok(()) } else { self.allocate(size, must_end) };
         let path = self.path.clone();
         // Sets the final length last: until then no start takes the file for a complete one.
         made.and_then(|()| self.file.set_len(size.bytes())).map_err(|error| {
@@ -334,11 +333,11 @@ impl PmemFile {
         })
     }
 
-    fn allocate(&self, size: PmemSize, is_asked: &dyn Fn() -> bool) -> io::Result<()> {
+    fn allocate(&self, size: PmemSize, must_end: &dyn Fn() -> bool) -> io::Result<()> {
         info!("creating {} and allocating {size}", self.path.display());
         let unfinished = size.bytes() - UNFINISHED_LACKS_BYTES;
         self.file.set_len(unfinished)?;
-        in_pieces("allocated", unfinished, is_asked, |from, bytes| {
+        in_pieces("allocated", unfinished, must_end, |from, bytes| {
             allocate(&self.file, FallocateFlags::empty(), from, bytes)
         })
     }
@@ -358,12 +357,12 @@ impl PmemFile {
     pub fn populate_blocks(
         &self,
         direct: &Direct,
-        is_asked: &dyn Fn() -> bool,
+        must_end: &dyn Fn() -> bool,
     ) -> Result<(), PmemFileError> {
         let path = &self.path;
         let bytes = self.file.metadata().map_err(|e| open_error(path, e))?.len();
         info!("allocating a durable block for each page of {}", path.display());
-        in_pieces("allocated durably", bytes, is_asked, |from, bytes| {
+        in_pieces("allocated durably", bytes, must_end, |from, bytes| {
             allocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes)?;
             direct.populate_blocks(FileRange::new(FileOffset(from), bytes))
         })
@@ -397,16 +396,16 @@ impl Drop for PmemFile {
 /// two pieces. Logs the progress.
 ///
 /// # Errors
-/// The errors of `work`, and EINTR once `is_asked` returns true.
+/// The errors of `work`, and EINTR once `must_end` returns true.
 fn in_pieces(
     what: &str,
     bytes: u64,
-    is_asked: &dyn Fn() -> bool,
+    must_end: &dyn Fn() -> bool,
     work: impl Fn(u64, u64) -> io::Result<()>,
 ) -> io::Result<()> {
     let mut logged = Instant::now();
     for from in (0..bytes).step_by(PIECE_BYTES as usize) {
-        if is_asked() {
+        if must_end() {
             return Err(Errno::EINTR.into());
         }
         if logged.elapsed() >= PROGRESS_EVERY {
@@ -480,15 +479,15 @@ mod tests {
 
     use super::*;
 
-    /// Shows: the pieces cover the whole range, each once; no piece is done after `is_asked` is
+    /// Shows: the pieces cover the whole range, each once; no piece is done after `must_end` is
     /// true.
     #[test]
     fn pieces_cover_the_range_until_a_signal() {
         let whole = 2 * PIECE_BYTES + 4095;
-        for (asked_after, done) in [(usize::MAX, 3), (2, 2), (0, 0)] {
+        for (ends_after, done) in [(usize::MAX, 3), (2, 2), (0, 0)] {
             let pieces = RefCell::new(Vec::new());
-            let is_asked = || pieces.borrow().len() >= asked_after;
-            let ended = in_pieces("tried", whole, &is_asked, |from, bytes| {
+            let must_end = || pieces.borrow().len() >= ends_after;
+            let ended = in_pieces("tried", whole, &must_end, |from, bytes| {
                 pieces.borrow_mut().push((from, bytes));
                 Ok(())
             });

@@ -150,13 +150,13 @@ impl Pmem {
 
 /// The function that makes the whole file durable. Logs the first failure.
 fn writeback(engine: Arc<Engine>, space: Arc<Space>) -> impl FnMut() -> bool {
-    let mut said = false;
+    let mut logged = false;
     move || {
         let done = engine.writeback(&space, PageIndex(0), PageIndex::LAST);
         if let Err(e) = &done
-            && !said
+            && !logged
         {
-            said = true;
+            logged = true;
             error!(
                 "a sync failed: {e}; data may be lost. Every flush from now on fails. \
                  Check the disk and the file, then start the daemon again"

@@ -139,8 +139,8 @@ pub struct Ring {
     /// Whether `state.phase` is not `Stopped`, readable without the lock: see
     /// [`is_started`](Ring::is_started).
     started: AtomicBool,
-    /// Notified when the ring has stopped or started, when the process is about to end, and when a
-    /// thread has unpinned the ring.
+    /// Notified when the ring runs, when its open requests become void, when the process is about
+    /// to end, and when a thread has unpinned the ring.
     changed: Condvar,
     wake: Arc<Wake>,
     /// The library's vring, set at the first start. It stays the same during a session.
@@ -480,8 +480,8 @@ impl RequestOwner for Ring {
             Phase::AwaitingWindow | Phase::Stopped => state.deferred.push(answer),
         }
         if state.ring_full {
-            // Served by other threads: this thread may be the end of a request of the ring's own
-            // thread.
+            // Not drain(): this thread may be completing a request that drain() has taken, and must
+            // not serve another one inside it.
             self.hand_out(state);
         }
     }

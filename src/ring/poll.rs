@@ -90,7 +90,7 @@ impl Turns {
         if poll.hits % YIELD_EVERY == YIELD_EVERY - 1 {
             yield_now();
             if began.elapsed() >= POLL {
-                return Some(false); // The processor is busy: to sleep until a kick is quicker.
+                return Some(false); // The processor is busy: a thread that sleeps gets it sooner.
             }
         }
         loop {

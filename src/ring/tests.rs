@@ -15,7 +15,9 @@ use crate::device::request::Request;
 use crate::device::{Drained, InlineWork, SessionWindow};
 use crate::window::WindowBytes;
 
+/// The queue's size, in descriptors.
 const SIZE: u16 = 16;
+/// Guest addresses: available ring, used ring, replies. The descriptor table is at 0.
 const AVAIL: u64 = 0x1000;
 const USED: u64 = 0x2000;
 const REPLIES: u64 = 0x1_0000;

@@ -11,8 +11,8 @@ use crate::support::lock::{Mutex, Rank, lock};
 /// Whether the device is started.
 pub(crate) struct Life {
     started: AtomicBool,
-    /// A ring was started, and none was stopped since. Locked while `start` starts a ring and sets
-    /// it, and while a stop undoes what a start did. Ring locks are taken under it.
+    /// A ring was started, and none was stopped since. Locked during each `start`, `go_on` and
+    /// `stop`. Ring locks are taken under it.
     begun: Mutex<bool>,
 }
 

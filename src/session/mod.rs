@@ -112,11 +112,11 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
     // All checks that only look are done. The socket is bound before the file is created: so no
     // slow step, and no step that two daemons must not both do, lies between the check of the path
     // and its bind.
-    let listening = checked.listen(&|| signals.is_asked())?;
+    let listening = checked.listen(&|| signals.must_end())?;
     let Some((listener, bound)) = listening else { return Ok(()) };
     let stop = begin(signals, bound)?;
-    let is_asked = || stop.is_asked();
-    let made = stop.making(|| make_file(found, chosen, &is_asked))?;
+    let must_end = || stop.must_end();
+    let made = stop.making(|| make_file(found, chosen, &must_end))?;
     let Some((file, FilePersist { persist, .. })) = made else { return Ok(()) };
     let pmem = Pmem::with_mem_slots(file.keep(chosen), persist, config.mem_slots)?;
     let what = format!("{}: {}", path.display(), pmem.size());
@@ -127,12 +127,12 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
 fn make_file(
     found: FoundFile<'_>,
     chosen: Durability,
-    is_asked: &dyn Fn() -> bool,
+    must_end: &dyn Fn() -> bool,
 ) -> Result<(PmemFile, FilePersist), DaemonError> {
-    let file = found.make(is_asked)?;
+    let file = found.make(must_end)?;
     let persist = chosen.persist(file.file(), file_bytes(file.file())?)?;
     if let Some(direct) = persist.direct.as_ref().filter(|_| chosen.populates_blocks()) {
-        file.populate_blocks(direct, is_asked)?;
+        file.populate_blocks(direct, must_end)?;
     }
     Ok((file, persist))
 }
@@ -153,7 +153,7 @@ pub fn run_fs(config: &FsRunConfig) -> Result<(), DaemonError> {
     let signals = signals::block()?;
     // Binds the socket first: the code of the share clears the umask, and the owner of the socket
     // is looked up outside the user namespace.
-    let listening = checked.listen(&|| signals.is_asked())?;
+    let listening = checked.listen(&|| signals.must_end())?;
     let Some((listener, bound)) = listening else { return Ok(()) };
     if mapped {
         // Before the first thread starts: unshare(2) CLONE_NEWUSER needs a process of one thread.

@@ -33,7 +33,7 @@ pub(crate) struct Blocked {
 impl Blocked {
     /// Takes a pending SIGTERM or SIGINT; true if there was one, and the caller must end the
     /// daemon. Called only before [`Stop::start`], whose thread takes all signals.
-    pub(crate) fn is_asked(&self) -> bool {
+    pub(crate) fn must_end(&self) -> bool {
         matches!(self.ends.read_signal(), Ok(Some(_)))
     }
 }
@@ -66,7 +66,7 @@ enum Phase {
     /// Nothing is created but the socket.
     Starting,
     /// The main thread creates a file that must be removed if it is not completed; that thread
-    /// polls `asked`.
+    /// polls `must_end`.
     Making,
     /// The device serves a front-end, or waits for one.
     Serving(Arc<dyn Device>, Closing),
@@ -75,7 +75,7 @@ enum Phase {
 struct State {
     phase: Phase,
     /// SIGTERM or SIGINT has come.
-    asked: bool,
+    must_end: bool,
 }
 
 struct Inner {
@@ -93,7 +93,7 @@ impl Stop {
     /// # Errors
     /// The errno of clone(2) if the thread can't be started.
     pub(crate) fn start(signals: Blocked, bound: BoundSocket) -> io::Result<Self> {
-        let state = Mutex::new(State { phase: Phase::Starting, asked: false });
+        let state = Mutex::new(State { phase: Phase::Starting, must_end: false });
         let stop = Self(Arc::new(Inner { state, bound }));
         let theirs = stop.0.clone();
         Builder::new().name("signals".into()).spawn(move || {
@@ -108,7 +108,7 @@ impl Stop {
         Ok(stop)
     }
 
-    /// Runs `make`, which polls [`is_asked`](Self::is_asked) and fails once that is true. `None` if
+    /// Runs `make`, which polls [`must_end`](Self::must_end) and fails once that is true. `None` if
     /// SIGTERM or SIGINT came meanwhile; the result of `make` is dropped then.
     ///
     /// # Errors
@@ -117,7 +117,7 @@ impl Stop {
         self.enter(Phase::Making);
         let made = make();
         let mut state = lock(&self.0.state);
-        if state.asked {
+        if state.must_end {
             return Ok(None);
         }
         state.phase = Phase::Starting;
@@ -125,8 +125,8 @@ impl Stop {
     }
 
     /// Whether SIGTERM or SIGINT has come.
-    pub(crate) fn is_asked(&self) -> bool {
-        lock(&self.0.state).asked
+    pub(crate) fn must_end(&self) -> bool {
+        lock(&self.0.state).must_end
     }
 
     /// From now on a signal shuts `device` down before it ends the process, and `closing` wakes
@@ -137,7 +137,7 @@ impl Stop {
 
     fn enter(&self, phase: Phase) {
         let mut state = lock(&self.0.state);
-        if state.asked {
+        if state.must_end {
             drop(state);
             wait_for_the_end();
         }
@@ -154,11 +154,11 @@ impl Drop for Stop {
 impl Inner {
     fn end(&self, signal: Signal) {
         let mut state = lock(&self.state);
-        state.asked = true;
+        state.must_end = true;
         let served = match &state.phase {
             Phase::Starting => None,
             Phase::Making => {
-                // The main thread takes this lock when it polls `asked`: no line is logged under
+                // The main thread takes this lock when it polls `must_end`: no line is logged under
                 // it.
                 drop(state);
                 return info!("{signal}: removing the incomplete file");

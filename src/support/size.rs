@@ -94,6 +94,8 @@ pub enum SizeError {
 mod tests {
     use super::*;
 
+    /// Shows: a number with a binary unit is parsed; all other texts, and numbers of more than 64 bits,
+    /// are refused.
     #[test]
     fn sizes_are_parsed_with_their_unit() {
         for (text, bytes) in
@@ -109,6 +111,7 @@ mod tests {
         }
     }
 
+    /// Shows: a size is written in the largest unit of which it is a multiple.
     #[test]
     fn sizes_are_written_in_the_largest_unit_that_fits() {
         for (bytes, text) in [
@@ -123,6 +126,7 @@ mod tests {
         }
     }
 
+    /// Shows: the error of a length that is no multiple of 2 MiB names the nearest valid lengths.
     #[test]
     fn an_invalid_size_names_two_valid_ones() {
         for (bytes, below, above) in

@@ -68,7 +68,7 @@ impl Limit {
         }
         self.left -= 1;
         let held_back = HeldBack(std::mem::take(&mut self.held_back));
-        Some(said(self.level, &format!("{text}{held_back}")))
+        Some(format_line(self.level, &format!("{text}{held_back}")))
     }
 
     /// The line that reports the number of lines held back, if that is due. `last`: the process
@@ -80,11 +80,14 @@ impl Limit {
         }
         self.left = self.left.saturating_sub(1);
         let (n, text) = (std::mem::take(&mut self.held_back), std::mem::take(&mut self.last));
-        Some(said(self.level, &format!("{n} more lines like this one were held back: {text}")))
+        Some(format_line(
+            self.level,
+            &format!("{n} more lines like this one were held back: {text}"),
+        ))
     }
 }
 
-fn said(level: Level, text: &str) -> String {
+fn format_line(level: Level, text: &str) -> String {
     format!("vhost-user-dax: {}: {text}", level.as_str().to_ascii_lowercase())
 }
 
@@ -127,9 +130,10 @@ impl State {
         }
         match std::mem::take(&mut self.lost) {
             0 => None,
-            n => {
-                Some(said(Level::Warn, &format!("{n} lines were lost: stderr is read too slowly")))
-            }
+            n => Some(format_line(
+                Level::Warn,
+                &format!("{n} lines were lost: stderr is read too slowly"),
+            )),
         }
     }
 }
@@ -149,7 +153,7 @@ impl Stderr {
         lock(&self.state)
     }
 
-    fn say(&self, mut state: MutexGuard<'_, State>, line: String) {
+    fn write(&self, mut state: MutexGuard<'_, State>, line: String) {
         if state.detached {
             state.push(line);
             drop(state);
@@ -200,13 +204,13 @@ impl Log for Stderr {
         let text = record.args().to_string();
         let mut state = self.lock();
         if record.level() > Level::Info {
-            return self.say(state, said(record.level(), &text));
+            return self.write(state, format_line(record.level(), &text));
         }
         let site = (record.file_static().unwrap_or_default(), record.line().unwrap_or_default());
         let now = Instant::now();
         let limit = state.limits.entry(site).or_insert_with(|| Limit::new(now, record.level()));
         match limit.admit(now, text) {
-            Some(line) => self.say(state, line),
+            Some(line) => self.write(state, line),
             // Wakes the stderr thread: it logs the count one second later.
             None if limit.held_back == 1 => self.changed.notify_all(),
             None => {}
@@ -278,7 +282,7 @@ pub fn last_words(text: &str) {
         Some(stderr) => {
             // If the thread can't be started, the calling thread writes the line itself.
             let _ = detach();
-            stderr.say(stderr.lock(), line);
+            stderr.write(stderr.lock(), line);
             stderr.flush();
         }
         None => write_line(&line),
@@ -299,17 +303,17 @@ mod tests {
     fn a_flood_is_counted() {
         let start = Instant::now();
         let mut limit = limit(start);
-        let mut said = Vec::new();
+        let mut lines = Vec::new();
         for ms in 0..5000 {
             let now = start + Duration::from_millis(ms);
-            said.extend(limit.admit(now, format!("line {ms}")));
+            lines.extend(limit.admit(now, format!("line {ms}")));
         }
-        assert_eq!(said.len() as u64, BURST + 4);
-        assert_eq!(said[0], "vhost-user-dax: warn: line 0");
-        assert!(said[20].ends_with("line 1000 (980 more such lines held back)"), "{}", said[20]);
+        assert_eq!(lines.len() as u64, BURST + 4);
+        assert_eq!(lines[0], "vhost-user-dax: warn: line 0");
+        assert!(lines[20].ends_with("line 1000 (980 more such lines held back)"), "{}", lines[20]);
     }
 
-    /// Shows: the number of lines held back is logged after `REFILL` although no other line follows,
+    /// Shows: the number of lines held back is logged after `REFILL` although no other line comes,
     /// and at the end of the process in any case.
     #[test]
     fn held_back_lines_are_reported() {
@@ -317,8 +321,8 @@ mod tests {
         let mut limit = limit(start);
         (0..100).for_each(|i| drop(limit.admit(start, format!("line {i}"))));
         assert_eq!(limit.settle(start, false), None);
-        let said = "vhost-user-dax: warn: 80 more lines like this one were held back: line 99";
-        assert_eq!(limit.settle(start + REFILL, false).as_deref(), Some(said));
+        let line = "vhost-user-dax: warn: 80 more lines like this one were held back: line 99";
+        assert_eq!(limit.settle(start + REFILL, false).as_deref(), Some(line));
         assert_eq!(limit.settle(start + REFILL, true), None);
         (0..3).for_each(|i| drop(limit.admit(start + REFILL, format!("line {i}"))));
         assert!(limit.settle(start + REFILL, true).is_some());

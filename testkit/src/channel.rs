@@ -19,6 +19,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::machine::SharedMachine;
 
+/// Length of a vhost-user header, in bytes.
 const HEADER_BYTES: usize = 12;
 /// Limit on a payload, in bytes. VHOST_USER_PAYLOAD_SIZE is slightly larger; no request comes near.
 const MAX_PAYLOAD: usize = 4096;

@@ -14,6 +14,7 @@ use crate::strict_vmm::Ring;
 use crate::virtqueue::Virtqueue;
 pub use crate::virtqueue::{Desc, DriverOptions, INDIRECT, NEXT, Offered, WRITE};
 
+/// Guest address of the rings.
 const RINGS: u64 = 0x1000;
 /// Layout of each head's memory, in bytes: the request at 0, the reply at 16, the indirect table at
 /// 64.

@@ -134,8 +134,8 @@ pub(super) struct Machine {
     pub violations: Vec<String>,
     ram: Vec<Region>,
     live: Vec<LiveMap>,
-    told: Vec<Region>,
-    told_freed_region: bool,
+    sent: Vec<Region>,
+    sent_freed_region: bool,
 }
 
 impl Machine {
@@ -160,8 +160,8 @@ impl Machine {
             violations: Vec::new(),
             ram,
             live: Vec::new(),
-            told: Vec::new(),
-            told_freed_region: false,
+            sent: Vec::new(),
+            sent_freed_region: false,
         }
     }
 
@@ -225,12 +225,12 @@ impl Machine {
     /// Sends a memory update: with CONFIGURE_MEM_SLOTS the differences, else the whole table.
     /// Without CONFIGURE_MEM_SLOTS more than 8 regions can't be sent: QEMU prints two error lines,
     /// and the back-end's table becomes stale.
-    pub fn tell_regions(&mut self) -> Result<(), CallError> {
+    pub fn send_regions(&mut self) -> Result<(), CallError> {
         let now = self.regions();
         if !self.slots {
             return if now.len() <= BASELINE_REGIONS { self.send_table(&now) } else { Ok(()) };
         }
-        let before = std::mem::take(&mut self.told);
+        let before = std::mem::take(&mut self.sent);
         for gone in before.iter().filter(|r| !now.contains(r)) {
             self.memory_messages += 1;
             self.call("REM_MEM_REG", true, |f| f.remove_mem_region(&gone.info()))?;
@@ -240,18 +240,18 @@ impl Machine {
             self.call("ADD_MEM_REG", true, |f| f.add_mem_region(&new.info()).map(drop))?;
         }
         self.table_updates += 1;
-        self.told = now;
+        self.sent = now;
         Ok(())
     }
 
     /// Sends the memory update of a start. `Err(105)` is QEMU's `Error starting vhost-user-base:
     /// 105` (Q13).
-    pub fn tell_regions_at_start(&mut self) -> Result<(), i32> {
-        if self.told_freed_region && !self.misbehaviour.start_at_once {
+    pub fn send_regions_at_start(&mut self) -> Result<(), i32> {
+        if self.sent_freed_region && !self.misbehaviour.start_at_once {
             self.violation("Q12", "QEMU would segfault: it removes a region that the reset freed");
             return Err(libc::EFAULT);
         }
-        self.told_freed_region = false;
+        self.sent_freed_region = false;
         let mut regions = self.regions();
         if !self.slots && regions.len() > BASELINE_REGIONS {
             return Err(libc::ENOBUFS);
@@ -263,7 +263,7 @@ impl Machine {
         if self.misbehaviour.start_untold {
             return Ok(());
         }
-        self.tell_regions().map_err(|_| libc::EPROTO)
+        self.send_regions().map_err(|_| libc::EPROTO)
     }
 
     /// A virtio reset: drops the maps, without a message to the back-end (Q10).
@@ -272,7 +272,7 @@ impl Machine {
             return;
         }
         // Q12: with CONFIGURE_MEM_SLOTS QEMU keeps pointers to the regions that it has sent.
-        self.told_freed_region |= self.slots && !self.live.is_empty();
+        self.sent_freed_region |= self.slots && !self.live.is_empty();
         self.live.clear();
     }
 
@@ -307,7 +307,7 @@ impl Machine {
         let (at, bytes, fd_offset) = (req.shm_offset, req.len, req.fd_offset);
         if self.live.iter().any(|m| at < m.at + m.bytes && m.at < at + bytes) {
             if self.misbehaviour.tell_before_refusing {
-                let _ = self.tell_regions();
+                let _ = self.send_regions();
             }
             return self.refuse("Q4", "VIRTIO Shared Memory mapping overlap", libc::EEXIST);
         }
@@ -365,7 +365,7 @@ impl Machine {
 
     /// Q3: sends the memory update and waits for its reply, before the ack.
     fn update_before_ack(&mut self) -> io::Result<u64> {
-        match self.tell_regions() {
+        match self.send_regions() {
             Ok(()) => Ok(0),
             Err(e) => Err(io::Error::other(format!("{e:?}"))),
         }

@@ -15,12 +15,16 @@ use crate::virtqueue::{Desc, DriverOptions, Offered, Virtqueue};
 
 /// Guest memory of one queue in bytes: its rings, then its slots.
 pub const QUEUE_BYTES: u64 = 8 << 20;
+/// Offset of the slots in the queue's memory, in bytes.
 const SLOTS: u64 = 0x1_0000;
 /// Memory of one chain in bytes: an indirect table, the device-readable part, the device-writable
 /// part.
 const SLOT_BYTES: u64 = 0x4_0000;
+/// Number of slots: limit on the chains in flight.
 const NUM_SLOTS: u64 = 24;
+/// Offset of the device-readable part in a slot, in bytes.
 const IN_AT: u64 = 0x1000;
+/// Offset of the device-writable part in a slot, in bytes.
 const OUT_AT: u64 = 0x2_0000;
 /// Limit on the device-readable bytes of a slot, and on the device-writable ones.
 pub const MOST_BYTES: usize = 0x1_f000;
@@ -165,9 +169,9 @@ impl Queue {
             let slot = self.slots.remove(&used.offered).expect("a chain has a slot");
             let mut output = vec![0u8; MOST_BYTES];
             self.ring.mem.read_slice(&mut output, GuestAddress(slot.at + OUT_AT)).unwrap();
-            let told = slot.output.min(used.len as usize);
-            let wrote_more = output[told..].iter().any(|&byte| byte != UNWRITTEN);
-            output.truncate(told);
+            let reported = slot.output.min(used.len as usize);
+            let wrote_more = output[reported..].iter().any(|&byte| byte != UNWRITTEN);
+            output.truncate(reported);
             self.free_slots.push(slot.at);
             self.returned.insert(used.offered, Returned { len: used.len, output, wrote_more });
         }

@@ -182,7 +182,7 @@ impl StrictVmm {
             machine.call("SET_VRING_CALL", false, |f| f.set_vring_call(i, &call)).map_err(proto)?;
         }
         machine.call("SET_FEATURES", false, |f| f.set_features(features)).map_err(proto)?;
-        machine.tell_regions_at_start()?;
+        machine.send_regions_at_start()?;
         for (i, ring) in rings.iter_mut().enumerate() {
             set_up_ring(&mut machine, i, *ring, self.bases[i]).map_err(proto)?;
         }
@@ -193,9 +193,9 @@ impl StrictVmm {
     pub fn try_enable(&mut self, ring: usize) -> Result<(), i32> {
         let _bql = self.shared.bql.lock().unwrap();
         let mut machine = self.shared.machine();
-        let said = machine.call("SET_VRING_ENABLE", true, |f| f.set_vring_enable(ring, true));
+        let reply = machine.call("SET_VRING_ENABLE", true, |f| f.set_vring_enable(ring, true));
         machine.started = true;
-        said.map_err(|e| {
+        reply.map_err(|e| {
             eprintln!("start: {e:?}");
             libc::EPROTO
         })
@@ -233,9 +233,10 @@ impl StrictVmm {
         let mut machine = self.shared.machine();
         assert!(machine.started, "the test stops a stopped device");
         let queues = 0..self.bases.len();
-        let mut said = Vec::new();
+        let mut replies = Vec::new();
         for i in queues.clone() {
-            said.push(machine.call("SET_VRING_ENABLE 0", true, |f| f.set_vring_enable(i, false)));
+            replies
+                .push(machine.call("SET_VRING_ENABLE 0", true, |f| f.set_vring_enable(i, false)));
         }
         let bases: Vec<_> = queues
             .clone()
@@ -244,7 +245,7 @@ impl StrictVmm {
         machine.started = false;
         for i in queues {
             let masked = &self.masked;
-            said.push(machine.call("SET_VRING_CALL", false, |f| f.set_vring_call(i, masked)));
+            replies.push(machine.call("SET_VRING_CALL", false, |f| f.set_vring_call(i, masked)));
         }
         // A request that is in the channel now was sent in time, but QEMU would read it after the
         // stop.
@@ -252,7 +253,7 @@ impl StrictVmm {
         drop(machine);
         drop(bql);
         self.check();
-        assert!(said.iter().all(Result::is_ok), "the stop failed: {said:?}");
+        assert!(replies.iter().all(Result::is_ok), "the stop failed: {replies:?}");
         self.bases = bases.into_iter().map(|base| base.unwrap() as u16).collect();
     }
 
@@ -293,7 +294,7 @@ impl StrictVmm {
     /// Sends a memory update whose cause is outside the device.
     pub fn update_memory(&mut self) -> Result<(), CallError> {
         let _bql = self.shared.bql.lock().unwrap();
-        self.shared.machine().tell_regions()
+        self.shared.machine().send_regions()
     }
 
     /// Changes the fields of `Misbehaviour`.

@@ -29,7 +29,9 @@ pub const INDIRECT: u16 = 4;
 pub const MOST_SIZE: u16 = 1024;
 /// Length of the rings of a queue of [`MOST_SIZE`], in bytes.
 pub const RINGS_BYTES: u64 = 0x9000;
+/// Offset of the available ring from the descriptor table, in bytes.
 const AVAIL_RING: u64 = 0x4000;
+/// Offset of the used ring from the descriptor table, in bytes.
 const USED_RING: u64 = 0x6000;
 const DESC_BYTES: u64 = 16;
 

@@ -58,8 +58,8 @@ pub(crate) fn room_for_a_session(listener: &UnixListener, rings: usize) -> io::R
 pub(crate) struct Retries(RateLimit);
 
 impl Retries {
-    /// Logs `cause`, and sleeps for [`RETRY`]; the front-end stays in the listener's queue
-    /// meanwhile.
+    /// Logs `cause` and sleeps for [`RETRY`]. A front-end that was not accepted stays in the
+    /// listener's queue.
     pub(crate) fn after(&self, cause: &dyn std::fmt::Display) {
         if let Some(held_back) = self.0.admit(Instant::now()) {
             error!(
@@ -93,7 +93,9 @@ impl Drop for Waiting {
     }
 }
 
+/// Epoll data of the event descriptor that ends the thread.
 const STOP: u64 = 0;
+/// Epoll data of the listener.
 const CAME: u64 = 1;
 
 fn watch(listener: &UnixListener) -> io::Result<(EventFd, JoinHandle<()>)> {

@@ -32,13 +32,13 @@ pub(super) struct Claim {
 }
 
 impl Claim {
-    /// Waits up to [`PATIENCE`] for other processes. `None` if `is_asked` returned true meanwhile.
+    /// Waits up to [`PATIENCE`] for other processes. `None` if `must_end` returned true meanwhile.
     ///
     /// # Errors
     /// The errno of open(2), fstat(2) or flock(2). `AlreadyExists` if the file at `PATH.lock` is no
     /// lock of this user's daemons. `TimedOut` if another process has held the claim for
     /// [`PATIENCE`].
-    pub(super) fn take(socket: &Path, is_asked: &dyn Fn() -> bool) -> io::Result<Option<Self>> {
+    pub(super) fn take(socket: &Path, must_end: &dyn Fn() -> bool) -> io::Result<Option<Self>> {
         let mut name = socket.as_os_str().to_owned();
         name.push(".lock");
         let path = PathBuf::from(name);
@@ -49,7 +49,7 @@ impl Claim {
                 Ok(lock) if is_at(&path, &lock)? => return Ok(Some(Self { path, _lock: lock })),
                 // The last holder has removed this file after the open: opens the new one.
                 Ok(_) | Err((_, Errno::EINTR)) => {}
-                Err((_, Errno::EWOULDBLOCK)) if is_asked() => return Ok(None),
+                Err((_, Errno::EWOULDBLOCK)) if must_end() => return Ok(None),
                 Err((_, Errno::EWOULDBLOCK)) if Instant::now() < deadline => thread::sleep(PAUSE),
                 Err((_, Errno::EWOULDBLOCK)) => return Err(kept(&path)),
                 Err((_, e)) => return Err(e.into()),

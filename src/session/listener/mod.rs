@@ -210,18 +210,18 @@ impl CheckedSocket {
     /// Binds the path, and replaces a dead socket there; an inherited socket is returned as it is.
     /// Only this user and the group of `--socket-group` can connect, from the moment of the
     /// creation. No other thread may create files meanwhile, since the umask belongs to the
-    /// process. `None` if `is_asked` returned true while another process held the claim; nothing
+    /// process. `None` if `must_end` returned true while another process held the claim; nothing
     /// has been created or changed then.
     ///
     /// # Errors
     /// [`SocketError`]. Nothing has been created or changed then.
     pub fn listen(
         self,
-        is_asked: &dyn Fn() -> bool,
+        must_end: &dyn Fn() -> bool,
     ) -> Result<Option<(UnixListener, BoundSocket)>, SocketError> {
         let (listener, bound) = match self {
             Self::Inherited(listener) => (listener, None),
-            Self::Path { path, group } => match bind(path, group, is_asked)? {
+            Self::Path { path, group } => match bind(path, group, must_end)? {
                 Some((listener, bound)) => (listener, Some(bound)),
                 None => return Ok(None),
             },
@@ -275,9 +275,9 @@ impl Bound {
 fn bind(
     path: PathBuf,
     group: Option<Gid>,
-    is_asked: &dyn Fn() -> bool,
+    must_end: &dyn Fn() -> bool,
 ) -> Result<Option<(UnixListener, Bound)>, SocketError> {
-    let claim = Claim::take(&path, is_asked).map_err(|error| match error.kind() {
+    let claim = Claim::take(&path, must_end).map_err(|error| match error.kind() {
         io::ErrorKind::TimedOut => SocketError::Kept { path: path.clone(), error },
         _ => socket_error(&path, error),
     })?;
