@@ -471,7 +471,7 @@ fn bad_socket_paths_are_refused() {
     fs::write(place.path("sock"), b"mine").unwrap();
     place.refuses(&mut place.pmem("good"), &["exists and is a file, not a socket"]);
     // A file to create must not appear either when the socket is bad.
-    place.refuses(place.pmem("new").args(["--size", "2M"]), &["is no socket"]);
+    place.refuses(place.pmem("new").args(["--size", "2M"]), &["not a socket"]);
     fs::remove_file(place.path("sock")).unwrap();
     fs::create_dir(place.path("sock")).unwrap();
     place.refuses(
