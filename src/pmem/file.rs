@@ -97,7 +97,7 @@ pub enum PmemFileError {
     MissingDirectory { path: PathBuf, dir: PathBuf },
     #[error("--file {path} is a directory; name a file in it, for example --file {example}", path = .0.display(), example = .0.join("pmem.img").display())]
     Directory(PathBuf),
-    #[error("--file {path} is neither a regular file nor a device-DAX node; name one, or a new file with --size", path = .0.display())]
+    #[error("--file {path} is neither a regular file nor a device-DAX node; name such a file, or a new one with --size", path = .0.display())]
     NotRegular(PathBuf),
     #[error("--file {path}: {error}; the daemon (uid {uid}) must be able to read and write it", path = .path.display())]
     NoAccess { path: PathBuf, uid: u32, error: io::Error },
@@ -127,7 +127,7 @@ pub enum PmemFileError {
     TooLong { path: PathBuf, size: PmemSize, error: io::Error },
     #[error("--file {path}: this file system can't allocate ahead ({error}); add --sparse and never let the disk fill up", path = .path.display())]
     NoAllocate { path: PathBuf, error: io::Error },
-    #[error("--file {path} is in use by another process (a daemon, or a VM that still maps it); stop that first", path = .0.display())]
+    #[error("--file {path} is in use by another process (a daemon, or a VM that still maps it); stop that process first", path = .0.display())]
     Locked(PathBuf),
     #[error("--file {path}: {error}", path = .path.display())]
     File { path: PathBuf, error: io::Error },

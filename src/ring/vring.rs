@@ -122,7 +122,7 @@ mod tests {
     /// Shows: reading a new descriptor that was not kicked is no error, which would end the ring's
     /// thread.
     #[test]
-    #[allow(unsafe_code)] // The library wants the descriptor as a File.
+    #[allow(unsafe_code)] // The library takes the descriptor as a File.
     fn a_missing_kick_is_no_error() {
         let mem = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let vring = Vring::new(mem, 16).unwrap();

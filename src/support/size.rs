@@ -94,8 +94,8 @@ pub enum SizeError {
 mod tests {
     use super::*;
 
-    /// Shows: a number with a binary unit is parsed; all other texts, and numbers of more than 64 bits,
-    /// are refused.
+    /// Shows: a number with a binary unit is parsed; all other texts, and numbers of more than 64
+    /// bits, are refused.
     #[test]
     fn sizes_are_parsed_with_their_unit() {
         for (text, bytes) in

@@ -320,32 +320,33 @@ impl StrictVmm {
         self.bend(|b| b.hide_rings = hide);
     }
 
-    /// See `Misbehaviour::keep_maps`.
+    /// From now on a reset keeps the maps, as in crosvm.
     pub fn keep_maps(&mut self) {
         self.bend(|b| b.keep_maps = true);
     }
 
-    /// See `Misbehaviour::moved`.
+    /// The guest moves the BAR by 4 GiB.
     pub fn move_window(&mut self) {
         self.bend(|b| b.moved += 1 << 32);
     }
 
-    /// See `Misbehaviour::deaf`.
+    /// From now on the back-end channel is not read.
     pub fn turn_deaf(&mut self) {
         self.bend(|b| b.deaf = true);
     }
 
-    /// See `Misbehaviour::hang_in_map`.
+    /// From now on a SHMEM_MAP is read, and neither done nor answered.
     pub fn hang_in_map(&mut self) {
         self.bend(|b| b.hang_in_map = true);
     }
 
-    /// See `Misbehaviour::start_at_once`.
+    /// Whether a start follows a reset so soon that the regions freed by the reset still exist
+    /// (Q12).
     pub fn start_at_once(&mut self, at_once: bool) {
         self.bend(|b| b.start_at_once = at_once);
     }
 
-    /// See `Misbehaviour::start_untold`.
+    /// Like [`start_at_once`](Self::start_at_once); that start sends no memory message.
     pub fn start_untold(&mut self) {
         self.bend(|b| (b.start_at_once, b.start_untold) = (true, true));
     }

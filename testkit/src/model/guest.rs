@@ -156,8 +156,8 @@ impl Guest {
         let trying = self
             .trying
             .is_some_and(|(of, first, behind)| of == file && first < end && from < behind);
-        // Of a PMD entry that the end of the file cuts, the remaining pages are flushed, whichever
-        // of its pages was dirty.
+        // The flush of a PMD entry that the end of the file cuts covers all remaining pages of the
+        // entry, whichever of them was dirty.
         let cut = from.is_multiple_of(PMD_PAGES) && end < from + PMD_PAGES;
         let entry_end = if cut { from + PMD_PAGES } else { end };
         if !trying && !pages.dirty.any(from, entry_end) && !pages.wanted.any(from, entry_end) {
