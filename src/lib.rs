@@ -1,23 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Host files, mapped straight into virtual machines: a vhost-user daemon.
+//! A vhost-user daemon that maps host files into virtual machines: virtio-pmem, and virtio-fs with
+//! a DAX window.
 //!
-//! The path of one request is the layout. An arrow runs down this list, never up:
+//! The modules are listed in the order of a request's path. A module imports only modules below it:
 //!
-//! 1. [`session`]: one session per front-end, the stop order. `backend`: what the front-end asks:
-//!    features, config space, window size. `lifecycle`: whether the device is started.
-//!    `listener`: the socket, and front-ends that come while one is served. `signals`: what ends
-//!    the daemon, at any time. [`session::config`]: all that is refused before anything is made.
-//! 2. [`ring`]: drains one ring into requests. [`device::request`]: one chain, checked.
-//!    `device::memory`: the memory that they may be in.
-//! 3. [`device`]: the seam a device stands behind. [`pmem`]: virtio-pmem, the flush.
-//!    [`fs`]: virtio-fs, FUSE and its DAX window.
+//! 1. [`session`]: the socket, one session per front-end, the stop order. `backend`: answers
+//!    vhost-user messages: features, config space, window size. `lifecycle`: whether the device is
+//!    started. `listener`: the socket, and front-ends that connect while another one is served.
+//!    `signals`: SIGTERM and SIGINT. [`session::config`]: settings that are refused before anything
+//!    is created.
+//! 2. [`ring`]: drains one ring into requests. [`device::request`]: one request and its chain,
+//!    checked. `device::memory`: the guest's RAM.
+//! 3. [`device`]: the trait of a device. [`pmem`]: virtio-pmem, the flush. [`fs`]: virtio-fs, FUSE
+//!    and its DAX window.
 //! 4. [`dax`]: the engine: entries, grants, writeback.
-//! 5. [`window`]: the `Mapper` seam: SHMEM_MAP, and the front-end's rules.
-//! 6. [`persist`]: the `Persist` seam: fdatasync, shared by all that wait for it, or cache lines.
+//! 5. [`window`]: the trait `Mapper`: SHMEM_MAP and SHMEM_UNMAP, and the front-end's rules.
+//! 6. [`persist`]: `Persist`: cache line writeback, or one fdatasync for all waiting flushes.
 //!
-//! Beside the path: [`passthrough`] (files that claim to be longer than any map of them),
-//! [`support`] (locks, numbers of bytes, and what is said on stderr).
+//! Beside the path: [`passthrough`] (files whose reported length is larger than any map of them),
+//! [`support`] (locks, units, the log).
 
 #![warn(missing_docs)]
 

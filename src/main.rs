@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The command line: arguments to settings, errors to one line and an exit code.
+//! The command line: turns arguments into settings, and an error into one line and an exit code.
 
 mod cli;
 
@@ -34,7 +34,7 @@ fn main() -> ExitCode {
         Command::Pmem(args) => args.config().map(|config| run_pmem(&config)),
         Command::Fs(args) => args.config().map(|config| config.and_then(|config| run_fs(&config))),
     };
-    // None: clap has asked for what is missing before.
+    // None: clap has already reported a missing argument.
     let Some(ended) = ended else { return ExitCode::from(cli::EXIT_USAGE) };
     match ended {
         Ok(()) => {

@@ -3,8 +3,8 @@
 //! One descriptor chain, checked once. Knows no ring.
 //!
 //! [`parse`] checks the shape of a chain: its length, its order, its end. Whether its addresses are
-//! guest memory is looked at when they are used, since the memory table may change in between. What
-//! is loaded and stored here lies in RAM (`memory.rs`).
+//! guest memory is checked at each access, since the memory table may change in between. The loads
+//! and stores of this file go to RAM only (`memory.rs`).
 
 use std::ops::Deref;
 
@@ -13,60 +13,61 @@ use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
-/// Bytes in a request of virtio-pmem, and in its reply.
+/// Length of a virtio-pmem request, and of its reply, in bytes.
 pub const WORD_BYTES: usize = 4;
 
-/// What is wrong with a chain. The guest's fault: it is answered, counted, and never fatal.
+/// The fault of a malformed chain. The guest has caused it: the chain is returned and counted, and
+/// the daemon goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum Malformed {
-    /// The head is no index into the descriptor table. It can't be returned: the used ring has no
-    /// word for it.
+    /// The head is no index of the descriptor table. The chain can't be returned: an element of the
+    /// used ring names a head.
     #[error("head {0} is outside the descriptor table")]
     Head(u16),
     /// The chain is empty, loops, leaves its table, or nests indirect tables.
     #[error("the chain loops or leaves its table")]
     Broken,
-    /// More descriptors than the queue has (virtio 1.4 sections 2.7.5.2 and 2.7.5.3.1).
+    /// The chain has more descriptors than the queue (virtio 1.4 sections 2.7.5.2 and 2.7.5.3.1).
     #[error("the chain is longer than the queue")]
     TooLong,
-    /// A device-readable descriptor behind a device-writable one (virtio 1.4 section 2.7.4.2).
+    /// A device-readable descriptor follows a device-writable one (virtio 1.4 section 2.7.4.2).
     #[error("a readable descriptor follows a writable one")]
     Order,
-    /// A buffer that is not, or not wholly, guest memory.
+    /// A buffer is not, or not completely, guest memory.
     #[error("address {0:#x} is not guest memory")]
     Address(u64),
-    /// Fewer than [`WORD_BYTES`] readable bytes.
+    /// The chain has fewer than [`WORD_BYTES`] readable bytes.
     #[error("the request has {0} bytes, not {WORD_BYTES}")]
     ShortRequest(usize),
-    /// Fewer than [`WORD_BYTES`] writable bytes: there is no room for a status.
+    /// The chain has fewer than [`WORD_BYTES`] writable bytes: a status does not fit.
     #[error("the reply has room for {0} bytes, not {WORD_BYTES}")]
     ShortReply(usize),
 }
 
-/// One buffer of a chain.
+/// One buffer of a chain; its address is not checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Segment {
-    /// Where it begins. Not checked.
+    /// The guest-physical address.
     pub at: GuestAddress,
-    /// How long it is.
+    /// The length in bytes.
     pub bytes: u32,
 }
 
-/// The buffers of a chain, in the driver's order.
+/// The buffers of a chain, in the order of its descriptors.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Chain {
     segments: Vec<Segment>,
-    /// Number of device-readable segments, which stand before the device-writable ones.
+    /// Number of device-readable segments. They precede the device-writable ones.
     readable: usize,
 }
 
 impl Chain {
-    /// The request.
+    /// The device-readable buffers: the request.
     pub fn readable(&self) -> &[Segment] {
         self.segments.get(..self.readable).unwrap_or_default()
     }
 
-    /// The room for the reply.
+    /// The device-writable buffers: room for the reply.
     pub fn writable(&self) -> &[Segment] {
         self.segments.get(self.readable..).unwrap_or_default()
     }
@@ -82,7 +83,7 @@ impl Chain {
         Ok(())
     }
 
-    /// The request's le32, if the chain also has room for a reply of that length.
+    /// The le32 of a virtio-pmem request, if the chain also has room for the le32 of its reply.
     pub(crate) fn read_le32(&self, mem: &GuestMemoryMmap) -> Result<u32, Malformed> {
         let mut word = [0; WORD_BYTES];
         let loaded = self.load(mem, &mut word)?;
@@ -96,9 +97,9 @@ impl Chain {
         Ok(u32::from_le_bytes(word))
     }
 
-    /// Loads the first bytes of the request into `to`, and returns how many bytes there were.
-    /// (virtio-queue's `Reader` would read the descriptors a second time, which the driver may have
-    /// changed since they were checked.)
+    /// Loads the first bytes of the request into `to`, and returns the number of bytes loaded. (The
+    /// `Reader` of virtio-queue is not used: it reads the descriptors a second time, and the driver
+    /// may have changed them since their check.)
     fn load(&self, mem: &GuestMemoryMmap, to: &mut [u8]) -> Result<usize, Malformed> {
         let mut loaded = 0;
         for Segment { at, bytes } in self.readable() {
@@ -111,7 +112,7 @@ impl Chain {
         Ok(loaded)
     }
 
-    /// How many bytes of a reply of [`WORD_BYTES`] have room.
+    /// Number of writable bytes, at most [`WORD_BYTES`].
     pub(crate) fn word_room(&self, mem: &GuestMemoryMmap) -> Result<usize, Malformed> {
         let mut room = 0;
         for Segment { at, bytes } in self.writable() {
@@ -124,8 +125,8 @@ impl Chain {
         Ok(room)
     }
 
-    /// Stores `pieces`, one behind the other, from the start of the reply on, as far as there is
-    /// room and guest memory. Returns how many bytes were stored.
+    /// Stores `pieces` one after another from the start of the writable buffers. Stops where the
+    /// room or the guest memory ends. Returns the number of bytes stored.
     pub(crate) fn store(&self, mem: &GuestMemoryMmap, pieces: [&[u8]; 2]) -> u32 {
         let mut stored = 0;
         let mut segments = self.writable().iter();
@@ -138,8 +139,8 @@ impl Chain {
                     continue;
                 }
                 let (now, later) = rest.split_at(rest.len().min(room.bytes as usize));
-                // The table may have changed since the request was taken: then they have no place
-                // to go.
+                // Fails if the memory table has changed since the request was taken, and the buffer
+                // is not in it.
                 if mem.write_slice(now, room.at).is_err() {
                     return stored;
                 }
@@ -154,13 +155,13 @@ impl Chain {
     }
 }
 
-/// A checked chain, or what there is of one that went wrong: it is answered all the same if it can
-/// be.
+/// A checked chain, or the buffers of a malformed chain up to its fault: a malformed chain is
+/// returned to the driver, too, if its head is valid.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Parsed {
-    /// The buffers.
+    /// The buffers up to the fault.
     pub chain: Chain,
-    /// What is wrong with the chain.
+    /// The fault, if the chain is malformed.
     pub fault: Option<Malformed>,
 }
 
@@ -183,8 +184,8 @@ fn walk<M>(chain: DescriptorChain<M>, queue_size: u16, taken: &mut Chain) -> Res
 where
     M: Deref<Target = GuestMemoryMmap> + Clone,
 {
-    // The iterator ends without a word where a chain goes wrong; a last descriptor that
-    // still names a next one gives that away.
+    // The iterator ends without an error where a chain is broken. The last descriptor shows that:
+    // it still names a next one.
     let mut open = true;
     for (i, desc) in chain.enumerate() {
         if i >= usize::from(queue_size) {

@@ -2,16 +2,17 @@
 
 //! Step 3 of 6: which part of the guest's memory is RAM. Knows no ring and no device.
 //!
-//! A load behind the end of a mapped file is SIGBUS, and ends the process. RAM has no such place,
-//! but a memory table also lists the windows of virtio-fs devices (Q3), ours and others': maps of
-//! files that the guest itself can make shorter. So rings, descriptor tables, requests and replies
-//! are read and written in RAM only; what lies elsewhere is left to system calls, which say EFAULT.
+//! A load beyond the end of a mapped file is SIGBUS, which ends the process. RAM has no such place.
+//! But a memory table also lists the windows of virtio-fs devices, of this daemon and of others
+//! (Q3): maps of files that the guest can truncate. So rings, descriptor tables, requests and
+//! replies are read and written in RAM only. Data in other regions is moved by system calls, which
+//! return EFAULT instead.
 //!
-//! | a region's file | is |
+//! | file of the region | kind |
 //! |---|---|
-//! | none; a memfd that is sealed against shrinking (QEMU's RAM) | RAM |
-//! | on a FUSE file system: a window of this program ([`passthrough`](crate::passthrough)), or of one like it | no RAM |
-//! | any other: `/dev/shm`, huge pages, a disk, a pmem file | RAM in which SIGBUS is caught |
+//! | none; a memfd with F_SEAL_SHRINK (QEMU's RAM) | RAM |
+//! | on a FUSE file system: a window ([`passthrough`](crate::passthrough)) | not RAM |
+//! | any other: `/dev/shm`, huge pages, a disk, a pmem file | RAM with a SIGBUS guard |
 
 use std::fs::File;
 use std::io;
@@ -26,19 +27,20 @@ use vm_memory::{GuestMemoryLoadGuard, GuestMemoryMmap, GuestMemoryRegion, GuestR
 use crate::persist::{Guarded, page_bytes};
 use crate::support::lock::{Mutex, lock};
 
-/// The guest's memory, as the front-end last described it.
+/// The guest's memory, as in the last memory table of the front-end.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 
-/// What a region is.
+/// The kind of a region.
 enum Kind {
-    /// Where a page can vanish, with a guard for as long as the region is in the table.
+    /// RAM, with a SIGBUS guard if its pages can vanish. The guard exists while the region is in
+    /// the table.
     Ram { _guard: Option<Guarded> },
-    /// A map of a file that may become shorter.
+    /// A map of a file that the guest can truncate.
     Other,
 }
 
-/// Where a region is in the guest, how long it is, and where it is here: another one that is mapped
-/// meanwhile can't have the same three.
+/// The guest address of a region, its length, and its address in this process. Another region that
+/// is mapped at the same time differs in at least one of them.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Place {
     at: GuestAddress,
@@ -52,7 +54,7 @@ impl Place {
     }
 }
 
-/// The guest's memory, and the RAM in it.
+/// The guest's memory, and the part of it that is RAM.
 #[derive(Clone)]
 pub(crate) struct Memory {
     all: GuestMemory,
@@ -61,24 +63,24 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// `all` is the front-end's table. [`table_came`](Self::table_came) must be called after each
-    /// change of it.
+    /// `all` is the memory table of the front-end. After each change of the table
+    /// [`table_came`](Self::table_came) must be called.
     pub(crate) fn new(all: GuestMemory) -> Self {
         let ram = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         Self { all, ram, known: Arc::default() }
     }
 
-    /// All of it: for system calls, and for nothing else.
+    /// All regions: only for addresses that are passed to system calls.
     pub(crate) fn all(&self) -> GuestMemoryLoadGuard<GuestMemoryMmap> {
         self.all.memory()
     }
 
-    /// What may be read and written as memory.
+    /// The regions that may be read and written by loads and stores.
     pub(crate) fn ram(&self) -> GuestMemoryLoadGuard<GuestMemoryMmap> {
         self.ram.memory()
     }
 
-    /// Finds the RAM in a new table.
+    /// Finds the RAM regions of a new memory table.
     pub(crate) fn table_came(&self) {
         let all = self.all.memory();
         let mut known = lock(&self.known);
@@ -101,18 +103,19 @@ impl Memory {
         if changed {
             let is_ram = |(place, kind): &(Place, Kind)| {
                 let ram = matches!(kind, Kind::Ram { .. });
-                // The only way to a region's Arc: another table shares it then.
+                // remove_region() is the only way to the Arc of a region. It returns another table,
+                // and leaves `all` as it is.
                 ram.then(|| all.remove_region(place.at, place.bytes).ok()).flatten()
             };
             let regions = known.iter().filter_map(is_ram).map(|(_, region)| region).collect();
             match GuestMemoryMmap::from_arc_regions(regions) {
                 Ok(ram) => self.publish(ram),
-                // A part of a table that is one is one.
+                // Can't happen: the regions are a part of a valid table, so they do not overlap.
                 Err(e) => debug!("no RAM in a table of {} regions: {e}", all.num_regions()),
             }
         }
         drop(known);
-        drop(before); // The guards of what is gone: after nobody finds it any more.
+        drop(before); // Drops guards after `ram` lists their regions no more.
     }
 
     fn publish(&self, ram: GuestMemoryMmap) {
@@ -128,8 +131,8 @@ fn kind_of(region: &GuestRegionMmap) -> Kind {
     let file: &File = backing.file();
     match fcntl_get_seals(file) {
         Ok(seals) if seals.contains(SealFlags::SHRINK) => return Kind::Ram { _guard: None },
-        Ok(_) => {} // Memory all the same: no need to ask its file system.
-        // One that does not answer is none of those that hold RAM.
+        Ok(_) => {} // On tmpfs or hugetlbfs.
+        // If fstatfs(2) fails, the file is treated as one on a FUSE file system.
         Err(_) if fstatfs(file).map_or(true, |fs| is_fuse(fs.filesystem_type().0)) => {
             return Kind::Other;
         }
@@ -175,8 +178,8 @@ mod tests {
         matches!(kind, Kind::Ram { _guard: Some(_) })
     }
 
-    /// Shows: a file that becomes shorter than the region that it is mapped in is zeros there, and
-    /// ends nothing; a sealed one needs no guard.
+    /// Shows: RAM whose file was truncated reads as zeros without a SIGBUS. A memfd with
+    /// F_SEAL_SHRINK gets no guard.
     #[test]
     fn ram_that_vanishes_is_zeros() {
         let file = tempfile::tempfile().unwrap();
@@ -195,9 +198,9 @@ mod tests {
         assert_eq!(guards, [false, true]);
     }
 
-    /// Shows: what leaves the table leaves the RAM, and the maps of it go.
+    /// Shows: a region that leaves the table leaves the RAM, and is unmapped.
     #[test]
-    fn what_goes_is_gone() {
+    fn a_removed_region_is_unmapped() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(BYTES).unwrap();
         let (memory, kept, gone) = (memory(), region(&file, 0), region(&file, BYTES));
@@ -205,6 +208,6 @@ mod tests {
         assert_eq!(memory.ram().num_regions(), 2);
         set(&memory, vec![kept]);
         assert_eq!(memory.ram().num_regions(), 1);
-        assert_eq!(Arc::strong_count(&gone), 1, "nobody else holds it");
+        assert_eq!(Arc::strong_count(&gone), 1, "a table still refers to the region");
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 3 of 6: the seam between the rings and a device. Knows no vhost-user.
+//! Step 3 of 6: the trait between the rings and a device. Knows no vhost-user.
 
 pub mod chain;
 pub mod memory;
@@ -13,53 +13,51 @@ use vm_memory::GuestMemoryMmap;
 use crate::device::request::Request;
 use crate::window::{MapError, ShmemMapper, WindowBytes};
 
-/// What is left to do about a request.
+/// Work that a device leaves to the thread that drains the ring.
 pub type InlineWork = Box<dyn FnOnce() + Send>;
 
-/// Who drains a ring.
+/// Which kind of thread drains a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Drained {
-    /// A thread that may serve what it takes; `more` waits in the ring behind this request.
+    /// A thread that may do the work that the device leaves to it.
     ByServer {
-        /// There is more.
+        /// Further chains are available in the ring.
         more: bool,
     },
-    /// One that must go on draining: nothing may be left for it to do.
+    /// A thread that must go on draining: the device must leave no work to it.
     ByWatchdog,
 }
 
 /// What becomes of open requests when the front-end stops a ring (GET_VRING_BASE).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InflightPolicy {
-    /// The driver gets them back, and the next start takes them again: for requests that may be
-    /// done twice, and that are completed in the order in which they came.
+    /// They are handed back to the driver, and the next start takes them again. For requests that
+    /// may be served twice, and that the device completes in the order in which it gets them.
     Resubmit,
-    /// They go on; who ends meanwhile is returned when the ring goes on where it was stopped, and
-    /// never if it was reset. The stop waits for those that [pin](request::Request::pin) the
-    /// guest's memory, and for no others.
+    /// The device goes on serving them. A request that ends while the ring is stopped is returned
+    /// when the ring resumes, and never if the ring was reset. The stop waits only for requests
+    /// that [pin](request::Request::pin) guest memory.
     Retain,
 }
 
-/// From where a ring was started.
+/// The place from which a ring was started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RingStart {
-    /// From where it was stopped: the driver is the same.
+    /// Where the ring was stopped: the driver is the same.
     Resumed,
-    /// From where it was stopped, which is where a new ring starts, too: the driver may have reset
-    /// the device.
+    /// Where the ring was stopped, and that is index 0, where a new ring starts, too: the driver
+    /// may have reset the device.
     Unknown,
-    /// From somewhere else: the driver has reset the device.
+    /// Another place than where the ring was stopped: the driver has reset the device.
     Afresh,
 }
 
-/// What a virtio device offers to its session.
-///
-/// A device gets a request and answers it with a status; it never touches a ring.
+/// A virtio device. It gets requests and completes each with an answer; it never accesses a ring.
 pub trait Device: Send + Sync + 'static {
     /// Device-specific virtio feature bits (virtio 1.4 section 2.2: bits 0 to 23).
     fn features(&self) -> u64;
 
-    /// How many rings it has.
+    /// The number of rings.
     fn queues(&self) -> usize;
 
     /// What becomes of open requests when a ring is stopped.
@@ -68,72 +66,73 @@ pub trait Device: Send + Sync + 'static {
     /// The device's config space.
     fn config(&self) -> &[u8];
 
-    /// The length of shared memory region 0; none is offered if it is 0.
+    /// The length of shared memory region 0; 0: the device offers no region.
     fn window_bytes(&self) -> WindowBytes;
 
-    /// Whether the front-end may send its memory table piece by piece (CONFIGURE_MEM_SLOTS).
+    /// Whether to offer CONFIGURE_MEM_SLOTS: the front-end then sends its memory table region by
+    /// region.
     fn mem_slots(&self) -> bool;
 
-    /// How to start a QEMU that can serve this device: for those who come with another one.
+    /// The end of the error text for a front-end that lacks a feature: which QEMU can use this
+    /// device, with which options.
     fn use_instead(&self) -> &str;
 
-    /// The window as a new front-end will show it.
+    /// The window of a new session.
     fn open_window(&self) -> Arc<dyn SessionWindow>;
 
     /// Takes one request. Called without a lock, in the order of the ring, and for one request of a
-    /// ring at a time. Must not block: a stop of the ring waits until it returns. What it returns
-    /// is done at once by the thread that drains the ring, and no stop waits for that.
+    /// ring at a time. Must not block: a stop of the ring waits until it returns. The thread that
+    /// drains the ring then does the returned work; a stop does not wait for that.
     ///
-    /// With [`InflightPolicy::Resubmit`] requests of one ring must be completed in the order in
-    /// which they came.
+    /// With [`InflightPolicy::Resubmit`] the requests of one ring must be completed in the order of
+    /// these calls.
     fn handle(&self, request: Request, drained: Drained) -> Option<InlineWork>;
 
-    /// A driver has begun anew: what the last one left is void. Nothing of the new one is handed
-    /// over before this returns, and two of these never run at once.
+    /// A new driver has reset the device: drops the last driver's state. No request of the new
+    /// driver is handed over before this returns. At most one thread is in this call.
     fn restarted(&self) {}
 
-    /// Called once when a session is over, to let go of all that was its own.
+    /// A session has ended: releases its resources. Called once for each session.
     fn session_ended(&self) {}
 
-    /// Says in one line what a session that is over has done: once for each session, however often
-    /// it is called.
+    /// Logs the counters of an ended session in one line. Only the first call after a session logs.
     fn report(&self);
 
-    /// The process is about to end: what runs may finish, and nobody is answered after that. No
+    /// The process is about to end: waits for running work, and completes no request afterwards. No
     /// request waits for a stopped ring any more.
     fn shutdown(&self);
 
-    /// Whether [`handle`](Self::handle) ever returns something: then a thread of its own watches
-    /// over the rings.
+    /// Whether [`handle`](Self::handle) ever returns work. If so, a watchdog thread watches the
+    /// rings.
     fn serves_at_once(&self) -> bool {
         false
     }
 }
 
-/// Shared memory region 0 as one front-end shows it.
+/// Shared memory region 0 of one session.
 pub trait SessionWindow: Send + Sync {
-    /// The back-end channel has come: once in a session.
+    /// The front-end has sent its back-end channel. Called once in a session.
     fn set_channel(&self, channel: ShmemMapper);
 
-    /// The front-end has asked for the region's length: it will show it (protocol feature SHMEM).
+    /// The front-end has queried the region's length, so it has a region (protocol feature SHMEM).
     fn region_asked(&self) {}
 
-    /// A new memory table.
+    /// The front-end has sent a new memory table.
     fn table_came(&self, mem: &GuestMemoryMmap);
 
-    /// A ring was started. True if all is well; false if [`bring_up`](Self::bring_up) must be
-    /// called, from a thread that may block, before requests leave the ring.
+    /// A ring was started. True if requests may leave it. False if [`bring_up`](Self::bring_up)
+    /// must be called before, on a thread that may block.
     fn started(&self, start: RingStart) -> bool;
 
-    /// Shows what must be shown from the start.
+    /// Maps the window.
     ///
     /// # Errors
-    /// The mapper's.
+    /// [`MapError`]: the front-end has refused the map or is too old, or the device was stopped.
     fn bring_up(&self) -> Result<(), MapError>;
 
-    /// A ring was stopped: nothing may be mapped until the next start.
+    /// A ring was stopped: no map may be sent until the next start.
     fn stopped(&self);
 
-    /// The front-end has gone; it may still hold its end of the back-end channel.
+    /// The front-end has disconnected. Its end of the back-end channel may still be open.
     fn ended(&self);
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One request, and its way back. Knows no ring: a request goes back to its owner (`RequestOwner`).
+//! One request, and the return of its chain. Knows no ring: a request returns to its
+//! `RequestOwner`.
 
 use std::sync::Arc;
 
@@ -9,40 +10,41 @@ use vm_memory::{GuestMemoryLoadGuard, GuestMemoryMmap};
 use super::chain::{Chain, Malformed, Parsed, WORD_BYTES};
 use super::memory::Memory;
 
-/// What a reply of virtio-fs begins with.
+/// The header of a virtio-fs reply (struct fuse_out_header), as stored in guest memory.
 pub type Header = [u8; 16];
 
-/// One period in the life of a ring.
+/// A period of a ring in which a chain may be returned; see the module `ring`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Epoch(u64);
 
 impl Epoch {
-    /// The one behind this one.
+    /// The epoch after this one.
     pub(crate) fn next(self) -> Self {
         Self(self.0 + 1)
     }
 }
 
-/// What a request goes back to: the ring that it was taken from.
+/// The ring from which a request was taken, as the request sees it.
 pub(crate) trait RequestOwner: Send + Sync {
     /// The guest's memory.
     fn memory(&self) -> &Memory;
 
-    /// Keeps the ring from being stopped, if it runs in `epoch`. `wait`: waits while it is stopped.
+    /// Keeps the ring from being stopped, if it runs in `epoch`. None if it does not. `wait`: waits
+    /// while the ring is stopped in that epoch.
     fn pin(self: Arc<Self>, epoch: Epoch, wait: bool) -> Option<PinGuard>;
 
-    /// Ends what one [`pin`](Self::pin) began.
+    /// Ends one [`pin`](Self::pin).
     fn unpin(&self);
 
-    /// Stores the reply, and returns the chain to the driver, if the ring is still in `epoch`.
+    /// Stores the reply and returns the chain to the driver, if the ring is still in `epoch`.
     fn complete(self: Arc<Self>, epoch: Epoch, answer: Answer);
 }
 
-/// While there is one, its ring is not stopped.
+/// Pins a ring: a stop of the ring waits until this is dropped.
 pub(crate) struct PinGuard(Arc<dyn RequestOwner>);
 
 impl PinGuard {
-    /// The owner has counted it.
+    /// The guard of a pin that `owner` has already counted.
     pub(crate) fn new(owner: Arc<dyn RequestOwner>) -> Self {
         Self(owner)
     }
@@ -54,9 +56,9 @@ impl Drop for PinGuard {
     }
 }
 
-/// One request, taken from a ring. It must be completed; one that is dropped instead stays open
-/// until the ring is reset (and is handed back at the next stop where the device [wants
-/// that](super::InflightPolicy)).
+/// One request, taken from a ring. It must be completed. If it is dropped instead, it stays open
+/// until the ring is reset; with [`InflightPolicy::Resubmit`](super::InflightPolicy) the next stop
+/// hands it back.
 #[must_use = "a request that is never completed stays open until the ring is reset"]
 pub struct Request {
     pub(crate) owner: Arc<dyn RequestOwner>,
@@ -68,15 +70,16 @@ pub struct Request {
 }
 
 impl Request {
-    /// The guest has no window: what it stored is nowhere, so no promise can be made about it.
+    /// Whether the window could not be mapped: the guest's stores have not reached the file, so a
+    /// flush must fail.
     pub fn window_lost(&self) -> bool {
         self.window_lost
     }
 
-    /// The request's le32, or what is wrong with the chain.
+    /// The le32 of a virtio-pmem request.
     ///
     /// # Errors
-    /// See [`Malformed`].
+    /// The fault of the chain ([`Malformed`]).
     pub fn read_le32(&self) -> Result<u32, Malformed> {
         match self.parsed.fault {
             Some(fault) => Err(fault),
@@ -84,10 +87,10 @@ impl Request {
         }
     }
 
-    /// The buffers.
+    /// The buffers of the chain.
     ///
     /// # Errors
-    /// What is wrong with the chain.
+    /// The fault of the chain ([`Malformed`]).
     pub fn chain(&self) -> Result<&Chain, Malformed> {
         match self.parsed.fault {
             Some(fault) => Err(fault),
@@ -95,29 +98,30 @@ impl Request {
         }
     }
 
-    /// The guest's memory as it is now, windows and all: for system calls. To touch it otherwise
-    /// may end the process.
+    /// The guest's current memory, including windows. Only for addresses that are passed to system
+    /// calls: a load or store may end the process by SIGBUS.
     pub fn memory(&self) -> GuestMemoryLoadGuard<GuestMemoryMmap> {
         self.owner.memory().all()
     }
 
-    /// The part of it that may be loaded from and stored to.
+    /// The part of the guest's memory that may be read and written by loads and stores.
     pub fn ram(&self) -> GuestMemoryLoadGuard<GuestMemoryMmap> {
         self.owner.memory().ram()
     }
 
     /// Keeps the ring from being stopped until this request is completed or
-    /// [unpinned](Self::unpin): until then it may read and write the guest's memory. Waits while
-    /// the ring is stopped. False if it was reset meanwhile: then the request is void.
+    /// [unpinned](Self::unpin): until then the request may read and write guest memory. Waits while
+    /// the ring is stopped. False if the ring was reset, or if the process is about to end.
     ///
-    /// Until then nothing may wait for the front-end, which waits for the stop.
-    #[must_use = "without it guest memory must be left alone"]
+    /// While the ring is pinned the caller must not wait for the front-end, which may be waiting
+    /// for the stop.
+    #[must_use = "if it is false, guest memory must not be accessed"]
     pub fn pin(&mut self) -> bool {
         self.pin_with(true)
     }
 
-    /// The same, for who must not wait: false also while the ring is stopped.
-    #[must_use = "without it guest memory must be left alone"]
+    /// Like [`pin`](Self::pin), but does not wait: also false while the ring is stopped.
+    #[must_use = "if it is false, guest memory must not be accessed"]
     pub fn pin_now(&mut self) -> bool {
         self.pin_with(false)
     }
@@ -129,16 +133,16 @@ impl Request {
         self.pinned.is_some()
     }
 
-    /// Ends what [`pin`](Self::pin) began.
+    /// Ends the pin, if there is one.
     pub fn unpin(&mut self) {
         self.pinned = None;
     }
 
     /// Answers with the le32 `status` and returns the chain to the driver.
     ///
-    /// Does nothing if the ring was stopped since the request was taken: it was handed back.
+    /// Does nothing if the request's epoch is over.
     pub fn complete(self, status: u32) {
-        // One address that is no memory, and the chain gets no status at all.
+        // A chain with an address outside guest memory gets no status.
         let room = self.parsed.chain.word_room(&self.ram());
         let whole =
             room == Ok(WORD_BYTES) && !matches!(self.read_le32(), Err(Malformed::Address(_)));
@@ -146,9 +150,9 @@ impl Request {
         self.complete_with(None, reply, 0);
     }
 
-    /// Stores the `header` of a reply and its `body`, behind which `behind` bytes have been stored
-    /// already, and returns the chain to the driver. If the ring is stopped meanwhile, that is done
-    /// when it goes on.
+    /// Stores the `header` of a reply and then `body`, and returns the chain to the driver.
+    /// `behind` is the number of reply bytes that have been stored after these already. If the ring
+    /// is stopped, the chain is returned when the ring resumes.
     pub fn complete_with(self, header: Option<Header>, body: Vec<u8>, behind: u32) {
         let returnable = !matches!(self.parsed.fault, Some(Malformed::Head(_)));
         let answer = Answer {
@@ -159,13 +163,13 @@ impl Request {
             behind,
         };
         self.owner.complete(self.epoch, answer);
-        drop(self.pinned); // Now the ring may be stopped.
+        drop(self.pinned); // After this a stop goes on.
     }
 }
 
-/// What a chain goes back to the driver with.
+/// The reply of one request, and the chain to store it in.
 pub(crate) struct Answer {
-    /// None: it has no place in the used ring.
+    /// The head to return; none if it is invalid (`Malformed::Head`).
     pub(crate) head: Option<u16>,
     chain: Chain,
     header: Option<Header>,
@@ -174,12 +178,12 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    /// Number of bytes that are to be stored.
+    /// Number of bytes to store.
     pub(crate) fn bytes(&self) -> usize {
         self.header.map_or(0, |header| header.len()) + self.body.len()
     }
 
-    /// Stores the reply. Returns what the used ring says of its length.
+    /// Stores the reply. Returns its length in bytes for the used ring.
     pub(crate) fn store(&self, mem: &GuestMemoryMmap) -> u32 {
         let header = self.header.as_ref().map_or(&[][..], |header| header);
         self.chain.store(mem, [header, &self.body]) + self.behind

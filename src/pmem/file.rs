@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The file behind a virtio-pmem device: found or created, checked, and locked.
+//! The file of a virtio-pmem device: opens or creates it, checks it, and locks it.
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
@@ -24,28 +24,28 @@ use crate::support::units::{FileOffset, FileRange, PMD_BYTES};
 
 use super::size::PmemSize;
 
-/// `st_blocks` counts in units of 512 bytes, whatever the file system's block size (stat(2)).
+/// Unit of `st_blocks`, in bytes; it does not depend on the file system's block size (stat(2)).
 const STAT_BLOCK_BYTES: u64 = 512;
 
-/// A file that is being created is so much shorter than it will be, and so no multiple of 2 MiB:
-/// whatever ends the daemon meanwhile, nobody takes it for a whole one. Its last block is allocated
-/// all the same.
+/// Number of bytes by which an incomplete file is shorter than its final length. So its length is
+/// no multiple of 2 MiB, and no start takes it for a complete file, whatever has ended the daemon.
+/// Its last block is allocated nevertheless.
 const UNFINISHED_LACKS_BYTES: u64 = 1;
 
-/// What is allocated at once. While a file system is at it nothing stops it.
+/// Number of bytes allocated by one fallocate(2), which no signal interrupts.
 const PIECE_BYTES: u64 = 1 << 30;
 
-/// How often a long allocation says how far it is.
-const TOLD_EVERY: Duration = Duration::from_secs(3);
+/// Time between two log lines about the progress of an allocation.
+const PROGRESS_EVERY: Duration = Duration::from_secs(3);
 
-/// Which file, and what to do if it is missing.
+/// The settings `--file`, `--size` and `--sparse`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PmemFileSpec {
-    /// The file.
+    /// The path of the file.
     pub path: PathBuf,
-    /// Its size: to create it with, or to check it against.
+    /// The size of a new file; the required size of an existing one.
     pub size: Option<PmemSize>,
-    /// Leave holes in a file that is created, and accept them in one that exists.
+    /// Creates a new file with holes, and accepts holes in an existing one.
     pub sparse: bool,
 }
 
@@ -67,10 +67,10 @@ impl PmemFileSpec {
     }
 }
 
-/// The length of a regular file or of a device-DAX node.
+/// The length of a regular file or of a device-DAX node, in bytes.
 ///
 /// # Errors
-/// The system's.
+/// The errno of fstat(2), or of the read of the node's size in sysfs.
 pub fn file_bytes(file: &File) -> io::Result<u64> {
     match DaxNode::of(file)? {
         Some(node) => Ok(node.bytes),
@@ -78,10 +78,10 @@ pub fn file_bytes(file: &File) -> io::Result<u64> {
     }
 }
 
-/// A file that can't be served: one line that says what to do. Nothing is left that was created,
-/// and nothing was changed.
+/// A file that can't be served. The text is one line with the remedy. A file that was created has
+/// been removed, and nothing was changed.
 #[derive(Debug, Error)]
-#[allow(missing_docs)] // The texts say it better.
+#[allow(missing_docs)] // The error texts document the variants.
 pub enum PmemFileError {
     #[error("--file {path}: no such file; create it by adding --size, for example --size 1G", path = .0.display())]
     MissingFile(PathBuf),
@@ -97,7 +97,7 @@ pub enum PmemFileError {
     MissingDirectory { path: PathBuf, dir: PathBuf },
     #[error("--file {path} is a directory; name a file in it, for example --file {example}", path = .0.display(), example = .0.join("pmem.img").display())]
     Directory(PathBuf),
-    #[error("--file {path} is neither a regular file nor a device-DAX node; name one, or a new file with --size", path = .0.display())]
+    #[error("--file {path} is neither a regular file nor a device-DAX node; name such a file, or a new one with --size", path = .0.display())]
     NotRegular(PathBuf),
     #[error("--file {path}: {error}; the daemon (uid {uid}) must be able to read and write it", path = .path.display())]
     NoAccess { path: PathBuf, uid: u32, error: io::Error },
@@ -106,15 +106,15 @@ pub enum PmemFileError {
         path = .path.display(), wanted = enough(.error)
     )]
     FileSize { path: PathBuf, error: SizeError },
-    #[error("--file {path}: {error}; make its namespace anew with 'ndctl create-namespace --align 2M --size SIZE'", path = .path.display())]
+    #[error("--file {path}: {error}; create its namespace again with 'ndctl create-namespace --align 2M --size SIZE'", path = .path.display())]
     NodeSize { path: PathBuf, error: SizeError },
-    #[error("--persist=cacheline: {path}: not each page can have a block ({error}); free some space, or take --persist=sync", path = .path.display())]
+    #[error("--persist=cacheline: {path}: can't allocate a block for each page ({error}); free some space, or take --persist=sync", path = .path.display())]
     Blocks { path: PathBuf, error: io::Error },
     #[error("{path}: {error}", path = .path.display())]
     Persist { path: PathBuf, error: PersistError },
-    #[error("--file {path} lacks one byte: a daemon that was killed while it created it leaves it so; remove it, if so, and start again", path = .0.display())]
+    #[error("--file {path} lacks one byte: a daemon that is killed while it creates a file leaves it like that; if so, remove it and start again", path = .0.display())]
     Unfinished(PathBuf),
-    #[error("--sparse and --persist=cacheline: {path} lies on a DAX file system, where each page must have its block before its lines can be made durable; leave one out", path = .0.display())]
+    #[error("--sparse and --persist=cacheline: {path} lies on a DAX file system, where each page needs a block before its cache lines can be made durable; leave out one of the two options", path = .0.display())]
     SparseLines(PathBuf),
     #[error("--file {path} is {actual}, not {wanted}; give --size {actual} or leave --size out", path = .path.display())]
     SizeDiffers { path: PathBuf, actual: PmemSize, wanted: PmemSize },
@@ -127,13 +127,13 @@ pub enum PmemFileError {
     TooLong { path: PathBuf, size: PmemSize, error: io::Error },
     #[error("--file {path}: this file system can't allocate ahead ({error}); add --sparse and never let the disk fill up", path = .path.display())]
     NoAllocate { path: PathBuf, error: io::Error },
-    #[error("--file {path} is in use by another process (a daemon, or a VM that still maps it); stop that first", path = .0.display())]
+    #[error("--file {path} is in use by another process (a daemon, or a VM that still maps it); stop that process first", path = .0.display())]
     Locked(PathBuf),
     #[error("--file {path}: {error}", path = .path.display())]
     File { path: PathBuf, error: io::Error },
 }
 
-/// What the look at the path has found, before anything is made.
+/// The result of the look at `--file`, before any file is created.
 #[derive(Debug)]
 pub struct FoundFile<'a> {
     spec: &'a PmemFileSpec,
@@ -142,19 +142,19 @@ pub struct FoundFile<'a> {
 
 #[derive(Debug)]
 enum Found {
-    /// Open.
+    /// The open file, and its size if it is a device-DAX node.
     There(File, Option<DaxNode>),
     Missing(PmemSize),
 }
 
 impl<'a> FoundFile<'a> {
-    /// Opens the file, or finds that it can be made.
+    /// Opens the file, or finds that it can be created.
     ///
     /// # Errors
-    /// Each is a line for the user; nothing has been created or changed then.
+    /// [`PmemFileError`]; nothing has been created or changed then.
     pub fn look(spec: &'a PmemFileSpec) -> Result<Self, PmemFileError> {
         let path = &spec.path;
-        // Only a name: to open a FIFO may wait, and to open a device may act.
+        // O_PATH: open(2) of a FIFO may wait, and open(2) of a device may have an effect.
         let name = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
         let found = match name {
             Ok(name) => open_found(path, &name)?,
@@ -180,7 +180,7 @@ impl<'a> FoundFile<'a> {
         Ok(Self { spec, found })
     }
 
-    /// What the file lies in, or will if it is missing.
+    /// The backing of the file, or of its directory if the file is missing.
     pub fn backing(&self) -> Backing {
         match &self.found {
             Found::There(file, _) => Backing::of(file),
@@ -188,10 +188,10 @@ impl<'a> FoundFile<'a> {
         }
     }
 
-    /// Locks the file, and checks its size.
+    /// Locks an existing file and checks its size.
     ///
     /// # Errors
-    /// Each is a line for the user; nothing has been created or changed then.
+    /// [`PmemFileError`]; nothing has been created or changed then.
     pub fn claim(&self) -> Result<(), PmemFileError> {
         let path = &self.spec.path;
         match &self.found {
@@ -209,20 +209,20 @@ impl<'a> FoundFile<'a> {
         }
     }
 
-    /// The file, made if it was missing. When `is_asked` says so, that is broken off.
+    /// Returns the file; creates it if it was missing. Fails soon after `must_end` returns true.
     ///
     /// # Errors
-    /// Each is a line for the user; nothing is left that was created then.
-    pub fn make(self, is_asked: &dyn Fn() -> bool) -> Result<PmemFile, PmemFileError> {
+    /// [`PmemFileError`]; a file that was created has been removed then.
+    pub fn make(self, must_end: &dyn Fn() -> bool) -> Result<PmemFile, PmemFileError> {
         let path = self.spec.path.clone();
         match self.found {
             Found::There(file, _) => Ok(PmemFile { file: Arc::new(file), path, is_new: false }),
-            Found::Missing(size) => PmemFile::create(self.spec, size, is_asked),
+            Found::Missing(size) => PmemFile::create(self.spec, size, must_end),
         }
     }
 }
 
-/// Opens what `name` (O_PATH) is the name of, whatever the path leads to by now.
+/// Opens the file that the O_PATH descriptor `name` refers to, whatever the path names by now.
 fn open_found(path: &Path, name: &File) -> Result<Found, PmemFileError> {
     let failed = |e| open_error(path, e);
     let kind = name.metadata().map_err(failed)?.file_type();
@@ -238,7 +238,7 @@ fn open_found(path: &Path, name: &File) -> Result<Found, PmemFileError> {
     Ok(Found::There(file, node))
 }
 
-/// A device-DAX node. It is of one piece, so its maps are as aligned as it is itself.
+/// Checks the size of a device-DAX node. A node is contiguous, so its maps have its alignment.
 fn check_node(spec: &PmemFileSpec, node: DaxNode) -> Result<(), PmemFileError> {
     let path = spec.path.clone();
     let size = PmemSize::new(node.bytes);
@@ -266,13 +266,13 @@ fn check_file(spec: &PmemFileSpec, found: &Metadata) -> Result<(), PmemFileError
     Ok(())
 }
 
-/// An open, checked and locked file. One that was created here is removed again unless it is
+/// An open, checked and locked file. If it was created here, dropping it removes it, unless it is
 /// [kept](Self::keep).
 #[derive(Debug)]
 pub struct PmemFile {
     file: Arc<File>,
     path: PathBuf,
-    /// It goes again when this is dropped.
+    /// The file was created here, and dropping this removes it.
     is_new: bool,
 }
 
@@ -280,7 +280,7 @@ impl PmemFile {
     /// Opens the file, or creates it with all its blocks.
     ///
     /// # Errors
-    /// Each is a line for the user; nothing is left that was created then.
+    /// [`PmemFileError`]; a file that was created has been removed then.
     pub fn open(spec: &PmemFileSpec) -> Result<Self, PmemFileError> {
         let found = FoundFile::look(spec)?;
         found.claim()?;
@@ -290,7 +290,7 @@ impl PmemFile {
     fn create(
         spec: &PmemFileSpec,
         size: PmemSize,
-        is_asked: &dyn Fn() -> bool,
+        must_end: &dyn Fn() -> bool,
     ) -> Result<Self, PmemFileError> {
         let path = &spec.path;
         let file = OpenOptions::new()
@@ -300,11 +300,12 @@ impl PmemFile {
             .mode(0o600)
             .open(path)
             .map_err(|e| open_error(path, e))?;
-        // From here on the file goes away again if anything fails.
+        // From here on a failure removes the file.
         let created = Self { file: Arc::new(file), path: path.clone(), is_new: true };
         lock(&created.file, path)?;
-        created.give_size(size, spec.sparse, is_asked)?;
-        // The name must be as durable as the first flush, so the directory is synced as well.
+        created.give_size(size, spec.sparse, must_end)?;
+        // The first flush promises that the file survives, so its directory entry must be durable,
+        // too.
         created
             .file
             .sync_all()
@@ -317,11 +318,11 @@ impl PmemFile {
         &self,
         size: PmemSize,
         sparse: bool,
-        is_asked: &dyn Fn() -> bool,
+        must_end: &dyn Fn() -> bool,
     ) -> Result<(), PmemFileError> {
-        let made = if sparse { Ok(()) } else { self.allocate(size, is_asked) };
+        let made = if sparse { Ok(()) } else { self.allocate(size, must_end) };
         let path = self.path.clone();
-        // Last: before that nobody takes the file for a whole one.
+        // Sets the final length last: until then no start takes the file for a complete one.
         made.and_then(|()| self.file.set_len(size.bytes())).map_err(|error| {
             match error.raw_os_error().map(Errno::from_raw) {
                 Some(Errno::ENOSPC | Errno::EDQUOT) => PmemFileError::NoSpace { path, size, error },
@@ -332,42 +333,43 @@ impl PmemFile {
         })
     }
 
-    fn allocate(&self, size: PmemSize, is_asked: &dyn Fn() -> bool) -> io::Result<()> {
+    fn allocate(&self, size: PmemSize, must_end: &dyn Fn() -> bool) -> io::Result<()> {
         info!("creating {} and allocating {size}", self.path.display());
         let unfinished = size.bytes() - UNFINISHED_LACKS_BYTES;
         self.file.set_len(unfinished)?;
-        in_pieces("allocated", unfinished, is_asked, |from, bytes| {
+        in_pieces("allocated", unfinished, must_end, |from, bytes| {
             allocate(&self.file, FallocateFlags::empty(), from, bytes)
         })
     }
 
-    /// The open file. Its descriptor carries the lock, also into the VMM that maps it: the file
-    /// stays locked until the last of them is gone, even if this daemon is killed.
+    /// The open file. The lock belongs to its open file description, which the VMM that maps the
+    /// file shares: the file stays locked until the last descriptor and map is closed, even if this
+    /// daemon is killed.
     pub fn file(&self) -> &Arc<File> {
         &self.file
     }
 
-    /// Makes all that a later store needs durable beforehand, where only its cache lines will be
-    /// written back: each page of a file on a DAX file system gets its block.
+    /// For cache line writeback: allocates a block for each page of a file on a DAX file system and
+    /// makes the allocation durable, since a flush of cache lines makes no metadata durable.
     ///
     /// # Errors
-    /// No space, most likely.
+    /// [`PmemFileError::Blocks`] with the errno of fallocate(2), for example ENOSPC.
     pub fn populate_blocks(
         &self,
         direct: &Direct,
-        is_asked: &dyn Fn() -> bool,
+        must_end: &dyn Fn() -> bool,
     ) -> Result<(), PmemFileError> {
         let path = &self.path;
         let bytes = self.file.metadata().map_err(|e| open_error(path, e))?.len();
-        info!("giving each page of {} a block that is durably its own", path.display());
-        in_pieces("settled", bytes, is_asked, |from, bytes| {
+        info!("allocating a durable block for each page of {}", path.display());
+        in_pieces("allocated durably", bytes, must_end, |from, bytes| {
             allocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes)?;
             direct.populate_blocks(FileRange::new(FileOffset(from), bytes))
         })
         .map_err(|error| PmemFileError::Blocks { path: path.clone(), error })
     }
 
-    /// Keeps the file, and says what flushes of it are worth.
+    /// Keeps the file, and logs what a flush of it makes durable.
     pub fn keep(mut self, durability: Durability) -> Arc<File> {
         info!("the pmem file is in {}", durability.promise());
         if let Some(warning) = durability.backing.warning() {
@@ -390,24 +392,24 @@ impl Drop for PmemFile {
     }
 }
 
-/// Does `work` on `bytes` bytes piece by piece, so that it can be broken off, and says how far it
-/// is.
+/// Does `work` on `bytes` bytes in pieces of [`PIECE_BYTES`], so that a signal can end it between
+/// two pieces. Logs the progress.
 ///
 /// # Errors
-/// Those of `work`, and EINTR where `is_asked` has said so.
+/// The errors of `work`, and EINTR once `must_end` returns true.
 fn in_pieces(
     what: &str,
     bytes: u64,
-    is_asked: &dyn Fn() -> bool,
+    must_end: &dyn Fn() -> bool,
     work: impl Fn(u64, u64) -> io::Result<()>,
 ) -> io::Result<()> {
-    let mut told = Instant::now();
+    let mut logged = Instant::now();
     for from in (0..bytes).step_by(PIECE_BYTES as usize) {
-        if is_asked() {
+        if must_end() {
             return Err(Errno::EINTR.into());
         }
-        if told.elapsed() >= TOLD_EVERY {
-            told = Instant::now();
+        if logged.elapsed() >= PROGRESS_EVERY {
+            logged = Instant::now();
             info!("{what} {} of {}", Size(from), Size(bytes.next_multiple_of(PMD_BYTES)));
         }
         work(from, PIECE_BYTES.min(bytes - from))?;
@@ -415,14 +417,14 @@ fn in_pieces(
     Ok(())
 }
 
-/// posix_fallocate(3) would write zeros where the file system can't.
+/// fallocate(2), not posix_fallocate(3), which writes zeros if the file system can't allocate.
 fn allocate(file: &File, flags: FallocateFlags, from: u64, bytes: u64) -> io::Result<()> {
-    // No file is longer than an off_t can say.
+    // A file's length fits an off_t.
     Ok(fallocate(file, flags, from as libc::off_t, bytes as libc::off_t)?)
 }
 
-/// An open-file-description lock on the whole file (fcntl(2), F_OFD_SETLK). It also keeps out a
-/// QEMU that would use the file as a raw disk.
+/// Takes an open-file-description lock on the whole file (fcntl(2), F_OFD_SETLK). It also keeps out
+/// a QEMU that would use the file as a raw disk.
 fn lock(file: &File, path: &Path) -> Result<(), PmemFileError> {
     let whole = libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,
@@ -438,7 +440,7 @@ fn lock(file: &File, path: &Path) -> Result<(), PmemFileError> {
     }
 }
 
-/// The length that a file is to grow to, as fallocate(1) takes it.
+/// The next valid length, as fallocate(1) takes it.
 fn enough(error: &SizeError) -> String {
     match error {
         SizeError::Unaligned { bytes: 0, below, .. } => below.to_string(),
@@ -449,7 +451,7 @@ fn enough(error: &SizeError) -> String {
     }
 }
 
-/// What helps where a file can't have `size`.
+/// The remedy if a file can't have the length `size`.
 fn too_long(size: PmemSize) -> String {
     match getrlimit(Resource::RLIMIT_FSIZE) {
         Ok((limit, _)) if limit < size.bytes() => format!(
@@ -477,15 +479,15 @@ mod tests {
 
     use super::*;
 
-    /// Shows: all pieces together are the whole, each is done once, and none after it was broken
-    /// off.
+    /// Shows: the pieces cover the whole range, each once; no piece is done after `must_end` is
+    /// true.
     #[test]
-    fn pieces_are_the_whole_until_it_is_broken_off() {
+    fn pieces_cover_the_range_until_a_signal() {
         let whole = 2 * PIECE_BYTES + 4095;
-        for (asked_after, done) in [(usize::MAX, 3), (2, 2), (0, 0)] {
+        for (ends_after, done) in [(usize::MAX, 3), (2, 2), (0, 0)] {
             let pieces = RefCell::new(Vec::new());
-            let is_asked = || pieces.borrow().len() >= asked_after;
-            let ended = in_pieces("tried", whole, &is_asked, |from, bytes| {
+            let must_end = || pieces.borrow().len() >= ends_after;
+            let ended = in_pieces("tried", whole, &must_end, |from, bytes| {
                 pieces.borrow_mut().push((from, bytes));
                 Ok(())
             });

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 3 of 6: virtio-pmem (virtio 1.4 section 5.19). Knows no ring and no message.
+//! Step 3 of 6: virtio-pmem (virtio 1.4 section 5.19). Knows no ring and no vhost-user message.
 //!
-//! The window shows the whole file, so the guest's loads and stores never come by here.
-//! What comes is the flush, and its answer is a promise.
+//! The window shows the whole file, so the guest's loads and stores do not reach the daemon. The
+//! only request is the flush: a successful answer promises that earlier stores are durable.
 
 mod file;
 mod size;
@@ -31,27 +31,27 @@ use crate::window::{WindowBytes, WindowOffset};
 pub use file::{FoundFile, PmemFile, PmemFileError, PmemFileSpec, file_bytes};
 pub use size::PmemSize;
 
-/// Feature bit 0: the region is shared memory region 0, not an address in the config space.
+/// Feature bit 0: the region is shared memory region 0, and the config space names no address.
 pub const VIRTIO_PMEM_F_SHMEM_REGION: u64 = 1 << 0;
 
 /// The only request type (virtio 1.4 section 5.19.6).
 pub const VIRTIO_PMEM_REQ_TYPE_FLUSH: u32 = 0;
 
-/// The status of a flush that made everything durable.
+/// The status of a flush after which all earlier stores are durable.
 const STATUS_OK: u32 = 0;
-/// The status -1. Linux turns it into EIO.
+/// The status -1 of a failed flush. Linux turns it into EIO.
 const STATUS_FAILED: u32 = u32::MAX;
 
-/// What a device has done since it was made.
+/// Event counts of a device since its creation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counters {
-    /// Flushes taken from the ring.
+    /// Number of flushes taken from the ring.
     pub flushes: u64,
-    /// Syncs begun.
+    /// Number of syncs begun.
     pub syncs: u64,
-    /// Flushes answered with an error.
+    /// Number of flushes answered with an error.
     pub failed: u64,
-    /// Chains that were no flush: malformed, or of an unknown type.
+    /// Number of requests that were not flushes: malformed chains, and requests of an unknown type.
     pub malformed: u64,
 }
 
@@ -62,8 +62,8 @@ struct Metrics {
     malformed: Counter,
 }
 
-/// A virtio-pmem device over one file: one write grant of the whole file, for the device's life. It
-/// outlives its sessions: a failed sync stays failed.
+/// A virtio-pmem device over one file. It holds one write grant of the whole file as long as it
+/// exists. It outlives its sessions: after a failed sync every flush fails, in later sessions, too.
 pub struct Pmem {
     file: Arc<File>,
     size: PmemSize,
@@ -74,24 +74,24 @@ pub struct Pmem {
     sync: GroupSync<Pending>,
     metrics: Arc<Metrics>,
     log_limit: RateLimit,
-    /// There is a session of which nothing was reported yet.
+    /// A session was opened whose counters have not been logged yet.
     in_session: AtomicBool,
 }
 
 impl Pmem {
-    /// A device that shows `file` and makes it durable with `persist`.
+    /// A device over `file`. `persist` makes the file durable.
     ///
     /// # Errors
-    /// When the file's length is no [`PmemSize`] or can't be read, or when no thread can be
-    /// started.
+    /// `InvalidInput` if the file's length is no [`PmemSize`]. The errno of fstat(2) or clone(2) if
+    /// the length can't be read or the thread `sync` can't be started.
     pub fn new(file: Arc<File>, persist: Persist) -> io::Result<Arc<Self>> {
         Self::with_mem_slots(file, persist, false)
     }
 
-    /// The same, with or without the offer of CONFIGURE_MEM_SLOTS.
+    /// Like [`new`](Self::new); `mem_slots`: offers CONFIGURE_MEM_SLOTS.
     ///
     /// # Errors
-    /// See [`new`](Self::new).
+    /// Those of [`new`](Self::new).
     pub fn with_mem_slots(
         file: Arc<File>,
         persist: Persist,
@@ -130,7 +130,7 @@ impl Pmem {
         self.size
     }
 
-    /// What the device has done so far.
+    /// A snapshot of the event counts.
     pub fn counters(&self) -> Counters {
         Counters {
             flushes: self.metrics.flushes.get(),
@@ -148,15 +148,15 @@ impl Pmem {
     }
 }
 
-/// Makes the whole file durable; says so once if it can't.
+/// The function that makes the whole file durable. Logs the first failure.
 fn writeback(engine: Arc<Engine>, space: Arc<Space>) -> impl FnMut() -> bool {
-    let mut said = false;
+    let mut logged = false;
     move || {
         let done = engine.writeback(&space, PageIndex(0), PageIndex::LAST);
         if let Err(e) = &done
-            && !said
+            && !logged
         {
-            said = true;
+            logged = true;
             error!(
                 "a sync failed: {e}; data may be lost. Every flush from now on fails. \
                  Check the disk and the file, then start the daemon again"
@@ -166,8 +166,8 @@ fn writeback(engine: Arc<Engine>, space: Arc<Space>) -> impl FnMut() -> bool {
     }
 }
 
-/// le64 start, le64 size. The driver that took SHMEM_REGION reads neither; `start` is 0 for it
-/// (virtio 1.4 section 5.19.4).
+/// The config space: le64 start, le64 size. A driver that has negotiated SHMEM_REGION reads
+/// neither; `start` is 0 then (virtio 1.4 section 5.19.4).
 fn config_space(size: PmemSize) -> Vec<u8> {
     [0, size.bytes()].iter().flat_map(|field: &u64| field.to_le_bytes()).collect()
 }
@@ -193,7 +193,7 @@ impl Device for Pmem {
         1
     }
 
-    /// A flush that is done twice is harmless, and so a pause need not wait for the disk.
+    /// A flush may be served twice, so a stop need not wait for a sync.
     fn inflight_policy(&self) -> InflightPolicy {
         InflightPolicy::Resubmit
     }
@@ -227,13 +227,13 @@ impl Device for Pmem {
         if is_flush {
             self.metrics.flushes.add(1);
         }
-        // Bad requests queue up too: answers must keep the order of the ring.
+        // Bad requests are queued, too: requests are completed in the order of the ring.
         let needs_sync = is_flush && !request.window_lost();
         self.sync.submit(Pending { request, is_flush, needs_sync, metrics: self.metrics.clone() });
         None
     }
 
-    /// The channel to a front-end that has gone is closed.
+    /// Drops the engine's reference to the front-end, which closes the back-end channel.
     fn session_ended(&self) {
         self.front_end.set(None);
     }
@@ -248,13 +248,13 @@ impl Device for Pmem {
         );
     }
 
-    /// Lets a running sync finish, answers those who waited for it, and answers nobody after.
+    /// Waits for the running sync, completes its flushes, and completes no request afterwards.
     fn shutdown(&self) {
         self.sync.stop();
     }
 }
 
-/// The window of one session: the whole file, from the start on.
+/// The window of one session: the whole file is mapped from the start of the device.
 struct Shown {
     engine: Arc<Engine>,
     front_end: Arc<FrontEnd>,
@@ -270,8 +270,8 @@ impl SessionWindow for Shown {
         self.window.table_came(mem);
     }
 
-    /// Q10: a map that outlives a pause is not sent again. It would be refused, and would be a
-    /// message under way that a quick second pause turns into a crash of QEMU (Q1).
+    /// Q10: a map that has outlived a stop is not sent again. QEMU would refuse it, and a second
+    /// stop while that message is under way would crash QEMU (Q1).
     fn started(&self, start: RingStart) -> bool {
         match start {
             RingStart::Resumed => self.window.outlives_stop(),
@@ -297,7 +297,7 @@ impl SessionWindow for Shown {
     }
 }
 
-/// A request that waits for its sync.
+/// A request in the queue of the thread `sync`.
 struct Pending {
     request: Request,
     is_flush: bool,
@@ -324,10 +324,10 @@ mod tests {
     use super::*;
     use crate::persist::Fdatasync;
 
-    /// Shows: a session's window, and with it the descriptor of its channel, is gone when the
-    /// session is.
+    /// Shows: the window of a session, and so the descriptor of its channel, is dropped after
+    /// `session_ended`.
     #[test]
-    fn a_front_end_that_has_gone_is_let_go() {
+    fn the_window_is_dropped_after_the_session() {
         let file = Arc::new(tempfile::tempfile().unwrap());
         file.set_len(2 << 20).unwrap();
         let device = Pmem::new(file.clone(), Persist::kernel(Fdatasync(file.clone()))).unwrap();
@@ -335,10 +335,10 @@ mod tests {
         let (engine, front_end) = (device.engine.clone(), device.front_end.clone());
         let left = Arc::downgrade(&window);
         let session = Shown { engine, front_end, window };
-        session.bring_up().unwrap_err(); // It has no channel.
+        session.bring_up().unwrap_err(); // Fails: the window has no channel.
         session.ended();
         drop(session);
-        assert!(left.upgrade().is_some(), "held for as long as requests may map");
+        assert!(left.upgrade().is_some(), "dropped while requests may still map");
         device.session_ended();
         assert!(left.upgrade().is_none());
     }

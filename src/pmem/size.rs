@@ -7,8 +7,8 @@ use std::str::FromStr;
 
 use crate::support::size::{Size, SizeError, whole_pmds};
 
-/// A length that virtio-pmem can have: a multiple of 2 MiB, not 0, and no more than a file can
-/// hold.
+/// A length that a virtio-pmem region can have: a positive multiple of 2 MiB, at most `i64::MAX`
+/// bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PmemSize(u64);
 
@@ -16,7 +16,7 @@ impl PmemSize {
     /// Checks a length in bytes.
     ///
     /// # Errors
-    /// See [`whole_pmds`]: [`SizeError::Unaligned`] names the two nearest lengths that would do.
+    /// The errors of [`whole_pmds`]; [`SizeError::Unaligned`] names the two nearest valid lengths.
     pub fn new(bytes: u64) -> Result<Self, SizeError> {
         whole_pmds(bytes).map(Self)
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How requests leave a ring: one after another, each served by the thread that took it or by
-//! others. Knows no device.
+//! Step 2 of 6: takes requests out of a ring, one after another. The device serves each on the
+//! thread that took it, or on another thread. Knows no device.
 
 use std::mem;
 use std::sync::Arc;
@@ -18,36 +18,37 @@ use crate::device::{Drained, InlineWork};
 use crate::ring::poll::TURNS;
 use crate::support::lock::{MutexGuard, Rank, assert_free};
 
-/// What became of requests that are served by the thread that took them.
+/// What the watchdog has found: the progress of requests that are served by the thread that took
+/// them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Progress {
-    /// There was none, nor is.
+    /// No request is being served, and none has ended since the last look.
     Idle,
-    /// Some have ended.
+    /// At least one request has ended since the last look.
     Made,
-    /// One lasts.
+    /// A request is being served, and none has ended since the last look.
     HeldUp,
 }
 
-/// What became of the chains that were waiting.
+/// Why `take` has returned.
 enum Taken {
-    /// All were handed to the device.
+    /// All available chains were handed to the device.
     All,
-    /// No more can be: the ring does not run, is full of open ones, or can't be read; or another
-    /// thread hands them over, and will look for more.
+    /// No chain can be taken: the ring does not run, is full of open requests, or can't be read; or
+    /// another thread is handing a chain over, and will look for further ones.
     NoMore,
-    /// The last one leaves this to be done.
+    /// The device has left this work to the calling thread, for the chain taken last.
     ToServe(InlineWork),
 }
 
-/// What was next in the ring.
+/// The next chain of the ring (with the queue's size, in descriptors), or why there is none.
 enum Next {
     Chain(DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap>>, u16),
     Nothing(Taken),
 }
 
-/// While there is one, this thread calls the device without the ring's lock, no other thread takes
-/// chains, and the ring is not stopped.
+/// A chain is being handed over. While this exists, its thread calls the device without the ring's
+/// lock, no other thread takes chains, and a stop of the ring waits.
 struct HandOver<'r>(&'r Ring);
 
 impl<'r> HandOver<'r> {
@@ -70,7 +71,8 @@ impl<'r> HandOver<'r> {
     }
 }
 
-/// The device has panicked: this thread ends, and the front-end thread must not wait for it.
+/// Reached only if the device panics: the thread unwinds, and the front-end thread must not wait
+/// for it.
 impl Drop for HandOver<'_> {
     fn drop(&mut self) {
         self.ended(&mut self.0.lock());
@@ -78,13 +80,15 @@ impl Drop for HandOver<'_> {
 }
 
 impl Ring {
-    /// Hands all waiting chains to the device, and does what it leaves to be done.
+    /// Hands all available chains to the device, and does the work that the device leaves to this
+    /// thread.
     pub fn drain(self: &Arc<Self>) {
         self.drain_locked(self.lock());
     }
 
     pub(super) fn drain_locked<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) {
-        // Only where the last one was served here: others take longer than one would poll.
+        // Polls only after this thread has served a request: requests of other threads take longer
+        // than one poll.
         let mut may_poll = false;
         loop {
             let polls = may_poll && state.poll.is_due();
@@ -121,7 +125,7 @@ impl Ring {
         self.signal_used(&mut state);
     }
 
-    /// Whether there is something to be taken; none if nothing can be.
+    /// Whether a chain is available; none if no chain can be taken.
     fn look(&self) -> Option<bool> {
         let state = self.lock();
         if state.phase != Phase::Running || state.ring_full || state.closing {
@@ -138,8 +142,9 @@ impl Ring {
         self.lock().serving > 0
     }
 
-    /// Drains the ring in the place of a thread that has ended nothing since `served` requests
-    /// were.
+    /// Called by the watchdog: drains the ring if its thread serves a request and no request has
+    /// ended since the last call. `served` is the number of ended requests at the last call; it is
+    /// updated.
     pub(crate) fn relieve(self: &Arc<Self>, served: &mut u64) -> Progress {
         let mut state = self.lock();
         let before = std::mem::replace(served, state.served);
@@ -154,21 +159,22 @@ impl Ring {
         }
     }
 
-    /// Hands all waiting chains to others.
+    /// Hands all available chains to the device, for service by other threads.
     pub(super) fn hand_out(self: &Arc<Self>, state: MutexGuard<'_, State>) {
         let (_, left) = self.take(state, false, true);
-        debug_assert!(!matches!(left, Taken::ToServe(_)), "a device leaves work to the watchdog");
+        debug_assert!(!matches!(left, Taken::ToServe(_)), "work is left to a thread that can't");
     }
 
-    /// Hands waiting chains to the device, up to one that leaves something to be done. `arm`: when
-    /// there is none left, the driver shall kick for the next one.
+    /// Hands available chains to the device, up to the first one whose work the device leaves to
+    /// this thread. `serves`: this thread may do such work. `arm`: asks the driver for a kick when
+    /// no chain is available.
     ///
-    /// One thread at a time does so, in the order of the ring. A second thread that comes meanwhile
-    /// (the ring's, the watchdog, or one that has completed a request of a full ring) sees
-    /// `handing_over` and takes nothing. No chain is forgotten for that: the first thread takes the
-    /// lock again after the second one has given it up, and then looks for further chains and
-    /// whether the ring is still full. If it has to serve what it took before that, and is held up,
-    /// the watchdog looks in its place.
+    /// One thread at a time does this, in the order of the ring. A second thread that comes
+    /// meanwhile (the ring's thread, the watchdog, or a thread that has completed a request of a
+    /// full ring) sees `handing_over` and takes no chain. No chain is missed: the first thread
+    /// takes the lock again after the second one has released it, then looks for further chains and
+    /// whether the ring is still full. If the first thread serves a request before it looks, and is
+    /// held up, the watchdog looks in its place.
     fn take<'a>(
         self: &'a Arc<Self>,
         mut state: MutexGuard<'a, State>,
@@ -215,8 +221,8 @@ impl Ring {
             if state.ring_full {
                 return Ok(Next::Nothing(Taken::NoMore));
             }
-            // An index that runs ahead of the ring is an error here, and ends the drain:
-            // enable_notification() would call it new work for ever.
+            // An available index that is more than a queue's size ahead is an error here, and ends
+            // the drain. Without this, enable_notification() would report new chains for ever.
             if let Some(chain) = queue.iter(mem.clone())?.next() {
                 state.inflight += 1;
                 if serves {
@@ -231,10 +237,10 @@ impl Ring {
         }
     }
 
-    /// Checks a chain and hands it to the device, without the ring's lock: the descriptors are
-    /// read, and the device copies what it keeps of the request. If the front-end thread stops the
-    /// ring meanwhile, the stop waits: what is read is this driver's, and the request belongs to
-    /// the epoch in which it was taken.
+    /// Checks a chain and hands it to the device, without the ring's lock. This thread reads the
+    /// descriptors, and the device copies the parts of the request that it keeps. If the front-end
+    /// thread stops the ring meanwhile, the stop waits: so the memory read belongs to the driver
+    /// that sent the request, and the request to the epoch in which it was taken.
     fn hand_over<'a>(
         self: &'a Arc<Self>,
         state: MutexGuard<'a, State>,

@@ -2,11 +2,12 @@
 
 //! Step 2 of 6: drains one vring into requests and returns their chains. Knows no device.
 //!
-//! A ring is stopped, held (started, but its window is not up yet: the requests stay where they
-//! are) or running. What is open when it stops is either handed back to the driver or kept until
-//! the ring goes on ([`InflightPolicy`]). A start from another place than where the ring was
-//! stopped, and a stop that hands back, open a new [`Epoch`]; what belongs to an older one is void.
-//! That is how a flush that is still syncing never touches a ring that is not ours any more.
+//! A ring is stopped, awaiting its window (started, but the window is not mapped yet; requests stay
+//! in the ring), running, or stopping. At a stop, open requests are either handed back to the
+//! driver or kept until the ring resumes ([`InflightPolicy`]). A new [`Epoch`] begins with a start
+//! from another place than where the ring was stopped, and with a stop that hands requests back.
+//! Requests of an older epoch are void: so a flush whose sync ends after the stop does not write
+//! the ring.
 
 mod drain;
 mod poll;
@@ -36,31 +37,32 @@ pub(crate) use drain::Progress;
 pub(crate) use wake::Wake;
 pub(crate) use watchdog::Watchdog;
 
-/// Number of answers of which the driver is told at once while more requests wait to be served by
-/// the same thread: to wake the driver costs more than most requests. (A driver that looks sees an
-/// answer at once; if the next request is held up, the watchdog tells.)
+/// Number of answers after which the driver is notified, while the same thread has more requests to
+/// serve: a notification takes longer than most requests. (A driver that polls sees an answer at
+/// once. If the next request is held up, the watchdog notifies the driver.)
 const SIGNAL_AT: u16 = 16;
 
-/// No answer waits longer for others to be told of with it, but for the few requests that are
-/// served from one look at the clock to the next.
+/// Limit on the time from an answer to the notification of the driver. It is exceeded by at most
+/// the time of the [`LOOK_EVERY`] requests between two looks at the clock.
 const SIGNAL_WITHIN: Duration = Duration::from_micros(100);
 
-/// A look at the clock takes 1 % of the time of a short request.
+/// Number of answers between two looks at the clock. One look takes 1 % of the time of a short
+/// request.
 const LOOK_EVERY: u16 = 4;
 
-/// What is said where a ring can't be written.
+/// Log text for a used ring that can't be written.
 const UNRETURNED: &str = "a chain can't be returned";
 
-/// The longest reply, in bytes, that is stored under the ring's lock: to give that lock up and take
-/// it again costs more than to copy a short reply.
+/// The longest reply, in bytes, that is stored under the ring's lock: to release and take that lock
+/// takes longer than to copy a short reply.
 const MOST_UNDER_LOCK: usize = 4096;
 
-/// How a ring was started.
+/// The result of a ring's start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Started {
-    /// To be named when the ring is released.
+    /// The epoch to name when the ring is released.
     pub epoch: Epoch,
-    /// From where.
+    /// The place from which the ring was started.
     pub start: RingStart,
 }
 
@@ -77,49 +79,51 @@ enum Phase {
 struct State {
     phase: Phase,
     epoch: Epoch,
-    /// Chains taken and not completed. With [`InflightPolicy::Resubmit`] the device completes in
-    /// order, so these are the last that were taken, and moving the base back by this number hands
-    /// exactly them back.
+    /// Number of chains taken and not completed. With [`InflightPolicy::Resubmit`] the device
+    /// completes requests in order, so these are the chains taken last: the stop moves the base
+    /// back by this number, and so hands exactly these chains back.
     inflight: u16,
-    /// Number of threads that read or write the guest's memory for this ring without its lock: for
-    /// a request that is [pinned](crate::device::request::Request::pin), for one that is handed to
-    /// the device, or for a long reply. A stop waits until it is 0.
+    /// Number of threads that read or write guest memory for this ring without its lock: for a
+    /// request that is [pinned](crate::device::request::Request::pin), for a request that is being
+    /// handed to the device, or for a long reply. A stop waits until it is 0.
     pinned: u16,
-    /// A thread takes chains, and has given the lock up to hand one of them to the device.
+    /// A thread takes chains, and has released the lock to hand one of them to the device.
     handing_over: bool,
-    /// The process is about to end: no thread waits for a stopped ring.
+    /// The process is about to end: no thread waits for a stopped ring any more.
     closing: bool,
-    /// Completed while the ring was stopped.
+    /// Answers of requests that were completed while the ring was stopped.
     deferred: Vec<Answer>,
-    /// The available index at the last stop; the used index was this less the open ones.
+    /// The available index at the last stop. The used index was lower by the number of open
+    /// requests.
     stopped_at: u16,
-    /// The guest has no window: whatever it stored is nowhere, so no flush may succeed.
+    /// The window can't be mapped: the guest's stores do not reach the file, so every flush fails.
     window_lost: bool,
-    /// Chains were left in the ring because `open` had reached the queue's size.
+    /// Chains were left in the ring because `inflight` had reached the queue's size.
     ring_full: bool,
     /// Number of threads that wait for [`Ring::changed`].
     waiting: u16,
-    /// The thread that serves one request has the next one before it.
+    /// The ring's thread serves a request, and more chains are available.
     more: bool,
-    /// Returned chains that the driver was not told of, and when the first one was returned.
+    /// Number of returned chains of which the driver was not notified, and when the first was
+    /// returned.
     unsignalled: u16,
     unsignalled_since: Option<Instant>,
-    /// Requests that are served by the thread that took them.
+    /// Number of requests that are being served by the thread that took them.
     serving: u32,
-    /// Those that were.
+    /// Number of such requests that have ended.
     served: u64,
     poll: Poll,
 }
 
 impl State {
-    /// Whether a ring that starts there goes on where it was stopped.
+    /// Whether a ring that starts at these indices continues where it was stopped.
     fn goes_on(&self, next_avail: u16, next_used: u16) -> bool {
         next_avail == self.stopped_at && next_used == next_avail.wrapping_sub(self.inflight)
     }
 
-    /// What was open is void, and the ring stopped.
+    /// Voids open requests, and sets the ring stopped.
     fn renew(&mut self, epoch: Epoch) {
-        debug_assert_eq!(self.pinned, 0, "guest memory is used beyond a stop");
+        debug_assert_eq!(self.pinned, 0, "guest memory is pinned after a stop");
         let Self { waiting, serving, served, poll, closing, .. } = *self;
         *self = Self { epoch, waiting, serving, served, poll, closing, ..Self::default() };
     }
@@ -130,22 +134,22 @@ pub struct Ring {
     device: Arc<dyn Device>,
     index: usize,
     mem: Memory,
-    /// The library's vring lock is taken under it. The device is called without both.
+    /// The library's vring lock is taken under it. The device is called without either lock.
     state: Mutex<State>,
-    /// A copy of whether `state.phase` is another one than `Stopped`: see
+    /// Whether `state.phase` is not `Stopped`, readable without the lock: see
     /// [`is_started`](Ring::is_started).
     started: AtomicBool,
-    /// The ring was stopped, has started, is about to end with the process, or is pinned by one
-    /// thread less.
+    /// Notified when the ring runs, when its open requests become void, when the process is about
+    /// to end, and when a thread has unpinned the ring.
     changed: Condvar,
     wake: Arc<Wake>,
-    /// The library's, from the first start on: a session has the same one at each start.
+    /// The library's vring, set at the first start. It stays the same during a session.
     vring: OnceLock<Vring>,
     log_limit: RateLimit,
 }
 
 impl Ring {
-    /// The device's ring number `index`, stopped, in the guest memory `mem`.
+    /// The device's stopped ring number `index` in the guest memory `mem`.
     pub(crate) fn new(
         device: Arc<dyn Device>,
         index: usize,
@@ -165,12 +169,12 @@ impl Ring {
         })
     }
 
-    /// Its number.
+    /// The number of the ring in the device.
     pub fn index(&self) -> usize {
         self.index
     }
 
-    /// The library's ring, if it has started once.
+    /// The library's vring; none before the first start.
     pub(crate) fn vring(&self) -> Option<&Vring> {
         self.vring.get()
     }
@@ -179,22 +183,24 @@ impl Ring {
         lock(&self.state)
     }
 
-    /// Whether [`start`](Ring::start) would find the ring started already. No lock is taken.
+    /// Whether [`start`](Ring::start) would find the ring started. Takes no lock.
     ///
-    /// The ring's thread and the watchdog ask this before they start the ring; the front-end thread
-    /// changes it, by a stop. An answer may be older than a stop or a start that runs meanwhile:
+    /// The ring's thread and the watchdog read this before they start the ring; the front-end
+    /// thread changes it by a stop. The value may be older than a stop or a start that runs
+    /// meanwhile:
     ///
-    /// - False for a ring that another thread has just started: `start()` looks again, under the
+    /// - False, although another thread has just started the ring: `start()` looks again under the
     ///   lock.
-    /// - True for a ring that the front-end thread is about to stop: the ring's thread then drains
-    ///   a ring, and finds under the lock that it is stopped.
-    /// - True for a ring that was stopped, and whose next start has kicked the ring's thread, would
-    ///   lose that kick. That can't be: the front-end thread stores false here before it makes the
-    ///   vring ready again, under the library's vring lock; and the ring's thread has read the kick
-    ///   under that lock before it comes here. The watchdog, which reads no kick, asks again after
+    /// - True, although the front-end thread is about to stop the ring: the ring's thread then
+    ///   drains the ring, and finds under the lock that it is stopped.
+    /// - True, although the ring was stopped and its next start has kicked the ring's thread: this
+    ///   would lose the kick, and can't happen. The front-end thread stores false before it makes
+    ///   the vring ready again under the library's vring lock; the ring's thread reads the kick
+    ///   under that lock before it calls this. The watchdog, which reads no kick, looks again after
     ///   its next tick.
     ///
-    /// So that lock orders the two threads; Release and Acquire make the pair clear by itself.
+    /// So the vring lock orders the two threads. Release and Acquire make the pair correct without
+    /// it.
     pub(crate) fn is_started(&self) -> bool {
         self.started.load(Ordering::Acquire)
     }
@@ -204,19 +210,20 @@ impl Ring {
         self.started.store(phase != Phase::Stopped, Ordering::Release);
     }
 
-    /// What was open is void, and the ring stopped.
+    /// Voids open requests, and sets the ring stopped.
     fn renew(&self, state: &mut State, epoch: Epoch) {
         state.renew(epoch);
         self.set_phase(state, Phase::Stopped);
     }
 
-    /// Takes note that the library may have started `vring`. If it has, and the ring was stopped,
-    /// the ring is now held, and the caller must bring up the window and then call
-    /// [`release`](Ring::release) with the epoch that this returns.
+    /// Starts the ring if the library has set `vring` up and the ring is stopped. The ring then
+    /// awaits its window. The caller must map the window and then call [`release`](Ring::release)
+    /// with the returned epoch.
     pub fn start(&self, vring: &Vring) -> Option<Started> {
         let mut state = self.lock();
-        // Looked at under our lock: GET_VRING_BASE clears `ready` before it calls stop(), so
-        // either we see that here, or stop() comes after us and undoes the start.
+        // Read under the ring's lock. At GET_VRING_BASE the front-end thread clears `ready` and
+        // then calls stop(). This thread, the ring's or the watchdog, either sees `ready` cleared,
+        // or that stop() comes later and undoes this start.
         let (up, from, used) = {
             let vring = vring.get_ref();
             let queue = vring.get_queue();
@@ -242,7 +249,7 @@ impl Ring {
         Some(Started { epoch: state.epoch, start })
     }
 
-    /// Whether the library has set the ring up to start, and not where it was stopped.
+    /// Whether the library has set the stopped ring up at another place than where it was stopped.
     pub(crate) fn is_afresh(&self) -> bool {
         let state = self.lock();
         let Some(vring) = self.vring.get().filter(|_| state.phase == Phase::Stopped) else {
@@ -253,13 +260,13 @@ impl Ring {
         queue.ready() && !state.goes_on(queue.next_avail(), queue.next_used())
     }
 
-    /// The window of this epoch is up: requests may leave the ring. `serves`: this thread may serve
-    /// them.
+    /// Lets requests leave the ring: the window of this epoch is mapped. `serves`: this thread may
+    /// serve them.
     pub fn release(self: &Arc<Self>, epoch: Epoch, serves: bool) {
         self.run(epoch, false, serves);
     }
 
-    /// The window of this epoch can't be had: requests leave the ring, and none may succeed.
+    /// Lets requests leave the ring, though the window can't be mapped: every flush fails.
     pub fn release_without_window(self: &Arc<Self>, epoch: Epoch) {
         self.run(epoch, true, true);
     }
@@ -270,7 +277,8 @@ impl Ring {
             self.set_phase(&mut state, Phase::Running);
             state.window_lost = window_lost;
             self.changed.notify_all();
-            // A stop by the front-end thread waits until all of them are returned.
+            // A stop by the front-end thread waits until this thread has returned all deferred
+            // answers.
             state.pinned += 1;
             for answer in std::mem::take(&mut state.deferred) {
                 state = self.give_back(state, answer);
@@ -285,8 +293,8 @@ impl Ring {
     }
 
     /// Stops the ring (GET_VRING_BASE). With [`InflightPolicy::Resubmit`] the base that the
-    /// front-end will read is moved before the open requests, so that the next start takes them
-    /// again. Waits for no request but for those whose threads use the guest's memory.
+    /// front-end reads afterwards is moved back before the open requests, so that the next start
+    /// takes them again. Waits only for threads that have pinned the ring.
     pub fn stop(&self) {
         drop(self.stopped());
     }
@@ -296,7 +304,8 @@ impl Ring {
         state.more = false;
         self.signal_used(&mut state);
         let hand_back = self.device.inflight_policy() == InflightPolicy::Resubmit;
-        // A thread that has pinned the ring may still return its chain; no thread takes a new one.
+        // A thread that has pinned the ring may still return its chain; no thread takes a new
+        // chain.
         if state.phase == Phase::Running {
             self.set_phase(&mut state, Phase::Stopping);
         }
@@ -330,7 +339,7 @@ impl Ring {
         state
     }
 
-    /// The front-end has gone: whatever is open is void.
+    /// Stops the ring after the front-end has disconnected: open requests are void.
     pub fn end(&self) {
         let mut state = self.stopped();
         let epoch = state.epoch.next();
@@ -338,7 +347,7 @@ impl Ring {
         self.changed.notify_all();
     }
 
-    /// The process is about to end: threads that wait for the ring to go on wait no more.
+    /// Wakes all threads that wait for the ring to run: the process is about to end.
     pub(crate) fn close(&self) {
         self.lock().closing = true;
         self.changed.notify_all();
@@ -352,7 +361,7 @@ impl Ring {
         state
     }
 
-    /// This thread uses the guest's memory no more.
+    /// Ends one pin of this thread, and wakes a stop that waits for it.
     fn unpinned(&self, state: &mut State) {
         state.pinned -= 1;
         if state.waiting > 0 {
@@ -360,9 +369,9 @@ impl Ring {
         }
     }
 
-    /// Stores the reply, puts the head into the used ring (unless it has no place there), and tells
-    /// the driver if it is time to. The ring runs, or stops and waits for this thread. A long reply
-    /// is stored without the lock; other threads may return their chains meanwhile.
+    /// Stores the reply, puts the head into the used ring if it is valid, and notifies the driver
+    /// if that is due. The ring runs, or a stop waits for this thread. A long reply is stored
+    /// without the lock; other threads may return their chains meanwhile.
     fn give_back<'a>(
         &'a self,
         mut state: MutexGuard<'a, State>,
@@ -372,8 +381,9 @@ impl Ring {
         if let Some(head) = answer.head {
             let ram = self.mem.ram();
             let stored = if answer.bytes() > MOST_UNDER_LOCK {
-                // This thread stores without the lock, and the front-end thread stops the ring:
-                // the stop waits for the pin, so that the memory is this driver's until then.
+                // This thread stores without the lock, and the front-end thread may stop the ring
+                // meanwhile. The stop waits for the pin, so the memory stays this driver's until
+                // the store is done.
                 state.pinned += 1;
                 drop(state);
                 assert_free(Rank::Life);
@@ -384,7 +394,8 @@ impl Ring {
             } else {
                 answer.store(&ram)
             };
-            // The reply before the used index: the driver reads it as soon as the index moves.
+            // Stores the reply before it moves the used index: the driver reads the reply once the
+            // index moves.
             let returned = vring.get_mut().get_queue_mut().add_used(&*ram, head, stored);
             self.warn_of(UNRETURNED, returned);
         }
@@ -394,7 +405,7 @@ impl Ring {
         state
     }
 
-    /// Tells the driver of the chains that went back, unless more of them are about to.
+    /// Notifies the driver of returned chains, unless this thread is about to return more of them.
     fn signal_in_time(&self, state: &mut State) {
         if !state.more || state.unsignalled >= SIGNAL_AT {
             return self.signal_used(state);
@@ -411,7 +422,7 @@ impl Ring {
         }
     }
 
-    /// Tells the driver of the chains that went back, if it wants to be told.
+    /// Notifies the driver of returned chains, unless the driver has suppressed notifications.
     fn signal_used(&self, state: &mut State) {
         state.unsignalled_since = None;
         if std::mem::take(&mut state.unsignalled) > 0
@@ -424,7 +435,8 @@ impl Ring {
     fn signal(&self, vring: &Vring) -> Result<(), QueueError> {
         let mut guard = vring.get_mut();
         if guard.get_queue_mut().needs_notification(&*self.mem.ram())? {
-            // A front-end that closed its end of the call is about to stop the ring: not our fault.
+            // The write fails if the front-end has closed its end of the call; it is about to stop
+            // the ring.
             let _ = guard.signal_used_queue();
         }
         Ok(())
@@ -472,7 +484,8 @@ impl RequestOwner for Ring {
             Phase::AwaitingWindow | Phase::Stopped => state.deferred.push(answer),
         }
         if state.ring_full {
-            // Served by others: this may be the end of one that was taken here.
+            // Not drain(): this thread may be completing a request that drain() has taken, and must
+            // not serve another one inside it.
             self.hand_out(state);
         }
     }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 2 of 6: looks for the next request for a moment before it sleeps. Knows no ring.
+//! Step 2 of 6: the ring's thread polls the ring for a short time before it sleeps. Knows no ring.
 //!
-//! To be woken costs 5 to 40 microseconds, and the driver has to kick; a driver that has just been
-//! answered often asks again sooner. So the ring's thread looks whether it does, as QEMU's own do:
-//! for as long as it was worth it the last times. On a processor that the driver needs for itself
-//! it never is. And only few threads do so at once: one that never sleeps would hold up the others
-//! of its processor.
+//! A wakeup takes 5 to 40 microseconds, and the driver has to kick; a driver whose request was just
+//! completed often sends the next request sooner. So the ring's thread polls, as QEMU's IOThreads
+//! do: often while polls have found requests, seldom after polls that found none. If the guest's
+//! driver needs the same processor, polls find none. The number of threads that poll at the same
+//! time is limited: a thread that never sleeps delays the other threads of its processor.
 
 use std::hint::spin_loop;
 use std::sync::LazyLock;
@@ -14,39 +14,40 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{available_parallelism, yield_now};
 use std::time::{Duration, Instant};
 
-/// As long as QEMU's IOThreads poll at most.
+/// Duration of one poll, at most. QEMU's IOThreads poll as long (`poll-max-ns` of 32768).
 const POLL: Duration = Duration::from_micros(32);
 
-/// How often one may sleep at most before it is tried again.
+/// Number of sleeps between two polls, at most.
 const MOST_SLEEPS: u32 = 1024;
 
-/// Number of hits after which the thread yields the processor to other runnable threads: the
-/// scheduler gives a thread that never sleeps a time slice of milliseconds.
+/// Number of successive hits after which the thread yields the processor: the scheduler gives a
+/// thread that never sleeps a time slice of several milliseconds.
 const YIELD_EVERY: u32 = 8;
 
-/// Whether to poll.
+/// Decides whether the next poll is due. A hit is a poll that found a request, a miss one that did
+/// not.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Poll {
-    /// After a miss, sleep so often before the next try.
+    /// Number of sleeps before the next poll after a miss.
     after_miss: u32,
-    /// Number of sleeps that are left of them.
+    /// Number of those sleeps that have not happened yet.
     sleeps_left: u32,
-    /// Number of hits in succession.
+    /// Number of successive hits.
     hits: u32,
 }
 
 impl Poll {
-    /// It is worth a try.
+    /// Whether to poll before the next sleep.
     pub(crate) fn is_due(self) -> bool {
         self.sleeps_left == 0
     }
 
-    /// Sleeps, until a kick comes.
+    /// Records that the thread is about to sleep until a kick comes.
     pub(crate) fn sleeps(&mut self) {
         self.sleeps_left = self.sleeps_left.saturating_sub(1);
     }
 
-    /// It was tried: whether a request came.
+    /// Records a poll; `hit`: it found a request.
     pub(crate) fn tried(&mut self, hit: bool) {
         if hit {
             self.hits = self.hits.wrapping_add(1);
@@ -54,18 +55,18 @@ impl Poll {
         } else {
             self.hits = 0;
             self.after_miss = (self.after_miss * 2).clamp(1, MOST_SLEEPS);
-            self.sleeps_left = self.after_miss + 1; // The sleep that follows is the first.
+            self.sleeps_left = self.after_miss + 1; // This number includes the sleep that follows.
         }
     }
 }
 
-/// How many threads may poll at once, and how many do.
+/// Limits the number of threads that poll at the same time.
 pub(crate) struct Turns {
     most: usize,
     taken: AtomicUsize,
 }
 
-/// Those of the process: on half of the processors.
+/// The limit of the process: half of the number of processors, at least 1.
 pub(crate) static TURNS: LazyLock<Turns> =
     LazyLock::new(|| Turns::new(available_parallelism().map_or(1, usize::from) / 2));
 
@@ -81,15 +82,15 @@ impl Turns {
         (self.taken.fetch_add(1, Ordering::Relaxed) < self.most).then_some(turn)
     }
 
-    /// Looks until `look` says true or none, or it has taken long enough. Whether it said true;
-    /// none if too many look already.
+    /// Calls `look` until it returns true or none, or [`POLL`] is over. Returns whether it returned
+    /// true; none, without a call, if too many threads poll already.
     pub(crate) fn until(&self, poll: Poll, mut look: impl FnMut() -> Option<bool>) -> Option<bool> {
         let _turn = self.take()?;
         let began = Instant::now();
         if poll.hits % YIELD_EVERY == YIELD_EVERY - 1 {
             yield_now();
             if began.elapsed() >= POLL {
-                return Some(false); // Who sleeps here is woken sooner.
+                return Some(false); // The processor is busy: a thread that sleeps gets it sooner.
             }
         }
         loop {
@@ -111,7 +112,7 @@ impl Drop for Turn<'_> {
 mod tests {
     use super::*;
 
-    /// Number of polls in `turns` turns, each of which ends with a sleep if it does not hit.
+    /// Number of polls in `turns` turns, each of which ends with a sleep if its poll is a miss.
     fn polls(poll: &mut Poll, turns: u32, hits: bool) -> u32 {
         let mut polls = 0;
         for _ in 0..turns {
@@ -126,10 +127,10 @@ mod tests {
         polls
     }
 
-    /// Shows: where polling is in vain it is tried less and less, down to once in a thousand
-    /// sleeps, and a hit brings it back.
+    /// Shows: while all polls are misses they become less frequent, down to one in 1024 sleeps;
+    /// while all are hits every turn polls.
     #[test]
-    fn it_is_tried_where_it_pays() {
+    fn misses_make_polls_less_frequent() {
         let mut poll = Poll::default();
         assert_eq!(polls(&mut poll, 100, true), 100);
         let in_vain = polls(&mut poll, 100, false);
@@ -144,13 +145,13 @@ mod tests {
         poll.sleeps();
         assert!(!poll.is_due());
         poll.sleeps();
-        assert!(poll.is_due(), "one sleep after the miss, as at first");
+        assert!(poll.is_due(), "after hits, one sleep follows a miss");
     }
 
-    /// Shows: it ends when something is there, when nothing can come, and when it has lasted too
-    /// long.
+    /// Shows: a poll ends when `look` finds a request, when it returns none, and after its time
+    /// limit.
     #[test]
-    fn it_ends() {
+    fn a_poll_ends() {
         let turns = Turns::new(0);
         let mut looks = 0;
         let found = turns.until(Poll::default(), || {
@@ -164,11 +165,11 @@ mod tests {
 
     /// Shows: the number of threads that poll at the same time is limited.
     #[test]
-    fn few_at_once() {
+    fn the_number_of_polling_threads_is_limited() {
         let turns = Turns::new(2);
         let third = || turns.until(Poll::default(), || Some(true));
         let second = || turns.until(Poll::default(), || third().is_none().then_some(true));
         assert_eq!(turns.until(Poll::default(), second), Some(true));
-        assert_eq!(third(), Some(true), "the turns were given back");
+        assert_eq!(third(), Some(true), "the turns were returned");
     }
 }

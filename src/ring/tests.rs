@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A ring with a device that the test is.
+//! Tests of a ring whose device is a double that the test controls.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -15,14 +15,16 @@ use crate::device::request::Request;
 use crate::device::{Drained, InlineWork, SessionWindow};
 use crate::window::WindowBytes;
 
+/// The queue's size, in descriptors.
 const SIZE: u16 = 16;
+/// Guest addresses: available ring, used ring, replies. The descriptor table is at 0.
 const AVAIL: u64 = 0x1000;
 const USED: u64 = 0x2000;
 const REPLIES: u64 = 0x1_0000;
-/// Longer than what is stored under the ring's lock.
+/// Bytes of a reply; more than the limit on what is stored under the ring's lock.
 const REPLY: u32 = 0x4000;
 
-/// Hands each request to the test, and returns when the test says so.
+/// Sends each request to the test, and returns from `handle` when the test sends `go`.
 struct Double {
     policy: InflightPolicy,
     taken: Mutex<Sender<Request>>,
@@ -59,7 +61,7 @@ impl Device for Double {
     }
 
     fn open_window(&self) -> Arc<dyn SessionWindow> {
-        unreachable!("there is no session")
+        unreachable!("the test opens no session")
     }
 
     fn handle(&self, request: Request, _: Drained) -> Option<InlineWork> {
@@ -73,7 +75,7 @@ impl Device for Double {
     fn shutdown(&self) {}
 }
 
-/// A ring that runs, its memory, and both ends of its device.
+/// A running ring, its memory, and the two channels of its device.
 struct Bench {
     ring: Arc<Ring>,
     vring: Vring,
@@ -103,7 +105,7 @@ impl Bench {
         vm_memory::GuestAddressSpace::memory(&self.mem)
     }
 
-    /// Makes chains of one writable descriptor each available, up to number `until`.
+    /// Makes chains `0..until` available, each with one writable descriptor.
     fn offer(&self, until: u16) {
         let ram = self.ram();
         for head in 0..until {
@@ -121,7 +123,8 @@ impl Bench {
         self.ram().read_obj(GuestAddress(USED + 2)).unwrap()
     }
 
-    /// The ring's thread: starts the ring if it is stopped, and drains it.
+    /// Starts a thread that does what the ring's thread does at a kick: starts the ring if it is
+    /// stopped, else drains it.
     fn kick(&self) -> thread::JoinHandle<()> {
         let (ring, vring) = (self.ring.clone(), self.vring.clone());
         thread::spawn(move || match ring.start(&vring) {
@@ -130,7 +133,7 @@ impl Bench {
         })
     }
 
-    /// The front-end thread: GET_VRING_BASE.
+    /// Starts a thread that does what the front-end thread does at GET_VRING_BASE.
     fn stop(&self) -> thread::JoinHandle<u16> {
         let (ring, vring) = (self.ring.clone(), self.vring.clone());
         thread::spawn(move || {
@@ -140,7 +143,7 @@ impl Bench {
         })
     }
 
-    /// Waits until a stop waits for the device.
+    /// Waits until a thread waits for the ring to change.
     fn stop_waits(&self) {
         while self.ring.lock().waiting == 0 {
             thread::yield_now();
@@ -148,18 +151,18 @@ impl Bench {
     }
 }
 
-/// Shows: a device is called without the ring's lock and without the vring's, so it may complete
-/// what it is just given; and a second thread that comes meanwhile takes nothing, and waits for
-/// nothing.
+/// Shows: `Device::handle` is called without the ring's lock and the vring's lock, so it may
+/// complete its request at once. A second thread that drains the ring meanwhile takes no chain, and
+/// does not block.
 #[test]
 fn the_device_is_called_without_a_lock() {
     let bench = Bench::new(InflightPolicy::Retain);
     bench.offer(2);
     let ring = bench.kick();
     let first = bench.taken.recv().unwrap();
-    bench.ring.drain(); // Neither waits nor takes the second chain out of its order.
+    bench.ring.drain(); // Returns at once, and takes no chain.
     assert!(bench.taken.recv_timeout(Duration::ZERO).is_err());
-    let next = bench.vring.queue_next_avail(); // The vring's lock is free.
+    let next = bench.vring.queue_next_avail(); // Takes the vring's lock.
     assert_eq!(next, 1);
     first.complete_with(None, vec![1; REPLY as usize], 0);
     assert_eq!(bench.used(), 1);
@@ -173,11 +176,11 @@ fn the_device_is_called_without_a_lock() {
     assert_eq!(last, 2, "the whole reply was stored");
 }
 
-/// Shows: a stop waits while a request is handed to the device, so that the device reads this
-/// driver's memory; no further chain is taken then, and the ring goes on where it was stopped,
-/// whatever becomes of the open requests.
+/// Shows: a stop waits while `Device::handle` runs, so that the device reads the memory of the
+/// driver that sent the request. No further chain is taken then. The next start continues where the
+/// ring was stopped, whether or not the open requests have been completed.
 #[test]
-fn a_stop_beside_a_hand_over() {
+fn a_stop_during_a_hand_over() {
     for (policy, base) in [(InflightPolicy::Retain, 1), (InflightPolicy::Resubmit, 0)] {
         let bench = Bench::new(policy);
         bench.offer(2);
@@ -190,7 +193,7 @@ fn a_stop_beside_a_hand_over() {
         ring.join().unwrap();
         assert!(!bench.ring.is_started());
         first.complete_with(None, vec![1; REPLY as usize], 0);
-        assert_eq!(bench.used(), 0, "written to a ring that was stopped");
+        assert_eq!(bench.used(), 0, "a stopped ring was written");
         bench.vring.set_queue_ready(true);
         let ring = bench.kick();
         for _ in base..2 {
@@ -203,10 +206,10 @@ fn a_stop_beside_a_hand_over() {
     }
 }
 
-/// Shows: a request that waits for a stopped ring is woken when the process ends, and one that
-/// comes then does not wait.
+/// Shows: a request that waits for a stopped ring is woken when the process ends, and a later `pin`
+/// of that request does not wait.
 #[test]
-fn the_end_wakes_what_waits() {
+fn close_wakes_requests_that_wait() {
     let bench = Bench::new(InflightPolicy::Retain);
     bench.offer(1);
     let ring = bench.kick();

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 2 of 6: the library's vring, but for two things: a kick that is not there is no error, and
-//! a used ring that is not there neither.
+//! Step 2 of 6: the library's vring with two changes: a missing kick is no error, and a used ring
+//! that is not in memory is no error.
 //!
-//! The ring's thread learns of a kick from epoll and then reads the event descriptor. In between
-//! the front-end may have stopped and started the ring, and the descriptor is a new one that nobody
-//! has kicked: the read says EAGAIN. The library (vhost-user-backend 0.24) ends the thread for
-//! that, and the device is dead without a word.
+//! The ring's thread gets the kick's event from epoll and then reads the event descriptor. In
+//! between the front-end may have stopped and started the ring with a new descriptor that the
+//! driver has not kicked: the read fails with EAGAIN. The library (vhost-user-backend 0.24) then
+//! ends the ring's thread without a log line, and the ring is dead.
 //!
-//! When the front-end says where a ring is, the library loads the used index from there. A driver
-//! may have put the ring into a window, behind the end of a file: a load is SIGBUS there, and an
-//! error ends the session, which would be more than one broken ring. The ring is read no further
-//! then: it lies in no RAM (`ram.rs`).
+//! At SET_VRING_ADDR the library loads the used index. A driver may have put the ring into a
+//! window, beyond the end of a file: the load is SIGBUS there, and an error would end the whole
+//! session. The daemon does not access such a ring afterwards, because it is not in RAM
+//! (`device/memory.rs`).
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
@@ -25,16 +25,16 @@ use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 use crate::device::memory::GuestMemory;
 use crate::support::lock::{MutexGuard, Rank};
 
-/// Where the index is in a used ring (virtio 1.4 section 2.7.8: struct virtq_used).
+/// Offset of the index in a used ring, in bytes (virtio 1.4 section 2.7.8: struct virtq_used).
 const USED_IDX: u64 = 2;
 
-/// [`VringMutex`], with a patient [`read_kick`](VringT::read_kick) and a careful
-/// [`queue_used_idx`](VringT::queue_used_idx).
+/// [`VringMutex`], whose [`read_kick`](VringT::read_kick) accepts EAGAIN and whose
+/// [`queue_used_idx`](VringT::queue_used_idx) reads by a system call.
 #[derive(Clone)]
 pub struct Vring(VringMutex<GuestMemory>, GuestMemory);
 
 impl Vring {
-    /// The used index, by a system call; none where there is no memory.
+    /// The used index, read by process_vm_readv(2); none if its address is not readable memory.
     fn used_idx(&self) -> Option<u16> {
         let at = GuestAddress(self.get_ref().get_queue().used_ring().checked_add(USED_IDX)?);
         let mem = self.1.memory();
@@ -54,7 +54,7 @@ impl<'a> VringStateMutGuard<'a, GuestMemory> for Vring {
     type G = MutexGuard<'a, VringState<GuestMemory>>;
 }
 
-/// Hands calls on to the library's vring.
+/// Implements methods by calls of the library's vring.
 macro_rules! forward {
     ($(fn $name:ident(&self $(, $arg:ident: $type:ty)*) $(-> $result:ty)?;)*) => {
         $(fn $name(&self $(, $arg: $type)*) $(-> $result)? {
@@ -76,7 +76,8 @@ impl VringT<GuestMemory> for Vring {
         MutexGuard::of(Rank::Vring, || self.0.get_mut())
     }
 
-    /// Whether there is something to do: a kick, and an enabled ring.
+    /// Whether the ring was kicked and is enabled. False, not an error, if the descriptor has no
+    /// event.
     fn read_kick(&self) -> io::Result<bool> {
         match self.0.read_kick() {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
@@ -84,7 +85,7 @@ impl VringT<GuestMemory> for Vring {
         }
     }
 
-    /// See the top of this file.
+    /// The used index, 0 where it can't be read.
     fn queue_used_idx(&self) -> Result<u16, QueueError> {
         Ok(self.used_idx().unwrap_or_default())
     }
@@ -118,14 +119,15 @@ mod tests {
 
     use super::*;
 
-    /// Shows: a new, unkicked descriptor is "nothing to do", not the end of the ring's thread.
+    /// Shows: reading a new descriptor that was not kicked is no error, which would end the ring's
+    /// thread.
     #[test]
-    #[allow(unsafe_code)] // The library wants the descriptor as a File.
-    fn a_kick_that_is_not_there_is_no_error() {
+    #[allow(unsafe_code)] // The library takes the descriptor as a File.
+    fn a_missing_kick_is_no_error() {
         let mem = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let vring = Vring::new(mem, 16).unwrap();
         let (consumer, notifier) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
-        // SAFETY: into_raw_fd() has just given the descriptor up.
+        // SAFETY: into_raw_fd() has just returned the descriptor, and no other owner exists.
         vring.set_kick(Some(unsafe { File::from_raw_fd(consumer.into_raw_fd()) }));
         vring.set_enabled(true);
         assert!(!vring.read_kick().unwrap());
@@ -134,10 +136,10 @@ mod tests {
         assert!(!vring.read_kick().unwrap());
     }
 
-    /// Shows: a used ring that lies behind the end of a file, or in no memory, has no index, and
-    /// ends nothing; one in RAM has its own.
+    /// Shows: the used index of a ring beyond the end of a file, or outside all memory, is read as
+    /// 0 without a SIGBUS; that of a ring in RAM is read from there.
     #[test]
-    fn a_used_ring_that_is_not_there() {
+    fn a_used_ring_outside_memory_has_index_0() {
         const BYTES: usize = 1 << 20;
         let file = tempfile::tempfile().unwrap();
         file.set_len(BYTES as u64).unwrap();

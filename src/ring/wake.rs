@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::support::lock::{Condvar, Mutex, lock};
 
-/// Shared by the rings of a session and their watchdog.
+/// Shared by the rings of a session and their watchdog thread.
 #[derive(Default)]
 pub(crate) struct Wake {
     asleep: AtomicBool,
@@ -16,9 +16,9 @@ pub(crate) struct Wake {
 }
 
 impl Wake {
-    /// A ring's thread is about to serve a request itself. Called under the ring's lock, under
-    /// which the watchdog also looks before it sleeps: either this sees `asleep`, or the watchdog
-    /// sees the request.
+    /// Wakes the watchdog: the calling thread is about to serve a request itself. Called under the
+    /// ring's lock. The watchdog looks for such requests under the same lock before it sleeps:
+    /// either this thread sees `asleep`, or the watchdog sees the request.
     pub(crate) fn wake(&self) {
         if self.asleep.swap(false, Ordering::SeqCst) {
             drop(lock(&self.over));
@@ -26,18 +26,18 @@ impl Wake {
         }
     }
 
-    /// Ends the watchdog.
+    /// Ends the watchdog thread.
     pub(crate) fn end(&self) {
         *lock(&self.over) = true;
         self.changed.notify_one();
     }
 
-    /// Whether the watchdog shall end.
+    /// Whether the watchdog thread shall end.
     pub(crate) fn is_over(&self) -> bool {
         *lock(&self.over)
     }
 
-    /// The watchdog waits for a `tick`, or less.
+    /// Called by the watchdog thread: waits for `tick`, or less.
     pub(crate) fn tick(&self, tick: Duration) {
         let over = lock(&self.over);
         if !*over {
@@ -45,9 +45,9 @@ impl Wake {
         }
     }
 
-    /// The watchdog sleeps until a ring [wakes](Self::wake) it or it shall end, unless `is_serving`
-    /// says that a ring's thread serves a request already. `is_serving` locks rings: nothing of
-    /// this is held under it.
+    /// Called by the watchdog thread: sleeps until a ring [wakes](Self::wake) it or it shall end.
+    /// Does not sleep if `is_serving` returns true: a ring's thread serves a request already.
+    /// `is_serving` takes ring locks, so it is called without `over`.
     pub(crate) fn sleep(&self, is_serving: impl FnOnce() -> bool) {
         self.asleep.store(true, Ordering::SeqCst);
         if is_serving() {

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 2 of 6: drains a ring while the thread that should do so is held up in a request. Knows no
-//! device.
+//! Step 2 of 6: drains a ring while the ring's own thread is held up by a request. Knows no device.
 //!
-//! A request that is expected to be quick is served by the thread that takes it out of its ring: to
-//! wake another one costs more than most requests do. When it is not quick, because a disk or a
-//! network lets it wait, the watchdog sees that no request has ended for a [`TICK`], and from then
-//! on hands new requests to others.
+//! A request that is expected to be quick is served by the thread that takes it out of the ring: a
+//! wakeup of another thread takes longer than most requests. When such a request waits for a disk
+//! or a network, the watchdog finds that no request has ended for a [`TICK`], and from then on
+//! hands new requests to the threads of the device's pool.
 
 use std::io;
 use std::sync::Arc;
@@ -16,26 +15,26 @@ use std::time::Duration;
 use super::wake::Wake;
 use super::{Progress, Ring};
 
-/// A request that takes longer has others served beside it: much longer than nearly all of them
-/// take, much shorter than what a guest waits for a disk.
+/// Period of the watchdog. Requests behind one that takes longer are served by other threads. Much
+/// longer than nearly all quick requests, and much shorter than a guest waits for a disk.
 const TICK: Duration = Duration::from_millis(2);
 
-/// After this many ticks in which nothing was served, the watchdog sleeps until something is.
+/// Number of ticks without a served request after which the watchdog sleeps until a ring wakes it.
 const QUIET_TICKS: u32 = 50;
 
-/// The thread. It ends when this is dropped.
+/// The watchdog thread. Dropping this ends the thread.
 pub(crate) struct Watchdog {
     wake: Arc<Wake>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Watchdog {
-    /// Watches over `rings`, which were made with `wake`. `begin` starts a ring, if it can be and
-    /// is not: one that was stopped meanwhile, and would not be seen to go on by the thread that is
-    /// held up.
+    /// Watches `rings`, which were created with `wake`. `begin` starts a ring if the library has
+    /// set it up and it is stopped: a ring that the front-end has stopped and started again while
+    /// its own thread was held up.
     ///
     /// # Errors
-    /// The system's.
+    /// The errno of clone(2) if the thread can't be started.
     pub(crate) fn start(
         wake: &Arc<Wake>,
         rings: Vec<Arc<Ring>>,
@@ -51,7 +50,8 @@ impl Watchdog {
 impl Drop for Watchdog {
     fn drop(&mut self) {
         self.wake.end();
-        // `begin` may have the last hold on the session, and so on this.
+        // `begin` may hold the last reference to the session: then the watchdog thread itself runs
+        // this.
         if let Some(thread) = self.thread.take().filter(|it| it.thread().id() != current().id()) {
             let _ = thread.join();
         }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 1 of 6: what the front-end asks. Knows the device only behind its seam.
+//! Step 1 of 6: answers the vhost-user messages of the front-end. Knows the device only by the
+//! trait `Device`.
 
 use std::io;
 use std::ops::{Deref, Range};
@@ -34,10 +35,10 @@ use crate::session::restart::Restarts;
 use crate::support::lock::{Mutex, MutexGuard, lock};
 use crate::window::{MapError, ShmemMapper};
 
-/// The largest ring that a front-end may ask for (its vq_size).
+/// The largest ring, in descriptors, that a front-end may set up (`vq_size`).
 const MAX_QUEUE_SIZE: usize = 1024;
 
-/// One front-end's use of a device.
+/// One connection of a front-end to a device.
 #[derive(Clone)]
 pub(crate) struct Session(Arc<Inner>);
 
@@ -45,24 +46,24 @@ struct Inner {
     device: Arc<dyn Device>,
     rings: Vec<Arc<Ring>>,
     memory: Memory,
-    /// None where no request is served by the thread that takes it, and after the end.
+    /// None if the device serves no request on the ring's thread, and after the end of the session.
     watchdog: Mutex<Option<Watchdog>>,
     window: Arc<dyn SessionWindow>,
     /// Whether messages about the window may be sent (Q1).
     life: Arc<Life>,
-    /// A ring has started afresh since the last stop. Changed in `life`'s steps.
+    /// A new driver has started a ring since the last stop. Changed only inside a step of `life`.
     restarted: AtomicBool,
-    /// The device is told of that before any ring goes on.
+    /// Lets the device drop the last driver's state before any ring runs.
     restarts: Restarts<Due>,
-    /// Why this front-end is turned away; its connection is cut then.
+    /// Why this front-end is refused; its connection is then shut down.
     refusal: OnceLock<String>,
     connection: Mutex<Option<ShutdownHandle>>,
-    /// What the library's threads were told to end by: it never closes them (vhost-user-backend
-    /// 0.24).
+    /// The event descriptors that end the library's threads; the library does not close them
+    /// (vhost-user-backend 0.24).
     exit_events: Mutex<Vec<RawFd>>,
 }
 
-/// A ring that was started, and whose requests are to be let out.
+/// A ring that was started, and whose requests may not leave it yet.
 struct Due {
     ring: Arc<Ring>,
     started: Started,
@@ -70,7 +71,7 @@ struct Due {
 
 impl Session {
     /// # Errors
-    /// The system's: no thread can be started.
+    /// The errno of clone(2) if the watchdog thread can't be started.
     pub(crate) fn new(
         device: Arc<dyn Device>,
         mem: GuestMemory,
@@ -107,13 +108,14 @@ impl Session {
         Ok(session)
     }
 
-    /// Gives the session the means to cut its own connection.
+    /// Stores the handle that shuts the connection down.
     pub(crate) fn connected(&self, handle: ShutdownHandle) {
         *self.connection() = Some(handle);
         self.cut_if_refused();
     }
 
-    /// The connection is gone: whatever is still open is void.
+    /// Ends the session after the front-end has disconnected: open requests are void. Returns why
+    /// the front-end was refused, if it was.
     pub(crate) fn end(&self) -> Option<String> {
         *self.connection() = None;
         self.0.life.stop(|| self.0.window.stopped());
@@ -127,12 +129,13 @@ impl Session {
         self.0.refusal.get().cloned()
     }
 
-    /// The library's threads have ended: closes what it leaves open. Once.
+    /// Closes the event descriptors that the library leaves open. Called once, after the library's
+    /// threads have ended.
     pub(crate) fn close_exit_events(&self) {
         let events = std::mem::take(&mut *self.exit_events());
         for event in events {
             if let Err(e) = close(event) {
-                debug!("an exit event was closed already: {e}");
+                debug!("can't close an exit event: {e}");
             }
         }
     }
@@ -157,8 +160,9 @@ impl Session {
         }
     }
 
-    /// Starts the ring, if it can be, and finds out whether the driver has begun anew. A ring that
-    /// was never used does not tell: one of the others does, whose own thread may come later.
+    /// Starts the ring if the library has set it up, and finds out whether the driver has reset the
+    /// device. A ring that was never used does not show a reset. Another ring does, whose own
+    /// thread may come here later; so all rings are examined.
     fn start(&self, ring: &Ring, vring: &Vring) -> Option<Started> {
         self.0.life.start(|| {
             let started = ring.start(vring)?;
@@ -172,17 +176,17 @@ impl Session {
         })
     }
 
-    /// Starts the ring, if it can be and is not, and lets its requests out, which `serves` says
-    /// whether this thread may serve. False if there was nothing to start.
+    /// Starts the ring if the library has set it up and it is stopped, and lets requests leave it.
+    /// `serves`: this thread may serve them. False if the ring was not started.
     fn begin(&self, ring: &Arc<Ring>, vring: &Vring, serves: bool) -> bool {
-        // Nearly each kick is of a ring that runs: it takes no lock that all rings share.
+        // The common case, a kick of a started ring: takes no lock that the rings share.
         if ring.is_started() {
             return false;
         }
         let Some(started) = self.start(ring, vring) else { return false };
         let due = Due { ring: ring.clone(), started };
         let mut due = self.0.restarts.settle(due, || self.0.device.restarted());
-        // Its own ring comes last: to serve that may take long.
+        // The thread's own ring comes last: serving its requests may take long.
         due.sort_by_key(|due| Arc::ptr_eq(&due.ring, ring));
         for Due { ring: its, started } in due {
             self.go_on(&its, started, serves && Arc::ptr_eq(&its, ring));
@@ -190,17 +194,18 @@ impl Session {
         true
     }
 
-    /// Brings the window up, if it is not, then lets the requests out of the ring.
+    /// Maps the window unless it is mapped, then lets requests leave the ring.
     fn go_on(&self, ring: &Arc<Ring>, started: Started, serves: bool) {
-        // Stopped again at once: then it must not be told; and bring_up() finds out by itself, and
-        // so does a ring that goes on although another one was stopped.
+        // None: a stop by the front-end thread came after the start, and started() must not be
+        // called. bring_up() then returns MapError::Stopped. The same holds if another ring was
+        // stopped.
         if self.0.life.go_on(|| self.0.window.started(started.start)) == Some(true) {
             debug!("ring {} started", ring.index());
             return ring.release(started.epoch, serves);
         }
         let (session, its) = (self.clone(), ring.clone());
-        // A thread of its own: the ack comes only after this session's other threads have
-        // answered a memory update (Q3).
+        // A thread of its own: the ack of a map comes only after another thread of this session,
+        // the front-end thread, has answered a memory update (Q3).
         let map = move || session.bring_up(&its, started.epoch);
         if let Err(e) = Builder::new().name("window".into()).spawn(map) {
             error!("can't start the window thread: {e}");
@@ -249,21 +254,22 @@ impl VhostUserBackend for Session {
     }
 
     fn acked_features(&self, features: u64) {
-        // F_VERSION_1 missing or the device's own bits missing: a driver that is too old. The
-        // guest sees no region then, so say why.
+        // A driver with VIRTIO_F_VERSION_1 and without the device's own bits is too old, and shows
+        // no region in the guest.
         let missing = self.0.device.features() & !features;
         if features & (1 << VIRTIO_F_VERSION_1) != 0 && missing != 0 {
             error!(
-                "the guest's driver does not know feature bits {missing:#x} \
-                 (Linux does since 6.9): it will not find the device's memory"
+                "the guest's driver does not support feature bits {missing:#x} (Linux does since \
+                 6.9): it will not find the device's memory"
             );
         }
     }
 
-    /// SHARED_OBJECT only to find out whether the front-end acks (see [`ShmemMapper::probe_acks`]).
-    /// No STATUS (the library has none), no RESET_DEVICE (QEMU sends none at a virtio reset).
-    /// CONFIGURE_MEM_SLOTS is the device's choice: with it, a reset with a live map kills QEMU
-    /// (Q12); without it, a pause with many maps kills the device (Q13).
+    /// SHARED_OBJECT serves only to find out whether the front-end acks (see
+    /// [`ShmemMapper::probe_acks`]). STATUS is not offered: the library does not implement it.
+    /// RESET_DEVICE is not offered: QEMU does not send it at a virtio reset. The device decides
+    /// about CONFIGURE_MEM_SLOTS: with it, a reset with a live map kills QEMU (Q12); without it, a
+    /// pause with many maps kills the device (Q13).
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         let mut offered = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
@@ -280,15 +286,16 @@ impl VhostUserBackend for Session {
         offered
     }
 
-    /// A thread for each ring: one that is served holds up no other.
+    /// One thread per ring: a request of one ring does not delay another ring.
     fn queues_per_thread(&self) -> Vec<u64> {
         (0..self.0.rings.len()).map(|ring| 1 << ring).collect()
     }
 
-    /// The event index is kept by the library's queue.
+    /// The library's queue stores the event index.
     fn set_event_idx(&self, _enabled: bool) {}
 
-    /// Exactly the bytes asked for, or none: the front-end takes none as an error.
+    /// Returns `size` bytes, or none if the range leaves the config space: the front-end takes an
+    /// empty reply as an error.
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let start = offset as usize;
         let range: Range<usize> = start..start.saturating_add(size as usize);
@@ -307,8 +314,8 @@ impl VhostUserBackend for Session {
         self.0.window.set_channel(channel);
     }
 
-    /// QEMU makes one BAR of all regions together, and aborts if that is no power of two. So a
-    /// second region, which nobody maps, makes up the rest.
+    /// QEMU makes one BAR of all regions, and aborts if its length is no power of two. A second
+    /// region, in which nothing is mapped, fills the BAR up to the next power of two.
     fn get_shmem_config(&self) -> io::Result<VhostUserShMemConfig> {
         self.0.window.region_asked();
         let window = self.0.device.window_bytes().0;
@@ -322,10 +329,11 @@ impl VhostUserBackend for Session {
         if let Ok((consumer, _)) = &made {
             self.exit_events().push(consumer.as_raw_fd());
         }
-        made.inspect_err(|e| error!("no exit event: {e}")).ok()
+        made.inspect_err(|e| error!("can't create an exit event: {e}")).ok()
     }
 
-    /// GET_VRING_BASE: the ring is not ours any more, and its maps may be dropped unsaid (Q10).
+    /// GET_VRING_BASE: after the reply the back-end must not write the ring. QEMU may drop the maps
+    /// without a message (Q10).
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
         self.0.life.stop(|| {
             self.0.restarted.store(false, Ordering::SeqCst);
@@ -337,8 +345,8 @@ impl VhostUserBackend for Session {
         Ok(())
     }
 
-    /// A kick; also called by the library when the ring has become ready and enabled.
-    /// Never an error: the library would end the ring's thread.
+    /// A kick; the library also calls this when the ring has become ready and enabled. Never
+    /// returns an error: the library would end the ring's thread.
     fn handle_event(
         &self,
         device_event: u16,
@@ -346,7 +354,7 @@ impl VhostUserBackend for Session {
         vrings: &[Vring],
         thread_id: usize,
     ) -> io::Result<()> {
-        // Each thread has one ring.
+        // Each library thread has one ring, of the thread's number.
         let vring = vrings.get(usize::from(device_event));
         let (Some(vring), Some(ring)) = (vring, self.0.rings.get(thread_id)) else {
             return Ok(());

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 1 of 6: the end of the process, as the rings learn of it. Knows no signal and no device.
+//! Step 1 of 6: makes the rings stop waiting when the process is about to end. Knows no signal and
+//! no device.
 //!
-//! A request may wait for its ring to go on: as long as the VM is paused. At SIGTERM the signals
-//! thread wakes it, so that the device can end its work.
+//! A request may wait for its stopped ring as long as the VM is paused. At SIGTERM the thread
+//! `signals` wakes it, so that the device can finish its requests.
 
 use std::sync::{Arc, Weak};
 
@@ -13,18 +14,18 @@ use crate::support::lock::{Mutex, lock};
 #[derive(Default)]
 struct State {
     closing: bool,
-    /// Those of the session that began last: a daemon serves one at a time.
+    /// The rings of the newest session: the daemon serves one session at a time.
     rings: Vec<Weak<Ring>>,
 }
 
-/// Shared by the signals thread and the sessions.
+/// Shared by the thread `signals` and the sessions.
 #[derive(Clone, Default)]
 pub(crate) struct Closing(Arc<Mutex<State>>);
 
 impl Closing {
-    /// A session with these rings begins. The main thread calls this, and the signals thread may
-    /// call [`close`](Self::close) at the same time: under the lock either `close` finds the rings,
-    /// or the main thread finds that they are to be closed.
+    /// Records the rings of a session that begins. The main thread calls this, and the thread
+    /// `signals` may call [`close`](Self::close) at the same time. Under the lock either `close`
+    /// finds the rings, or this call finds `closing` set and closes them.
     pub(crate) fn watch(&self, rings: &[Arc<Ring>]) {
         let closing = {
             let mut state = lock(&self.0);
@@ -36,7 +37,7 @@ impl Closing {
         }
     }
 
-    /// The process is about to end: no request waits for its ring from now on.
+    /// The process is about to end: from now on no request waits for its ring.
     pub(crate) fn close(&self) {
         let rings = {
             let mut state = lock(&self.0);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Validated settings: what is refused is refused before anything is created or changed.
+//! Validated settings. A setting is refused before anything is created or changed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,23 +15,24 @@ use crate::pmem::{PmemFileError, PmemFileSpec};
 /// The settings of `vhost-user-dax pmem`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PmemConfig {
-    /// Where the front-end finds the daemon.
+    /// The socket on which the daemon listens.
     pub socket: SocketSpec,
-    /// The file and what to do if it is missing.
+    /// The file, and whether to create it.
     pub file: PmemFileSpec,
-    /// What makes its bytes durable.
+    /// How a flush makes the file durable.
     pub persist: PersistMode,
-    /// Offer CONFIGURE_MEM_SLOTS.
+    /// Whether to offer CONFIGURE_MEM_SLOTS.
     pub mem_slots: bool,
-    /// Wait for the next front-end when one has gone.
+    /// Whether to serve another front-end after one has disconnected.
     pub keep_listening: bool,
 }
 
 impl PmemConfig {
-    /// Refuses a file that is the socket, or the socket's lock, which the daemon makes and removes.
+    /// Checks that the file is neither the socket nor the socket's lock file, both of which the
+    /// daemon creates and removes.
     ///
     /// # Errors
-    /// One line for the user.
+    /// [`ConfigError::Option`].
     pub(crate) fn check_paths(&self) -> Result<(), ConfigError> {
         let SocketSpec::Path { path: socket, .. } = &self.socket else { return Ok(()) };
         let file = &self.file.path;
@@ -52,15 +53,15 @@ impl PmemConfig {
     }
 }
 
-/// Whether both paths lead to one place, be there a file or not.
+/// Whether both paths name the same place, whether or not a file exists there.
 fn is_one(file: &Path, other: &Path) -> bool {
     let place = place(other);
-    // A symbolic link is one place, and what it leads to is another.
+    // A symbolic link and its target are two places; `file` may name either.
     file == other
         || place.is_some() && (self::place(file) == place || fs::canonicalize(file).ok() == place)
 }
 
-/// The path without links but in its last part.
+/// The path with the symbolic links of its directory resolved, but not that of its last component.
 fn place(path: &Path) -> Option<PathBuf> {
     let dir = match path.parent()? {
         dir if dir.as_os_str().is_empty() => Path::new("."),
@@ -72,18 +73,18 @@ fn place(path: &Path) -> Option<PathBuf> {
 /// The settings of `vhost-user-dax fs`.
 #[derive(Debug, Clone)]
 pub struct FsRunConfig {
-    /// Where the front-end finds the daemon.
+    /// The socket on which the daemon listens.
     pub socket: SocketSpec,
-    /// What is served, and how.
+    /// The share and its options.
     pub fs: FsConfig,
-    /// Wait for the next front-end when one has gone.
+    /// Whether to serve another front-end after one has disconnected.
     pub keep_listening: bool,
 }
 
-/// A setting that can't be used. Each is one line that says what to do; the exit code is 2,
-/// and nothing has been created or changed.
+/// A setting that can't be used. The text is one line with the remedy. The exit code is 2; nothing
+/// has been created or changed.
 #[derive(Debug, Error)]
-#[allow(missing_docs)] // The texts say it better.
+#[allow(missing_docs)] // The error texts document the variants.
 pub enum ConfigError {
     #[error(transparent)]
     PmemFile(#[from] PmemFileError),

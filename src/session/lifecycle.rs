@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 1 of 6: whether the device is started, which decides whether the front-end may be sent a
-//! map (Q1). It is the only source: the channel asks it for each map. Knows no ring.
+//! Step 1 of 6: whether the device is started, and so whether a map may be sent to the front-end
+//! (Q1). The back-end channel queries this for each map; no other copy of this state exists. Knows
+//! no ring.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::support::lock::{Mutex, Rank, lock};
 
-/// Started, or not.
+/// Whether the device is started.
 pub(crate) struct Life {
     started: AtomicBool,
-    /// A ring was started, and none was stopped since. Held from the start of a ring until this
-    /// says so, and while what a start did is undone. Ring locks are taken under it.
+    /// A ring was started, and none was stopped since. Locked during each `start`, `go_on` and
+    /// `stop`. Ring locks are taken under it.
     begun: Mutex<bool>,
 }
 
@@ -22,14 +23,14 @@ impl Default for Life {
 }
 
 impl Life {
-    /// Whether a ring has gone on, and none was stopped since.
+    /// Whether a started ring was let run, and none was stopped since.
     pub(crate) fn is_started(&self) -> bool {
         self.started.load(Ordering::SeqCst)
     }
 
-    /// Lets `start` start a ring, if it can be. The ring's thread does so, or the watchdog; the
-    /// front-end thread makes no stop in between, which would leave a device that is stopped and
-    /// says that it is started: the next map would kill the VM.
+    /// Runs `start`, which starts a ring if it can be started. The ring's thread or the watchdog
+    /// calls this. The lock keeps the front-end thread from a stop in between: otherwise the device
+    /// would be stopped while `is_started` is true, and the next map would kill the VM.
     pub(crate) fn start<T>(&self, start: impl FnOnce() -> Option<T>) -> Option<T> {
         let mut begun = lock(&self.begun);
         let ring = start()?;
@@ -37,12 +38,12 @@ impl Life {
         Some(ring)
     }
 
-    /// A ring that was [started](Self::start) goes on: from now on the front-end may be sent maps.
-    /// `then` is done behind that, and a stop by the front-end thread undoes it. None, and nothing
-    /// is done, if a stop has come already.
+    /// A ring that was [started](Self::start) may run: from now on maps may be sent to the
+    /// front-end. Then runs `then`, whose effect a later stop by the front-end thread undoes.
+    /// `None`, and `then` is not run, if a stop came after the start.
     ///
-    /// Between the two the device forgets the driver that is over. A request of that driver must
-    /// not be sent meanwhile.
+    /// Between `start` and `go_on` the device drops the last driver's state; `is_started` stays
+    /// false meanwhile, so that no map of that driver's requests is sent.
     pub(crate) fn go_on<T>(&self, then: impl FnOnce() -> T) -> Option<T> {
         let begun = lock(&self.begun);
         if !*begun {
@@ -52,11 +53,11 @@ impl Life {
         Some(then())
     }
 
-    /// The device is not started any more; `undo` undoes what the start did. The ring must not be
-    /// ready any more, so that no start comes behind this one's back.
+    /// Marks the device as not started, and runs `undo`, which undoes what the start did. The
+    /// caller has made the ring not ready before, so that no start follows.
     pub(crate) fn stop(&self, undo: impl FnOnce()) {
-        // First of all: a thread that is about to send a map must not, and must not keep this one
-        // waiting.
+        // Before the lock: a thread that is about to send a map must not send it, and must not
+        // delay this thread.
         self.started.store(false, Ordering::SeqCst);
         let mut begun = lock(&self.begun);
         *begun = false;
@@ -72,8 +73,8 @@ mod tests {
 
     use super::*;
 
-    /// Shows: however a start and a stop meet, a device whose ring was stopped is not started, and
-    /// nothing that was done for the start is left.
+    /// Shows: in whichever order a stop of one thread and a start of another one run, the device is
+    /// not started after both, and the effect of the start is undone.
     #[test]
     fn a_stop_beside_a_start() {
         const ROUNDS: usize = 20_000;
@@ -97,12 +98,13 @@ mod tests {
         }
         starts.join().unwrap();
         for (life, _, done) in rounds.iter() {
-            assert!(!life.is_started(), "stopped, and started all the same");
-            assert_eq!(*lock(done), 0, "done behind the stop");
+            assert!(!life.is_started(), "started after its stop");
+            assert_eq!(*lock(done), 0, "the effect of the start is left");
         }
     }
 
-    /// Shows: a device is not started before its ring goes on, and a stop in between keeps it so.
+    /// Shows: a device is not started before go_on(), and a stop between start() and go_on() keeps
+    /// it not started.
     #[test]
     fn it_is_started_when_a_ring_goes_on() {
         let life = Life::default();

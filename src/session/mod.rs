@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 1 of 6: the daemon's life: socket, sessions, signals, and the order in which it stops.
+//! Step 1 of 6: from the start of the daemon to its end: socket, sessions, signals, stop order.
 
 mod backend;
 mod closing;
@@ -33,36 +33,37 @@ use crate::session::listener::{BoundSocket, SocketError};
 use crate::session::signals::{Blocked, Stop};
 use crate::support::stderr;
 
-/// How a session ended that did not end well.
+/// Why a session failed.
 #[derive(Debug, Error)]
 pub enum SessionError {
-    /// This front-end can't be served; the line says what to use.
+    /// The front-end lacks a feature; the text names a front-end that has it.
     #[error("refused: {0}")]
     Refused(String),
-    /// The front-end broke the protocol, or the system ran out of something.
-    #[error("the session broke: {0}")]
+    /// The front-end violated the protocol, or a resource ran out.
+    #[error("the session failed: {0}")]
     Broken(BackendError),
-    /// The system refused a thread.
+    /// A thread or a descriptor could not be created.
     #[error("the session can't start: {0}")]
     Start(#[from] io::Error),
 }
 
 impl From<BackendError> for SessionError {
     fn from(e: BackendError) -> Self {
-        Self::Broken(e) // The library's type is no std::error::Error, so #[from] can't do this.
+        // Not by #[from]: the library's type does not implement std::error::Error.
+        Self::Broken(e)
     }
 }
 
 /// Why the daemon ended.
 #[derive(Debug, Error)]
 pub enum DaemonError {
-    /// A setting can't be used: exit code 2.
+    /// A setting can't be used. Exit code 2.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The system refused a thread or a descriptor: exit code 1.
+    /// A thread or a descriptor could not be created. Exit code 1.
     #[error("can't start: {0}")]
     Start(#[from] io::Error),
-    /// The session failed: exit code 1.
+    /// The session failed. Exit code 1.
     #[error(transparent)]
     Session(#[from] SessionError),
 }
@@ -88,11 +89,13 @@ impl From<FsError> for DaemonError {
     }
 }
 
-/// Runs `vhost-user-dax pmem` until the VM has gone (or, with `keep_listening`, for ever).
-/// SIGTERM and SIGINT end the process, or this function, without an error at any time.
+/// Runs `vhost-user-dax pmem` until the front-end has disconnected; with `keep_listening`, until a
+/// signal ends it. SIGTERM and SIGINT end the process, or this function, without an error at any
+/// time.
 ///
 /// # Errors
-/// With [`DaemonError::Config`] nothing is left that was created, and nothing was changed.
+/// [`DaemonError`]. With [`DaemonError::Config`] every file that was created has been removed, and
+/// nothing was changed.
 pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
     config.check_paths()?;
     let checked = listener::check(&config.socket)?;
@@ -104,39 +107,41 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
         return Err(PmemFileError::SparseLines(path.clone()).into());
     }
     found.claim()?;
-    // Before any thread starts: all of them must leave the signals to the one that waits.
+    // Before the first thread starts: all threads inherit the mask of blocked signals.
     let signals = signals::block()?;
-    // All that can be refused by looking has been. The socket comes first: nothing that takes long,
-    // or that two daemons must not both make, lies between the look and it.
-    let listening = checked.listen(&|| signals.is_asked())?;
+    // All checks that only look are done. The socket is bound before the file is created: so no
+    // slow step, and no step that two daemons must not both do, lies between the check of the path
+    // and its bind.
+    let listening = checked.listen(&|| signals.must_end())?;
     let Some((listener, bound)) = listening else { return Ok(()) };
     let stop = begin(signals, bound)?;
-    let is_asked = || stop.is_asked();
-    let made = stop.making(|| make_file(found, chosen, &is_asked))?;
+    let must_end = || stop.must_end();
+    let made = stop.making(|| make_file(found, chosen, &must_end))?;
     let Some((file, FilePersist { persist, .. })) = made else { return Ok(()) };
     let pmem = Pmem::with_mem_slots(file.keep(chosen), persist, config.mem_slots)?;
     let what = format!("{}: {}", path.display(), pmem.size());
     run(stop, listener, pmem, &what, config.keep_listening)
 }
 
-/// The file as the guest will meet it, and what makes it durable.
+/// Creates the pmem file if it is missing, and chooses the sync for it.
 fn make_file(
     found: FoundFile<'_>,
     chosen: Durability,
-    is_asked: &dyn Fn() -> bool,
+    must_end: &dyn Fn() -> bool,
 ) -> Result<(PmemFile, FilePersist), DaemonError> {
-    let file = found.make(is_asked)?;
+    let file = found.make(must_end)?;
     let persist = chosen.persist(file.file(), file_bytes(file.file())?)?;
     if let Some(direct) = persist.direct.as_ref().filter(|_| chosen.populates_blocks()) {
-        file.populate_blocks(direct, is_asked)?;
+        file.populate_blocks(direct, must_end)?;
     }
     Ok((file, persist))
 }
 
-/// Runs `vhost-user-dax fs`, as [`run_pmem`] does the other.
+/// Runs `vhost-user-dax fs`; ends as [`run_pmem`] does.
 ///
 /// # Errors
-/// With [`DaemonError::Config`] nothing is left that was created, and nothing was changed.
+/// [`DaemonError`]. With [`DaemonError::Config`] every file that was created has been removed, and
+/// nothing was changed.
 pub fn run_fs(config: &FsRunConfig) -> Result<(), DaemonError> {
     let checked = listener::check(&config.socket)?;
     check_shared_dir(&config.fs.shared_dir)?;
@@ -146,12 +151,12 @@ pub fn run_fs(config: &FsRunConfig) -> Result<(), DaemonError> {
         user_namespace::check().map_err(FsError::from)?;
     }
     let signals = signals::block()?;
-    // First of all: the share's code clears the umask, and whom the socket belongs to is told from
-    // outside the user namespace.
-    let listening = checked.listen(&|| signals.is_asked())?;
+    // Binds the socket first: the code of the share clears the umask, and the owner of the socket
+    // is looked up outside the user namespace.
+    let listening = checked.listen(&|| signals.must_end())?;
     let Some((listener, bound)) = listening else { return Ok(()) };
     if mapped {
-        // Before any thread starts: the kernel moves only a process that has none.
+        // Before the first thread starts: unshare(2) CLONE_NEWUSER needs a process of one thread.
         user_namespace::enter(uids, gids).map_err(FsError::from)?;
     }
     let stop = begin(signals, bound)?;
@@ -160,7 +165,8 @@ pub fn run_fs(config: &FsRunConfig) -> Result<(), DaemonError> {
     run(stop, listener, fs, &what, config.keep_listening)
 }
 
-/// From here on a signal ends the daemon, and only the stderr thread waits for stderr's reader.
+/// From here on a signal ends the daemon, and only the thread `stderr` waits for the reader of
+/// stderr.
 fn begin(signals: Blocked, bound: BoundSocket) -> io::Result<Stop> {
     let stop = Stop::start(signals, bound)?;
     stderr::detach()?;
@@ -200,13 +206,12 @@ fn serve_first(
     wait_for_front_end(&listener)?;
     let mut listener = Listener::from(listener);
     let session = Running::accept(&mut listener, device, closing)?;
-    // A second front-end is turned away, not left waiting.
+    // Closes the listener: the connection of a second front-end is refused.
     drop(listener);
     session.wait()
 }
 
-/// Serves one front-end after another. What one of them, or a lack of something, brings about ends
-/// no more than its own session.
+/// Serves front-ends one after another. A failure ends one session, not the daemon.
 fn serve_all(
     listener: &UnixListener,
     device: &Arc<dyn Device>,
@@ -235,15 +240,15 @@ fn serve_all(
     }
 }
 
-/// Accepts one front-end and serves it until it goes.
+/// Accepts one front-end and serves it until it disconnects.
 ///
 /// # Errors
-/// See [`SessionError`]; a front-end that just goes is no error.
+/// [`SessionError`]. A disconnection is no error.
 pub fn serve_one(listener: &mut Listener, device: &Arc<dyn Device>) -> Result<(), SessionError> {
     Running::accept(listener, device, &Closing::default())?.wait()
 }
 
-/// One session that has its front-end.
+/// A session whose front-end has connected.
 struct Running {
     daemon: VhostUserDaemon<Session>,
     session: Session,
@@ -281,7 +286,7 @@ impl Running {
             return Err(SessionError::Refused(line));
         }
         match ended {
-            // How a front-end's going looks depends on what it was doing.
+            // A disconnection: the variant depends on the message that was under way.
             Err(BackendError::HandleRequest(
                 VhostUserError::Disconnected
                 | VhostUserError::PartialMessage

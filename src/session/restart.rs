@@ -1,24 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 1 of 6: no ring goes on before the device has forgotten the last driver. Knows neither.
+//! Step 1 of 6: after a reset by the driver, no ring runs before the device has dropped the last
+//! driver's state. Knows no device and no ring.
 //!
-//! To forget may take a disk's time, so it is done under no lock, and nobody waits for it: who
-//! comes meanwhile is let go on by the one who does it.
+//! Dropping that state may take the time of a disk access, so the thread that does it holds no lock
+//! meanwhile, and other threads do not wait for it: a ring that another thread starts meanwhile is
+//! queued, and the first thread lets it run afterwards.
 
 use crate::support::lock::{Mutex, Rank, lock};
 
 struct State<T> {
-    /// Number of drivers that have begun anew.
+    /// Number of new drivers: resets that this session has seen.
     begun: u64,
-    /// Number of these drivers for which the device has forgotten the previous driver.
+    /// Number of those drivers before which the device has dropped the previous driver's state.
     done: u64,
-    /// Somebody sees to it.
+    /// A thread is in `forget`.
     running: bool,
-    /// Who goes on behind that.
+    /// Rings that run once `done` equals `begun`.
     held: Vec<T>,
 }
 
-/// The drivers of a session, one behind the other.
+/// Orders the drivers of one session. `T` is a started ring.
 pub(crate) struct Restarts<T>(Mutex<State<T>>);
 
 impl<T> Default for Restarts<T> {
@@ -29,15 +31,16 @@ impl<T> Default for Restarts<T> {
 }
 
 impl<T> Restarts<T> {
-    /// A driver has begun anew. Said before any of its rings comes to [`settle`](Self::settle): in
-    /// the step in which the first one was started.
+    /// Records that a new driver has reset the device. Called before any ring of that driver
+    /// reaches [`settle`](Self::settle): in the same step of `Life` that starts its first ring.
     pub(crate) fn begun(&self) {
         lock(&self.0).begun += 1;
     }
 
-    /// `ring` was started. Has the device `forget` the drivers that are over, unless somebody is at
-    /// it, and returns who may go on now: this one and those who came meanwhile, or nobody, if
-    /// somebody else will see to it.
+    /// Takes a started `ring`, and has the device `forget` the drivers before the newest one,
+    /// unless another thread is in `forget`. Returns the rings that may run now: `ring` and those
+    /// that other threads have queued meanwhile. Returns none if another thread is in `forget`;
+    /// that thread returns `ring`.
     pub(crate) fn settle(&self, ring: T, forget: impl Fn()) -> Vec<T> {
         let mut state = lock(&self.0);
         state.held.push(ring);
@@ -63,11 +66,11 @@ mod tests {
 
     use super::*;
 
-    /// Shows: a ring that starts while the device still forgets goes on behind that, whichever ring
-    /// began it; and a driver that begins anew meanwhile is forgotten for, too, before any of its
-    /// rings goes on.
+    /// Shows: a ring that starts while a thread is in `forget` runs after that, whichever ring
+    /// called `forget`. A reset during `forget` causes another `forget` before any ring of the new
+    /// driver runs.
     #[test]
-    fn who_comes_meanwhile_goes_on_behind() {
+    fn rings_that_start_during_forget_run_after_it() {
         let restarts = Restarts::default();
         let forgotten = Cell::new(0);
         let forget = || forgotten.set(forgotten.get() + 1);
@@ -76,9 +79,9 @@ mod tests {
         let went_on = restarts.settle(2, || {
             forget();
             if forgotten.get() == 1 {
-                assert!(restarts.settle(3, || unreachable!("somebody is at it")).is_empty());
+                assert!(restarts.settle(3, || unreachable!("a thread is in forget")).is_empty());
                 restarts.begun();
-                assert!(restarts.settle(4, || unreachable!("somebody is at it")).is_empty());
+                assert!(restarts.settle(4, || unreachable!("a thread is in forget")).is_empty());
             }
         });
         assert_eq!((went_on, forgotten.get()), (vec![2, 3, 4], 2));
@@ -86,10 +89,10 @@ mod tests {
         assert_eq!(forgotten.get(), 2);
     }
 
-    /// Shows: a ring that did not itself see that the driver had begun anew, and overtakes the one
-    /// that did, waits for the device all the same.
+    /// Shows: a ring whose own thread did not see the reset waits for `forget`, too, although it
+    /// calls `settle` before the ring that saw the reset.
     #[test]
-    fn a_ring_that_overtakes() {
+    fn a_ring_that_settles_before_the_one_that_saw_the_reset() {
         let restarts = Restarts::default();
         restarts.begun();
         let forgotten = Cell::new(false);

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 1 of 6: what a signal does from the moment on in which the daemon may create something.
-//! Knows no session.
+//! Step 1 of 6: what a signal does once the daemon may have created a file or a socket. Knows no
+//! session.
 //!
-//! SIGTERM and SIGINT end the daemon with exit code 0, whatever it does: see [`Stop`]. SIGHUP does
-//! nothing: a VM must not lose its device with a terminal. SIGXFSZ does nothing either: a file that
-//! would grow past RLIMIT_FSIZE is EFBIG for who asked for it.
+//! SIGTERM and SIGINT end the daemon with exit code 0 at any time: see [`Stop`]. SIGHUP does
+//! nothing: a VM must keep its device when a terminal is closed. SIGXFSZ does nothing either: a
+//! write past RLIMIT_FSIZE fails with EFBIG for the request that caused it.
 
 use std::convert::Infallible;
 use std::io;
@@ -22,29 +22,30 @@ use crate::session::closing::Closing;
 use crate::session::listener::BoundSocket;
 use crate::support::lock::{Mutex, lock};
 
-/// Signals that a thread waits for.
+/// The signals that are blocked in every thread; the thread `signals` waits for them.
 #[derive(Debug)]
 pub(crate) struct Blocked {
     signals: SigSet,
-    /// Reads those that end the daemon.
+    /// A signalfd for SIGTERM and SIGINT.
     ends: SignalFd,
 }
 
 impl Blocked {
-    /// Takes a signal that ends the daemon, if one has come: the caller must end it. Only before
-    /// [`Stop::start`], whose thread takes all signals.
-    pub(crate) fn is_asked(&self) -> bool {
+    /// Takes a pending SIGTERM or SIGINT; true if there was one, and the caller must end the
+    /// daemon. Called only before [`Stop::start`], whose thread takes all signals.
+    pub(crate) fn must_end(&self) -> bool {
         matches!(self.ends.read_signal(), Ok(Some(_)))
     }
 }
 
-/// Leaves all signals named above to the thread of [`Stop::start`]. To be called before any thread
-/// is started: those inherit it. (Programs that are run do not: the standard library sees to that.)
-/// To be called right before something is created: until then the default action of a signal ends
-/// the process, also one that waits for a file system or a name service.
+/// Blocks the signals, so that only the thread of [`Stop::start`] takes them. Called before any
+/// thread is started, because threads inherit the mask. (Child processes do not: the standard
+/// library resets their mask.) Called immediately before the daemon creates the socket: until then
+/// the default action of a signal ends the process, even while it waits for a file system or a name
+/// service.
 ///
 /// # Errors
-/// The system's.
+/// The errno of pthread_sigmask(3) or signalfd(2), for example EMFILE.
 pub(crate) fn block() -> io::Result<Blocked> {
     let mut ending = SigSet::empty();
     ending.add(Signal::SIGTERM);
@@ -52,8 +53,8 @@ pub(crate) fn block() -> io::Result<Blocked> {
     let mut waited_for = ending;
     waited_for.add(Signal::SIGHUP);
     waited_for.thread_block()?;
-    // Nobody waits for it. A write past the limit sends it, and fails with EFBIG if it is not
-    // taken.
+    // No thread waits for SIGXFSZ. The kernel sends it for a write past RLIMIT_FSIZE; while it is
+    // blocked, that write fails with EFBIG.
     let mut pending = SigSet::empty();
     pending.add(Signal::SIGXFSZ);
     pending.thread_block()?;
@@ -62,18 +63,19 @@ pub(crate) fn block() -> io::Result<Blocked> {
 }
 
 enum Phase {
-    /// Nothing is made but the socket.
+    /// Nothing is created but the socket.
     Starting,
-    /// The main thread makes something that has to go if it is not finished: it looks at `asked`.
+    /// The main thread creates a file that must be removed if it is not completed; that thread
+    /// polls `must_end`.
     Making,
-    /// The device has its guest, or waits for one.
+    /// The device serves a front-end, or waits for one.
     Serving(Arc<dyn Device>, Closing),
 }
 
 struct State {
     phase: Phase,
-    /// The daemon is to end.
-    asked: bool,
+    /// SIGTERM or SIGINT has come.
+    must_end: bool,
 }
 
 struct Inner {
@@ -81,23 +83,23 @@ struct Inner {
     bound: BoundSocket,
 }
 
-/// What ends the daemon when it is told to: at once, with nothing left that is unfinished. Removes
-/// the socket when it is dropped.
+/// Ends the daemon at SIGTERM or SIGINT, and leaves no incomplete file. Removes the socket when it
+/// is dropped.
 pub(crate) struct Stop(Arc<Inner>);
 
 impl Stop {
-    /// Starts the thread that waits for signals. `bound` is removed when one comes.
+    /// Starts the thread that waits for signals. It removes `bound` at SIGTERM or SIGINT.
     ///
     /// # Errors
-    /// The system's: no thread can be started.
+    /// The errno of clone(2) if the thread can't be started.
     pub(crate) fn start(signals: Blocked, bound: BoundSocket) -> io::Result<Self> {
-        let state = Mutex::new(State { phase: Phase::Starting, asked: false });
+        let state = Mutex::new(State { phase: Phase::Starting, must_end: false });
         let stop = Self(Arc::new(Inner { state, bound }));
         let theirs = stop.0.clone();
         Builder::new().name("signals".into()).spawn(move || {
             loop {
                 match signals.signals.wait() {
-                    Ok(Signal::SIGHUP) => info!("SIGHUP: there is nothing to do"),
+                    Ok(Signal::SIGHUP) => info!("SIGHUP is ignored"),
                     Ok(signal) => theirs.end(signal),
                     Err(_) => {}
                 }
@@ -106,35 +108,36 @@ impl Stop {
         Ok(stop)
     }
 
-    /// Runs `make`, which looks at [`is_asked`](Self::is_asked) now and then, and fails if so. None
-    /// if the daemon was told to end meanwhile: what was made is dropped then.
+    /// Runs `make`, which polls [`must_end`](Self::must_end) and fails once that is true. `None` if
+    /// SIGTERM or SIGINT came meanwhile; the result of `make` is dropped then.
     ///
     /// # Errors
-    /// Those of `make`.
+    /// The errors of `make`.
     pub(crate) fn making<T, E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<Option<T>, E> {
         self.enter(Phase::Making);
         let made = make();
         let mut state = lock(&self.0.state);
-        if state.asked {
+        if state.must_end {
             return Ok(None);
         }
         state.phase = Phase::Starting;
         made.map(Some)
     }
 
-    /// Whether the daemon is to end.
-    pub(crate) fn is_asked(&self) -> bool {
-        lock(&self.0.state).asked
+    /// Whether SIGTERM or SIGINT has come.
+    pub(crate) fn must_end(&self) -> bool {
+        lock(&self.0.state).must_end
     }
 
-    /// From here on a signal ends the device in order, and the sessions learn of it by `closing`.
+    /// From now on a signal shuts `device` down before it ends the process, and `closing` wakes
+    /// requests that wait for a ring.
     pub(crate) fn serving(&self, device: Arc<dyn Device>, closing: Closing) {
         self.enter(Phase::Serving(device, closing));
     }
 
     fn enter(&self, phase: Phase) {
         let mut state = lock(&self.0.state);
-        if state.asked {
+        if state.must_end {
             drop(state);
             wait_for_the_end();
         }
@@ -151,20 +154,22 @@ impl Drop for Stop {
 impl Inner {
     fn end(&self, signal: Signal) {
         let mut state = lock(&self.state);
-        state.asked = true;
+        state.must_end = true;
         let served = match &state.phase {
             Phase::Starting => None,
             Phase::Making => {
-                // The main thread takes this lock to look at `asked`: no line is written under it.
+                // The main thread takes this lock when it polls `must_end`: no line is logged under
+                // it.
                 drop(state);
-                return info!("{signal}: taking back what is unfinished");
+                return info!("{signal}: removing the incomplete file");
             }
             Phase::Serving(device, closing) => Some((device.clone(), closing.clone())),
         };
         drop(state);
         if let Some((device, closing)) = served {
-            info!("{signal}: finishing what runs");
-            // First: the device waits for its requests, and some of them may wait for a ring.
+            info!("{signal}: waiting for running requests, then ending");
+            // Before shutdown(): the device waits for its requests, and some of them may wait for a
+            // stopped ring.
             closing.close();
             device.shutdown();
             device.report();
@@ -175,7 +180,7 @@ impl Inner {
     }
 }
 
-/// The thread that waits for signals is about to end the process.
+/// Waits for the thread `signals`, which is about to end the process.
 fn wait_for_the_end() -> Infallible {
     loop {
         thread::park();

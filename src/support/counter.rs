@@ -4,7 +4,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// One counter.
+/// A number of events or bytes.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which file it is: whatever path, descriptor or number of a guest led to it.
+//! The identity of a host file, independent of the path, descriptor or node id that led to it.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -8,27 +8,28 @@ use std::os::unix::fs::MetadataExt;
 
 use rustix::fs::{AtFlags, StatxFlags, makedev, statx};
 
-/// A file of the host: the number of its inode, and the device that this number is of.
+/// The identity of a host file: its inode number and its device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct FileId {
-    /// Inode number. First, so that those of one number stand together.
+    /// Inode number. The first field, so that files of one inode number are adjacent in a sorted
+    /// map.
     pub(crate) ino: u64,
     pub(crate) dev: u64,
 }
 
 impl FileId {
-    /// That of an open file. No attribute is asked for, which for a passthrough file would be a
-    /// request to its server.
+    /// The identity of an open file. Only the inode number is queried: a passthrough file's other
+    /// attributes would cost a request to its FUSE server.
     ///
     /// # Errors
-    /// The system's.
+    /// The errno of statx(2).
     pub(crate) fn of(file: &File) -> io::Result<Self> {
         let found = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::INO)?;
         let dev = makedev(found.stx_dev_major, found.stx_dev_minor);
         Ok(Self { ino: found.stx_ino, dev })
     }
 
-    /// The first one of an inode number, on whatever device.
+    /// The lowest identity of an inode number, in the sort order.
     pub(crate) const fn first_of(ino: u64) -> Self {
         Self { ino, dev: 0 }
     }
@@ -44,7 +45,8 @@ impl From<Metadata> for FileId {
 mod tests {
     use super::*;
 
-    /// Shows: a descriptor and a path lead to the same identity, two files to two.
+    /// Shows: a descriptor and a path of one file have the same identity; two files have different
+    /// ones.
     #[test]
     fn of_a_descriptor_and_of_a_path() {
         let of = |path: &str| {

@@ -3,11 +3,11 @@
 //! Beside all steps: the mutexes of this crate, and the order in which a thread takes them.
 //!
 //! Each mutex has a [`Rank`]. A debug build asserts at each lock that the thread holds only locks
-//! of lower ranks, so that a test that runs both sides of a deadlock one after the other finds the
-//! deadlock. A release build holds no rank and checks nothing.
+//! of lower ranks. So a test that runs the two sides of a deadlock one after the other finds the
+//! deadlock. A release build stores no rank and checks nothing.
 //!
-//! The condition variable of a mutex is a [`Condvar`] of this module: a thread that waits keeps its
-//! rank, and does nothing else meanwhile.
+//! [`Condvar`] is the condition variable of these mutexes: a waiting thread keeps its rank, since
+//! it takes no other lock meanwhile.
 
 use std::ops::{Deref, DerefMut};
 use std::sync;
@@ -15,13 +15,13 @@ use std::time::Duration;
 
 pub(crate) use order::{Held, assert_free};
 
-/// The lock order: a thread that holds one rank takes only later ones. The tables of
-/// ARCHITECTURE.md and of `dax/mod.rs` say what each guards; a test compares them with this list.
+/// The lock order: a thread that holds a rank takes only later ones. The tables in ARCHITECTURE.md
+/// and `dax/mod.rs` list what each lock guards; a test compares them with this list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Rank {
-    /// `fs/lives.rs`: the turn of the thread that throws a driver's mount away.
+    /// `fs/lives.rs`: the turn of the thread that drops a driver's mount.
     Lives,
-    /// `fs/dax/times.rs`: what was seen of one file's times.
+    /// `fs/dax/times.rs`: the observed times of one file.
     Times,
     /// `dax/sync.rs`: the invalidate lock of one space.
     Invalidate,
@@ -35,9 +35,9 @@ pub(crate) enum Rank {
     Renewal,
     /// `window/channel/committed.rs`: the turn of the thread whose request is at the front-end.
     Channel,
-    /// `session/lifecycle.rs`: the start and the stop of the device.
+    /// `session/lifecycle.rs`: whether the device is started.
     Life,
-    /// `session/restart.rs`: which drivers the device has forgotten.
+    /// `session/restart.rs`: whether the device has dropped the last driver's state.
     Restarts,
     /// `ring/mod.rs`: the state of one ring.
     Ring,
@@ -49,14 +49,14 @@ pub(crate) enum Rank {
     Bucket,
     /// `fs/sync_errors.rs`: the guest's open files.
     Opened,
-    /// All other mutexes: no other of this crate is taken under them, but to log.
+    /// All other mutexes: under them a thread takes only `Log`.
     Leaf,
     /// `support/log_limit.rs` and `support/stderr.rs`: a thread may log under any lock.
     Log,
 }
 
 impl Rank {
-    /// Whether one thread may hold several locks of this rank: those of several files.
+    /// Whether one thread may hold several locks of this rank: the locks of several files.
     #[cfg(all(debug_assertions, not(loom)))]
     const fn repeats(self) -> bool {
         matches!(self, Self::Times | Self::Invalidate)
@@ -72,7 +72,7 @@ pub(crate) struct Mutex<T> {
 }
 
 impl<T> Mutex<T> {
-    /// A leaf.
+    /// A mutex of rank `Leaf`.
     pub(crate) const fn new(value: T) -> Self {
         Self::ranked(Rank::Leaf, value)
     }
@@ -112,7 +112,7 @@ pub struct MutexGuard<'a, T> {
 }
 
 impl<'a, T> MutexGuard<'a, T> {
-    /// The mutex of a library, which `take` locks.
+    /// Takes the mutex of a library: `take` locks it.
     #[track_caller]
     pub(crate) fn of(rank: Rank, take: impl FnOnce() -> sync::MutexGuard<'a, T>) -> Self {
         let held = Held::take(rank);
@@ -134,13 +134,13 @@ impl<T> DerefMut for MutexGuard<'_, T> {
     }
 }
 
-/// Locks, also after a panic elsewhere: what our mutexes guard is consistent at every step.
+/// Locks `mutex`. Ignores poisoning by a panic: the guarded data is consistent at every step.
 #[track_caller]
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     MutexGuard::of(mutex.rank(), || mutex.mutex.lock().unwrap_or_else(|e| e.into_inner()))
 }
 
-/// The same without waiting: none if another thread has locked it.
+/// Like [`lock`], but does not wait: `None` if another thread holds `mutex`.
 pub(crate) fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
     let guard = match mutex.mutex.try_lock() {
         Ok(guard) => guard,
@@ -150,7 +150,7 @@ pub(crate) fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
     Some(MutexGuard { guard, held: Held::tried(mutex.rank()) })
 }
 
-/// The standard library's, for a [`MutexGuard`].
+/// The standard library's `Condvar`, for a [`MutexGuard`].
 #[derive(Debug, Default)]
 pub(crate) struct Condvar(sync::Condvar);
 
@@ -172,7 +172,7 @@ impl Condvar {
         MutexGuard { guard: self.0.wait(guard).unwrap_or_else(|e| e.into_inner()), held }
     }
 
-    /// Waits for at most `most`. Also returns whether that time is over.
+    /// Waits for at most `most`. Also returns whether that time has passed.
     pub(crate) fn wait_timeout<'a, T>(
         &self,
         guard: MutexGuard<'a, T>,
@@ -184,7 +184,7 @@ impl Condvar {
     }
 }
 
-/// Loom runs all its threads in one: what is held by a thread is not known there.
+/// Not for loom, which runs all its threads as one: the ranks of one of them are not known there.
 #[cfg(all(debug_assertions, not(loom)))]
 mod order {
     use std::cell::RefCell;
@@ -202,27 +202,28 @@ mod order {
     pub(crate) struct Held(Rank, PhantomData<*const ()>);
 
     impl Held {
-        /// The thread is about to take a lock of `rank`, and may wait for it.
+        /// Called before the thread takes a lock of `rank` and may wait for it.
         #[track_caller]
         pub(crate) fn take(rank: Rank) -> Self {
             let follows = |held: Rank| held < rank || held == rank && rank.repeats();
             let held = HELD.try_with(|held| held.borrow().iter().copied().max());
             if let Ok(Some(held)) = held {
-                // A second panic would end the process, and the first one's line with it.
+                // No assert during a panic: a second panic would abort the process before the first
+                // is logged.
                 assert!(follows(held) || panicking(), "lock order: {rank:?} taken under {held:?}");
             }
             Self::tried(rank)
         }
 
-        /// The thread has taken a lock of `rank` that it did not wait for.
+        /// Called after the thread has taken a lock of `rank` without waiting for it.
         pub(crate) fn tried(rank: Rank) -> Self {
-            // An error: the thread is about to end.
+            // Fails only while the thread ends: the thread-local is destroyed.
             let _ = HELD.try_with(|held| held.borrow_mut().push(rank));
             Self(rank, PhantomData)
         }
     }
 
-    /// Asserts that this thread holds no lock of `rank`, nor of a later one.
+    /// Asserts that this thread holds no lock of `rank` or of a later rank.
     #[track_caller]
     pub(crate) fn assert_free(rank: Rank) {
         let held = HELD.try_with(|held| held.borrow().iter().copied().max());
@@ -275,8 +276,8 @@ mod tests {
 
     use super::*;
 
-    /// Shows: a lock that is taken against the order is a panic, also where nobody waits for it;
-    /// and a lock that was given back counts no more.
+    /// Shows: a lock taken against the order panics, also where no other thread holds it. A lock
+    /// that was released does not count.
     #[test]
     fn the_order_is_checked() {
         let (ring, leaf) = (Mutex::ranked(Rank::Ring, ()), Mutex::new(()));
@@ -295,7 +296,7 @@ mod tests {
         drop(lock(&ring));
     }
 
-    /// The ranks that the first column of a table's rows names.
+    /// The ranks in the first column of the tables of `page`.
     fn ranks(page: &str) -> Vec<String> {
         let name = |line: &str| {
             let line = line.trim_start_matches("//!").trim();
@@ -304,9 +305,9 @@ mod tests {
         page.lines().filter_map(name).collect()
     }
 
-    /// Shows: the tables of the lock order list what is checked, in the same order.
+    /// Shows: the tables of the lock order list the checked ranks, in the same order.
     #[test]
-    fn the_tables_are_what_is_checked() {
+    fn the_tables_list_the_checked_ranks() {
         use Rank::*;
         let all = [
             Lives, Times, Invalidate, Window, Counting, Nodes, Renewal, Channel, Life, Restarts,

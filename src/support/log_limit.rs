@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::lock::{Mutex, Rank, lock};
 
+/// Time between two lines of one log statement, at least.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Allows one line per second and counts the lines held back.
@@ -40,12 +41,12 @@ impl fmt::Display for HeldBack {
 }
 
 impl RateLimit {
-    /// `Some` if a line may be logged at `now`, with the number of lines held back since the last one.
+    /// The number of lines held back since the last line; `None` if this line is held back, too.
     pub(crate) fn admit(&self, now: Instant) -> Option<HeldBack> {
         self.allow(now).map(HeldBack)
     }
 
-    /// `Some(n)` if a line may be logged at `now`; `n` lines were held back since the last one.
+    /// As [`admit`](Self::admit), as a plain number.
     fn allow(&self, now: Instant) -> Option<u64> {
         let mut state = lock(&self.state);
         if state.last.is_some_and(|last| now.saturating_duration_since(last) < INTERVAL) {
@@ -61,6 +62,7 @@ impl RateLimit {
 mod tests {
     use super::*;
 
+    /// Shows: one line per second is logged, with the number of lines held back before it.
     #[test]
     fn one_line_a_second_and_the_rest_is_counted() {
         let limit = RateLimit::default();

@@ -14,7 +14,7 @@ const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 const TIB: u64 = 1 << 40;
 
-/// A number of bytes as people write it: `4096`, `512M`, `1G`, `1GiB`.
+/// A number of bytes; its text form has a binary unit: `4096`, `512M`, `1G`, `1GiB`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size(pub u64);
 
@@ -51,11 +51,12 @@ impl fmt::Display for Size {
     }
 }
 
-/// A length in bytes that is a positive multiple of 2 MiB ([`PMD_BYTES`]), and that a file can
-/// have.
+/// Returns `bytes` if a file can have this length and it is a positive multiple of 2 MiB
+/// ([`PMD_BYTES`]).
 ///
 /// # Errors
-/// [`SizeError::Unaligned`] names the two nearest lengths that would do.
+/// [`SizeError::TooLarge`] above `i64::MAX`; else [`SizeError::Unaligned`] with the two nearest
+/// valid lengths.
 pub fn whole_pmds(bytes: u64) -> Result<u64, SizeError> {
     if bytes > i64::MAX as u64 {
         return Err(SizeError::TooLarge);
@@ -68,23 +69,23 @@ pub fn whole_pmds(bytes: u64) -> Result<u64, SizeError> {
     Ok(bytes)
 }
 
-/// Why a length was refused.
+/// Why a length is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum SizeError {
-    /// Not a number with a unit.
+    /// The text is no number with a unit.
     #[error("write a size as a number and a unit, for example 512M or 1G")]
     Syntax,
-    /// More than a file can hold.
+    /// More than `i64::MAX` bytes, the limit on a file's length; or more than a u64 holds.
     #[error("the size is larger than any file can be")]
     TooLarge,
-    /// Not a multiple of 2 MiB.
+    /// Zero, or no multiple of 2 MiB.
     #[error("{bytes} bytes is no multiple of 2 MiB; {below} or {above} would do")]
     Unaligned {
-        /// What was asked for.
+        /// The refused length in bytes.
         bytes: u64,
-        /// The nearest that would do, from below (or the smallest).
+        /// The nearest valid length below, or 2 MiB.
         below: Size,
-        /// The next one.
+        /// The valid length after `below`.
         above: Size,
     },
 }
@@ -93,8 +94,10 @@ pub enum SizeError {
 mod tests {
     use super::*;
 
+    /// Shows: a number with a binary unit is parsed; all other texts, and numbers of more than 64
+    /// bits, are refused.
     #[test]
-    fn sizes_are_read_as_people_write_them() {
+    fn sizes_are_parsed_with_their_unit() {
         for (text, bytes) in
             [("4096", 4096), ("512M", 512 * MIB), ("1g", GIB), ("3GiB", 3 * GIB), ("2T", 2 * TIB)]
         {
@@ -108,6 +111,7 @@ mod tests {
         }
     }
 
+    /// Shows: a size is written in the largest unit of which it is a multiple.
     #[test]
     fn sizes_are_written_in_the_largest_unit_that_fits() {
         for (bytes, text) in [
@@ -122,8 +126,9 @@ mod tests {
         }
     }
 
+    /// Shows: the error of a length that is no multiple of 2 MiB names the nearest valid lengths.
     #[test]
-    fn a_size_that_will_not_do_names_two_that_would() {
+    fn an_invalid_size_names_two_valid_ones() {
         for (bytes, below, above) in
             [(3 * MIB, "2M", "4M"), (GIB + 1, "1G", "1026M"), (0, "2M", "4M")]
         {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Beside the path: the log on stderr. A guest can't fill the log, and a slow reader of stderr
+//! Beside all steps: the log on stderr. A guest can't fill the log, and a slow reader of stderr
 //! delays no request.
 //!
-//! Each log statement (ours or a library's) may log `BURST` lines at once and one line per second
-//! from then on. Further lines are held back and counted; the count is logged with the next line of
-//! that statement, or one second later. The levels `debug` and `trace` have no limit. After
-//! [`detach`] a thread of its own writes to stderr: lines wait for it in a queue of `QUEUE_LINES`
-//! lines, and lines that find the queue full are counted; that count is logged, too.
+//! Each log statement (of this crate or of a library) may log `BURST` lines at once and one line
+//! per second from then on. Further lines are held back and counted; the count is logged with the
+//! next line of that statement, or one second later. The levels `debug` and `trace` have no limit.
+//! After `detach` the thread `stderr` writes the lines. They wait in a queue of `QUEUE_LINES`
+//! lines; lines that find the queue full are lost and counted, and that count is logged.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Write};
@@ -24,13 +24,13 @@ use crate::support::log_limit::HeldBack;
 /// Number of lines that one log statement may log at once.
 const BURST: u64 = 20;
 
-/// Time after which one more line is allowed.
+/// Time after which a log statement may log one more line.
 const REFILL: Duration = Duration::from_secs(1);
 
-/// Number of lines that wait to be written, at most.
+/// Limit on the number of lines in the queue.
 const QUEUE_LINES: usize = 1024;
 
-/// How long the process waits for stderr before it ends, at most.
+/// Limit on the time for which the process waits for stderr before it ends.
 const LAST_WAIT: Duration = Duration::from_secs(1);
 
 /// A log statement: file and line.
@@ -58,7 +58,7 @@ impl Limit {
         }
     }
 
-    /// The line, with the number of lines held back before it; None if this line is held back.
+    /// The line with the number of lines held back before it; None if this line is held back.
     fn admit(&mut self, now: Instant, text: String) -> Option<String> {
         self.refill(now);
         if self.left == 0 {
@@ -68,10 +68,11 @@ impl Limit {
         }
         self.left -= 1;
         let held_back = HeldBack(std::mem::take(&mut self.held_back));
-        Some(said(self.level, &format!("{text}{held_back}")))
+        Some(format_line(self.level, &format!("{text}{held_back}")))
     }
 
-    /// The line that reports the lines held back, if no other line comes.
+    /// The line that reports the number of lines held back, if that is due. `last`: the process
+    /// ends.
     fn settle(&mut self, now: Instant, last: bool) -> Option<String> {
         self.refill(now);
         if self.held_back == 0 || (self.left == 0 && !last) {
@@ -79,11 +80,14 @@ impl Limit {
         }
         self.left = self.left.saturating_sub(1);
         let (n, text) = (std::mem::take(&mut self.held_back), std::mem::take(&mut self.last));
-        Some(said(self.level, &format!("{n} more lines like this one were held back: {text}")))
+        Some(format_line(
+            self.level,
+            &format!("{n} more lines like this one were held back: {text}"),
+        ))
     }
 }
 
-fn said(level: Level, text: &str) -> String {
+fn format_line(level: Level, text: &str) -> String {
     format!("vhost-user-dax: {}: {text}", level.as_str().to_ascii_lowercase())
 }
 
@@ -94,9 +98,9 @@ struct State {
     waiting: VecDeque<String>,
     /// Number of lines for which the queue had no room.
     lost: u64,
-    /// The stderr thread runs.
+    /// The thread `stderr` has been started.
     detached: bool,
-    /// The stderr thread is in write(2).
+    /// The thread `stderr` is in write(2).
     busy: bool,
 }
 
@@ -109,7 +113,7 @@ impl State {
         }
     }
 
-    /// Queues the lines that report held-back lines.
+    /// Queues the lines that report the numbers of lines held back.
     fn settle(&mut self, now: Instant, last: bool) {
         let limits = self.limits.values_mut();
         let lines: Vec<_> = limits.filter_map(|limit| limit.settle(now, last)).collect();
@@ -126,9 +130,10 @@ impl State {
         }
         match std::mem::take(&mut self.lost) {
             0 => None,
-            n => {
-                Some(said(Level::Warn, &format!("{n} lines were lost: stderr is read too slowly")))
-            }
+            n => Some(format_line(
+                Level::Warn,
+                &format!("{n} lines were lost: stderr is read too slowly"),
+            )),
         }
     }
 }
@@ -136,7 +141,8 @@ impl State {
 struct Stderr {
     filter: Logger,
     state: Mutex<State>,
-    /// The queue has got its first line, or has become empty.
+    /// Notified when a line was queued, when the first line was held back, and when the queue is
+    /// empty.
     changed: Condvar,
 }
 
@@ -147,7 +153,7 @@ impl Stderr {
         lock(&self.state)
     }
 
-    fn say(&self, mut state: MutexGuard<'_, State>, line: String) {
+    fn write(&self, mut state: MutexGuard<'_, State>, line: String) {
         if state.detached {
             state.push(line);
             drop(state);
@@ -198,13 +204,13 @@ impl Log for Stderr {
         let text = record.args().to_string();
         let mut state = self.lock();
         if record.level() > Level::Info {
-            return self.say(state, said(record.level(), &text));
+            return self.write(state, format_line(record.level(), &text));
         }
         let site = (record.file_static().unwrap_or_default(), record.line().unwrap_or_default());
         let now = Instant::now();
         let limit = state.limits.entry(site).or_insert_with(|| Limit::new(now, record.level()));
         match limit.admit(now, text) {
-            Some(line) => self.say(state, line),
+            Some(line) => self.write(state, line),
             // Wakes the stderr thread: it logs the count one second later.
             None if limit.held_back == 1 => self.changed.notify_all(),
             None => {}
@@ -237,7 +243,7 @@ pub fn init(level: LevelFilter) {
     builder.filter_level(level);
     // The crate virtio-queue logs each malformed chain; the device logs them itself, by a limit.
     builder.filter_module("virtio_queue", LevelFilter::Off);
-    // A hard limit of open files below the one that virtiofsd asks for is the usual case.
+    // virtiofsd logs a hard limit on open files that is lower than its request: the common case.
     builder.filter_module("virtiofsd::limits", LevelFilter::Off);
     if std::env::var_os("RUST_LOG").is_some() {
         builder.parse_default_env();
@@ -274,9 +280,9 @@ pub fn last_words(text: &str) {
     let line = format!("vhost-user-dax: {text}");
     match STDERR.get() {
         Some(stderr) => {
-            // If it fails, the calling thread writes.
+            // If the thread can't be started, the calling thread writes the line itself.
             let _ = detach();
-            stderr.say(stderr.lock(), line);
+            stderr.write(stderr.lock(), line);
             stderr.flush();
         }
         None => write_line(&line),
@@ -291,32 +297,32 @@ mod tests {
         Limit::new(start, Level::Warn)
     }
 
-    /// Shows: of a flood the first `BURST` lines are logged, then one line per second with the number
-    /// of lines held back.
+    /// Shows: of a flood of lines the first `BURST` are logged, then one line per second with the
+    /// number of lines held back.
     #[test]
     fn a_flood_is_counted() {
         let start = Instant::now();
         let mut limit = limit(start);
-        let mut said = Vec::new();
+        let mut lines = Vec::new();
         for ms in 0..5000 {
             let now = start + Duration::from_millis(ms);
-            said.extend(limit.admit(now, format!("line {ms}")));
+            lines.extend(limit.admit(now, format!("line {ms}")));
         }
-        assert_eq!(said.len() as u64, BURST + 4);
-        assert_eq!(said[0], "vhost-user-dax: warn: line 0");
-        assert!(said[20].ends_with("line 1000 (980 more such lines held back)"), "{}", said[20]);
+        assert_eq!(lines.len() as u64, BURST + 4);
+        assert_eq!(lines[0], "vhost-user-dax: warn: line 0");
+        assert!(lines[20].ends_with("line 1000 (980 more such lines held back)"), "{}", lines[20]);
     }
 
-    /// Shows: the number of lines held back is logged after `REFILL` though no other line comes, and
-    /// at the end of the process in any case.
+    /// Shows: the number of lines held back is logged after `REFILL` although no other line comes,
+    /// and at the end of the process in any case.
     #[test]
     fn held_back_lines_are_reported() {
         let start = Instant::now();
         let mut limit = limit(start);
         (0..100).for_each(|i| drop(limit.admit(start, format!("line {i}"))));
         assert_eq!(limit.settle(start, false), None);
-        let said = "vhost-user-dax: warn: 80 more lines like this one were held back: line 99";
-        assert_eq!(limit.settle(start + REFILL, false).as_deref(), Some(said));
+        let line = "vhost-user-dax: warn: 80 more lines like this one were held back: line 99";
+        assert_eq!(limit.settle(start + REFILL, false).as_deref(), Some(line));
         assert_eq!(limit.settle(start + REFILL, true), None);
         (0..3).for_each(|i| drop(limit.admit(start + REFILL, format!("line {i}"))));
         assert!(limit.settle(start + REFILL, true).is_some());

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Pages, chunks, offsets and ranges. Offsets into the file and into the window are different types,
-//! which they keep from the guest's message to the front-end's map.
+//! Pages, chunks, offsets and ranges. Offsets into the file and into the window are different types
+//! from the guest's message to the front-end's map.
 
 use std::ops::{Add, Sub};
 
-/// log2 of a page: what a PTE entry covers.
+/// log2 of the bytes in a page, which a PTE entry covers.
 pub const PAGE_SHIFT: u32 = 12;
-/// Bytes of a page.
+/// Bytes in a page.
 pub const PAGE_BYTES: u64 = 1 << PAGE_SHIFT;
-/// log2 of the pages in a chunk: the order of a PMD entry.
+/// log2 of the pages in a chunk, which a PMD entry covers: the order of a PMD entry.
 pub const PMD_ORDER: u32 = 9;
-/// Pages of a chunk: what a PMD entry covers.
+/// Pages in a chunk.
 pub const PMD_PAGES: u64 = 1 << PMD_ORDER;
-/// Bytes of a chunk.
+/// Bytes in a chunk: 2 MiB.
 pub const PMD_BYTES: u64 = PAGE_BYTES * PMD_PAGES;
 
 /// The number of a 4 KiB page of the file.
@@ -21,41 +21,41 @@ pub const PMD_BYTES: u64 = PAGE_BYTES * PMD_PAGES;
 pub struct PageIndex(pub u64);
 
 impl PageIndex {
-    /// No file has a page behind this one (its length is at most `i64::MAX` bytes).
+    /// The last page that a file can have: a file's length is at most `i64::MAX` bytes.
     pub const LAST: Self = Self::of(FileOffset::MAX);
 
-    /// The first page of the chunk that this page is in.
+    /// The first page of this page's chunk.
     pub const fn chunk(self) -> Self {
         Self(self.0 & !(PMD_PAGES - 1))
     }
 
-    /// The last page of the chunk that this page is in.
+    /// The last page of this page's chunk.
     pub const fn chunk_last(self) -> Self {
         Self(self.0 | (PMD_PAGES - 1))
     }
 
-    /// The page behind this one.
+    /// The page after this one.
     pub const fn next(self) -> Self {
         Self(self.0 + 1)
     }
 
-    /// The byte in the file at which the page begins.
+    /// The offset of the page's first byte.
     pub const fn byte(self) -> FileOffset {
         FileOffset(self.0 << PAGE_SHIFT)
     }
 
-    /// The page that holds a byte of the file.
+    /// The page that contains byte `byte` of the file.
     pub const fn of(byte: FileOffset) -> Self {
         Self(byte.0 >> PAGE_SHIFT)
     }
 
-    /// The first page behind a file of `bytes` bytes.
+    /// The first page after a file of `bytes` bytes.
     pub const fn behind(bytes: u64) -> Self {
         Self(bytes.div_ceil(PAGE_BYTES))
     }
 }
 
-/// So many pages further on.
+/// The page that is `pages` pages after this one.
 impl Add<u64> for PageIndex {
     type Output = Self;
 
@@ -64,7 +64,7 @@ impl Add<u64> for PageIndex {
     }
 }
 
-/// The number of pages from the other page to this one.
+/// The number of pages from `before` to this page.
 impl Sub for PageIndex {
     type Output = u64;
 
@@ -78,11 +78,11 @@ impl Sub for PageIndex {
 pub struct FileOffset(pub u64);
 
 impl FileOffset {
-    /// No file is longer.
+    /// The largest length of a file, in bytes.
     pub const MAX: Self = Self(i64::MAX as u64);
 }
 
-/// So many bytes further on.
+/// The offset `bytes` bytes after this one.
 impl Add<u64> for FileOffset {
     type Output = Self;
 
@@ -91,7 +91,7 @@ impl Add<u64> for FileOffset {
     }
 }
 
-/// So many bytes further on, where a map shows the file.
+/// The file offset that a map shows `bytes` bytes of the window after this one.
 impl Add<WindowBytes> for FileOffset {
     type Output = Self;
 
@@ -100,7 +100,7 @@ impl Add<WindowBytes> for FileOffset {
     }
 }
 
-/// The number of bytes from the other offset to this one.
+/// The number of bytes from `before` to this offset.
 impl Sub for FileOffset {
     type Output = u64;
 
@@ -119,12 +119,12 @@ pub struct FileRange {
 }
 
 impl FileRange {
-    /// `bytes` bytes from byte `from` on.
+    /// `bytes` bytes from `from` on.
     pub const fn new(from: FileOffset, bytes: u64) -> Self {
         Self { from, bytes }
     }
 
-    /// The bytes from `from` on that are before `end`. Empty where `end` is not behind `from`.
+    /// The bytes from `from` on that are before `end`; empty if `end` is not after `from`.
     pub const fn between(from: FileOffset, end: FileOffset) -> Self {
         Self { from, bytes: end.0.saturating_sub(from.0) }
     }
@@ -134,24 +134,24 @@ impl FileRange {
         Self::between(first.byte(), last.next().byte())
     }
 
-    /// The offset behind the last byte. None where no file has such an offset: ask this first of a
-    /// range that the guest has named.
+    /// The offset after the last byte; None if it is above [`FileOffset::MAX`]. To be called before
+    /// [`end`](Self::end) for a range that the guest has named.
     pub fn checked_end(self) -> Option<FileOffset> {
         let end = self.from.0.checked_add(self.bytes).map(FileOffset);
         end.filter(|end| *end <= FileOffset::MAX)
     }
 
-    /// The offset behind the last byte.
+    /// The offset after the last byte.
     pub fn end(self) -> FileOffset {
         self.from + self.bytes
     }
 
-    /// Whether there is no byte in it.
+    /// Whether the range has no byte.
     pub const fn is_empty(self) -> bool {
         self.bytes == 0
     }
 
-    /// The first and the last page that have a byte of it. It is not empty.
+    /// The first and the last page that contain a byte of the range, which must not be empty.
     pub const fn pages(self) -> (PageIndex, PageIndex) {
         let last = FileOffset(self.from.0 + self.bytes - 1);
         (PageIndex::of(self.from), PageIndex::of(last))
@@ -162,7 +162,7 @@ impl FileRange {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct WindowOffset(pub u64);
 
-/// So many bytes further on.
+/// The offset `bytes` bytes after this one.
 impl Add<WindowBytes> for WindowOffset {
     type Output = Self;
 
@@ -171,7 +171,7 @@ impl Add<WindowBytes> for WindowOffset {
     }
 }
 
-/// The number of bytes from the other offset to this one.
+/// The number of bytes from `before` to this offset.
 impl Sub for WindowOffset {
     type Output = WindowBytes;
 
@@ -180,7 +180,7 @@ impl Sub for WindowOffset {
     }
 }
 
-/// A length in bytes, of the window or of a piece of it.
+/// A number of bytes of the window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct WindowBytes(pub u64);
 
@@ -194,27 +194,27 @@ pub struct WindowRange {
 }
 
 impl WindowRange {
-    /// `bytes` bytes from offset `at` on.
+    /// `bytes` bytes from `at` on.
     pub const fn new(at: WindowOffset, bytes: WindowBytes) -> Self {
         Self { at, bytes }
     }
 
-    /// The bytes from `at` on that are before `end`. None if there is no such byte.
+    /// The bytes from `at` on that are before `end`; None if there is no such byte.
     pub fn between(at: WindowOffset, end: WindowOffset) -> Option<Self> {
         (at < end).then(|| Self { at, bytes: end - at })
     }
 
-    /// The offset behind the last byte.
+    /// The offset after the last byte.
     pub fn end(self) -> WindowOffset {
         self.at + self.bytes
     }
 
-    /// What is in the other range, too.
+    /// The bytes that are in both ranges.
     pub fn overlap(self, other: Self) -> Option<Self> {
         Self::between(self.at.max(other.at), self.end().min(other.end()))
     }
 
-    /// What is left of it without the other range: before that, and behind that.
+    /// The parts of this range that are not in `other`: before `other`, and after it.
     pub fn without(self, other: Self) -> impl Iterator<Item = Self> {
         let before = Self::between(self.at, self.end().min(other.at));
         let behind = Self::between(self.at.max(other.end()), self.end());
@@ -226,8 +226,7 @@ impl WindowRange {
 mod tests {
     use super::*;
 
-    /// Shows: of two ranges, in every position to one another, what they share and what sticks out
-    /// make up the first one.
+    /// Shows: for two ranges in every position, `overlap` and `without` split the first range.
     #[test]
     fn an_overlap_and_what_is_left_make_up_the_range() {
         let bytes = |range: WindowRange| range.at.0..range.end().0;
@@ -246,9 +245,9 @@ mod tests {
         }
     }
 
-    /// Shows: a range that no file can have has no end, and the last one that a file can have does.
+    /// Shows: checked_end() is None above the largest file length, and Some at that length.
     #[test]
-    fn no_range_reaches_behind_the_longest_file() {
+    fn a_range_ends_within_the_largest_file() {
         let end = |from, bytes| FileRange::new(FileOffset(from), bytes).checked_end();
         assert_eq!(end(u64::MAX, 2), None);
         assert_eq!(end(FileOffset::MAX.0, 1), None);

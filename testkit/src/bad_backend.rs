@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A back-end without manners: the test holds its channel and sends what it likes, when it likes.
-//! It exists to prove that the strict front-end sees each rule broken.
+//! A back-end that breaks QEMU's rules: the test holds its channel and sends any message at any
+//! time. It shows that the strict front-end detects each broken rule.
 
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ struct Device {
     window_bytes: u64,
     more: VhostUserProtocolFeatures,
     channel: Mutex<Option<Backend>>,
-    /// A memory update takes this: who holds it while he maps has built the deadlock of Q3.
+    /// Taken by each memory update. A thread that holds it while it maps causes the deadlock of Q3.
     update_lock: Mutex<()>,
 }
 
@@ -85,7 +85,7 @@ impl VhostUserBackend for Device {
     }
 }
 
-/// The back-end, and the test's hold on it.
+/// The back-end, under the control of a test.
 pub struct BadBackend {
     device: Arc<Device>,
     path: PathBuf,
@@ -93,7 +93,7 @@ pub struct BadBackend {
 }
 
 impl BadBackend {
-    /// Listens in `dir`, offering a window and whatever protocol features `more` names.
+    /// Listens on a socket in `dir`; offers a window, and the protocol features `more`.
     pub fn new(dir: &Path, window_bytes: u64, more: VhostUserProtocolFeatures) -> Self {
         let path = dir.join("bad.sock");
         let mut listener = Listener::new(&path, true).unwrap();
@@ -104,13 +104,13 @@ impl BadBackend {
             let mem = Memory::new(GuestMemoryMmap::new());
             let mut daemon = VhostUserDaemon::new("bad".into(), theirs, mem).unwrap();
             daemon.start(&mut listener).unwrap();
-            // The front-end hangs up at the end, in the middle of anything.
+            // An error: the front-end disconnects at any point of the protocol.
             let _ = daemon.wait();
         });
         Self { device, path, thread: Some(thread) }
     }
 
-    /// Its socket.
+    /// The path of its socket.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -119,7 +119,7 @@ impl BadBackend {
         self.device.channel.lock().unwrap().clone().unwrap()
     }
 
-    /// Whoever holds this keeps memory updates from being answered.
+    /// While the guard exists, memory updates are not answered.
     pub fn hold_memory_updates(&self) -> MutexGuard<'_, ()> {
         self.device.update_lock.lock().unwrap()
     }
@@ -141,7 +141,7 @@ fn message(fd_offset: u64, shm_offset: u64, len: u64) -> VhostUserMMap {
 
 impl Drop for BadBackend {
     fn drop(&mut self) {
-        // The front-end is gone by now (tests drop it first), or the test is failing anyway.
+        // The front-end has disconnected by now (tests drop it first), or the test is failing.
         if let Some(thread) = self.thread.take()
             && !thread::panicking()
         {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The front-end's end of the back-end channel, read as QEMU's `backend_read` reads it: a message
-//! may come in pieces, its descriptor comes with the first one, and an unknown request is skipped.
-//! (vhost's `FrontendReqHandler` takes a message in pieces for a broken connection.)
+//! The front-end's end of the back-end channel, read as QEMU's `backend_read` reads it. A message
+//! may arrive in parts, its descriptor arrives with the first part, and an unknown request is
+//! skipped. (vhost's `FrontendReqHandler` is not used: it fails on a message in parts.)
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -19,8 +19,9 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::machine::SharedMachine;
 
+/// Length of a vhost-user header, in bytes.
 const HEADER_BYTES: usize = 12;
-/// VHOST_USER_PAYLOAD_SIZE is a little larger; nothing that a back-end sends comes near it.
+/// Limit on a payload, in bytes. VHOST_USER_PAYLOAD_SIZE is slightly larger; no request comes near.
 const MAX_PAYLOAD: usize = 4096;
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
@@ -30,7 +31,7 @@ const SHARED_OBJECT: std::ops::RangeInclusive<u32> = 6..=8;
 const SHMEM_MAP: u32 = 9;
 const SHMEM_UNMAP: u32 = 10;
 
-/// One request of the back-end, as it came in.
+/// One request of the back-end.
 struct Message {
     request: u32,
     flags: u32,
@@ -46,12 +47,12 @@ pub(super) struct Channel {
     machine: Arc<SharedMachine>,
     /// REPLY_ACK was negotiated.
     pub reply_ack: bool,
-    /// The connection is gone.
+    /// The connection has failed or was closed.
     pub broken: bool,
 }
 
 impl Channel {
-    /// A channel whose half messages may take `limit` to become whole ones.
+    /// A channel with a time limit of `limit` on the rest of a message after its first part.
     pub fn new(machine: Arc<SharedMachine>, limit: Duration) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(limit)).unwrap();
@@ -61,39 +62,40 @@ impl Channel {
         Self { ours, theirs, readable, machine, reply_ack: false, broken: false }
     }
 
-    /// The end that the back-end gets.
+    /// The back-end's end.
     pub fn theirs(&self) -> RawFd {
         self.theirs.as_raw_fd()
     }
 
-    /// Another hold on that end, for a test that plays the back-end.
+    /// A duplicate of the back-end's end, for a test that acts as the back-end.
     pub fn play_back_end(&self) -> UnixStream {
         self.theirs.try_clone().unwrap()
     }
 
-    /// For who waits until a request comes.
+    /// The front-end's end, to wait for a request with epoll.
     pub fn as_raw_fd(&self) -> RawFd {
         self.ours.as_raw_fd()
     }
 
-    /// Hangs up.
+    /// Shuts the connection down.
     pub fn cut(&self) {
         let _ = self.ours.shutdown(Shutdown::Both);
     }
 
-    /// Whether a request, or the first byte of one, has come.
+    /// Whether the first byte of a request has arrived.
     pub fn has_request(&self) -> bool {
         let mut events = [EpollEvent::default()];
         !self.broken && self.readable.wait(0, &mut events).is_ok_and(|n| n > 0)
     }
 
-    /// Serves what is already in the channel, as QEMU's main loop does in one turn. A request of
-    /// which only a part is there is waited for, with the big lock held, as in QEMU.
+    /// Serves the requests that have arrived, as one turn of QEMU's main loop does. Waits for the
+    /// rest of an incomplete request with the big lock held, as QEMU does.
     pub fn serve_pending(&mut self) {
         self.serve_since(Instant::now());
     }
 
-    /// The same, by one who woke at `began` to do it.
+    /// Like [`serve_pending`](Self::serve_pending), for a thread that woke at `began` for the first
+    /// request; the time of a request counts from there.
     pub fn serve_since(&mut self, mut began: Instant) {
         while self.has_request() {
             let served = self.read().and_then(|message| self.answer(message, began));
@@ -151,10 +153,10 @@ impl Channel {
                 None => machine.refuse("Q5", "Bad fd for map", libc::EBADF),
             },
             SHMEM_UNMAP => machine.unmap(&mmap_body(&message.payload)),
-            // An object that nobody has added: looked for, and not found.
+            // The lookup of an object that was never added.
             request if SHARED_OBJECT.contains(&request) => Err(io::ErrorKind::NotFound.into()),
             _ => {
-                // "Received unexpected msg type: %d.", and on it goes.
+                // QEMU prints "Received unexpected msg type: %d.", and serves the next request.
                 machine.unknown_requests += 1;
                 Err(io::ErrorKind::Unsupported.into())
             }

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The messages of cloud-hypervisor's `--fs`, in its order (virtio-devices/src/vhost_user/fs.rs and
-//! vu_common_ctrl.rs). By reading: it needs KVM, so it is not run here. It speaks through the same
-//! `Frontend` of the vhost crate.
+//! The vhost-user messages of cloud-hypervisor's `--fs`, in its order
+//! (virtio-devices/src/vhost_user/fs.rs and vu_common_ctrl.rs). Taken from its source:
+//! cloud-hypervisor needs KVM, so the tests do not run it. It uses the same `Frontend` of the vhost
+//! crate.
 //!
-//! It answers the config space itself (no GET_CONFIG), has no back-end channel and no SHMEM, asks
-//! for an ack of everything, and pauses a device by disabling its rings, without GET_VRING_BASE.
+//! It serves the config space itself (no GET_CONFIG), has no back-end channel and no SHMEM, sets
+//! NEED_REPLY in every message, and pauses a device by disabling its rings, without GET_VRING_BASE.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -24,13 +25,13 @@ use crate::queue::{QUEUE_BYTES, Queue};
 use crate::strict_vmm::{F_EVENT_IDX, F_INDIRECT_DESC, F_PROTOCOL_FEATURES, F_VERSION_1, Ring};
 use crate::watchdog::Watchdog;
 
-/// `queue_size=` of `--fs` unless set.
+/// The queue's size, in descriptors: the default of `queue_size=` of `--fs`.
 const QUEUE_SIZE: u16 = 1024;
-/// Guest memory for tests, behind the queues' own.
+/// Guest memory for tests, in bytes, after that of the queues.
 const SCRATCH_BYTES: u64 = 16 << 20;
 /// VIRTIO_F_IN_ORDER, VIRTIO_F_ORDER_PLATFORM, VIRTIO_F_NOTIFICATION_DATA.
 const LATER_FEATURES: u64 = 1 << 35 | 1 << 36 | 1 << 38;
-/// DEFAULT_VIRTIO_FEATURES of its vhost_user/mod.rs.
+/// DEFAULT_VIRTIO_FEATURES of cloud-hypervisor's vhost_user/mod.rs.
 const VIRTIO_FEATURES: u64 =
     F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1 | LATER_FEATURES | F_PROTOCOL_FEATURES;
 
@@ -39,16 +40,16 @@ pub struct CloudHypervisor {
     frontend: Frontend,
     watchdog: Watchdog,
     features: u64,
-    /// What both sides know.
+    /// The negotiated protocol features.
     pub protocol: VhostUserProtocolFeatures,
-    /// GET_QUEUE_NUM.
+    /// The number of queues (GET_QUEUE_NUM).
     pub queues: u64,
-    /// The rings that were set up, in order.
+    /// The numbers of the rings that were set up, in order.
     active: Vec<usize>,
 }
 
 impl CloudHypervisor {
-    /// The device's creation, before the VM boots.
+    /// Connects and negotiates, as at the device's creation before the VM boots.
     pub fn connect(path: &Path, queues: usize) -> Self {
         use VhostUserProtocolFeatures as P;
         let stream = UnixStream::connect(path).unwrap();
@@ -60,7 +61,7 @@ impl CloudHypervisor {
         vmm.features = VIRTIO_FEATURES & vmm.call("GET_FEATURES", |f| f.get_features());
         assert_ne!(vmm.features & F_PROTOCOL_FEATURES, 0);
         let offered = vmm.call("GET_PROTOCOL_FEATURES", |f| f.get_protocol_features());
-        // DEVICE_STATE since 2026, for snapshots and migration.
+        // DEVICE_STATE: since 2026, for snapshots and migration.
         let wanted = P::MQ
             | P::CONFIGURE_MEM_SLOTS
             | P::REPLY_ACK
@@ -70,11 +71,11 @@ impl CloudHypervisor {
         vmm.protocol = offered & wanted;
         let acked = vmm.protocol;
         vmm.call("SET_PROTOCOL_FEATURES", |f| f.set_protocol_features(acked));
-        assert!(acked.contains(P::REPLY_ACK | P::MQ), "it would take two queues, and no acks");
-        // For everything that it sends from now on.
+        assert!(acked.contains(P::REPLY_ACK | P::MQ), "it would use two queues, no acks");
+        // For all later messages.
         vmm.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         vmm.queues = vmm.call("GET_QUEUE_NUM", |f| f.get_queue_num());
-        assert!(vmm.queues >= queues as u64, "it would say: BadQueueNum");
+        assert!(vmm.queues >= queues as u64, "it would fail: BadQueueNum");
         vmm
     }
 
@@ -89,9 +90,9 @@ impl CloudHypervisor {
         result.unwrap_or_else(|e| panic!("{what}: {e:?}"))
     }
 
-    /// DRIVER_OK (setup_vhost_user), with the first `regions` of the RAM.
+    /// DRIVER_OK (setup_vhost_user). The memory table has the first `regions` regions of `ram`.
     pub fn activate(&mut self, ram: &GuestMem, regions: usize, rings: &mut [Queue]) {
-        // The guest knows nothing of cloud-hypervisor's newest bits, which we don't offer either.
+        // All negotiated bits: the daemon offers none of cloud-hypervisor's newest bits.
         let features = self.features;
         self.call("SET_FEATURES", |f| f.set_features(features));
         let table: Vec<_> = ram.iter().take(regions).map(region_info).collect();
@@ -100,7 +101,10 @@ impl CloudHypervisor {
             let num = ring.options().size;
             self.call("SET_VRING_NUM", |f| f.set_vring_num(i, num));
         }
-        assert!(!self.protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD), "not written");
+        assert!(
+            !self.protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD),
+            "not implemented"
+        );
         for (i, ring) in rings.iter_mut().enumerate() {
             let (addresses, base) = (vring_addresses(ring), 0);
             let (call, kick) = (ring.call(), ring.fresh_kick());
@@ -119,17 +123,17 @@ impl CloudHypervisor {
         }
     }
 
-    /// `pause` of its API: the rings are disabled; nothing asks for their base.
+    /// `pause` of its API: disables the rings, without GET_VRING_BASE.
     pub fn pause(&mut self) {
         self.enable(false);
     }
 
-    /// `resume`
+    /// `resume` of its API: enables the rings.
     pub fn resume(&mut self) {
         self.enable(true);
     }
 
-    /// A virtio reset: each ring is disabled, and asked for its base, which is thrown away.
+    /// A virtio reset: disables each ring, and ignores the reply of its GET_VRING_BASE.
     pub fn reset(&mut self) {
         for i in std::mem::take(&mut self.active) {
             self.call("SET_VRING_ENABLE", |f| f.set_vring_enable(i, false));
@@ -137,14 +141,14 @@ impl CloudHypervisor {
         }
     }
 
-    /// Memory that is plugged in later (`--memory hotplug_size=`): a region of `ram`.
+    /// Memory hotplug (`--memory hotplug_size=`): adds region number `region` of `ram`.
     pub fn add_memory(&mut self, ram: &GuestMem, region: usize) {
         assert!(self.protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS));
         let info = region_info(ram.iter().nth(region).unwrap());
         self.call("ADD_MEM_REG", |f| f.add_mem_region(&info).map(drop));
     }
 
-    /// Comes back only after what was sent before has been carried out.
+    /// Returns after the back-end has carried out all earlier messages.
     pub fn round_trip(&mut self) {
         self.call("GET_FEATURES", |f| f.get_features());
     }
@@ -168,8 +172,9 @@ fn vring_addresses(ring: &Queue) -> VringConfigData {
 }
 
 impl FsHost {
-    /// A VM of cloud-hypervisor whose guest has not loaded its driver: hiprio and `request_queues`.
-    /// The RAM has two regions; the second is for [`CloudHypervisor::add_memory`].
+    /// A VM of cloud-hypervisor whose guest has not loaded its driver yet. Queues: hiprio and
+    /// `request_queues` request queues. The RAM has two regions; the second is for
+    /// [`CloudHypervisor::add_memory`].
     pub fn plug_cloud_hypervisor(&self, request_queues: usize) -> FsGuest<CloudHypervisor> {
         let queues = 1 + request_queues;
         let vmm = CloudHypervisor::connect(&self.dir.path().join("sock"), queues);
@@ -183,12 +188,12 @@ impl FsHost {
 }
 
 impl FsGuest<CloudHypervisor> {
-    /// DRIVER_OK, with the RAM that the VM boots with.
+    /// Starts the device at DRIVER_OK, with the first RAM region.
     pub fn activate(&mut self) {
         self.vmm.activate(&self.ram, 1, &mut self.queues);
     }
 
-    /// A virtio reset, and a driver that begins anew; without INIT.
+    /// A virtio reset, and the start of a new driver without INIT.
     pub fn reset_and_activate(&mut self) {
         self.vmm.reset();
         self.queues.iter_mut().for_each(Queue::reset);

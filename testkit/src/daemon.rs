@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The real daemon, as a process that ends with its owner.
+//! The real daemon as a child process, which is killed when its owner is dropped.
 
 use std::borrow::BorrowMut;
 use std::env;
@@ -48,7 +48,7 @@ fn pidfd_of(child: &Child) -> OwnedFd {
     // SAFETY: pidfd_open takes numbers only.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) };
     assert!(fd >= 0, "pidfd_open: {}", Errno::last());
-    // SAFETY: the kernel has just returned this descriptor, and nobody else has it.
+    // SAFETY: the kernel has just returned this descriptor, and no other owner exists.
     unsafe { OwnedFd::from_raw_fd(fd as i32) }
 }
 
@@ -58,11 +58,11 @@ struct Log {
     grown: Condvar,
 }
 
-/// A daemon that has said that it waits for a front-end.
+/// A daemon that has logged that it waits for a front-end.
 pub struct Daemon {
     child: Child,
     log: Arc<Log>,
-    /// A stderr that nobody reads.
+    /// A stderr that no thread reads.
     _unread: Option<BufReader<ChildStderr>>,
 }
 
@@ -98,17 +98,17 @@ impl Daemon {
         Self { child, log, _unread }
     }
 
-    /// Its process.
+    /// The process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// What it has logged.
+    /// The log so far.
     pub fn said(&self) -> String {
         self.log.text.lock().unwrap().clone()
     }
 
-    /// Waits until it has logged `words`.
+    /// Waits until the log contains `words`.
     pub fn wait_said(&self, words: &str) {
         let text = self.log.text.lock().unwrap();
         let stop = |text: &mut String| !text.contains(words);
@@ -116,18 +116,18 @@ impl Daemon {
         assert!(!timeout.timed_out(), "hang: waited for '{words}' in: {text}");
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the process.
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
-    /// Kills it.
+    /// Kills the process with SIGKILL.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
-    /// Waits for its end.
+    /// Waits until the process ends.
     pub fn wait_end(&mut self) -> ExitStatus {
         wait_end(&mut self.child)
     }

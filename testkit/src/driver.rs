@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest's virtio-pmem driver: flushes on one virtqueue, and the raw access of a hostile one.
+//! A guest's virtio-pmem driver: flushes on one virtqueue, and malformed chains of a hostile
+//! driver.
 
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
@@ -13,30 +14,32 @@ use crate::strict_vmm::Ring;
 use crate::virtqueue::Virtqueue;
 pub use crate::virtqueue::{Desc, DriverOptions, INDIRECT, NEXT, Offered, WRITE};
 
+/// Guest address of the rings.
 const RINGS: u64 = 0x1000;
-/// For each head: the request at +0, the reply at +16, its indirect table at +64.
+/// Layout of each head's memory, in bytes: the request at 0, the reply at 16, the indirect table at
+/// 64.
 const REQUESTS: u64 = 0x1_0000;
 const REQUEST_STRIDE: u64 = 256;
 const REPLY_AT: u64 = 16;
 const TABLE_AT: u64 = 64;
-/// Free for tests: tables and buffers of their own.
+/// Guest address of memory that tests may use for tables and buffers.
 pub const SCRATCH: u64 = 0x10_0000;
 
-/// What a reply holds before the device has written it.
+/// The content of a reply before the device has written it.
 pub const UNANSWERED: u32 = 0x5a5a_5a5a;
 /// VIRTIO_PMEM_REQ_TYPE_FLUSH (virtio 1.4 section 5.19.6).
 pub const FLUSH: u32 = 0;
-/// What a successful flush answers.
+/// The status of a successful flush.
 pub const OK: u32 = 0;
-/// What a failed flush answers: le32 -1. Linux makes EIO of it.
+/// The status of a failed flush: le32 -1. Linux turns it into EIO.
 pub const FAILED: u32 = u32::MAX;
 
-/// A chain that came back.
+/// A chain that the device has returned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Answer {
     /// The used element's length.
     pub len: u32,
-    /// The word at the reply address, [`UNANSWERED`] if nobody wrote it.
+    /// The word at the reply address; [`UNANSWERED`] if the device has not written it.
     pub status: u32,
 }
 
@@ -75,13 +78,13 @@ impl Driver {
         Self { queue: Virtqueue::new(mem, RINGS, options), answers: HashMap::new() }
     }
 
-    /// What a driver does after a device reset: new rings, nothing outstanding.
+    /// Resets the driver's state, as after a device reset: new rings, no outstanding chain.
     pub fn reset(&mut self, options: DriverOptions) {
         self.queue.reset(options);
         self.answers.clear();
     }
 
-    /// Offers one flush, without a kick.
+    /// Makes one flush available, without a kick.
     pub fn add_flush(&mut self) -> Offered {
         let descs = self.take_descs(if self.options().indirect { 1 } else { 2 });
         let head = descs[0];
@@ -96,20 +99,20 @@ impl Driver {
         self.offer(descs)
     }
 
-    /// Offers one flush and kicks.
+    /// Makes one flush available and kicks.
     pub fn flush(&mut self) -> Offered {
         let flush = self.add_flush();
         self.kick();
         flush
     }
 
-    /// Flushes and waits for the answer.
+    /// Sends a flush and waits for the answer.
     pub fn flush_and_wait(&mut self) -> Answer {
         let flush = self.flush();
         self.wait(flush)
     }
 
-    /// Waits for one answer.
+    /// Waits for the answer to one chain.
     pub fn wait(&mut self, offered: Offered) -> Answer {
         let deadline = Virtqueue::deadline();
         loop {
@@ -121,13 +124,13 @@ impl Driver {
         }
     }
 
-    /// Whether the answer has come, without waiting.
+    /// Whether the chain has been answered. Does not wait.
     pub fn is_answered(&mut self, offered: Offered) -> bool {
         self.collect();
         self.answers.contains_key(&offered)
     }
 
-    /// How many chains are offered and not returned.
+    /// The number of chains that are offered and not returned.
     pub fn outstanding(&mut self) -> usize {
         self.collect();
         self.queue.num_outstanding()

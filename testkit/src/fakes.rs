@@ -23,7 +23,7 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// The calls of the doubles.
+/// A call of a double.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     Map { at: u64, from: u64, bytes: u64 },
@@ -58,7 +58,7 @@ pub struct StrictMapper {
     maps: Mutex<BTreeMap<u64, (u64, u64, u64)>>,
     /// Refuses the message with this number, counted from 0.
     pub refuse_in: Mutex<Option<u64>>,
-    /// Refuses all messages from that number on, including the rollback.
+    /// With `refuse_in`: refuses all later messages, too, including those of the rollback.
     pub refuse_for_ever: AtomicBool,
 }
 
@@ -318,7 +318,7 @@ impl ExtentSource for FakeSource {
     }
 }
 
-/// Durability for a file whose dirty pages only entries track, or for one that the kernel tracks.
+/// Durability for a file whose dirty pages are tracked by entries only, or by the kernel.
 #[derive(Clone)]
 pub struct FakePersist(Arc<PersistState>);
 
@@ -347,7 +347,7 @@ impl FakePersist {
         &self.0
     }
 
-    /// The engine's handle of it.
+    /// The `Persist` to pass to the engine.
     pub fn persist(&self) -> Persist {
         match self.0.kernel_tracks {
             true => Persist::kernel(self.clone()),
@@ -387,13 +387,13 @@ impl LineFlush for FakePersist {
 }
 
 impl FakeSource {
-    /// Gives the pages `from..to` the blocks that an allocation would, in order.
+    /// Gives the pages `from..to` the blocks that an allocation would give them.
     pub fn fill(&self, from: u64, to: u64) {
         (from..to).for_each(|page| self.set_block(page, Some((1 << 30) + page)));
     }
 }
 
-/// Stops flushes until it is opened.
+/// Blocks the flushes of a double until it is opened.
 #[derive(Clone, Default)]
 pub struct FlushStop(Arc<(Mutex<StopState>, Condvar)>);
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `vhost-user-dax fs`, the real binary, over a directory of its own, and a guest before it. All
-//! that tests know of its command line is here.
+//! The real `vhost-user-dax fs` over a temporary directory, and a guest that uses it. All options
+//! that tests pass to the daemon are in this file.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,16 +20,17 @@ use crate::memory::guest_ram_with;
 use crate::queue::{QUEUE_BYTES, Queue};
 use crate::strict_vmm::{StrictVmm, VmmOptions};
 
-/// `config_size` for virtio-fs: the tag, the number of request queues, the notification size.
+/// `config_size` for virtio-fs, in bytes: the tag, the number of request queues, the notification
+/// size.
 const CONFIG_BYTES: u32 = 44;
-/// Guest memory for tests, behind the queues' own.
+/// Guest memory for tests, in bytes, after that of the queues.
 const SCRATCH_BYTES: u64 = 16 << 20;
-/// What Linux asks for at once.
+/// Length of one range in bytes: Linux requests maps of this size.
 pub const RANGE: u64 = 2 << 20;
-/// The window in tests, unless said otherwise.
+/// Length of the window in bytes, unless a test sets another one.
 pub const WINDOW: u64 = 32 * RANGE;
 
-/// How a daemon is started, and what VM it meets.
+/// The options of a daemon and of its VM.
 #[derive(Debug, Clone)]
 pub struct FsOptions {
     /// `--window-size`
@@ -40,7 +41,7 @@ pub struct FsOptions {
     pub mem_slots: bool,
     /// `--keep-listening`
     pub keep_listening: bool,
-    /// The VM's RAM regions.
+    /// The number of the VM's RAM regions.
     pub ram_regions: u64,
     /// Whether the driver negotiates indirect descriptors.
     pub indirect: bool,
@@ -48,11 +49,11 @@ pub struct FsOptions {
     pub persist: String,
     /// `--dax`
     pub dax: &'static str,
-    /// Where the share's directory is made.
+    /// The directory in which the share's directory is created.
     pub below: PathBuf,
-    /// More options.
+    /// Further options.
     pub extra: Vec<String>,
-    /// Whether somebody reads what the daemon logs.
+    /// Whether a thread reads the daemon's log.
     pub read_log: bool,
 }
 
@@ -65,7 +66,8 @@ impl Default for FsOptions {
             keep_listening: false,
             ram_regions: 1,
             indirect: true,
-            // All tests of shares can be run with another one, and elsewhere: with TMPDIR.
+            // VUD_TEST_PERSIST and TMPDIR run all tests of shares with another `--persist`, or
+            // elsewhere.
             persist: std::env::var("VUD_TEST_PERSIST").unwrap_or_else(|_| "auto".into()),
             dax: "always",
             below: std::env::temp_dir(),
@@ -76,9 +78,9 @@ impl Default for FsOptions {
 }
 
 impl FsOptions {
-    /// The command line.
+    /// The command that starts the daemon.
     pub fn command(&self, socket: &Path, share: &Path) -> Command {
-        // Another daemon can stand in, to try the tests themselves.
+        // VUD_TEST_FS_BINARY replaces the daemon, to check the tests themselves.
         let other = std::env::var_os("VUD_TEST_FS_BINARY");
         let mut command = Command::new(other.map_or_else(binary, PathBuf::from));
         command.arg("fs").arg("--socket-path").arg(socket).arg("--shared-dir").arg(share);
@@ -88,7 +90,7 @@ impl FsOptions {
         if self.window_bytes > 0 {
             command.args(["--dax", self.dax]);
         }
-        // Else each thread may leave an arena behind, and no map can be told from a leak.
+        // With several arenas, a thread could leave a map behind that looks like a leak.
         command.env("MALLOC_ARENA_MAX", "1");
         command.args(["--mem-slots", if self.mem_slots { "on" } else { "off" }]);
         if self.keep_listening {
@@ -100,40 +102,40 @@ impl FsOptions {
     }
 }
 
-/// A daemon over a directory.
+/// A daemon over a temporary directory.
 pub struct FsHost {
     options: FsOptions,
-    /// The share and the socket lie in it.
+    /// Contains the share and the socket.
     pub dir: TempDir,
     share: PathBuf,
     daemon: Daemon,
 }
 
 impl FsHost {
-    /// A daemon as most tests want it.
+    /// A daemon with the default options.
     pub fn new() -> Self {
         Self::with(FsOptions::default())
     }
 
-    /// A daemon of one's choice.
+    /// A daemon with `options`.
     pub fn with(options: FsOptions) -> Self {
         Self::prepared(options, |_| {})
     }
 
-    /// A daemon of one's choice that is told more.
+    /// A daemon with `options` and the command line arguments `more`.
     pub fn told(options: FsOptions, more: &[&str]) -> Self {
         Self::prepared(options, |command| {
             command.args(more);
         })
     }
 
-    /// A daemon whose share is on the disk of TMPDIR.
+    /// A daemon whose share is in TMPDIR.
     pub fn on_a_disk() -> Self {
         Self::with(FsOptions { below: std::env::temp_dir(), ..FsOptions::default() })
     }
 
-    /// Boots a guest that has a file of one range granted for writing, open for writing, stored to, and
-    /// settled: the guest, the file's number and its handle.
+    /// Boots a guest that has opened a file of one range, has it granted for writing, has stored to
+    /// it, and has made it durable. Returns the guest, the node id and the file handle.
     pub fn boot_with_stored_file(&self) -> (FsGuest, u64, u64) {
         self.put("file", &vec![1; RANGE as usize]);
         fs::File::open(self.path("file")).unwrap().sync_all().unwrap();
@@ -146,7 +148,7 @@ impl FsHost {
         (guest, node, fh)
     }
 
-    /// A daemon whose start something is done to.
+    /// A daemon whose command `prepare` changes before the start.
     pub fn prepared(options: FsOptions, prepare: impl FnOnce(&mut Command)) -> Self {
         let dir = tempfile::tempdir_in(&options.below).unwrap();
         let share = dir.path().join("share");
@@ -156,14 +158,14 @@ impl FsHost {
         Self::run(options, dir, share, command)
     }
 
-    /// A daemon over a tmpfs of `bytes`, in a mount namespace of its own, so that nothing stays
-    /// mounted. `None` if that can't be had here.
+    /// A daemon over a tmpfs of `bytes` bytes in its own mount namespace, which unmounts the tmpfs
+    /// when it ends. `None` if unshare(1) can't create a mount namespace.
     pub fn on_small_tmpfs(options: FsOptions, bytes: u64) -> Option<Self> {
         Self::with_mounts(options, &format!("mount -t tmpfs -o size={bytes} tmpfs \"$SHARE\""))
     }
 
-    /// A daemon in a mount namespace of its own, in which `script` has mounted something in
-    /// `$SHARE`. `None` if that can't be had here.
+    /// A daemon in its own mount namespace, in which `script` has mounted a file system on or below
+    /// `$SHARE`. `None` if unshare(1) can't create a mount namespace.
     pub fn with_mounts(options: FsOptions, script: &str) -> Option<Self> {
         let mut probe = Command::new("unshare");
         if !probe.args(["--mount", "true"]).status().is_ok_and(|status| status.success()) {
@@ -178,7 +180,7 @@ impl FsHost {
         command.args(["--mount", "sh", "-c", &script, "sh"]).env("SHARE", &share);
         command.arg(daemon.get_program()).args(daemon.get_args()).env_remove("RUST_LOG");
         let mut host = Self::run(options, dir, share, command);
-        // The way into the daemon's mount namespace.
+        // The share as the daemon's mount namespace shows it.
         let root = PathBuf::from(format!("/proc/{}/root", host.pid()));
         host.share = root.join(host.share.strip_prefix("/").unwrap());
         Some(host)
@@ -189,42 +191,43 @@ impl FsHost {
         Self { options, dir, share, daemon }
     }
 
-    /// A path in the share.
+    /// The path of `name` in the share.
     pub fn path(&self, name: &str) -> PathBuf {
         self.share.join(name)
     }
 
-    /// The file `name` in the share, with `bytes` in it.
+    /// Creates the file `name` in the share with the content `bytes`.
     pub fn put(&self, name: &str, bytes: &[u8]) {
         fs::write(self.path(name), bytes).unwrap();
     }
 
-    /// The bytes of `name`.
+    /// The content of the file `name`.
     pub fn get(&self, name: &str) -> Vec<u8> {
         fs::read(self.path(name)).unwrap()
     }
 
-    /// What the daemon has logged.
+    /// The daemon's log so far.
     pub fn said(&self) -> String {
         self.daemon.said()
     }
 
-    /// Waits until the daemon has logged `words`.
+    /// Waits until the daemon's log contains `words`.
     pub fn wait_said(&self, words: &str) {
         self.daemon.wait_said(words);
     }
 
-    /// The daemon's process.
+    /// The daemon's process id.
     pub fn pid(&self) -> u32 {
         self.daemon.pid()
     }
 
-    /// A VM whose guest has not loaded its driver.
+    /// A VM whose guest has not loaded its driver yet.
     pub fn plug(&self) -> FsGuest {
         self.plug_lacking(VhostUserProtocolFeatures::empty())
     }
 
-    /// The same, with a front-end that lacks something.
+    /// A VM whose front-end lacks the protocol features `lacks`, before its guest has loaded its
+    /// driver.
     pub fn plug_lacking(&self, lacks: VhostUserProtocolFeatures) -> FsGuest {
         let queues = self.options.request_queues + 1;
         let scratch = queues as u64 * QUEUE_BYTES;
@@ -251,19 +254,19 @@ impl FsHost {
         guest
     }
 
-    /// Waits for the daemon to end by itself, which it does when its VM has gone.
+    /// Waits until the daemon ends by itself, which it does when its front-end has disconnected.
     pub fn ended(mut self) -> ExitStatus {
         self.wait_end()
     }
 
-    /// The same, and keeps the share.
+    /// Like [`ended`](Self::ended), but keeps the share.
     pub fn wait_end(&mut self) -> ExitStatus {
         self.daemon.wait_end()
     }
 
-    // --- what the daemon holds ---
+    // --- the daemon's resources ---
 
-    /// Its open descriptors, by what they name.
+    /// The targets of its open descriptors.
     pub fn descriptors(&self) -> Vec<String> {
         let entries = fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
         let mut names: Vec<_> = entries
@@ -274,33 +277,33 @@ impl FsHost {
         names
     }
 
-    /// Its resident memory that is its own, in KiB: not the files' pages.
+    /// Its resident anonymous memory, in KiB; pages of files are not included.
     pub fn own_kib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
-    /// Its mappings of files of the share.
+    /// Its maps of files of the share: lines of /proc/PID/maps.
     pub fn file_maps(&self) -> Vec<String> {
         let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
         let share = self.share.to_str().unwrap();
         maps.lines().filter(|line| line.contains(share)).map(str::to_owned).collect()
     }
 
-    /// How many mappings it has of files with `name` in their names.
+    /// The number of its maps of files with `name` in their names.
     pub fn maps_of(&self, name: &str) -> usize {
         let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
         maps.lines().filter(|line| line.contains(name)).count()
     }
 
-    /// How many mappings it has.
+    /// The number of its maps.
     pub fn maps(&self) -> usize {
         let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
         maps.lines().count()
     }
 
-    /// How many threads it has.
+    /// The number of its threads.
     pub fn threads(&self) -> usize {
         fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().count()
     }
@@ -331,11 +334,11 @@ impl FsHost {
             let switches = number("voluntary_ctxt_switches")?;
             (!runs).then_some(if is_watchdog { 0 } else { switches })
         };
-        // A thread that ends between the listing and the look has run.
+        // None, too, if a thread ends between the listing and the read: it has run.
         tasks.map(|task| of(fs::read_to_string(task.ok()?.path().join("status")).ok()?)).collect()
     }
 
-    /// Waits until it holds no more than `before` of descriptors.
+    /// Waits until its descriptors are those of `before`.
     pub fn wait_descriptors(&self, before: &[String]) {
         eventually("the descriptors to be closed", || self.descriptors() == before);
     }

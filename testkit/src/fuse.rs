@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A guest with a virtio-fs driver: FUSE requests over its queues, as Linux sends them or as nobody
-//! should, and its loads and stores through the window.
+//! A guest with a virtio-fs driver: FUSE requests over its queues, well-formed as Linux sends them
+//! or malformed, and its loads and stores through the window.
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -17,49 +17,50 @@ pub const HIPRIO: usize = 0;
 /// The first request queue.
 pub const FIRST: usize = 1;
 
-/// A request that was sent.
+/// A request that was sent, and whose reply has not been read.
 #[must_use]
 #[derive(Debug, Clone, Copy)]
 pub struct Pending {
-    /// The queue that it is in.
+    /// The number of its queue.
     pub queue: usize,
     offered: Offered,
     unique: u64,
 }
 
-/// What came of a request.
+/// The reply to a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
-    /// The chain came back, and nothing was written.
+    /// The chain was returned without a reply.
     Returned,
-    /// An errno, positive.
+    /// A reply with an error: the positive errno.
     Error(i32),
-    /// The reply's body, as far as it lies in the request's own memory.
+    /// A success: the reply's body, as far as it lies in the request's own memory.
     Ok(Vec<u8>),
 }
 
-/// What INIT answered, as far as tests look.
+/// The fields of INIT's reply that tests read.
 #[derive(Debug, Clone, Copy)]
 pub struct InitReply {
     /// All 64 flags.
     pub flags: u64,
     /// log2 of the alignment of maps.
     pub map_alignment: u16,
-    /// The largest WRITE.
+    /// The largest WRITE, in bytes.
     pub max_write: u32,
 }
 
-/// The guest, and the VM that it runs in.
+/// A guest, and the VM in which it runs.
 pub struct FsGuest<V = StrictVmm> {
-    /// QEMU, unless another front-end is named. Dropped first: that ends the session.
+    /// QEMU, or the front-end `V`. The first field, so that it is dropped first: that ends the
+    /// session.
     pub vmm: V,
     /// The guest's RAM.
     pub ram: GuestMem,
     /// hiprio, then the request queues.
     pub queues: Vec<Queue>,
-    /// Guest memory that is free for tests.
+    /// Guest address of memory that tests may use.
     pub scratch: u64,
-    /// The queue for what comes.
+    /// The number of the queue for the next requests.
     pub on: usize,
     unique: u64,
 }
@@ -67,27 +68,27 @@ pub struct FsGuest<V = StrictVmm> {
 type Result<T> = std::result::Result<T, i32>;
 
 impl FsGuest {
-    /// The guest-physical address of a place in the window.
+    /// The guest address of window offset `at`.
     pub fn in_window(at: u64) -> u64 {
         WINDOW_ADDRESS + at
     }
 
-    /// DRIVER_OK, or `cont`.
+    /// Starts the device, as at DRIVER_OK or QMP `cont`.
     pub fn start(&mut self) {
         let mut rings: Vec<&mut dyn Ring> =
             self.queues.iter_mut().map(|queue| queue as &mut dyn Ring).collect();
         self.vmm.start_all(&mut rings);
     }
 
-    /// A virtio reset, and a driver that begins anew; without INIT.
+    /// A virtio reset, and the start of a new driver without INIT.
     pub fn reset(&mut self) {
         self.vmm.reset();
         self.queues.iter_mut().for_each(Queue::reset);
         self.start();
     }
 
-    /// The same, but of the rings only `first` is enabled; [`enable`](Self::enable) does it for
-    /// others.
+    /// Like [`reset`](Self::reset), but enables only the ring `first`; [`enable`](Self::enable)
+    /// enables further rings.
     pub fn reset_and_enable(&mut self, first: usize) {
         self.vmm.reset();
         self.queues.iter_mut().for_each(Queue::reset);
@@ -102,43 +103,44 @@ impl FsGuest {
         self.vmm.try_enable(ring).unwrap();
     }
 
-    /// Hangs up without a word.
+    /// Disconnects without a stop.
     pub fn kill(self) {
         self.vmm.kill();
     }
 
-    /// Stops and hangs up, as QEMU does at its end.
+    /// Stops the device and disconnects, as QEMU does when it ends.
     pub fn power_off(mut self) {
         self.vmm.stop();
     }
 }
 
 impl<V> FsGuest<V> {
-    /// A guest before its driver is ready.
+    /// A guest whose driver is not ready yet.
     pub fn new(vmm: V, ram: GuestMem, queues: Vec<Queue>, scratch: u64) -> Self {
         Self { vmm, ram, queues, scratch, on: FIRST, unique: 0 }
     }
 
     // --- requests of any kind ---
 
-    /// Offers a chain as it is on queue `queue`.
+    /// Makes `chain` available on queue `queue`, unchanged.
     pub fn send_chain(&mut self, queue: usize, chain: &Chain, unique: u64) -> Pending {
         Pending { queue, offered: self.queues[queue].offer(chain), unique }
     }
 
-    /// A number for a new request.
+    /// The `unique` of a new request.
     pub fn next_unique(&mut self) -> u64 {
         self.unique += 2;
         self.unique
     }
 
-    /// Sends a request as Linux does: a descriptor for the header, one for each part, one for the
-    /// reply's header, one for its body of at most `out` bytes.
+    /// Sends a request as Linux does: one descriptor each for the header, the argument, the reply's
+    /// header, and the reply's body of at most `out` bytes.
     pub fn send(&mut self, opcode: u32, nodeid: u64, arg: &Arg, out: usize) -> Pending {
         self.send_with(opcode, nodeid, &[&arg.0], out, &[], &[])
     }
 
-    /// The same, with data that lies elsewhere.
+    /// Like [`send`](Self::send), with several parts of the argument, and with data in guest memory
+    /// outside the slot.
     pub fn send_with(
         &mut self,
         opcode: u32,
@@ -160,23 +162,25 @@ impl<V> FsGuest<V> {
         self.send_chain(self.on, &chain, unique)
     }
 
-    /// Whether the reply has come, without waiting.
+    /// Whether the request has been answered. Does not wait.
     pub fn is_answered(&mut self, pending: Pending) -> bool {
         self.queues[pending.queue].is_returned(pending.offered)
     }
 
-    /// Waits until the chain has come back, and looks at nothing of it.
+    /// Waits until the chain is returned, and ignores its content.
     pub fn wait_returned(&mut self, pending: Pending) {
         let _ = self.queues[pending.queue].wait(pending.offered);
     }
 
-    /// Waits for a reply and checks its form (fuse_out_header, and virtio 1.4 section 5.11.6.1).
+    /// Waits for a reply and checks its form (struct fuse_out_header, and virtio 1.4 section
+    /// 5.11.6.1).
     pub fn reply(&mut self, pending: Pending) -> Reply {
         let reply = self.reply_of(pending);
         reply.0
     }
 
-    /// The same for a reply that brings exactly `bytes` of data elsewhere, if it is a success.
+    /// Like [`reply`](Self::reply), for a reply that, on success, has exactly `bytes` bytes of data
+    /// outside the slot.
     pub fn reply_with_data(&mut self, pending: Pending, bytes: u32) -> Reply {
         let (reply, len) = self.reply_of(pending);
         assert!(!matches!(reply, Reply::Ok(_)) || len == OUT_HEADER as u32 + bytes, "{len}");
@@ -193,19 +197,19 @@ impl<V> FsGuest<V> {
         let len = u32_at(&back.output, 0);
         let error = u32_at(&back.output, 4) as i32;
         assert_eq!(len, back.len, "the header's length and the used length");
-        assert_eq!(u64_at(&back.output, 8), pending.unique, "an answer to another request");
+        assert_eq!(u64_at(&back.output, 8), pending.unique, "the reply is to another request");
         let reply = match error {
             0 => Reply::Ok(back.output[OUT_HEADER..].to_vec()),
             -4095..0 => {
                 assert_eq!(len as usize, OUT_HEADER, "an error with a body");
                 Reply::Error(-error)
             }
-            _ => panic!("no errno: {error}"),
+            _ => panic!("not an errno: {error}"),
         };
         (reply, len)
     }
 
-    /// Waits for a reply to a request that must be answered.
+    /// Waits for the reply to a request that must have one.
     pub fn result(&mut self, pending: Pending) -> Result<Vec<u8>> {
         match self.reply(pending) {
             Reply::Returned => panic!("a request was returned without an answer"),
@@ -214,20 +218,20 @@ impl<V> FsGuest<V> {
         }
     }
 
-    /// Sends and waits.
+    /// Sends a request and waits for its reply.
     pub fn call(&mut self, opcode: u32, nodeid: u64, arg: &Arg, out: usize) -> Result<Vec<u8>> {
         let pending = self.send(opcode, nodeid, arg, out);
         self.result(pending)
     }
 
-    // --- requests that keep the rules ---
+    // --- well-formed requests ---
 
-    /// INIT, which must succeed.
+    /// INIT of a guest with DAX; it must succeed.
     pub fn init(&mut self) -> InitReply {
         self.init_with(abi::MAP_ALIGNMENT | abi::HAS_INODE_DAX)
     }
 
-    /// INIT of a guest that can what `flags` say, beside what all can.
+    /// INIT with `flags` beside the usual flags; it must succeed.
     pub fn init_with(&mut self, flags: u64) -> InitReply {
         let body = self.call(op::INIT, 0, &abi::init_with(flags), abi::INIT_OUT).unwrap();
         let flags = u64::from(u32_at(&body, 12)) | u64::from(u32_at(&body, 32)) << 32;
@@ -235,7 +239,7 @@ impl<V> FsGuest<V> {
         InitReply { flags, map_alignment, max_write: u32_at(&body, 20) }
     }
 
-    /// DESTROY: Linux waits for the chain, and looks at no answer.
+    /// DESTROY. Linux waits for the chain, and ignores the reply.
     pub fn destroy(&mut self) {
         let pending = self.send(op::DESTROY, 0, &Arg::new(), 0);
         let reply = self.reply(pending);
@@ -253,7 +257,7 @@ impl<V> FsGuest<V> {
         self.lookup(abi::ROOT, name).unwrap().nodeid
     }
 
-    /// FORGET: it has no answer, but its chain comes back.
+    /// FORGET: it has no reply, but its chain is returned.
     pub fn forget(&mut self, nodeid: u64, count: u64) {
         let unique = self.next_unique();
         let arg = Arg::new().u64s(&[count]).0;
@@ -300,7 +304,7 @@ impl<V> FsGuest<V> {
         self.call(op::READ, nodeid, &abi::read(fh, offset, size), size as usize)
     }
 
-    /// WRITE; how much was written.
+    /// WRITE; returns the number of bytes written.
     pub fn write(&mut self, nodeid: u64, fh: u64, offset: u64, data: &[u8]) -> Result<u32> {
         let arg = abi::write(fh, offset, data.len() as u32);
         let pending = self.send_with(op::WRITE, nodeid, &[&arg.0, data], 8, &[], &[]);
@@ -312,7 +316,7 @@ impl<V> FsGuest<V> {
         self.call(op::FALLOCATE, nodeid, &abi::fallocate(fh, at, len, mode), 0).map(drop)
     }
 
-    /// FSYNC, not waited for.
+    /// Sends FSYNC, and does not wait for its reply.
     pub fn send_fsync(&mut self, nodeid: u64, fh: u64) -> Pending {
         self.send(op::FSYNC, nodeid, &abi::fsync(fh, false), 0)
     }
@@ -343,17 +347,17 @@ impl<V> FsGuest<V> {
         self.call(op::RENAME, abi::ROOT, &abi::rename(old, abi::ROOT, new), 0).map(drop)
     }
 
-    /// STATFS; f_blocks.
+    /// STATFS; returns f_blocks.
     pub fn statfs(&mut self) -> Result<u64> {
         Ok(u64_at(&self.call(op::STATFS, abi::ROOT, &Arg::new(), 80)?, 0))
     }
 
-    /// SYNCFS, not waited for.
+    /// Sends SYNCFS, and does not wait for its reply.
     pub fn send_syncfs(&mut self) -> Pending {
         self.send(op::SYNCFS, abi::ROOT, &Arg::new().u64s(&[0]), 0)
     }
 
-    /// READDIRPLUS of the root, all of it.
+    /// The names and node ids of the root's entries, by one READDIRPLUS.
     pub fn names(&mut self) -> Result<Vec<(String, u64)>> {
         let body = self.call(op::OPENDIR, abi::ROOT, &abi::open(0), abi::OPEN_OUT)?;
         let fh = u64_at(&body, 0);
@@ -364,12 +368,12 @@ impl<V> FsGuest<V> {
         Ok(names)
     }
 
-    /// SETUPMAPPING, not waited for.
+    /// Sends SETUPMAPPING, and does not wait for its reply.
     pub fn send_setup(&mut self, nodeid: u64, from: u64, len: u64, flags: u64, at: u64) -> Pending {
         self.send(op::SETUPMAPPING, nodeid, &abi::setupmapping(from, len, flags, at), 0)
     }
 
-    /// SETUPMAPPING. EAGAIN would make a guest's fault spin: it is never an answer.
+    /// SETUPMAPPING. Fails the test at EAGAIN, at which Linux would repeat the page fault for ever.
     pub fn setup(&mut self, nodeid: u64, from: u64, len: u64, flags: u64, at: u64) -> Result<()> {
         let pending = self.send_setup(nodeid, from, len, flags, at);
         let result = self.result(pending).map(drop);
@@ -384,7 +388,7 @@ impl<V> FsGuest<V> {
 
     // --- the guest's memory ---
 
-    /// Writes the guest's RAM.
+    /// Writes to the guest's RAM.
     pub fn poke(&self, at: u64, bytes: &[u8]) {
         self.ram.write_slice(bytes, GuestAddress(at)).unwrap();
     }

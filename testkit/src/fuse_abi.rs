@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! FUSE on the wire, written down for the tests alone (Linux's include/uapi/linux/fuse.h, 7.38 and
-//! up): opcodes, the arguments of requests, and what is read out of replies.
+//! The FUSE protocol, written for the tests alone (Linux's include/uapi/linux/fuse.h, version 7.38
+//! and later): opcodes, encoders of requests, and decoders of replies.
 
 /// Opcodes.
 pub mod op {
@@ -51,25 +51,25 @@ pub mod op {
     pub const TMPFILE: u32 = 51;
 }
 
-/// The share's root.
+/// Node id of the share's root.
 pub const ROOT: u64 = 1;
-/// The handle that Linux gives in SETUPMAPPING: none.
+/// The file handle that Linux sends in SETUPMAPPING: no handle.
 pub const NO_HANDLE: u64 = u64::MAX;
 /// FUSE_SETUPMAPPING_FLAG_WRITE.
 pub const MAP_WRITE: u64 = 1;
 /// FUSE_SETUPMAPPING_FLAG_READ.
 pub const MAP_READ: u64 = 2;
-/// struct fuse_in_header.
+/// Length of struct fuse_in_header, in bytes.
 pub const IN_HEADER: usize = 40;
-/// struct fuse_out_header.
+/// Length of struct fuse_out_header, in bytes.
 pub const OUT_HEADER: usize = 16;
-/// struct fuse_entry_out.
+/// Length of struct fuse_entry_out, in bytes.
 pub const ENTRY_OUT: usize = 128;
-/// struct fuse_attr_out.
+/// Length of struct fuse_attr_out, in bytes.
 pub const ATTR_OUT: usize = 104;
-/// struct fuse_open_out.
+/// Length of struct fuse_open_out, in bytes.
 pub const OPEN_OUT: usize = 16;
-/// struct fuse_init_out.
+/// Length of struct fuse_init_out, in bytes.
 pub const INIT_OUT: usize = 64;
 /// FATTR_SIZE.
 const FATTR_SIZE: u32 = 1 << 3;
@@ -83,38 +83,38 @@ pub const MAP_ALIGNMENT: u64 = 1 << 26;
 const INIT_EXT: u64 = 1 << 30;
 /// FUSE_HAS_INODE_DAX.
 pub const HAS_INODE_DAX: u64 = 1 << 33;
-/// FUSE_ASYNC_READ, BIG_WRITES, DO_READDIRPLUS, PARALLEL_DIROPS, MAX_PAGES: as Linux offers.
+/// FUSE_ASYNC_READ, BIG_WRITES, DO_READDIRPLUS, PARALLEL_DIROPS, MAX_PAGES: flags of Linux's INIT.
 const USUAL: u64 = 1 | 1 << 5 | 1 << 13 | 1 << 18 | 1 << 22;
 
-/// A request's argument, put together word by word.
+/// A request's argument, built word by word.
 #[derive(Debug, Clone, Default)]
 pub struct Arg(pub Vec<u8>);
 
 impl Arg {
-    /// Nothing yet.
+    /// An empty argument.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// le32, le32, ...
+    /// Appends le32 words.
     pub fn u32s(mut self, words: &[u32]) -> Self {
         words.iter().for_each(|word| self.0.extend_from_slice(&word.to_le_bytes()));
         self
     }
 
-    /// le64, le64, ...
+    /// Appends le64 words.
     pub fn u64s(mut self, words: &[u64]) -> Self {
         words.iter().for_each(|word| self.0.extend_from_slice(&word.to_le_bytes()));
         self
     }
 
-    /// Bytes as they are.
+    /// Appends bytes.
     pub fn bytes(mut self, bytes: &[u8]) -> Self {
         self.0.extend_from_slice(bytes);
         self
     }
 
-    /// A name with its NUL.
+    /// Appends a name with its NUL.
     pub fn name(self, name: &str) -> Self {
         self.bytes(name.as_bytes()).bytes(&[0])
     }
@@ -126,22 +126,22 @@ pub fn in_header(len: u32, opcode: u32, unique: u64, nodeid: u64) -> Vec<u8> {
     head.u32s(&[0, 0, 4711, 0]).0
 }
 
-/// The le32 at `at`.
+/// The le32 at offset `at`.
 pub fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
 }
 
-/// The le64 at `at`.
+/// The le64 at offset `at`.
 pub fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
-/// struct fuse_init_in, as a new Linux sends it.
+/// struct fuse_init_in, as Linux with DAX sends it.
 pub fn init() -> Arg {
     init_with(MAP_ALIGNMENT | HAS_INODE_DAX)
 }
 
-/// The same, of a guest that can what `more` says.
+/// struct fuse_init_in with the flags `more` beside the usual ones.
 pub fn init_with(more: u64) -> Arg {
     let flags = USUAL | INIT_EXT | more;
     let arg = Arg::new().u32s(&[7, 41, 1 << 17, flags as u32, (flags >> 32) as u32]);
@@ -226,47 +226,47 @@ pub fn setupmapping(foffset: u64, len: u64, flags: u64, moffset: u64) -> Arg {
     Arg::new().u64s(&[NO_HANDLE, foffset, len, flags, moffset])
 }
 
-/// struct fuse_removemapping_in and its ranges (moffset, len).
+/// struct fuse_removemapping_in and its ranges (moffset, len), in bytes.
 pub fn removemapping(ranges: &[(u64, u64)]) -> Arg {
     let head = Arg::new().u32s(&[ranges.len() as u32]);
     ranges.iter().fold(head, |arg, &(moffset, len)| arg.u64s(&[moffset, len]))
 }
 
-/// struct fuse_entry_out, as far as tests look.
+/// The fields of struct fuse_entry_out that tests read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
-    /// The node.
+    /// The node id.
     pub nodeid: u64,
-    /// Its attributes.
+    /// The attributes.
     pub attr: Attr,
 }
 
-/// struct fuse_attr, as far as tests look.
+/// The fields of struct fuse_attr that tests read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attr {
-    /// Bytes.
+    /// The file's length in bytes.
     pub size: u64,
-    /// Type and permissions.
+    /// File type and permissions.
     pub mode: u32,
-    /// FUSE_ATTR_DAX and others.
+    /// Flags, for example FUSE_ATTR_DAX.
     pub flags: u32,
 }
 
 impl Attr {
-    /// Out of struct fuse_attr.
+    /// Decodes struct fuse_attr.
     pub fn parse(attr: &[u8]) -> Self {
         Self { size: u64_at(attr, 8), mode: u32_at(attr, 60), flags: u32_at(attr, 84) }
     }
 }
 
 impl Entry {
-    /// Out of struct fuse_entry_out.
+    /// Decodes struct fuse_entry_out.
     pub fn parse(entry: &[u8]) -> Self {
         Self { nodeid: u64_at(entry, 0), attr: Attr::parse(&entry[40..]) }
     }
 }
 
-/// The names in a READDIRPLUS reply, with their nodes.
+/// The names and node ids in a READDIRPLUS reply.
 pub fn direntplus_names(mut bytes: &[u8]) -> Vec<(String, u64)> {
     let mut names = Vec::new();
     while bytes.len() >= ENTRY_OUT + 24 {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A `KernelSync` double: counts syncs, holds one open while a test looks around, fails the k-th.
+//! A double of `KernelSync`: counts syncs, holds a sync until a test releases it, fails the k-th.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -9,7 +9,7 @@ use vhost_user_dax::persist::{KernelSync, Persist};
 
 use crate::HANG;
 
-/// What a sync did, in the order in which it happened. Syncs are numbered from 1.
+/// An event of a sync, in the order of the events. Syncs are numbered from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SyncEvent {
     /// The k-th sync began.
@@ -25,7 +25,7 @@ struct State {
     log: Vec<SyncEvent>,
     begun: u64,
     finished: u64,
-    /// Syncs up to this number may finish.
+    /// Number of the last sync that may finish while `held`.
     allowed: u64,
     held: bool,
     fail_at: Option<u64>,
@@ -42,12 +42,12 @@ struct Shared {
 pub struct Gate(Arc<Shared>);
 
 impl Gate {
-    /// An open gate: syncs pass until [`hold`](Self::hold).
+    /// An open gate: syncs succeed at once until [`hold`](Self::hold).
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The double to hand to the device.
+    /// The `Persist` to pass to the device.
     pub fn persist(&self) -> Persist {
         Persist::kernel(self.clone())
     }
@@ -56,41 +56,41 @@ impl Gate {
         self.0.state.lock().unwrap()
     }
 
-    /// From now on a sync that begins stays open until it is released.
+    /// From now on a sync that begins does not finish before it is released.
     pub fn hold(&self) {
         let mut state = self.lock();
         state.held = true;
         state.allowed = state.begun.max(state.finished);
     }
 
-    /// Lets the next held sync finish, whether it has begun or not.
+    /// Lets one more held sync finish, whether it has begun or not.
     pub fn release_one(&self) {
         self.lock().allowed += 1;
         self.0.changed.notify_all();
     }
 
-    /// Opens the gate for good.
+    /// Opens the gate: all held and later syncs finish.
     pub fn open(&self) {
         self.lock().held = false;
         self.0.changed.notify_all();
     }
 
-    /// The k-th sync from the beginning of the test returns EIO.
+    /// Makes the k-th sync since the gate's creation return EIO.
     pub fn fail_at(&self, k: u64) {
         self.lock().fail_at = Some(k);
     }
 
-    /// How many syncs have begun.
+    /// The number of syncs that have begun.
     pub fn begun(&self) -> u64 {
         self.lock().begun
     }
 
-    /// How many syncs have returned.
+    /// The number of syncs that have returned.
     pub fn finished(&self) -> u64 {
         self.lock().finished
     }
 
-    /// All that happened so far.
+    /// All events so far.
     pub fn log(&self) -> Vec<SyncEvent> {
         self.lock().log.clone()
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What QEMU says to a back-end before the guest boots, and for each ring at a start, in its order.
+//! The messages that QEMU sends before the guest boots, and for each ring at a start, in its order.
 
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
@@ -10,22 +10,22 @@ use crate::channel::Channel;
 use crate::machine::{CallError, Machine};
 use crate::strict_vmm::{Ring, VmmOptions};
 
-/// What the back-end said while it was set up.
+/// The back-end's replies during the set-up.
 #[derive(Debug, Clone)]
 pub struct Offer {
-    /// Virtio features.
+    /// The virtio features offered.
     pub features: u64,
-    /// vhost-user protocol features.
+    /// The vhost-user protocol features offered.
     pub protocol: VhostUserProtocolFeatures,
-    /// GET_QUEUE_NUM.
+    /// The number of queues (GET_QUEUE_NUM).
     pub queues: u64,
     /// The config space.
     pub config: Vec<u8>,
-    /// The shared memory regions' sizes.
+    /// The lengths of the shared memory regions, in bytes.
     pub windows: Vec<u64>,
 }
 
-/// Negotiates; `channel` learns what it has to.
+/// Negotiates. Sets whether `channel` sends acks.
 pub(super) fn negotiate(
     machine: &mut Machine,
     channel: &mut Channel,
@@ -66,14 +66,14 @@ pub(super) fn negotiate(
     Ok((Offer { features, protocol, queues, config, windows }, acked))
 }
 
-/// GET_CONFIG of the first `bytes`.
+/// GET_CONFIG of the first `bytes` bytes.
 pub(super) fn get_config(machine: &mut Machine, bytes: u32) -> Result<Vec<u8>, CallError> {
     let (flags, zeros) = (VhostUserConfigFlags::empty(), vec![0u8; bytes as usize]);
     let reply = machine.call("GET_CONFIG", false, |f| f.get_config(0, bytes, flags, &zeros))?;
     Ok(reply.1)
 }
 
-/// One ring of a start, but for its enabling.
+/// Sets one ring up at a start; does not enable it.
 pub(super) fn set_up_ring(
     machine: &mut Machine,
     i: usize,

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the tests, `benches/process` and the fuzz targets share: a guest's driver, a strict QEMU and
-//! a fixture around the real daemon; doubles of the engine's seams, and a model of the engine.
+//! The shared code of the tests, `benches/process` and the fuzz targets: a guest's drivers, a
+//! strict QEMU, fixtures around the real daemon, doubles of the engine's traits, and a model of the
+//! engine.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
-#![allow(clippy::new_without_default)] // `new` starts a fixture, which no `default` should.
+#![allow(clippy::new_without_default)] // `new` starts a fixture: too much for `default`.
 
 pub mod bad_backend;
 mod channel;
 pub mod cloud_hypervisor;
 pub mod daemon;
 pub mod driver;
-#[allow(missing_docs)] // Fields and calls are named after what they count or do.
+#[allow(missing_docs)] // The names of fields and calls say it all.
 pub mod fakes;
 pub mod fs;
 pub mod fuse;
@@ -20,7 +21,7 @@ pub mod gated_sync;
 mod handshake;
 pub mod machine;
 pub mod memory;
-#[allow(missing_docs)] // The same.
+#[allow(missing_docs)] // The names of fields and calls document them.
 pub mod model;
 pub mod queue;
 pub mod slow;
@@ -46,15 +47,15 @@ use gated_sync::Gate;
 use memory::{GuestMem, guest_ram};
 use strict_vmm::{StrictVmm, VmmOptions};
 
-/// After this long without an event something hangs: every wait of a test ends then. No test
-/// depends on its length.
+/// Time limit on every wait of a test: a longer wait is a hang. No test depends on its length.
 pub const HANG: Duration = Duration::from_secs(120);
 
-/// The size of the pmem file in tests.
+/// The length of the pmem file in tests, in bytes.
 pub const FILE_BYTES: u64 = 4 << 20;
 
-/// Waits for something that has no event of its own (what /proc tells, another process's lock, a
-/// number in guest memory): looks again after a pause, which doubles from 50 us to 10 ms.
+/// Waits until `done` returns true, for a condition that no event announces (in /proc, the lock of
+/// another process, a number in guest memory). Calls it after pauses that double from 50 us to 10
+/// ms.
 pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + HANG;
     let mut pause = Duration::from_micros(50);
@@ -65,32 +66,32 @@ pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// A pmem device over a file, with a gate in the place of its disk, and a socket.
+/// A pmem device over a file, with a gate in place of its disk, and a listening socket.
 pub struct Host {
-    /// Holds the socket, the file, and whatever a test wants to put there.
+    /// Contains the socket, the file, and the files of the test.
     pub dir: TempDir,
-    /// The file that the guest sees.
+    /// The file that the window shows.
     pub file: File,
     /// The device.
     pub pmem: Arc<Pmem>,
-    /// Its disk.
+    /// The double of the disk.
     pub gate: Gate,
     socket: PathBuf,
     listener: Arc<Mutex<Listener>>,
 }
 
 impl Host {
-    /// A fresh device.
+    /// A new device with a file of [`FILE_BYTES`].
     pub fn new() -> Self {
         Self::with_bytes(FILE_BYTES)
     }
 
-    /// A fresh device of some size.
+    /// A new device with a file of `bytes` bytes.
     pub fn with_bytes(bytes: u64) -> Self {
         Self::make(bytes, false)
     }
 
-    /// A fresh device that offers CONFIGURE_MEM_SLOTS.
+    /// A new device that offers CONFIGURE_MEM_SLOTS.
     pub fn with_mem_slots() -> Self {
         Self::make(FILE_BYTES, true)
     }
@@ -106,14 +107,14 @@ impl Host {
         Self::with(dir, file, gate, Pmem::with_mem_slots(ours, persist, mem_slots).unwrap())
     }
 
-    /// One whose device is the caller's; `gate` is of use if it is the device's.
+    /// A host with the caller's device. `gate` has an effect only if the device uses it.
     pub fn with(dir: TempDir, file: File, gate: Gate, pmem: Arc<Pmem>) -> Self {
         let socket = dir.path().join("daemon.sock");
         let listener = Arc::new(Mutex::new(Listener::new(&socket, true).unwrap()));
         Self { dir, file, pmem, gate, socket, listener }
     }
 
-    /// Serves one front-end in a thread.
+    /// Serves one front-end on a new thread.
     pub fn serve(&self) -> Session {
         let (done, ended) = channel();
         let listener = self.listener.clone();
@@ -126,12 +127,12 @@ impl Host {
         Session(ended)
     }
 
-    /// A guest before its driver is there, with RAM of one region.
+    /// A guest whose driver is not loaded yet, with one RAM region.
     pub fn plug(&self) -> Guest {
         self.plug_with(DriverOptions::default(), VmmOptions::default(), guest_ram(1))
     }
 
-    /// The same, with everything chosen.
+    /// A guest whose driver is not loaded yet, with the given driver, front-end and RAM.
     pub fn plug_with(&self, driver: DriverOptions, vmm: VmmOptions, ram: GuestMem) -> Guest {
         let session = self.serve();
         let vmm = StrictVmm::connect(&self.socket, &ram, vmm).unwrap();
@@ -143,7 +144,7 @@ impl Host {
         self.boot_with(DriverOptions::default())
     }
 
-    /// The same, with a driver of one's choice.
+    /// A guest whose driver has the options `options`, and whose window is mapped.
     pub fn boot_with(&self, options: DriverOptions) -> Guest {
         let mut guest = self.plug_with(options, VmmOptions::default(), guest_ram(1));
         guest.start();
@@ -151,44 +152,44 @@ impl Host {
         guest
     }
 
-    /// Where to connect by hand.
+    /// The path of the socket, for a test that connects to it itself.
     pub fn socket(&self) -> &PathBuf {
         &self.socket
     }
 
-    /// The file's bytes.
+    /// `bytes` bytes of the file from `at` on, read on the host.
     pub fn file_bytes(&self, at: u64, bytes: usize) -> Vec<u8> {
         strict_vmm::file_bytes(&self.file, at, bytes)
     }
 }
 
-/// The thread that serves a front-end.
+/// A thread that serves one front-end.
 pub struct Session(Receiver<Result<(), SessionError>>);
 
 impl Session {
-    /// Waits for the session's end.
+    /// Waits for the end of the session.
     pub fn ended(self) -> Result<(), SessionError> {
         self.0.recv_timeout(HANG).expect("hang: the session does not end, or its thread panicked")
     }
 }
 
-/// A front-end with a guest in it.
+/// A front-end with its guest, and the session that serves it.
 pub struct Guest {
-    /// QEMU. Dropped first: that ends the session.
+    /// QEMU. The first field, so that it is dropped first: that ends the session.
     pub vmm: StrictVmm,
     /// The guest's driver.
     pub driver: Driver,
-    /// The daemon's side.
+    /// The daemon's session.
     pub session: Session,
 }
 
 impl Guest {
-    /// DRIVER_OK, or `cont`.
+    /// Starts the device, as at DRIVER_OK or QMP `cont`.
     pub fn start(&mut self) {
         self.vmm.start(&mut self.driver);
     }
 
-    /// The VM ends well: stop, hang up; the daemon must end the session without an error.
+    /// The VM ends: stops and disconnects. The daemon must end the session without an error.
     pub fn power_off(mut self) {
         self.vmm.stop();
         drop(self.vmm);

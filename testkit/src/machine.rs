@@ -2,9 +2,9 @@
 
 //! The strict front-end's machine: memory regions, the window, and QEMU's rules about them.
 //!
-//! The rows (Q1 to Q13) are those of the table of what QEMU 11.1 was seen to do. Where QEMU
-//! crashes, aborts or hangs, a violation is noted and fails the test; where QEMU refuses, the
-//! request is refused.
+//! Q1 to Q13 are the rules in docs/front-ends.md, observed with QEMU 11.1. Where QEMU crashes,
+//! aborts or hangs, a violation is recorded and fails the test; where QEMU refuses a request, this
+//! machine refuses it, too.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -23,14 +23,14 @@ use vm_memory::{FileOffset, VolatileMemory, VolatileSlice};
 
 use crate::watchdog::Watchdog;
 
-/// VHOST_USER_MAX_RAM_SLOTS of QEMU's hw/virtio/vhost-user.c.
+/// Limit on the number of regions: VHOST_USER_MAX_RAM_SLOTS of QEMU's hw/virtio/vhost-user.c.
 pub const MAX_REGIONS: usize = 512;
-/// VHOST_MEMORY_BASELINE_NREGIONS: what one SET_MEM_TABLE holds.
+/// Limit on the number of regions of one SET_MEM_TABLE: VHOST_MEMORY_BASELINE_NREGIONS.
 pub const BASELINE_REGIONS: usize = 8;
-/// Where the guest put BAR 4.
+/// The guest address of BAR 4.
 pub const WINDOW_ADDRESS: u64 = 0x40_0000_0000;
 
-/// A region of guest memory, as the back-end is told about it.
+/// A region of guest memory, as memory messages describe it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Region {
     pub guest: u64,
@@ -52,7 +52,7 @@ impl Region {
     }
 }
 
-/// One SHMEM_MAP that was carried out: a real mapping of the back-end's file.
+/// The effect of one SHMEM_MAP: a real map of the back-end's file.
 struct LiveMap {
     at: u64,
     bytes: u64,
@@ -73,35 +73,36 @@ impl LiveMap {
     }
 }
 
-/// Why the back-end did not do what it was asked.
+/// Why a message to the back-end has failed.
 #[derive(Debug, PartialEq, Eq)]
 pub enum CallError {
-    /// No answer in time; the connection was cut.
+    /// The back-end did not reply in time; the connection was shut down.
     Deadlock,
-    /// The back-end said no, or is gone.
+    /// The back-end replied with an error, or has disconnected.
     Failed(String),
 }
 
-/// What of the machine a test may bend.
+/// Deviations from QEMU's usual behaviour that a test can switch on.
 #[derive(Default)]
 pub(super) struct Misbehaviour {
-    /// Answer every SHMEM_MAP with a failure.
+    /// Fail every SHMEM_MAP.
     pub refuse_maps: bool,
-    /// Leave live maps out of the table at a start (as with a stale table).
+    /// Omit live maps from the memory table at a start (as with a stale table).
     pub hide_maps_at_start: bool,
-    /// Leave RAM region 0, where the rings are, out of every table.
+    /// Omit RAM region 0, in which the rings are, from every memory table.
     pub hide_rings: bool,
-    /// Send the table again, with all in it, before a map is refused for overlap.
+    /// Send the complete memory table again just before a map is refused for overlap.
     pub tell_before_refusing: bool,
-    /// Leave what comes on the back-end channel unread.
+    /// Do not read the back-end channel.
     pub deaf: bool,
-    /// Read a map request, and neither do it nor answer until this is false again.
+    /// Read a SHMEM_MAP, and neither do it nor answer it while this is true.
     pub hang_in_map: bool,
-    /// Q12: the start comes so soon after a reset that what the reset freed is still there.
+    /// Q12: the start follows the reset so soon that the regions freed by the reset still exist.
     pub start_at_once: bool,
-    /// Nor is anything told at that start: what the reset took away goes unsaid until the next map.
+    /// With `start_at_once`: that start sends no memory message, so the back-end is not notified of
+    /// the unmapped regions before the next map.
     pub start_untold: bool,
-    /// A reset leaves the maps where they are (crosvm).
+    /// Keep the maps at a reset, as crosvm does.
     pub keep_maps: bool,
     /// Number of bytes by which the guest has moved the BAR.
     pub moved: u64,
@@ -115,26 +116,26 @@ pub(super) struct Machine {
     pub slots: bool,
     pub window_bytes: u64,
     pub started: bool,
-    /// A request was already in the channel when the stop was over.
+    /// A request was in the channel when the stop was over.
     pub in_flight: bool,
     pub map_requests: usize,
     pub unmap_requests: usize,
-    /// Requests that this front-end does not know, and skipped.
+    /// Number of requests that this front-end does not know, and has skipped.
     pub unknown_requests: usize,
-    /// In requests of the back-end, up to their replies.
+    /// Time spent on requests of the back-end, up to their replies.
     pub spent: Duration,
-    /// The largest number of live maps and other regions together.
+    /// The largest number of regions so far: live maps and RAM regions.
     pub most_regions: usize,
     pub table_updates: usize,
-    /// Memory messages so far: with CONFIGURE_MEM_SLOTS an update takes as many as there are
-    /// differences.
+    /// Number of memory messages so far. With CONFIGURE_MEM_SLOTS an update sends one message per
+    /// added or removed region.
     pub memory_messages: usize,
     pub refused: Vec<String>,
     pub violations: Vec<String>,
     ram: Vec<Region>,
     live: Vec<LiveMap>,
-    told: Vec<Region>,
-    told_freed_region: bool,
+    sent: Vec<Region>,
+    sent_freed_region: bool,
 }
 
 impl Machine {
@@ -159,8 +160,8 @@ impl Machine {
             violations: Vec::new(),
             ram,
             live: Vec::new(),
-            told: Vec::new(),
-            told_freed_region: false,
+            sent: Vec::new(),
+            sent_freed_region: false,
         }
     }
 
@@ -168,7 +169,7 @@ impl Machine {
         self.live.len()
     }
 
-    /// All regions in the order of their guest addresses, as QEMU's flat view has them: RAM first.
+    /// All regions in the order of their guest addresses, as in QEMU's flat view; RAM comes first.
     pub fn regions(&self) -> Vec<Region> {
         let ram = self.ram.iter().skip(usize::from(self.misbehaviour.hide_rings)).copied();
         let mut regions: Vec<_> = ram
@@ -191,9 +192,10 @@ impl Machine {
         Err(io::Error::from_raw_os_error(errno))
     }
 
-    // --- messages on the main channel ---
+    // --- messages on the main connection ---
 
-    /// One message. Not answered in time is Q3's deadlock: QEMU would hang with its lock held.
+    /// Sends one message. A missing reply is the deadlock of Q3: QEMU would hang with its lock
+    /// held.
     pub fn call<T>(
         &mut self,
         what: &str,
@@ -220,15 +222,15 @@ impl Machine {
         self.call("SET_MEM_TABLE", true, |f| f.set_mem_table(&infos).map(drop))
     }
 
-    /// Tells the back-end about all regions: differences with CONFIGURE_MEM_SLOTS, else the
-    /// whole table. Without it, more than 8 regions can't be told at all: QEMU prints two error
-    /// lines, and the back-end's table goes stale.
-    pub fn tell_regions(&mut self) -> Result<(), CallError> {
+    /// Sends a memory update: with CONFIGURE_MEM_SLOTS the differences, else the whole table.
+    /// Without CONFIGURE_MEM_SLOTS more than 8 regions can't be sent: QEMU prints two error lines,
+    /// and the back-end's table becomes stale.
+    pub fn send_regions(&mut self) -> Result<(), CallError> {
         let now = self.regions();
         if !self.slots {
             return if now.len() <= BASELINE_REGIONS { self.send_table(&now) } else { Ok(()) };
         }
-        let before = std::mem::take(&mut self.told);
+        let before = std::mem::take(&mut self.sent);
         for gone in before.iter().filter(|r| !now.contains(r)) {
             self.memory_messages += 1;
             self.call("REM_MEM_REG", true, |f| f.remove_mem_region(&gone.info()))?;
@@ -238,17 +240,18 @@ impl Machine {
             self.call("ADD_MEM_REG", true, |f| f.add_mem_region(&new.info()).map(drop))?;
         }
         self.table_updates += 1;
-        self.told = now;
+        self.sent = now;
         Ok(())
     }
 
-    /// The rules of a start. `Err(105)` is `Error starting vhost-user-base: 105` (Q13).
-    pub fn tell_regions_at_start(&mut self) -> Result<(), i32> {
-        if self.told_freed_region && !self.misbehaviour.start_at_once {
+    /// Sends the memory update of a start. `Err(105)` is QEMU's `Error starting vhost-user-base:
+    /// 105` (Q13).
+    pub fn send_regions_at_start(&mut self) -> Result<(), i32> {
+        if self.sent_freed_region && !self.misbehaviour.start_at_once {
             self.violation("Q12", "QEMU would segfault: it removes a region that the reset freed");
             return Err(libc::EFAULT);
         }
-        self.told_freed_region = false;
+        self.sent_freed_region = false;
         let mut regions = self.regions();
         if !self.slots && regions.len() > BASELINE_REGIONS {
             return Err(libc::ENOBUFS);
@@ -260,16 +263,16 @@ impl Machine {
         if self.misbehaviour.start_untold {
             return Ok(());
         }
-        self.tell_regions().map_err(|_| libc::EPROTO)
+        self.send_regions().map_err(|_| libc::EPROTO)
     }
 
-    /// A virtio reset: the maps go, and the back-end is told nothing (Q10).
+    /// A virtio reset: drops the maps, without a message to the back-end (Q10).
     pub fn drop_maps(&mut self) {
         if self.misbehaviour.keep_maps {
             return;
         }
-        // Q12: with CONFIGURE_MEM_SLOTS, QEMU keeps pointers to the regions that it told about.
-        self.told_freed_region |= self.slots && !self.live.is_empty();
+        // Q12: with CONFIGURE_MEM_SLOTS QEMU keeps pointers to the regions that it has sent.
+        self.sent_freed_region |= self.slots && !self.live.is_empty();
         self.live.clear();
     }
 
@@ -296,7 +299,7 @@ impl Machine {
         self.map_requests += 1;
         self.may_serve("SHMEM_MAP")?;
         if self.misbehaviour.refuse_maps {
-            return self.refuse("test", "told to refuse", libc::EIO);
+            return self.refuse("test", "refuse_maps is set", libc::EIO);
         }
         if !self.in_window(req) {
             return self.refuse("Q5", "Bad offset/len for mmap", libc::EINVAL);
@@ -304,12 +307,12 @@ impl Machine {
         let (at, bytes, fd_offset) = (req.shm_offset, req.len, req.fd_offset);
         if self.live.iter().any(|m| at < m.at + m.bytes && m.at < at + bytes) {
             if self.misbehaviour.tell_before_refusing {
-                let _ = self.tell_regions();
+                let _ = self.send_regions();
             }
             return self.refuse("Q4", "VIRTIO Shared Memory mapping overlap", libc::EEXIST);
         }
         let flags = OFlag::from_bits_truncate(fcntl(&file, FcntlArg::F_GETFL)?);
-        // Q7: the message's own flag changes nothing, QEMU always maps for writing.
+        // Q7: QEMU ignores the message's flag, and always maps for writing.
         if flags & OFlag::O_ACCMODE != OFlag::O_RDWR {
             return self.refuse(
                 "Q8",
@@ -317,14 +320,15 @@ impl Machine {
                 libc::EACCES,
             );
         }
-        // As QEMU asks for it: a FUSE inode may answer otherwise than with its backing file's size.
-        // Of a device-DAX node it asks sysfs.
+        // By the same calls as QEMU: lseek(2) of a FUSE inode may return another size than its
+        // backing file has, and the size of a device-DAX node is read from sysfs.
         let size = match DaxNode::of(&file)? {
             Some(node) => node.bytes,
             None => file.seek(SeekFrom::End(0))?,
         };
         if size <= fd_offset {
-            // QEMU lets it pass, and grows the file if it is empty. No guest must get there.
+            // QEMU does the map, and extends the file if it is empty. The daemon must never cause
+            // that.
             self.violation("Q6", &format!("map from {fd_offset} of a file of {size} bytes"));
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
@@ -359,9 +363,9 @@ impl Machine {
         result
     }
 
-    /// Q3: the memory update, and its reply, come before the ack.
+    /// Q3: sends the memory update and waits for its reply, before the ack.
     fn update_before_ack(&mut self) -> io::Result<u64> {
-        match self.tell_regions() {
+        match self.send_regions() {
             Ok(()) => Ok(0),
             Err(e) => Err(io::Error::other(format!("{e:?}"))),
         }
@@ -369,13 +373,14 @@ impl Machine {
 
     // --- the guest's view of the window ---
 
-    /// The map that holds the byte at `at`, the byte's place in it, and how much of it follows.
+    /// The map that covers window offset `at`, the offset in that map, and the number of bytes from
+    /// there to the end of the map.
     fn mapped(&self, at: u64) -> Option<(&LiveMap, usize, usize)> {
         let live = self.live.iter().find(|m| m.at <= at && at < m.at + m.bytes)?;
         Some((live, (at - live.at) as usize, (live.at + live.bytes - at) as usize))
     }
 
-    /// Stores through the window; false where something is not mapped (the guest's store is lost).
+    /// Stores to the window; false if a byte is not mapped (the guest's store is lost).
     pub fn store(&self, at: u64, bytes: &[u8]) -> bool {
         let mut done = 0;
         while done < bytes.len() {
@@ -387,7 +392,7 @@ impl Machine {
         true
     }
 
-    /// Reads through the window; `None` where something is not mapped.
+    /// Loads from the window; `None` if a byte is not mapped.
     pub fn fetch(&self, at: u64, bytes: usize) -> Option<Vec<u8>> {
         let mut buffer = vec![0u8; bytes];
         let mut done = 0;
@@ -400,24 +405,24 @@ impl Machine {
         Some(buffer)
     }
 
-    /// What the window shows at `at`, which must be one map's, as the guest's own memory.
+    /// `bytes` bytes of the window from `at` on as memory. One map must cover them.
     pub fn view(&self, at: u64, bytes: usize) -> VolatileSlice<'_> {
-        let (live, offset, _) = self.mapped(at).expect("the window shows nothing there");
+        let (live, offset, _) = self.mapped(at).expect("no map covers this offset");
         live.map.get_slice(offset, bytes).unwrap()
     }
 
-    /// Whether the window shows something at `at`. Does not touch it.
+    /// Whether a map covers the byte at `at`. Does not access it.
     pub fn is_mapped(&self, at: u64) -> bool {
         self.mapped(at).is_some()
     }
 
-    /// How many bytes of the window show something.
+    /// The number of bytes of the window that maps cover.
     pub fn mapped_bytes(&self) -> u64 {
         self.live.iter().map(|m| m.bytes).sum()
     }
 }
 
-/// The machine under its own lock. Whoever changes it holds the big lock as well.
+/// The machine under its own lock. A thread that changes it holds the big lock, too.
 pub(super) struct SharedMachine {
     pub machine: Mutex<Machine>,
     /// Notified after every request of the back-end.

@@ -10,18 +10,18 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 /// A guest's RAM.
 pub type GuestMem = GuestMemoryMmap<()>;
 
-/// Bytes in each RAM region.
+/// Length of a RAM region, in bytes.
 pub const RAM_REGION_BYTES: u64 = 2 << 20;
 
-/// The guest-physical distance from one RAM region to the next: they never touch.
+/// Distance of the guest addresses of two RAM regions, in bytes: regions are never adjacent.
 const RAM_REGION_STRIDE: u64 = 256 << 20;
 
-/// RAM of `regions` regions, each in its own memfd; the rings live in the first one.
+/// RAM of `regions` regions, each in its own memfd. The rings are in the first region.
 pub fn guest_ram(regions: u64) -> GuestMem {
     guest_ram_with(RAM_REGION_BYTES, regions)
 }
 
-/// The same, with a first region of `first_bytes`.
+/// RAM of `regions` regions, of which the first has `first_bytes` bytes.
 pub fn guest_ram_with(first_bytes: u64, regions: u64) -> GuestMem {
     assert!(first_bytes < RAM_REGION_STRIDE);
     let ranges: Vec<_> = (0..regions)

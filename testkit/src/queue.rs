@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest's side of one of several virtqueues, for requests and replies of any length. Keeps
-//! the rules, as Linux does; a hostile guest gives it descriptors of its own.
+//! The guest's side of one of several virtqueues, for requests and replies of any length. It obeys
+//! the virtio rules, as Linux does; a test of a hostile guest passes its own descriptors.
 
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
@@ -13,53 +13,58 @@ use crate::memory::GuestMem;
 use crate::strict_vmm::Ring;
 use crate::virtqueue::{Desc, DriverOptions, Offered, Virtqueue};
 
-/// Guest memory of one queue: its rings, then its slots.
+/// Guest memory of one queue in bytes: its rings, then its slots.
 pub const QUEUE_BYTES: u64 = 8 << 20;
+/// Offset of the slots in the queue's memory, in bytes.
 const SLOTS: u64 = 0x1_0000;
-/// Each chain's own memory: a table of descriptors, what the device reads, what it writes.
+/// Memory of one chain in bytes: an indirect table, the device-readable part, the device-writable
+/// part.
 const SLOT_BYTES: u64 = 0x4_0000;
+/// Number of slots: limit on the chains in flight.
 const NUM_SLOTS: u64 = 24;
+/// Offset of the device-readable part in a slot, in bytes.
 const IN_AT: u64 = 0x1000;
+/// Offset of the device-writable part in a slot, in bytes.
 const OUT_AT: u64 = 0x2_0000;
-/// The most that the device may read or write of one slot.
+/// Limit on the device-readable bytes of a slot, and on the device-writable ones.
 pub const MOST_BYTES: usize = 0x1_f000;
-/// What a reply holds before the device has written it.
+/// The content of a reply byte before the device has written it.
 const UNWRITTEN: u8 = 0x5a;
 
-/// A piece of guest memory that is none of a slot's: an address and a length.
+/// Guest memory outside the slots: an address, and a length in bytes.
 pub type Extern = (u64, u32);
 
 /// A chain to offer.
 #[derive(Debug, Clone, Default)]
 pub struct Chain {
-    /// What the device reads first, in as many descriptors.
+    /// Device-readable data in the slot, one descriptor per element.
     pub input: Vec<Vec<u8>>,
-    /// What the device reads then, from anywhere.
+    /// Device-readable memory outside the slot; these descriptors follow those of `input`.
     pub input_at: Vec<Extern>,
-    /// The lengths of what the device writes first, a descriptor each.
+    /// Lengths in bytes of the device-writable descriptors in the slot.
     pub output: Vec<usize>,
-    /// Where the device writes then.
+    /// Device-writable memory outside the slot; these descriptors follow those of `output`.
     pub output_at: Vec<Extern>,
 }
 
-/// A chain that came back.
+/// A chain that the device has returned.
 #[derive(Debug, Clone)]
 pub struct Returned {
     /// The used element's length.
     pub len: u32,
     /// The slot's output, as far as the used element's length reaches.
     pub output: Vec<u8>,
-    /// Whether the device has written to the slot behind that length.
+    /// Whether the device has written beyond that length in the slot.
     pub wrote_more: bool,
 }
 
-/// A chain's own memory, and how much of it the device may write.
+/// The memory of one chain, and the number of its device-writable bytes.
 struct Slot {
     at: u64,
     output: usize,
 }
 
-/// The queue.
+/// The guest's side of one queue.
 pub struct Queue {
     ring: Virtqueue,
     at: u64,
@@ -83,7 +88,7 @@ impl DerefMut for Queue {
 }
 
 impl Queue {
-    /// A queue whose memory begins at `at`.
+    /// A queue whose memory begins at guest address `at`.
     pub fn new(mem: GuestMem, at: u64, options: DriverOptions) -> Self {
         let ring = Virtqueue::new(mem, at, options);
         let (slots, returned) = (HashMap::new(), HashMap::new());
@@ -92,7 +97,7 @@ impl Queue {
         queue
     }
 
-    /// What a driver does after a device reset: new rings, nothing outstanding.
+    /// Resets the driver's state, as after a device reset: new rings, no outstanding chain.
     pub fn reset(&mut self) {
         self.ring.reset(self.ring.options());
         self.free_slots = (0..NUM_SLOTS).rev().map(|i| self.at + SLOTS + i * SLOT_BYTES).collect();
@@ -100,7 +105,7 @@ impl Queue {
         self.returned.clear();
     }
 
-    /// Offers a chain and kicks.
+    /// Makes a chain available and kicks.
     pub fn offer(&mut self, chain: &Chain) -> Offered {
         self.collect();
         let at = self.free_slots.pop().expect("too many chains in flight");
@@ -135,7 +140,7 @@ impl Queue {
         descs
     }
 
-    /// Waits for one chain.
+    /// Waits until the device returns the chain.
     pub fn wait(&mut self, offered: Offered) -> Returned {
         let deadline = Virtqueue::deadline();
         loop {
@@ -147,13 +152,13 @@ impl Queue {
         }
     }
 
-    /// Whether the chain has come back, without waiting.
+    /// Whether the chain has been returned. Does not wait.
     pub fn is_returned(&mut self, offered: Offered) -> bool {
         self.collect();
         self.returned.contains_key(&offered)
     }
 
-    /// How many chains are offered and not returned.
+    /// The number of chains that are offered and not returned.
     pub fn outstanding(&mut self) -> usize {
         self.collect();
         self.slots.len()
@@ -164,9 +169,9 @@ impl Queue {
             let slot = self.slots.remove(&used.offered).expect("a chain has a slot");
             let mut output = vec![0u8; MOST_BYTES];
             self.ring.mem.read_slice(&mut output, GuestAddress(slot.at + OUT_AT)).unwrap();
-            let told = slot.output.min(used.len as usize);
-            let wrote_more = output[told..].iter().any(|&byte| byte != UNWRITTEN);
-            output.truncate(told);
+            let reported = slot.output.min(used.len as usize);
+            let wrote_more = output[reported..].iter().any(|&byte| byte != UNWRITTEN);
+            output.truncate(reported);
             self.free_slots.push(slot.at);
             self.returned.insert(used.offered, Returned { len: used.len, output, wrote_more });
         }

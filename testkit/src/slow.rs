@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! strace, attached to a running daemon: holds system calls back, fails them, and tells when they
+//! strace(1), attached to a running daemon: delays system calls, makes them fail, and reports their
 //! begin and end.
 
 use std::io::Read;
@@ -16,18 +16,19 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::HANG;
 
-/// A call is held back until the [`Strace`] is dropped (or for 10 minutes: the test hangs then).
+/// strace's option to delay a call until the [`Strace`] is dropped (or for 10 minutes, a hang).
 pub const HELD: &str = "delay_enter=600000000";
-/// A call is held back for 2 s: for tests that see it end by itself. They hold whatever happens
-/// first, but show less if all else takes longer than that.
+/// strace's option to delay a call for 2 s, for tests in which the delayed call must end by itself.
+/// If other work takes longer than 2 s, such a test still passes, but checks less.
 pub const DELAY: &str = "delay_enter=2000000";
-/// The calls that make a file durable.
+/// The system calls that make a file durable.
 pub const SYNCS: &str = "fsync,fdatasync";
 
-/// One strace on one process.
+/// One strace process, attached to one process.
 ///
-/// What it writes is read when it is asked for, not by a thread of its own: strace writes that a
-/// call has ended before the call ends, so whoever has seen its effects finds it written.
+/// The calling thread reads strace's output when it needs it. strace writes that a call has ended
+/// before the call ends, so a test that has seen the effect of a call finds the line already
+/// written.
 pub struct Strace {
     child: Child,
     calls: Vec<String>,
@@ -37,13 +38,13 @@ pub struct Strace {
 }
 
 impl Strace {
-    /// Whether there is one.
+    /// Whether strace(1) is installed.
     pub fn is_here() -> bool {
         Command::new("strace").arg("-V").stdout(Stdio::null()).status().is_ok_and(|s| s.success())
     }
 
-    /// Attaches to all threads of `pid`. `calls` is a list of system calls, `how` what is done to
-    /// them in strace's own words, or nothing.
+    /// Attaches to all threads of `pid`. `calls` is a list of system calls; `how` is strace's
+    /// option for the injection into them, or empty.
     pub fn attach(pid: u32, calls: &str, how: &str) -> Self {
         let mut command = Command::new("strace");
         command.args(["-f", "-y", "-e", "signal=none", "-e", &format!("trace={calls}")]);
@@ -63,7 +64,7 @@ impl Strace {
         strace
     }
 
-    /// All that was written so far.
+    /// strace's output so far.
     pub fn text(&mut self) -> &str {
         let mut buffer = [0u8; 4096];
         while let Ok(got @ 1..) = self.stderr.read(&mut buffer) {
@@ -88,13 +89,13 @@ impl Strace {
         }
     }
 
-    /// How many calls have begun.
+    /// The number of calls that have begun.
     pub fn begun(&mut self) -> usize {
         self.text();
         self.calls.iter().map(|call| self.text.matches(&format!("{call}(")).count()).sum()
     }
 
-    /// How many calls that were held back have ended.
+    /// The number of delayed calls that have ended.
     pub fn ended(&mut self) -> usize {
         self.text().matches("(DELAYED)").count()
     }
@@ -112,7 +113,7 @@ impl Strace {
 
 impl Drop for Strace {
     fn drop(&mut self) {
-        // At SIGTERM it lets its process go on.
+        // strace detaches at SIGTERM, and the traced process goes on.
         let _ = kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM);
         let _ = self.child.wait();
         if thread::panicking() {
@@ -121,9 +122,9 @@ impl Drop for Strace {
     }
 }
 
-/// Says loudly that a test can't run here; ci/test counts these lines.
+/// Reports on stderr that a test can't run here. ci/test counts these lines.
 pub fn skip(test: &str, why: &str) {
     use std::io::Write;
-    // Not eprintln!: the test runner would swallow it.
+    // Not eprintln!, which the test runner captures.
     let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}");
 }

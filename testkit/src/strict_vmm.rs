@@ -2,7 +2,7 @@
 
 //! A front-end that keeps QEMU's rules, and fails the test where QEMU would crash, abort or hang.
 //!
-//! It speaks through vhost's real `Frontend`, and listens with `Channel`. QEMU's one big lock is
+//! It sends by vhost's real `Frontend`, and receives by `Channel`. QEMU's one big lock is
 //! [`Shared::bql`]: an action of the guest or of QMP (start, stop, reset) and a request of the
 //! back-end (SHMEM_MAP, SHMEM_UNMAP) never run at the same time.
 
@@ -39,17 +39,17 @@ pub const F_EVENT_IDX: u64 = 1 << 29;
 pub const F_INDIRECT_DESC: u64 = 1 << 28;
 /// VIRTIO_PMEM_F_SHMEM_REGION.
 pub const F_SHMEM_REGION: u64 = 1;
-/// How the front-end behaves.
+/// The configuration of the front-end and its guest.
 pub struct VmmOptions {
-    /// Protocol features that this front-end does not know.
+    /// Protocol features that this front-end does not support.
     pub lacks: VhostUserProtocolFeatures,
-    /// How long an answer may take before it counts as a deadlock.
+    /// Time after which a missing reply counts as a deadlock.
     pub reply_deadline: Duration,
     /// `num_vqs` on QEMU's command line.
     pub queues: usize,
     /// `config_size` on QEMU's command line.
     pub config_bytes: u32,
-    /// The device's own feature bits that the guest's driver knows.
+    /// The device's own feature bits that the guest's driver supports.
     pub device_features: u64,
 }
 
@@ -57,7 +57,7 @@ impl Default for VmmOptions {
     fn default() -> Self {
         Self {
             lacks: VhostUserProtocolFeatures::empty(),
-            // Shorter than HANG: the deadlock is reported, not the hang that follows from it.
+            // Shorter than HANG, so that the test reports the deadlock before a wait ends.
             reply_deadline: HANG / 2,
             queues: 1,
             config_bytes: 16,
@@ -66,15 +66,15 @@ impl Default for VmmOptions {
     }
 }
 
-/// A virtqueue's driver, as far as its front-end has to know it.
+/// A virtqueue's driver, as the front-end sees it.
 pub trait Ring {
-    /// What the driver negotiates.
+    /// The features that the driver negotiates, and the queue's size.
     fn options(&self) -> DriverOptions;
     /// Host addresses of descriptor table, available ring and used ring.
     fn host_addresses(&self) -> [u64; 3];
-    /// A new kick for a new start.
+    /// Creates a new kick for a new start.
     fn fresh_kick(&mut self) -> EventFd;
-    /// The call.
+    /// The call that the driver waits for.
     fn call(&self) -> EventFd;
 }
 
@@ -97,7 +97,7 @@ pub struct StrictVmm {
     acked: VhostUserProtocolFeatures,
     bases: Vec<u16>,
     device_features: u64,
-    /// Where calls go that the guest has masked.
+    /// Gets the calls while the guest has masked them.
     masked: EventFd,
     quit: EventFd,
     main_loop: Option<JoinHandle<()>>,
@@ -144,23 +144,23 @@ impl StrictVmm {
         Ok(Self { shared, main, offer, acked, bases, device_features, masked, quit, main_loop })
     }
 
-    /// What the back-end offered.
+    /// The features and sizes that the back-end offered.
     pub fn offer(&self) -> &Offer {
         &self.offer
     }
 
-    /// The guest's driver is ready (DRIVER_OK), or QMP `cont`. `Err` is QEMU's error number.
+    /// Starts the device, as at DRIVER_OK or QMP `cont`. `Err` is QEMU's error number.
     pub fn try_start(&mut self, driver: &mut Driver) -> Result<(), i32> {
         self.try_start_all(&mut [driver])
     }
 
-    /// The same, with a driver for each of the queues.
+    /// Starts the device with one driver per queue. `Err` is QEMU's error number.
     pub fn try_start_all(&mut self, rings: &mut [&mut dyn Ring]) -> Result<(), i32> {
         self.try_set_up_all(rings)?;
         (0..rings.len()).try_for_each(|i| self.try_enable(i))
     }
 
-    /// The first part of a start: the rings are there, and none is enabled.
+    /// The first part of a start: sets up all rings, and enables none.
     pub fn try_set_up_all(&mut self, rings: &mut [&mut dyn Ring]) -> Result<(), i32> {
         self.check();
         let mut bql = self.shared.bql.lock().unwrap();
@@ -182,31 +182,31 @@ impl StrictVmm {
             machine.call("SET_VRING_CALL", false, |f| f.set_vring_call(i, &call)).map_err(proto)?;
         }
         machine.call("SET_FEATURES", false, |f| f.set_features(features)).map_err(proto)?;
-        machine.tell_regions_at_start()?;
+        machine.send_regions_at_start()?;
         for (i, ring) in rings.iter_mut().enumerate() {
             set_up_ring(&mut machine, i, *ring, self.bases[i]).map_err(proto)?;
         }
         Ok(())
     }
 
-    /// The second part: one ring is enabled.
+    /// The second part of a start: enables one ring.
     pub fn try_enable(&mut self, ring: usize) -> Result<(), i32> {
         let _bql = self.shared.bql.lock().unwrap();
         let mut machine = self.shared.machine();
-        let said = machine.call("SET_VRING_ENABLE", true, |f| f.set_vring_enable(ring, true));
+        let reply = machine.call("SET_VRING_ENABLE", true, |f| f.set_vring_enable(ring, true));
         machine.started = true;
-        said.map_err(|e| {
+        reply.map_err(|e| {
             eprintln!("start: {e:?}");
             libc::EPROTO
         })
     }
 
-    /// A start that must succeed.
+    /// Starts the device; the start must succeed.
     pub fn start(&mut self, driver: &mut Driver) {
         self.start_all(&mut [driver]);
     }
 
-    /// A start of all queues that must succeed.
+    /// Starts the device with one driver per queue; the start must succeed.
     pub fn start_all(&mut self, rings: &mut [&mut dyn Ring]) {
         let started = self.try_start_all(rings);
         self.check();
@@ -224,18 +224,19 @@ impl StrictVmm {
         wanted & self.offer.features
     }
 
-    /// QMP `stop`, or the first half of a reset: the rings stop, the maps stay.
+    /// QMP `stop`, or the first part of a reset: stops the rings; the maps stay.
     pub fn stop(&mut self) {
         self.check();
         let mut bql = self.shared.bql.lock().unwrap();
-        // QEMU's main loop serves what is readable in the turn that comes before.
+        // QEMU's main loop serves the requests that have arrived in the turn before the stop.
         bql.serve_pending();
         let mut machine = self.shared.machine();
         assert!(machine.started, "the test stops a stopped device");
         let queues = 0..self.bases.len();
-        let mut said = Vec::new();
+        let mut replies = Vec::new();
         for i in queues.clone() {
-            said.push(machine.call("SET_VRING_ENABLE 0", true, |f| f.set_vring_enable(i, false)));
+            replies
+                .push(machine.call("SET_VRING_ENABLE 0", true, |f| f.set_vring_enable(i, false)));
         }
         let bases: Vec<_> = queues
             .clone()
@@ -244,18 +245,20 @@ impl StrictVmm {
         machine.started = false;
         for i in queues {
             let masked = &self.masked;
-            said.push(machine.call("SET_VRING_CALL", false, |f| f.set_vring_call(i, masked)));
+            replies.push(machine.call("SET_VRING_CALL", false, |f| f.set_vring_call(i, masked)));
         }
-        // What is in the channel now was sent in time, but will be read too late.
+        // A request that is in the channel now was sent in time, but QEMU would read it after the
+        // stop.
         machine.in_flight = bql.has_request();
         drop(machine);
         drop(bql);
         self.check();
-        assert!(said.iter().all(Result::is_ok), "the stop failed: {said:?}");
+        assert!(replies.iter().all(Result::is_ok), "the stop failed: {replies:?}");
         self.bases = bases.into_iter().map(|base| base.unwrap() as u16).collect();
     }
 
-    /// A virtio reset: stop if started, drop the maps, tell nobody. The driver's rings are new.
+    /// A virtio reset: stops the device if it is started, and drops the maps without a message. The
+    /// driver's rings are new.
     pub fn reset(&mut self) {
         if self.shared.machine().started {
             self.stop();
@@ -266,7 +269,7 @@ impl StrictVmm {
         self.bases.fill(0);
     }
 
-    /// The guest reboots, or its driver is bound anew: two resets, new rings, a start.
+    /// A reboot, or a new bind of the guest's driver: two resets, new rings, a start.
     pub fn reboot(&mut self, driver: &mut Driver) {
         self.reset();
         self.reset();
@@ -274,101 +277,103 @@ impl StrictVmm {
         self.start(driver);
     }
 
-    /// The base that the last stop read, of the first queue.
+    /// The available index that GET_VRING_BASE returned for the first queue at the last stop.
     pub fn base(&self) -> u16 {
         self.bases[0]
     }
 
     // --- other messages ---
 
-    /// GET_CONFIG, as a guest's read of the config space causes it.
+    /// GET_CONFIG, as QEMU sends it when the guest reads the config space.
     pub fn get_config(&mut self) -> Vec<u8> {
         let _bql = self.shared.bql.lock().unwrap();
         let bytes = self.offer.config.len() as u32;
         get_config(&mut self.shared.machine(), bytes).unwrap()
     }
 
-    /// A memory update for a reason that lies outside the device.
+    /// Sends a memory update whose cause is outside the device.
     pub fn update_memory(&mut self) -> Result<(), CallError> {
         let _bql = self.shared.bql.lock().unwrap();
-        self.shared.machine().tell_regions()
+        self.shared.machine().send_regions()
     }
 
-    /// Misbehaviour the machine; see the fields of `Misbehaviour`.
+    /// Changes the fields of `Misbehaviour`.
     pub(super) fn bend(&mut self, how: impl FnOnce(&mut Misbehaviour)) {
         how(&mut self.shared.machine().misbehaviour);
     }
 
-    /// Answers every map with a failure.
+    /// Whether every SHMEM_MAP fails.
     pub fn refuse_maps(&mut self, refuse: bool) {
         self.bend(|b| b.refuse_maps = refuse);
     }
 
-    /// Lies about live maps at the start, and tells the truth just before it refuses the overlap.
+    /// Omits live maps from the memory table at the start. `tell_before_refusing`: sends the
+    /// complete table just before it refuses an overlapping map.
     pub fn hide_maps_at_start(&mut self, tell_before_refusing: bool) {
         self.bend(|b| {
             (b.hide_maps_at_start, b.tell_before_refusing) = (true, tell_before_refusing)
         });
     }
 
-    /// Leaves the rings' region out of the memory table, or puts it back.
+    /// Whether the rings' RAM region is omitted from the memory table.
     pub fn hide_rings(&mut self, hide: bool) {
         self.bend(|b| b.hide_rings = hide);
     }
 
-    /// See `Misbehaviour::keep_maps`.
+    /// From now on a reset keeps the maps, as in crosvm.
     pub fn keep_maps(&mut self) {
         self.bend(|b| b.keep_maps = true);
     }
 
-    /// See `Misbehaviour::moved`.
+    /// The guest moves the BAR by 4 GiB.
     pub fn move_window(&mut self) {
         self.bend(|b| b.moved += 1 << 32);
     }
 
-    /// See `Misbehaviour::deaf`.
+    /// From now on the back-end channel is not read.
     pub fn turn_deaf(&mut self) {
         self.bend(|b| b.deaf = true);
     }
 
-    /// See `Misbehaviour::hang_in_map`.
+    /// From now on a SHMEM_MAP is read, and neither done nor answered.
     pub fn hang_in_map(&mut self) {
         self.bend(|b| b.hang_in_map = true);
     }
 
-    /// See `Misbehaviour::start_at_once`.
+    /// Whether a start follows a reset so soon that the regions freed by the reset still exist
+    /// (Q12).
     pub fn start_at_once(&mut self, at_once: bool) {
         self.bend(|b| b.start_at_once = at_once);
     }
 
-    /// See `Misbehaviour::start_untold`.
+    /// Like [`start_at_once`](Self::start_at_once); that start sends no memory message.
     pub fn start_untold(&mut self) {
         self.bend(|b| (b.start_at_once, b.start_untold) = (true, true));
     }
 
-    /// Waits until something is in the channel that was not read.
+    /// Waits until the back-end channel contains an unread request.
     pub fn wait_unread(&self) {
         crate::eventually("a request", || self.shared.bql.lock().unwrap().has_request());
     }
 
-    /// Hangs up, and keeps its end of the back-end channel.
+    /// Shuts the main connection down; the back-end channel stays open.
     pub fn hang_up(&self) {
         let _ = self.main.shutdown(std::net::Shutdown::Both);
     }
 
-    /// The back-end's end of its channel, for messages that no library sends.
+    /// The back-end's end of the back-end channel, for messages that no library sends.
     pub fn play_back_end(&self) -> UnixStream {
         self.shared.bql.lock().unwrap().play_back_end()
     }
 
-    // --- what a test looks at ---
+    // --- state for assertions ---
 
     /// Waits until `n` maps are live.
     pub fn wait_live(&self, n: usize) {
         self.wait("live maps", |m| m.live_maps() == n);
     }
 
-    /// Waits until the back-end has asked for `n` maps in all.
+    /// Waits until the back-end has sent `n` SHMEM_MAP requests since the connection.
     pub fn wait_map_requests(&self, n: usize) {
         self.wait("map requests", |m| m.map_requests >= n);
     }
@@ -384,94 +389,96 @@ impl StrictVmm {
         assert!(!timeout.timed_out(), "hang: waited for {what}; live, requests, refused: {seen:?}");
     }
 
-    /// Live maps.
+    /// The number of live maps.
     pub fn live_maps(&self) -> usize {
         self.shared.machine().live_maps()
     }
 
-    /// SHMEM_MAP requests so far, also refused ones.
+    /// The number of SHMEM_MAP requests so far, including refused ones.
     pub fn map_requests(&self) -> usize {
         self.shared.machine().map_requests
     }
 
-    /// SHMEM_UNMAP requests so far, also refused ones.
+    /// The number of SHMEM_UNMAP requests so far, including refused ones.
     pub fn unmap_requests(&self) -> usize {
         self.shared.machine().unmap_requests
     }
 
-    /// Memory updates so far.
+    /// The number of memory updates so far.
     pub fn table_updates(&self) -> usize {
         self.shared.machine().table_updates
     }
 
-    /// Memory messages so far: see `Machine::memory_messages`.
+    /// The number of memory messages so far: see `Machine::memory_messages`.
     pub fn memory_messages(&self) -> usize {
         self.shared.machine().memory_messages
     }
 
-    /// Requests that this front-end does not know, so far.
+    /// The number of requests so far that this front-end does not know.
     pub fn unknown_requests(&self) -> usize {
         self.shared.machine().unknown_requests
     }
 
-    /// The largest number of live maps and other regions together, so far.
+    /// The largest number of regions so far: live maps and RAM regions.
     pub fn most_regions(&self) -> usize {
         self.shared.machine().most_regions
     }
 
-    /// Whether the window shows something at `at`.
+    /// Whether a map covers the byte at window offset `at`.
     pub fn is_mapped(&self, at: u64) -> bool {
         self.shared.machine().is_mapped(at)
     }
 
-    /// How many bytes of the window show something.
+    /// The number of bytes of the window that maps cover.
     pub fn mapped_bytes(&self) -> u64 {
         self.shared.machine().mapped_bytes()
     }
 
-    /// What was refused, with its row.
+    /// The refused requests, each with the number of its rule in docs/front-ends.md.
     pub fn refused(&self) -> Vec<String> {
         self.shared.machine().refused.clone()
     }
 
-    /// Protocol features in use.
+    /// The negotiated protocol features.
     pub fn acked(&self) -> VhostUserProtocolFeatures {
         self.acked
     }
 
-    /// Stores as the guest does; false where the window shows nothing.
+    /// Stores to the window as the guest does; false if a byte is not mapped.
     #[must_use]
     pub fn store(&self, at: u64, bytes: &[u8]) -> bool {
         self.shared.machine().store(at, bytes)
     }
 
-    /// Reads as the guest does; `None` where the window shows nothing.
+    /// Loads from the window as the guest does; `None` if a byte is not mapped.
     pub fn fetch(&self, at: u64, bytes: usize) -> Option<Vec<u8>> {
         self.shared.machine().fetch(at, bytes)
     }
 
-    /// Works on what the window shows at `at`, which must be one map's, with no copy.
+    /// Runs `work` on `bytes` bytes of the window from `at` on, without a copy. One map must cover
+    /// them.
     pub fn view<T>(&self, at: u64, bytes: usize, work: impl FnOnce(VolatileSlice<'_>) -> T) -> T {
         work(self.shared.machine().view(at, bytes))
     }
 
-    /// The time that this front-end took for requests of the back-end so far, up to their replies.
+    /// The time that this front-end has spent on requests of the back-end so far, up to their
+    /// replies.
     pub fn spent(&self) -> Duration {
         self.shared.machine().spent
     }
 
-    /// Panics if a rule was broken so far.
+    /// Panics if the back-end has broken a rule of QEMU.
     pub fn check(&self) {
         let violations = self.shared.machine().violations.clone();
         assert!(violations.is_empty(), "the back-end broke QEMU's rules: {violations:#?}");
     }
 
-    /// The broken rules, for tests of this front-end itself; they are forgotten.
+    /// Returns and clears the list of broken rules. For tests of this front-end.
     pub fn take_violations(&self) -> Vec<String> {
         std::mem::take(&mut self.shared.machine().violations)
     }
 
-    /// Cuts both connections without a word, as a killed QEMU does.
+    /// Shuts both connections down without a stop, as a killed QEMU does.
     pub fn kill(&self) {
         let _ = self.main.shutdown(std::net::Shutdown::Both);
         let bql = self.shared.bql.lock().unwrap();
@@ -497,7 +504,7 @@ impl Drop for StrictVmm {
     }
 }
 
-/// QEMU's main loop: waits without the big lock, serves with it.
+/// QEMU's main loop: waits without the big lock, and serves requests under it.
 fn spawn_main_loop(shared: &Arc<Shared>, quit: &EventFd) -> JoinHandle<()> {
     let epoll = Epoll::new().unwrap();
     let channel = shared.bql.lock().unwrap().as_raw_fd();
@@ -513,7 +520,8 @@ fn spawn_main_loop(shared: &Arc<Shared>, quit: &EventFd) -> JoinHandle<()> {
             let mut bql = shared.bql.lock().unwrap();
             let deaf = shared.machine().misbehaviour.deaf;
             if deaf {
-                // From now on only the end is waited for: no front-end hears again.
+                // From now on the thread waits only for the end: a deaf front-end reads no request
+                // any more.
                 let _ = epoll.ctl(ControlOperation::Delete, channel, EpollEvent::default());
             } else {
                 bql.serve_since(woke);
@@ -525,7 +533,7 @@ fn spawn_main_loop(shared: &Arc<Shared>, quit: &EventFd) -> JoinHandle<()> {
     })
 }
 
-/// A file's bytes, as the host sees them.
+/// Bytes of a file, read on the host.
 pub fn file_bytes(file: &File, at: u64, bytes: usize) -> Vec<u8> {
     use std::os::unix::fs::FileExt;
     let mut buffer = vec![0u8; bytes];

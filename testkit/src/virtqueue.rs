@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest's side of one split virtqueue (virtio 1.4 section 2.7): a driver that keeps the rules,
-//! as Linux does, and the raw access with which a hostile driver breaks them.
+//! The guest's side of one split virtqueue (virtio 1.4 section 2.7): a driver that obeys the rules,
+//! as Linux does, and raw access with which a hostile driver breaks them.
 //!
-//! What lies in the buffers is the business of the drivers on top: [`crate::driver`] (virtio-pmem),
-//! [`crate::queue`] (FUSE messages of any form), and the one of `benches/process`.
+//! The content of the buffers is defined by the drivers on top: [`crate::driver`] (virtio-pmem),
+//! [`crate::queue`] (FUSE messages of any form), and the driver of `benches/process`.
 
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{Ordering, fence};
@@ -18,27 +18,29 @@ use crate::memory::GuestMem;
 use crate::strict_vmm::Ring;
 use crate::{HANG, eventually};
 
-/// The descriptor goes on in `next`.
+/// VIRTQ_DESC_F_NEXT: the chain continues in `next`.
 pub const NEXT: u16 = 1;
-/// The device may write.
+/// VIRTQ_DESC_F_WRITE: the buffer is device-writable.
 pub const WRITE: u16 = 2;
-/// The descriptor names a table of descriptors.
+/// VIRTQ_DESC_F_INDIRECT: the buffer is a table of descriptors.
 pub const INDIRECT: u16 = 4;
 
-/// The longest queue.
+/// Limit on the queue's size, in descriptors.
 pub const MOST_SIZE: u16 = 1024;
-/// Bytes of guest memory that the rings of the longest queue take.
+/// Length of the rings of a queue of [`MOST_SIZE`], in bytes.
 pub const RINGS_BYTES: u64 = 0x9000;
+/// Offset of the available ring from the descriptor table, in bytes.
 const AVAIL_RING: u64 = 0x4000;
+/// Offset of the used ring from the descriptor table, in bytes.
 const USED_RING: u64 = 0x6000;
 const DESC_BYTES: u64 = 16;
 
 /// One descriptor.
 #[derive(Debug, Clone, Copy)]
 pub struct Desc {
-    /// Guest-physical address.
+    /// The buffer's guest address.
     pub addr: u64,
-    /// Number of bytes.
+    /// The buffer's length in bytes.
     pub len: u32,
     /// [`NEXT`], [`WRITE`], [`INDIRECT`].
     pub flags: u16,
@@ -47,21 +49,21 @@ pub struct Desc {
 }
 
 impl Desc {
-    /// A buffer that the device reads.
+    /// A device-readable buffer.
     pub fn read(addr: u64, len: u32) -> Self {
         Self { addr, len, flags: 0, next: 0 }
     }
 
-    /// A buffer that the device writes.
+    /// A device-writable buffer.
     pub fn write(addr: u64, len: u32) -> Self {
         Self { addr, len, flags: WRITE, next: 0 }
     }
 }
 
-/// What the driver negotiates.
+/// The features that the driver negotiates, and the queue's size.
 #[derive(Debug, Clone, Copy)]
 pub struct DriverOptions {
-    /// The queue's size; QEMU's `vq_size` is 128 in our documentation.
+    /// The queue's size in descriptors; 128 is QEMU's `vq_size` in README.md.
     pub size: u16,
     /// VIRTIO_F_EVENT_IDX.
     pub event_idx: bool,
@@ -75,7 +77,7 @@ impl Default for DriverOptions {
     }
 }
 
-/// A chain that was offered and not yet waited for.
+/// A chain that was made available.
 #[must_use]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Offered(u64);
@@ -93,18 +95,18 @@ pub struct Used {
 
 struct Outstanding {
     offered: Offered,
-    /// Descriptors that are free when the chain comes back.
+    /// Descriptors that become free when the chain is returned.
     descs: Vec<u16>,
 }
 
-/// One queue.
+/// The guest's side of one virtqueue.
 pub struct Virtqueue {
-    /// The RAM that the rings lie in.
+    /// The RAM that contains the rings.
     pub mem: GuestMem,
     at: u64,
     options: DriverOptions,
     free: Vec<u16>,
-    /// By the index of the chain's first descriptor.
+    /// Outstanding chains, by the index of their first descriptor.
     outstanding: Vec<Option<Outstanding>>,
     offered: u64,
     next_avail: u16,
@@ -116,7 +118,7 @@ pub struct Virtqueue {
 }
 
 impl Virtqueue {
-    /// A queue with empty rings, which begin at `at` in `mem`.
+    /// A queue with empty rings at guest address `at` of `mem`.
     pub fn new(mem: GuestMem, at: u64, options: DriverOptions) -> Self {
         let call = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let call_epoll = Epoll::new().unwrap();
@@ -140,7 +142,7 @@ impl Virtqueue {
         queue
     }
 
-    /// What a driver does after a device reset: new rings, nothing outstanding.
+    /// Resets the driver's state, as after a device reset: new rings, no outstanding chain.
     pub fn reset(&mut self, options: DriverOptions) {
         assert!(options.size.is_power_of_two() && options.size <= MOST_SIZE);
         self.mem.write_slice(&[0u8; RINGS_BYTES as usize], GuestAddress(self.at)).unwrap();
@@ -156,14 +158,14 @@ impl Virtqueue {
         self.options
     }
 
-    /// The rings' guest-physical addresses: descriptor table, available ring, used ring.
+    /// The rings' guest addresses: descriptor table, available ring, used ring.
     pub fn rings(&self) -> [u64; 3] {
         [self.at, self.at + AVAIL_RING, self.at + USED_RING]
     }
 
     // --- descriptors ---
 
-    /// How many descriptors are free.
+    /// The number of free descriptors.
     pub fn num_free(&self) -> usize {
         self.free.len()
     }
@@ -174,19 +176,19 @@ impl Virtqueue {
         (0..n).map(|_| self.free.pop().unwrap()).collect()
     }
 
-    /// Writes a descriptor of the queue's table.
+    /// Writes a descriptor to the queue's table.
     pub fn set_desc(&self, index: u16, desc: Desc) {
         self.set_desc_in(self.at, index, desc);
     }
 
-    /// Writes a descriptor of any table.
+    /// Writes a descriptor to the table at guest address `table`.
     pub fn set_desc_in(&self, table: u64, index: u16, desc: Desc) {
         let at = table + u64::from(index) * DESC_BYTES;
         self.mem.write_slice(&encoded(desc), GuestAddress(at)).unwrap();
     }
 
-    /// Writes `descs` as one chain and returns the descriptors of the queue that it takes. An
-    /// indirect table goes to `table`.
+    /// Writes `descs` as one chain, and returns the descriptors of the queue's table that it takes.
+    /// An indirect table is written to guest address `table`.
     pub fn write_chain(&mut self, table: u64, descs: &[Desc]) -> Vec<u16> {
         if self.options.indirect {
             let taken = self.take_descs(1);
@@ -201,7 +203,8 @@ impl Virtqueue {
         taken
     }
 
-    /// Writes `descs` as an indirect table at `table`, and the descriptor `head` that names it.
+    /// Writes `descs` as an indirect table to guest address `table`, and descriptor `head` that
+    /// refers to it.
     pub fn write_indirect(&self, head: u16, table: u64, descs: &[Desc]) {
         let mut bytes = Vec::with_capacity(descs.len() * DESC_BYTES as usize);
         for (i, desc) in descs.iter().enumerate() {
@@ -218,20 +221,23 @@ impl Virtqueue {
 
     // --- the available ring ---
 
-    /// Offers the chain that begins with `descs[0]`; they are free again when it comes back.
+    /// Makes the chain that begins with `descs[0]` available. `descs` become free when it is
+    /// returned.
     pub fn offer(&mut self, descs: Vec<u16>) -> Offered {
         let offered = self.add(descs);
         self.publish();
         offered
     }
 
-    /// The same, and the device does not see it before [`publish`](Self::publish).
+    /// Like [`offer`](Self::offer), but the device does not see the chain before
+    /// [`publish`](Self::publish).
     pub fn add(&mut self, descs: Vec<u16>) -> Offered {
         let head = descs[0];
         self.add_with(head, descs)
     }
 
-    /// The same for a chain that begins with `head`, whose descriptors the caller keeps for it.
+    /// Like [`add`](Self::add), for a chain that begins with `head` and whose descriptors the
+    /// caller manages.
     pub fn add_kept(&mut self, head: u16) -> Offered {
         self.add_with(head, Vec::new())
     }
@@ -245,7 +251,8 @@ impl Virtqueue {
         offered
     }
 
-    /// Offers any word. If it comes back, [`pop_used`](Self::pop_used) panics.
+    /// Makes any word available as a head. If the device returns it, [`pop_used`](Self::pop_used)
+    /// panics.
     pub fn offer_untracked(&mut self, head: u16) {
         self.add_head(head);
         self.publish();
@@ -258,23 +265,23 @@ impl Virtqueue {
         self.next_avail = self.next_avail.wrapping_add(1);
     }
 
-    /// Shows the device all that was added.
+    /// Publishes all chains that were added.
     pub fn publish(&self) {
         self.publish_avail_idx(self.next_avail);
     }
 
-    /// Writes the available index, right or wrong.
+    /// Writes the available index; it may be invalid.
     pub fn publish_avail_idx(&self, idx: u16) {
         let index = GuestAddress(self.at + AVAIL_RING + 2);
         self.mem.store(idx, index, Ordering::Release).unwrap();
     }
 
-    /// The available index that a well-behaved driver would have published.
+    /// The available index of a driver that obeys the rules.
     pub fn avail_idx(&self) -> u16 {
         self.next_avail
     }
 
-    /// Kicks if the device wants to be kicked (virtio 1.4 section 2.7.10).
+    /// Kicks unless the device has suppressed kicks (virtio 1.4 section 2.7.10).
     pub fn kick(&mut self) {
         fence(Ordering::SeqCst);
         let (new, old) = (self.next_avail, self.kicked);
@@ -289,13 +296,13 @@ impl Virtqueue {
         }
     }
 
-    /// Kicks whatever the device wants.
+    /// Kicks even if the device has suppressed kicks.
     pub fn force_kick(&self) {
         self.kick.write(1).unwrap();
     }
 
-    /// Waits until the device has taken all that was offered and asked for the next kick.
-    /// Needs EVENT_IDX, where the device says so.
+    /// Waits until the device has taken all offered chains and has asked for the next kick. Needs
+    /// EVENT_IDX: the device then publishes the index of the next kick.
     pub fn wait_taken(&self) {
         assert!(self.options.event_idx);
         eventually("the device to take all requests", || self.avail_event() == self.next_avail);
@@ -308,17 +315,17 @@ impl Virtqueue {
         self.load(USED_RING + 2)
     }
 
-    /// The used index up to which this driver has looked.
+    /// The used index up to which this driver has taken chains.
     pub fn collected(&self) -> u16 {
         self.last_used
     }
 
-    /// How many chains are offered and not seen to have been returned.
+    /// The number of offered chains that this driver has not seen returned.
     pub fn num_outstanding(&self) -> usize {
         self.outstanding.iter().flatten().count()
     }
 
-    /// The next chain that has come back, without waiting.
+    /// The next returned chain, if there is one. Does not wait.
     pub fn pop_used(&mut self) -> Option<Used> {
         if self.used_idx() == self.last_used {
             return None;
@@ -328,7 +335,7 @@ impl Virtqueue {
         let id: u32 = self.mem.read_obj(GuestAddress(element)).unwrap();
         let len: u32 = self.mem.read_obj(GuestAddress(element + 4)).unwrap();
         self.last_used = self.last_used.wrapping_add(1);
-        // As Linux: "id %u is not a head!". It is also how a double answer shows.
+        // Linux's error "id %u is not a head!". A chain that is returned twice is found here, too.
         let back = self.outstanding.get_mut(id as usize).and_then(Option::take);
         let Outstanding { offered, descs } =
             back.unwrap_or_else(|| panic!("the device returned {id}, which is no head"));
@@ -336,13 +343,13 @@ impl Virtqueue {
         Some(Used { offered, head: id as u16, len })
     }
 
-    /// Writes used_event: "call me for the element after those that I have seen".
+    /// Writes used_event: requests a call for the next used element after those that were taken.
     pub fn ask_for_call(&self) {
         let used_event = self.at + AVAIL_RING + 4 + u64::from(self.options.size) * 2;
         self.mem.store(self.last_used, GuestAddress(used_event), Ordering::Relaxed).unwrap();
     }
 
-    /// Waits until there is something to pop.
+    /// Waits until a returned chain can be taken.
     pub fn sleep_until_used(&self, deadline: Instant) {
         self.ask_for_call();
         fence(Ordering::SeqCst);
@@ -361,7 +368,7 @@ impl Virtqueue {
         let _ = self.call.read();
     }
 
-    /// When a wait that begins now has hung.
+    /// The time at which a wait that begins now counts as hung.
     pub fn deadline() -> Instant {
         Instant::now() + HANG
     }
@@ -393,7 +400,7 @@ impl Ring for Virtqueue {
         self.rings().map(|ring| self.mem.get_host_address(GuestAddress(ring)).unwrap() as u64)
     }
 
-    /// QEMU gives no kick across a stop either.
+    /// A new eventfd: QEMU does not keep a kick over a stop either.
     fn fresh_kick(&mut self) -> EventFd {
         self.kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         self.kick.try_clone().unwrap()

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Cuts a connection whose peer does not answer in time. (vhost's `Frontend` waits for ever,
-//! and takes a receive timeout for a reason to try again.)
+//! Shuts down a connection whose peer does not reply in time. (vhost's `Frontend` has no time
+//! limit, and repeats the read after a receive timeout.)
 
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -31,7 +31,7 @@ impl Watchdog {
         Self { shared, thread: Some(thread) }
     }
 
-    /// Runs `call`; `None` if it had to be cut off after `limit`.
+    /// Runs `call`; `None` if it lasted longer than `limit`, and the connection was shut down.
     pub fn guard<T>(&self, limit: Duration, call: impl FnOnce() -> T) -> Option<T> {
         let (state, changed) = &*self.shared;
         state.lock().unwrap().until = Some(Instant::now() + limit);

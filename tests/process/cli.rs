@@ -444,15 +444,18 @@ fn a_second_daemon_on_one_file_is_refused() {
 fn bad_socket_paths_are_refused() {
     let place = Place::new();
     fs::write(place.path("sock"), b"mine").unwrap();
-    place.refuses(&mut place.pmem("good"), &["is no socket, but a file"]);
+    place.refuses(&mut place.pmem("good"), &["exists and is a file, not a socket"]);
     // A file to create must not appear either when the socket is bad.
-    place.refuses(place.pmem("new").args(["--size", "2M"]), &["is no socket"]);
+    place.refuses(place.pmem("new").args(["--size", "2M"]), &["not a socket"]);
     fs::remove_file(place.path("sock")).unwrap();
     fs::create_dir(place.path("sock")).unwrap();
-    place.refuses(&mut place.pmem("good"), &["is no socket, but a directory", "name a path in it"]);
+    place.refuses(
+        &mut place.pmem("good"),
+        &["exists and is a directory, not a socket", "name a path in it"],
+    );
     fs::remove_dir(place.path("sock")).unwrap();
     std::os::unix::fs::symlink("good", place.path("sock")).unwrap();
-    place.refuses(&mut place.pmem("good"), &["is no socket, but a symbolic link"]);
+    place.refuses(&mut place.pmem("good"), &["exists and is a symbolic link, not a socket"]);
     fs::remove_file(place.path("sock")).unwrap();
 
     let with_socket = |path: PathBuf| {

@@ -387,8 +387,8 @@ fn a_lock_that_is_kept_holds_no_start_for_ever() {
     }
 }
 
-/// Shows: a daemon ends although another process keeps that lock: the socket stays, and a line says
-/// why.
+/// Shows: a daemon ends although another process keeps that lock: the socket is not removed, and a
+/// log line names the cause.
 #[test]
 fn a_lock_that_is_kept_holds_no_end_up() {
     let place = Place::new();
@@ -403,7 +403,7 @@ fn a_lock_that_is_kept_holds_no_end_up() {
         }
         let (code, said) = daemon.ended();
         assert_eq!(code, Some(0), "{said}");
-        assert!(said.contains("the socket stays: another process has held"), "{said}");
+        assert!(said.contains("remove the socket: another process has held"), "{said}");
         assert_eq!(place.names(), ["file", "sock", "sock.lock"]);
         drop(held);
     }
@@ -519,7 +519,7 @@ fn a_signal_breaks_off_an_allocation() {
         daemon.signal(signal);
         let (code, said) = daemon.ended();
         assert_eq!(code, Some(0), "{said}");
-        assert!(said.contains("taking back what is unfinished"), "{said}");
+        assert!(said.contains("removing the incomplete file"), "{said}");
         assert!(!said.contains("waiting for a front-end"), "{said}");
         assert_eq!(place.names(), ["trace"]);
     }

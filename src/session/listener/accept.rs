@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 1 of 6: front-ends that come while none is served, and while one is. Knows no session.
+//! Step 1 of 6: front-ends that connect while none is served, and while one is served. Knows no
+//! session.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -16,20 +17,20 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use crate::support::log_limit::RateLimit;
 
-/// A front-end that could not be served waits for the next try. What was missing (descriptors,
-/// memory, threads) tells nobody when it is there.
+/// Time between two attempts to serve a front-end after a failure. No event announces that the
+/// missing resource (descriptors, memory, threads) is available again.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// Descriptors that a session takes: at most 5 for each ring (vhost-user-backend 0.24), the
-/// connection, the back-end channel, what the window and the threads are told by, and some to
-/// spare.
+/// Number of descriptors that the library takes for each ring, at most (vhost-user-backend 0.24).
 const FDS_OF_A_RING: usize = 5;
+/// Number of descriptors that a session takes beside its rings: the connection, the back-end
+/// channel, the event descriptors of the window and the threads, and a reserve.
 const FDS_OF_A_SESSION: usize = 16;
 
-/// Waits until a front-end has connected, and leaves it to be accepted.
+/// Waits until a front-end has connected. Does not accept it.
 ///
 /// # Errors
-/// The system's.
+/// The errno of poll(2), except EINTR.
 pub(crate) fn wait_for_front_end(listener: &UnixListener) -> io::Result<()> {
     let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
     loop {
@@ -40,11 +41,11 @@ pub(crate) fn wait_for_front_end(listener: &UnixListener) -> io::Result<()> {
     }
 }
 
-/// Whether a session of `rings` could have its descriptors. The library leaves threads behind where
-/// it finds none half-way.
+/// Checks that a session of `rings` rings could get its descriptors. Without this check the library
+/// would leave threads behind when it runs out of descriptors in the middle of its set-up.
 ///
 /// # Errors
-/// EMFILE or ENFILE, most likely.
+/// The errno of fcntl(2) F_DUPFD_CLOEXEC: EMFILE or ENFILE.
 pub(crate) fn room_for_a_session(listener: &UnixListener, rings: usize) -> io::Result<()> {
     let wanted = FDS_OF_A_SESSION + FDS_OF_A_RING * rings;
     let spare: io::Result<Vec<OwnedFd>> =
@@ -52,16 +53,17 @@ pub(crate) fn room_for_a_session(listener: &UnixListener, rings: usize) -> io::R
     spare.map(drop)
 }
 
-/// What happens when a front-end can't be served and the daemon goes on.
+/// Delays and logs the attempts to serve a front-end with `--keep-listening`.
 #[derive(Default)]
 pub(crate) struct Retries(RateLimit);
 
 impl Retries {
-    /// Says why, and waits a moment, in which the front-end waits in the listener's queue.
+    /// Logs `cause` and sleeps for [`RETRY`]. A front-end that was not accepted stays in the
+    /// listener's queue.
     pub(crate) fn after(&self, cause: &dyn std::fmt::Display) {
         if let Some(held_back) = self.0.admit(Instant::now()) {
             error!(
-                "a front-end can't be served yet: {cause}; it is tried again every {} ms\
+                "a front-end can't be served yet: {cause}; the daemon tries again every {} ms\
                  {held_back}",
                 RETRY.as_millis()
             );
@@ -70,13 +72,14 @@ impl Retries {
     }
 }
 
-/// Says of each front-end that comes while one is served that it waits, for as long as this lives.
+/// Logs each front-end that connects while another one is served. Dropping it ends the thread
+/// `waiting`.
 pub(crate) struct Waiting(Option<(EventFd, JoinHandle<()>)>);
 
 impl Waiting {
-    /// Watches the listener, and accepts nobody.
+    /// Starts the thread that watches the listener. It accepts no front-end.
     pub(crate) fn watch(listener: &UnixListener) -> Self {
-        Self(watch(listener).inspect_err(|e| debug!("who waits is not told: {e}")).ok())
+        Self(watch(listener).inspect_err(|e| debug!("waiting front-ends are not logged: {e}")).ok())
     }
 }
 
@@ -90,7 +93,9 @@ impl Drop for Waiting {
     }
 }
 
+/// Epoll data of the event descriptor that ends the thread.
 const STOP: u64 = 0;
+/// Epoll data of the listener.
 const CAME: u64 = 1;
 
 fn watch(listener: &UnixListener) -> io::Result<(EventFd, JoinHandle<()>)> {
@@ -99,17 +104,18 @@ fn watch(listener: &UnixListener) -> io::Result<(EventFd, JoinHandle<()>)> {
     let add =
         |fd, events, data| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, data));
     add(stop.as_raw_fd(), EventSet::IN, STOP)?;
-    // Edges: the queue stays readable, and each one that comes is told of once.
+    // Edge-triggered: the listener stays readable while a front-end waits, and each new front-end
+    // is one event.
     add(listener.as_raw_fd(), EventSet::IN | EventSet::EDGE_TRIGGERED, CAME)?;
-    // The thread holds both, since an epoll forgets what is closed.
+    // The thread keeps both open: closing a descriptor removes it from the epoll set.
     let held = (stop.try_clone()?, listener.try_clone()?);
     let thread = Builder::new().name("waiting".into()).spawn(move || {
         let limit = RateLimit::default();
         while came(&epoll) {
             if let Some(held_back) = limit.admit(Instant::now()) {
                 warn!(
-                    "another front-end has connected, and waits until the one that is served has gone: \
-                     a daemon serves one at a time{held_back}"
+                    "another front-end has connected, and waits until the current one disconnects: \
+                     the daemon serves one front-end at a time{held_back}"
                 );
             }
         }
@@ -118,7 +124,7 @@ fn watch(listener: &UnixListener) -> io::Result<(EventFd, JoinHandle<()>)> {
     Ok((stop, thread))
 }
 
-/// Waits for the next one. False at the end.
+/// Waits for the next front-end. False at the end.
 fn came(epoll: &Epoll) -> bool {
     let mut events = [EpollEvent::default(); 2];
     loop {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The right to bind, replace or remove a socket at a path: a lock on a file beside it, for a
-//! moment.
+//! The exclusive right to bind, replace or remove the socket at a path: a flock(2) on the file
+//! `PATH.lock`, held for some milliseconds.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -17,27 +17,28 @@ use nix::unistd::geteuid;
 
 use crate::support::file_id::FileId;
 
-/// Another process holds the claim for some milliseconds, unless it hangs or was stopped (SIGSTOP).
+/// Time limit on the wait for the claim. A process holds it for some milliseconds, unless it hangs
+/// or was stopped (SIGSTOP).
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The time between two tries. flock(2) has no deadline, and a blocked signal does not end it.
+/// Time between two attempts. flock(2) has no timeout, and a blocked signal does not interrupt it.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// Held by one process at a time for each path. The file goes when it is dropped. One that a killed
-/// process has left behind is taken.
+/// Held by one process at a time for each path. Dropping it removes the lock file. A lock file that
+/// a killed process has left behind is reused.
 pub(super) struct Claim {
     path: PathBuf,
     _lock: Flock<File>,
 }
 
 impl Claim {
-    /// Waits for the other processes, each of which holds it for a moment. None if `is_asked` said
-    /// that the daemon is to end.
+    /// Waits up to [`PATIENCE`] for other processes. `None` if `must_end` returned true meanwhile.
     ///
     /// # Errors
-    /// The system's; AlreadyExists where the file is not one of ours; TimedOut where another
-    /// process kept it for [`PATIENCE`].
-    pub(super) fn take(socket: &Path, is_asked: &dyn Fn() -> bool) -> io::Result<Option<Self>> {
+    /// The errno of open(2), fstat(2) or flock(2). `AlreadyExists` if the file at `PATH.lock` is no
+    /// lock of this user's daemons. `TimedOut` if another process has held the claim for
+    /// [`PATIENCE`].
+    pub(super) fn take(socket: &Path, must_end: &dyn Fn() -> bool) -> io::Result<Option<Self>> {
         let mut name = socket.as_os_str().to_owned();
         name.push(".lock");
         let path = PathBuf::from(name);
@@ -46,9 +47,9 @@ impl Claim {
             let file = open(&path)?;
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) if is_at(&path, &lock)? => return Ok(Some(Self { path, _lock: lock })),
-                // Whoever had it has removed the file: then it is a lock on nothing.
+                // The last holder has removed this file after the open: opens the new one.
                 Ok(_) | Err((_, Errno::EINTR)) => {}
-                Err((_, Errno::EWOULDBLOCK)) if is_asked() => return Ok(None),
+                Err((_, Errno::EWOULDBLOCK)) if must_end() => return Ok(None),
                 Err((_, Errno::EWOULDBLOCK)) if Instant::now() < deadline => thread::sleep(PAUSE),
                 Err((_, Errno::EWOULDBLOCK)) => return Err(kept(&path)),
                 Err((_, e)) => return Err(e.into()),
@@ -59,7 +60,8 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        // Before the lock goes: who waits for it must find that the file is another one.
+        // Before the unlock: a process that then gets the lock finds that the path names another
+        // file.
         if let Err(e) = fs::remove_file(&self.path) {
             debug!("{}: {e}", self.path.display());
         }
@@ -72,7 +74,8 @@ fn kept(path: &Path) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, line)
 }
 
-/// Others can't hold the lock: they can't open the file.
+/// Opens or creates the lock file, with mode 0600: processes of other users can't open it, and so
+/// can't hold the lock.
 fn open(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new()
         .write(true)
@@ -84,20 +87,20 @@ fn open(path: &Path) -> io::Result<File> {
         .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
     let found = file.metadata()?;
     let is_private = found.uid() == geteuid().as_raw() && found.mode() & 0o077 == 0;
-    // A user's file of that name is no lock, and must not be removed. One with no name any more was
-    // a lock: its holder has removed it since the open.
+    // A file with content is not a lock, and must not be removed. A file without a name was a lock:
+    // its holder has removed it since the open.
     let is_empty = found.is_file() && found.len() == 0 && found.nlink() <= 1;
     if is_private && is_empty {
         return Ok(file);
     }
-    let line = format!("{} is in the way, remove it", path.display());
+    let line = format!("{} exists and is not a lock file of this user, remove it", path.display());
     Err(io::Error::new(io::ErrorKind::AlreadyExists, line))
 }
 
 /// Whether `path` still names the open `file`.
 ///
 /// # Errors
-/// The system's.
+/// The errno of statx(2) or lstat(2), except ENOENT.
 pub(super) fn is_at(path: &Path, file: &File) -> io::Result<bool> {
     let ours = FileId::of(file)?;
     match fs::symlink_metadata(path) {

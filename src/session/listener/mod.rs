@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Where the front-end finds the daemon: a path that is bound and removed, or an inherited
+//! The socket on which the daemon listens: a path that is bound and removed, or an inherited
 //! descriptor.
 //!
-//! A path is bound, replaced and removed under a `Claim`, so that of daemons that start at the same
-//! time one has it, and none removes another one's socket.
+//! A path is bound, replaced and removed under a `Claim`. Of several daemons that start at the same
+//! time on one path only one binds it, and no daemon removes the socket of another one.
 
 use std::fs::{self, File, FileType};
 use std::io;
@@ -27,48 +27,50 @@ mod claim;
 
 use self::claim::Claim;
 
-/// Bytes that a Unix socket path can have: sun_path less the final zero (unix(7)).
+/// Limit on the length of a Unix socket path, in bytes: sun_path without its final NUL (unix(7)).
 pub const PATH_MAX_BYTES: usize = 107;
 
-/// What the socket's mode lacks from its first moment on: it is 0600. (bind(2) starts from 0777.)
+/// The umask for bind(2), which starts from mode 0777: the socket has mode 0600 from the moment of
+/// its creation.
 const UMASK: Mode = Mode::from_bits_truncate(0o177);
 
-/// Its mode with `--socket-group`.
+/// Mode of the socket with `--socket-group`.
 const GROUP_MODE: u32 = 0o660;
 
-/// Where the front-end finds the daemon.
+/// The setting of `--socket-path` or `--fd`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SocketSpec {
     /// A path to bind.
     Path {
-        /// It.
+        /// The path.
         path: PathBuf,
-        /// Who may connect beside the daemon's own user.
+        /// The group of `--socket-group`, whose members may connect beside the daemon's own user.
         group: Option<String>,
     },
-    /// A listening Unix socket that was inherited.
+    /// The number of an inherited, listening Unix socket.
     Fd(RawFd),
 }
 
-/// A socket setting that can't be used: one line that says what to do. Nothing has been created or
-/// changed.
+/// A socket setting that can't be used. The text is one line with the remedy. Nothing has been
+/// created or changed.
 #[derive(Debug, Error)]
-#[allow(missing_docs)] // The texts say it better.
+#[allow(missing_docs)] // The error texts document the variants.
 pub enum SocketError {
     #[error(
-        "--socket-path has {0} bytes; the system allows {PATH_MAX_BYTES}, so take a shorter one"
+        "--socket-path has {0} bytes, but a Unix socket path has at most {PATH_MAX_BYTES}; take a \
+         shorter path"
     )]
     PathLength(usize),
     #[error(
-        "--socket-path {path} exists and is no socket, but {what}; {advice}",
+        "--socket-path {path} exists and is {what}, not a socket; {advice}",
         path = .path.display()
     )]
     NotASocket { path: PathBuf, what: &'static str, advice: &'static str },
     #[error("--socket-path {path}: another process listens there; stop it or take another path", path = .0.display())]
     InUse(PathBuf),
-    #[error("--socket-group {0}: there is no such group; name one that 'getent group' lists")]
+    #[error("--socket-group {0}: no such group; name a group that 'getent group' lists")]
     Group(String),
-    #[error("--socket-group: {path} can't be given to that group ({error}); run the daemon as root or as a member of it", path = .path.display())]
+    #[error("--socket-group: can't change the group of {path} ({error}); run the daemon as root or as a member of it", path = .path.display())]
     GroupOwner { path: PathBuf, error: io::Error },
     #[error("--socket-path {path}: {error}", path = .path.display())]
     Kept { path: PathBuf, error: io::Error },
@@ -83,24 +85,24 @@ pub enum SocketError {
     Fd { fd: RawFd, why: &'static str },
 }
 
-/// A socket setting that was looked at, and found usable, before anything was changed.
+/// A socket setting that has been checked. Nothing has been changed yet.
 #[derive(Debug)]
 pub enum CheckedSocket {
     /// A path that can be bound.
     Path {
-        /// It.
+        /// The path.
         path: PathBuf,
-        /// Who else may connect.
+        /// The group that gets the socket.
         group: Option<Gid>,
     },
-    /// An inherited listener.
+    /// An inherited listening socket.
     Inherited(UnixListener),
 }
 
-/// Looks at the setting; changes nothing.
+/// Checks the setting; changes nothing.
 ///
 /// # Errors
-/// Each is a line for the user.
+/// [`SocketError`], except `Kept` and `GroupOwner`.
 pub fn check(spec: &SocketSpec) -> Result<CheckedSocket, SocketError> {
     match spec {
         SocketSpec::Path { path, group } => {
@@ -117,7 +119,7 @@ fn find_group(name: &str) -> Result<Gid, SocketError> {
     found.map(|group| group.gid).ok_or_else(|| SocketError::Group(name.to_owned()))
 }
 
-/// What is at a path that can be bound.
+/// The file at a path that can be bound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Found {
     Nothing,
@@ -149,7 +151,7 @@ fn no_socket(path: &Path, kind: FileType) -> SocketError {
     let (what, advice) = if kind.is_dir() {
         ("a directory", "name a path in it, like PATH/vhost.sock")
     } else if kind.is_symlink() {
-        ("a symbolic link", "name what it leads to, or take another path")
+        ("a symbolic link", "name its target, or take another path")
     } else if kind.is_file() {
         ("a file", "remove it or take another path")
     } else {
@@ -158,7 +160,7 @@ fn no_socket(path: &Path, kind: FileType) -> SocketError {
     SocketError::NotASocket { path: path.to_owned(), what, advice }
 }
 
-/// What helps against `error`.
+/// The remedy for `error`, as the end of an error text.
 fn advice(error: &io::Error) -> &'static str {
     if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
         return "; raise the limit of open files ('ulimit -n')";
@@ -177,12 +179,13 @@ fn socket_error(path: &Path, error: io::Error) -> SocketError {
     SocketError::Path { path: path.to_owned(), error }
 }
 
-/// Whether a socket is bound to `path`. A datagram socket asks: a live stream listener answers it
-/// EPROTOTYPE and notices nothing, where a real connection would use up its one session. What can't
-/// be asked is taken for alive.
+/// Whether a process listens on the socket `path`. A datagram socket connects to it: a stream
+/// listener makes that fail with EPROTOTYPE and is not notified, whereas a stream connection would
+/// use up the one session of its daemon. Every error other than ECONNREFUSED and ENOENT counts as
+/// alive.
 ///
 /// # Errors
-/// The system has no socket to ask with.
+/// The errno of socket(2) if no datagram socket can be created.
 fn is_alive(path: &Path) -> io::Result<bool> {
     Ok(match UnixDatagram::unbound()?.connect(path) {
         Err(e) => !matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound),
@@ -190,34 +193,35 @@ fn is_alive(path: &Path) -> io::Result<bool> {
     })
 }
 
-/// The file of a socket that was bound here (none for an inherited one). Holds on to the file, so
-/// that it removes no other; removes it when dropped.
+/// The socket file that this process has bound; none for an inherited socket. Keeps the file open,
+/// so that it removes no other file at that path. Removes the file when dropped.
 #[derive(Debug)]
 pub struct BoundSocket(Mutex<Option<Bound>>);
 
 #[derive(Debug)]
 struct Bound {
     path: PathBuf,
-    /// The file itself (O_PATH): while it is open no other file gets its inode number.
+    /// The socket file, opened with O_PATH: while it is open the kernel gives its inode number to
+    /// no other file.
     file: File,
 }
 
 impl CheckedSocket {
-    /// Binds the path, replacing a dead socket there; an inherited listener just listens on. From
-    /// the first moment on nobody can connect but this user, and whom `--socket-group` names. No
-    /// other thread may make files meanwhile: the umask is the process's. None if `is_asked` said
-    /// that the daemon is to end while another process held the claim; nothing has been created or
-    /// changed then.
+    /// Binds the path, and replaces a dead socket there; an inherited socket is returned as it is.
+    /// Only this user and the group of `--socket-group` can connect, from the moment of the
+    /// creation. No other thread may create files meanwhile, since the umask belongs to the
+    /// process. `None` if `must_end` returned true while another process held the claim; nothing
+    /// has been created or changed then.
     ///
     /// # Errors
-    /// One line for the user; nothing has been created or changed then.
+    /// [`SocketError`]. Nothing has been created or changed then.
     pub fn listen(
         self,
-        is_asked: &dyn Fn() -> bool,
+        must_end: &dyn Fn() -> bool,
     ) -> Result<Option<(UnixListener, BoundSocket)>, SocketError> {
         let (listener, bound) = match self {
             Self::Inherited(listener) => (listener, None),
-            Self::Path { path, group } => match bind(path, group, is_asked)? {
+            Self::Path { path, group } => match bind(path, group, must_end)? {
                 Some((listener, bound)) => (listener, Some(bound)),
                 None => return Ok(None),
             },
@@ -227,14 +231,14 @@ impl CheckedSocket {
 }
 
 impl BoundSocket {
-    /// Removes the file, if it is still the one that was made here. Callable more than once; each
-    /// caller returns after the removal.
+    /// Removes the socket file, unless another file has replaced it. May be called by several
+    /// threads and more than once; each call returns after the removal.
     pub fn remove(&self) {
         let mut bound = lock(&self.0);
         if let Some(bound) = bound.take()
             && let Err(e) = bound.remove()
         {
-            warn!("{}: the socket stays: {e}", bound.path.display());
+            warn!("{}: can't remove the socket: {e}", bound.path.display());
         }
     }
 }
@@ -250,7 +254,7 @@ impl Bound {
         if !self.is_in_place() {
             return Ok(());
         }
-        // Who replaces it, since it is dead, has the claim.
+        // Another daemon that replaces this socket, because it is dead, holds the claim meanwhile.
         let _claim = Claim::take(&self.path, &|| false)?;
         if self.is_in_place() { fs::remove_file(&self.path) } else { Ok(()) }
     }
@@ -260,7 +264,8 @@ impl Bound {
     }
 
     fn give_to(&self, group: Gid) -> io::Result<()> {
-        // By way of the file, since a name may be changed: chmod(2) follows symbolic links.
+        // Through /proc/self/fd, since the path may name another file by now and chmod(2) follows
+        // links.
         let name = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         std::os::unix::fs::chown(&name, None, Some(group.as_raw()))?;
         fs::set_permissions(&name, fs::Permissions::from_mode(GROUP_MODE))
@@ -270,14 +275,14 @@ impl Bound {
 fn bind(
     path: PathBuf,
     group: Option<Gid>,
-    is_asked: &dyn Fn() -> bool,
+    must_end: &dyn Fn() -> bool,
 ) -> Result<Option<(UnixListener, Bound)>, SocketError> {
-    let claim = Claim::take(&path, is_asked).map_err(|error| match error.kind() {
+    let claim = Claim::take(&path, must_end).map_err(|error| match error.kind() {
         io::ErrorKind::TimedOut => SocketError::Kept { path: path.clone(), error },
         _ => socket_error(&path, error),
     })?;
     let Some(_claim) = claim else { return Ok(None) };
-    // Once more, now that nobody else is about to bind it.
+    // Looks again under the claim: no other daemon binds the path now.
     if look(&path)? == Found::DeadSocket
         && let Err(e) = fs::remove_file(&path)
         && e.kind() != io::ErrorKind::NotFound
@@ -317,8 +322,8 @@ fn adopt(fd: RawFd) -> Result<UnixListener, SocketError> {
         Ok(found) if !found.file_type().is_socket() => return refuse("is no socket"),
         Ok(_) => {}
     }
-    // SAFETY: it is open, as just seen, and it is ours alone: it came from the command line, which
-    // names it once, and this process opens no socket before it comes here.
+    // SAFETY: the descriptor is open, as checked above. No other owner exists: the number comes
+    // from the command line, which names it once, and this process has opened no socket yet.
     let owned = unsafe { OwnedFd::from_raw_fd(fd) };
     let family = getsockname::<SockaddrStorage>(fd).map(|name| name.family());
     if family != Ok(Some(AddressFamily::Unix)) {

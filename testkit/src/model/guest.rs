@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The model: the guest's grants, the pages that it may have stored to, and the durable ones.
+//! The model: the guest's grants, the pages that it may have stored to, and the durable pages.
 //!
 //! The modelled guest is the worst case: at every moment it stores to every page that it may write.
 
@@ -156,8 +156,8 @@ impl Guest {
         let trying = self
             .trying
             .is_some_and(|(of, first, behind)| of == file && first < end && from < behind);
-        // Of a PMD entry that the end of the file cuts, the remaining pages are flushed, whichever
-        // of its pages was dirty.
+        // The flush of a PMD entry that the end of the file cuts covers all remaining pages of the
+        // entry, whichever of them was dirty.
         let cut = from.is_multiple_of(PMD_PAGES) && end < from + PMD_PAGES;
         let entry_end = if cut { from + PMD_PAGES } else { end };
         if !trying && !pages.dirty.any(from, entry_end) && !pages.wanted.any(from, entry_end) {
@@ -217,7 +217,7 @@ impl Mapper for FrontEnd {
     }
 }
 
-/// One file's disk: the flushes and syncs that it has got.
+/// One file's disk: counts the flushes and syncs of the engine.
 pub struct Disk {
     pub file: usize,
     pub kernel: bool,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Random programs of calls, done on the engine and on a small obvious model beside it.
+//! Random programs of engine calls, run on the engine and on a simple model.
 //!
-//! `VUD_SEED=n` replays one program, `VUD_STEPS` sets how long it is. A program that fails is made
-//! as short as it can be, and printed.
+//! `VUD_SEED=n` replays one program; `VUD_STEPS` sets its number of steps. A program that fails is
+//! reduced to as few steps as possible, and printed.
 
 mod calls;
 mod check;

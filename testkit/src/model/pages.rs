@@ -4,8 +4,10 @@
 
 use std::collections::BTreeMap;
 
+/// Number of pages per element of the map.
 const CHUNK: u64 = 512;
 
+/// A set of page numbers: chunk number -> one bit per page of the chunk.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pages(BTreeMap<u64, [u64; 8]>);
 
