@@ -17,7 +17,7 @@
 //! 6. [`persist`]: the `Persist` seam: fdatasync, shared by all that wait for it, or cache lines.
 //!
 //! Beside the path: [`passthrough`] (files that claim to be longer than any map of them),
-//! [`support`] (locks, numbers of bytes, and what is said on stderr).
+//! [`sandbox`] (processes, and what each of them is left with), [`support`] (locks, numbers of bytes, and what is said on stderr).
 
 #![warn(missing_docs)]
 
@@ -28,6 +28,7 @@ pub mod passthrough;
 pub mod persist;
 pub mod pmem;
 pub mod ring;
+pub mod sandbox;
 pub mod session;
 pub mod support;
 pub mod window;

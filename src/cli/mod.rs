@@ -5,6 +5,7 @@
 mod fs;
 mod option_pairs;
 mod pmem;
+mod sandbox;
 
 use std::io::{self, Write};
 use std::os::fd::RawFd;
@@ -73,6 +74,9 @@ pub struct Common {
     /// the bytes lie in persistent memory or memory ('cacheline'), or what that asks for ('auto')
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub persist: Persist,
+
+    #[command(flatten)]
+    pub sandbox: sandbox::SandboxArgs,
 
     /// When the VM goes, wait for the next one instead of exiting
     #[arg(long)]

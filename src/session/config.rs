@@ -11,6 +11,8 @@ use super::listener::{SocketError, SocketSpec};
 use crate::fs::{FsConfig, FsError};
 use crate::persist::PersistMode;
 use crate::pmem::{PmemFileError, PmemFileSpec};
+use crate::sandbox::user_namespace::NamespaceError;
+use crate::sandbox::{SandboxError, SandboxOptions};
 
 /// The settings of `vhost-user-dax pmem`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +25,8 @@ pub struct PmemConfig {
     pub persist: PersistMode,
     /// Offer CONFIGURE_MEM_SLOTS.
     pub mem_slots: bool,
+    /// What the process that serves the guest is left with.
+    pub sandbox: SandboxOptions,
     /// Wait for the next front-end when one has gone.
     pub keep_listening: bool,
 }
@@ -76,6 +80,8 @@ pub struct FsRunConfig {
     pub socket: SocketSpec,
     /// What is served, and how.
     pub fs: FsConfig,
+    /// What the process that serves the guest is left with.
+    pub sandbox: SandboxOptions,
     /// Wait for the next front-end when one has gone.
     pub keep_listening: bool,
 }
@@ -91,6 +97,10 @@ pub enum ConfigError {
     Socket(#[from] SocketError),
     #[error(transparent)]
     Fs(#[from] FsError),
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    #[error("--uid-map, --gid-map: {0}")]
+    UserNamespace(#[from] NamespaceError),
     #[error("{0}")]
     Option(String),
 }

@@ -7,6 +7,7 @@ pub mod config;
 mod lifecycle;
 pub mod listener;
 mod restart;
+mod shut_in;
 mod signals;
 
 use std::io;
@@ -21,14 +22,17 @@ use vhost_user_backend::{Error as BackendError, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::device::Device;
-use crate::fs::{Fs, FsError, user_namespace};
+use crate::fs::{Fs, FsError};
 use crate::persist::{Durability, FilePersist};
 use crate::pmem::{FoundFile, Pmem, PmemFile, PmemFileError, file_bytes};
+use crate::sandbox::root::Share;
+use crate::sandbox::{Plan, SandboxError, user_namespace};
 use crate::session::backend::Session;
 use crate::session::config::{ConfigError, FsRunConfig, PmemConfig};
 use crate::session::listener::accept::{Retries, Waiting, room_for_a_session, wait_for_front_end};
 use crate::session::listener::{BoundSocket, SocketError};
 use crate::session::signals::{Blocked, Stop};
+use crate::support::size::Size;
 use crate::support::stderr;
 
 /// How a session ended that did not end well.
@@ -77,6 +81,12 @@ impl From<SocketError> for DaemonError {
     }
 }
 
+impl From<SandboxError> for DaemonError {
+    fn from(e: SandboxError) -> Self {
+        Self::Config(e.into())
+    }
+}
+
 impl From<FsError> for DaemonError {
     fn from(e: FsError) -> Self {
         match e {
@@ -92,6 +102,7 @@ impl From<FsError> for DaemonError {
 /// # Errors
 /// With [`DaemonError::Config`] nothing is left that was created, and nothing was changed.
 pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
+    shut_in::close_inherited(&config.socket);
     config.check_paths()?;
     let checked = listener::check(&config.socket)?;
     let path = &config.file.path;
@@ -102,18 +113,26 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
         return Err(PmemFileError::SparseLines(path.clone()).into());
     }
     found.claim()?;
+    let plan = Plan::choose(&config.sandbox, false).map_err(ConfigError::from)?;
     // Before any thread starts: all of them must leave the signals to the one that waits.
     let signals = signals::block()?;
     // All that can be refused by looking has been. The socket comes first: nothing that takes long,
     // or that two daemons must not both make, lies between the look and it.
     let listening = checked.listen(&|| signals.is_asked())?;
     let Some((listener, bound)) = listening else { return Ok(()) };
+    let made = make_file(found, chosen, &|| signals.is_asked());
+    if let Some(signal) = signals.asked() {
+        info!("{signal}: taking back what is unfinished");
+        return Ok(());
+    }
+    let (file, FilePersist { persist, .. }) = made?;
+    // What the device is asked of the file's own host is asked before the root changes.
+    let what = format!("{}: {}", path.display(), Size(file_bytes(file.file())?));
+    let file = file.keep(chosen);
+    plan.enter_user_namespace(&[], &[]).map_err(ConfigError::from)?;
+    shut_in::pmem(&plan, config.sandbox.modcaps, &bound)?;
     let stop = begin(signals, bound)?;
-    let is_asked = || stop.is_asked();
-    let made = stop.making(|| make_file(found, chosen, &is_asked))?;
-    let Some((file, FilePersist { persist, .. })) = made else { return Ok(()) };
-    let pmem = Pmem::with_mem_slots(file.keep(chosen), persist, config.mem_slots)?;
-    let what = format!("{}: {}", path.display(), pmem.size());
+    let pmem = Pmem::with_mem_slots(file, persist, config.mem_slots)?;
     run(stop, listener, pmem, &what, config.keep_listening)
 }
 
@@ -136,24 +155,24 @@ fn make_file(
 /// # Errors
 /// With [`DaemonError::Config`] nothing is left that was created, and nothing was changed.
 pub fn run_fs(config: &FsRunConfig) -> Result<(), DaemonError> {
+    shut_in::close_inherited(&config.socket);
     let checked = listener::check(&config.socket)?;
-    check_shared_dir(&config.fs.shared_dir)?;
-    let (uids, gids) = (&config.fs.uid_map, &config.fs.gid_map);
-    let mapped = !uids.is_empty() || !gids.is_empty();
-    if mapped {
-        user_namespace::check().map_err(FsError::from)?;
+    let share = open_shared_dir(&config.fs.shared_dir)?;
+    let capabilities = shut_in::share_capabilities(config).map_err(ConfigError::from)?;
+    let is_mapped = !config.fs.uid_map.is_empty() || !config.fs.gid_map.is_empty();
+    if is_mapped {
+        user_namespace::check().map_err(ConfigError::from)?;
     }
+    let plan = Plan::choose(&config.sandbox, is_mapped).map_err(ConfigError::from)?;
     let signals = signals::block()?;
     // First of all: the share's code clears the umask, and whom the socket belongs to is told from
     // outside the user namespace.
     let listening = checked.listen(&|| signals.is_asked())?;
     let Some((listener, bound)) = listening else { return Ok(()) };
-    if mapped {
-        // Before any thread starts: the kernel moves only a process that has none.
-        user_namespace::enter(uids, gids).map_err(FsError::from)?;
-    }
+    let fs = shut_in::share(&plan, config, &share, capabilities, &bound)?;
+    drop(share);
     let stop = begin(signals, bound)?;
-    let fs = Fs::new(&config.fs)?;
+    let fs = Fs::new(&fs)?;
     let what = format!("{}: tag {}", config.fs.shared_dir.display(), config.fs.tag);
     run(stop, listener, fs, &what, config.keep_listening)
 }
@@ -165,8 +184,8 @@ fn begin(signals: Blocked, bound: BoundSocket) -> io::Result<Stop> {
     Ok(stop)
 }
 
-fn check_shared_dir(path: &Path) -> Result<(), FsError> {
-    let found = std::fs::read_dir(path).map(drop);
+fn open_shared_dir(path: &Path) -> Result<Share, FsError> {
+    let found = std::fs::read_dir(path).and_then(|_| Share::open(path));
     found.map_err(|error| FsError::SharedDir { path: path.to_owned(), error })
 }
 

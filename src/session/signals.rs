@@ -7,6 +7,7 @@
 //! nothing: a VM must not lose its device with a terminal. SIGXFSZ does nothing either: a file that
 //! would grow past RLIMIT_FSIZE is EFBIG for who asked for it.
 
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::io;
 use std::process;
@@ -27,13 +28,25 @@ pub(crate) struct Blocked {
     signals: SigSet,
     /// Reads those that end the daemon.
     ends: SignalFd,
+    /// The one that has come.
+    asked: Cell<Option<Signal>>,
 }
 
 impl Blocked {
     /// Takes a signal that ends the daemon, if one has come: the caller must end it. Only before
     /// [`Stop::start`], whose thread takes all signals.
+    pub(crate) fn asked(&self) -> Option<Signal> {
+        if self.asked.get().is_none()
+            && let Ok(Some(came)) = self.ends.read_signal()
+        {
+            self.asked.set(Signal::try_from(came.ssi_signo.cast_signed()).ok());
+        }
+        self.asked.get()
+    }
+
+    /// Whether one has come.
     pub(crate) fn is_asked(&self) -> bool {
-        matches!(self.ends.read_signal(), Ok(Some(_)))
+        self.asked().is_some()
     }
 }
 
@@ -57,14 +70,12 @@ pub(crate) fn block() -> io::Result<Blocked> {
     pending.add(Signal::SIGXFSZ);
     pending.thread_block()?;
     let ends = SignalFd::with_flags(&ending, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-    Ok(Blocked { signals: waited_for, ends })
+    Ok(Blocked { signals: waited_for, ends, asked: Cell::new(None) })
 }
 
 enum Phase {
-    /// Nothing is made but the socket.
+    /// Nothing is unfinished.
     Starting,
-    /// The main thread makes something that has to go if it is not finished: it looks at `asked`.
-    Making,
     /// The device has its guest, or waits for one.
     Serving(Arc<dyn Device>),
 }
@@ -105,39 +116,14 @@ impl Stop {
         Ok(stop)
     }
 
-    /// Runs `make`, which looks at [`is_asked`](Self::is_asked) now and then, and fails if so. None
-    /// if the daemon was told to end meanwhile: what was made is dropped then.
-    ///
-    /// # Errors
-    /// Those of `make`.
-    pub(crate) fn making<T, E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<Option<T>, E> {
-        self.enter(Phase::Making);
-        let made = make();
-        let mut state = lock(&self.0.state);
-        if state.asked {
-            return Ok(None);
-        }
-        state.phase = Phase::Starting;
-        made.map(Some)
-    }
-
-    /// Whether the daemon is to end.
-    pub(crate) fn is_asked(&self) -> bool {
-        lock(&self.0.state).asked
-    }
-
     /// From here on a signal ends the device in order.
     pub(crate) fn serving(&self, device: Arc<dyn Device>) {
-        self.enter(Phase::Serving(device));
-    }
-
-    fn enter(&self, phase: Phase) {
         let mut state = lock(&self.0.state);
         if state.asked {
             drop(state);
             wait_for_the_end();
         }
-        state.phase = phase;
+        state.phase = Phase::Serving(device);
     }
 }
 
@@ -153,11 +139,6 @@ impl Inner {
         state.asked = true;
         let device = match &state.phase {
             Phase::Starting => None,
-            Phase::Making => {
-                // The main thread takes this lock to look at `asked`: no line is written under it.
-                drop(state);
-                return info!("{signal}: taking back what is unfinished");
-            }
             Phase::Serving(device) => Some(device.clone()),
         };
         drop(state);

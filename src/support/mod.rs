@@ -3,6 +3,7 @@
 //! What every step may use. Knows no step.
 
 pub mod counter;
+pub(crate) mod fd_table;
 pub(crate) mod lock;
 pub(crate) mod log_limit;
 pub mod size;

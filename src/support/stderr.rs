@@ -11,12 +11,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use env_logger::Logger;
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use nix::poll::{PollFd, PollFlags, poll};
 
 use crate::support::lock::lock;
 use crate::support::log_limit::HeldBack;
@@ -120,6 +122,22 @@ impl State {
         self.limits.values().any(|limit| limit.held_back > 0)
     }
 
+    /// Without a thread: writes as long as somebody reads, or there is room for it, and waits so
+    /// long for that. What is left waits for the next line, or the thread.
+    fn write_what_can_be(&mut self, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        while self.lost > 0 || !self.waiting.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+            let stderr = io::stderr();
+            let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+            // What is closed is ready, too. A line is shorter than what a pipe takes at once.
+            if !poll(&mut ready, left as u16).is_ok_and(|ready| ready > 0) {
+                return;
+            }
+            self.next().iter().for_each(|line| write_line(line));
+        }
+    }
+
     fn next(&mut self) -> Option<String> {
         if let Some(line) = self.waiting.pop_front() {
             return Some(line);
@@ -148,13 +166,12 @@ impl Stderr {
     }
 
     fn say(&self, mut state: MutexGuard<'_, State>, line: String) {
+        state.push(line);
         if state.detached {
-            state.push(line);
             drop(state);
             self.changed.notify_all();
         } else {
-            drop(state);
-            write_line(&line);
+            state.write_what_can_be(Duration::ZERO);
         }
     }
 
@@ -217,10 +234,7 @@ impl Log for Stderr {
         let mut state = self.lock();
         state.settle(Instant::now(), true);
         if !state.detached {
-            while let Some(line) = state.next() {
-                write_line(&line);
-            }
-            return;
+            return state.write_what_can_be(LAST_WAIT);
         }
         self.changed.notify_all();
         let left = |state: &mut State| state.busy || state.lost > 0 || !state.waiting.is_empty();
@@ -249,7 +263,14 @@ pub fn init(level: LevelFilter) {
     }
 }
 
-/// From here on a thread writes. Before it, whoever logs waits for stderr.
+/// A child process writes what waits.
+pub(crate) fn forget_waiting() {
+    if let Some(stderr) = STDERR.get() {
+        stderr.lock().waiting.clear();
+    }
+}
+
+/// From here on a thread writes. Before it, what stderr does not take at once waits.
 ///
 /// # Errors
 /// The system's: no thread can be started.

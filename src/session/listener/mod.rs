@@ -240,6 +240,26 @@ impl BoundSocket {
     }
 }
 
+impl BoundSocket {
+    /// Leaves the file to another process, which has a copy of this.
+    pub(crate) fn leave(&self) {
+        drop(lock(&self.0).take());
+    }
+
+    /// The descriptor that the removal needs.
+    pub(crate) fn descriptor(&self) -> Option<RawFd> {
+        lock(&self.0).as_ref().map(|bound| bound.file.as_raw_fd())
+    }
+
+    /// The directory that the file lies in.
+    pub(crate) fn dir(&self) -> Option<PathBuf> {
+        lock(&self.0).as_ref().map(|bound| match bound.path.parent() {
+            Some(dir) if !dir.as_os_str().is_empty() => dir.to_owned(),
+            _ => PathBuf::from("."),
+        })
+    }
+}
+
 impl Drop for BoundSocket {
     fn drop(&mut self) {
         self.remove();
