@@ -701,8 +701,12 @@ fn messages_across_regions() {
 /// resets.)
 #[test]
 fn a_storm() {
-    let host =
-        FsHost::with(FsOptions { request_queues: 2, mem_slots: false, ..FsOptions::default() });
+    let host = FsHost::with(FsOptions {
+        request_queues: 2,
+        mem_slots: false,
+        extra: vec!["--seccomp".into(), "none".into()],
+        ..FsOptions::default()
+    });
     (0..4).for_each(|i| host.put(&format!("f{i}"), &vec![i as u8; RANGE as usize]));
     let mut guest = host.boot();
     guest.destroy();

@@ -127,7 +127,7 @@ fn a_failed_fsync_is_not_forgotten() {
     if !Strace::is_here() {
         return skip("a_failed_fsync_is_not_forgotten", "no strace");
     }
-    let host = FsHost::new();
+    let host = FsHost::without_filter();
     host.put("bad", &vec![1; RANGE as usize]);
     host.put("good", &vec![1; RANGE as usize]);
     let mut guest = host.boot();
@@ -169,7 +169,7 @@ fn an_error_of_either_open_file_is_an_error() {
         ("sync_file_range", false),
         ("sync_file_range", true),
     ] {
-        let host = FsHost::new();
+        let host = FsHost::without_filter();
         host.put("file", &vec![1; RANGE as usize]);
         let mut guest = host.boot();
         let (node, fh) = guest.opened("file");
@@ -196,7 +196,7 @@ fn a_loss_by_any_name_is_remembered() {
     }
     let mut forgotten = Vec::new();
     for errno in ["EIO", "ENODATA", "ENOLINK", "ETIMEDOUT", "EILSEQ"] {
-        let host = FsHost::on_a_disk();
+        let host = FsHost::without_filter();
         let (mut guest, node, fh) = host.boot_with_stored_file();
         assert!(guest.vmm.store(0, &[3]));
         let strace =
@@ -263,7 +263,7 @@ fn a_failed_sync_ends_with_the_last_close() {
     if !Strace::is_here() {
         return skip("a_failed_sync_ends_with_the_last_close", "no strace");
     }
-    let host = FsHost::on_a_disk();
+    let host = FsHost::without_filter();
     let (mut guest, node, fh) = host.boot_with_stored_file();
     assert!(guest.vmm.store(0, &[3]));
     let strace = Strace::attach(host.pid(), "fsync,fdatasync", "error=EIO:when=1");

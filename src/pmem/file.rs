@@ -34,6 +34,10 @@ const UNFINISHED_LACKS_BYTES: u64 = 1;
 /// What is allocated at once. While a file system is at it nothing stops it.
 const PIECE_BYTES: u64 = 1 << 30;
 
+/// A daemon that was killed takes its other processes along a moment later: so long its file may
+/// still be locked.
+const LAST_USER: Duration = Duration::from_millis(500);
+
 /// How often a long allocation says how far it is.
 const TOLD_EVERY: Duration = Duration::from_secs(3);
 
@@ -431,7 +435,16 @@ fn lock(file: &File, path: &Path) -> Result<(), PmemFileError> {
         l_len: 0,
         l_pid: 0,
     };
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&whole)) {
+    let deadline = Instant::now() + LAST_USER;
+    let tried = loop {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&whole)) {
+            Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < deadline => {
+                std::thread::sleep(LAST_USER / 50);
+            }
+            tried => break tried,
+        }
+    };
+    match tried {
         Ok(_) => Ok(()),
         Err(Errno::EAGAIN | Errno::EACCES) => Err(PmemFileError::Locked(path.to_owned())),
         Err(e) => Err(PmemFileError::File { path: path.to_owned(), error: e.into() }),

@@ -14,12 +14,12 @@ use tempfile::TempDir;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use super::driver::DriverOptions;
-use super::eventually;
 use super::fuse::FsGuest;
 use super::fuse_abi::{MAP_READ, MAP_WRITE};
 use super::memory::guest_ram_with;
 use super::queue::{QUEUE_BYTES, Queue};
 use super::strict_vmm::{StrictVmm, VmmOptions};
+use super::{eventually, worker_of};
 
 /// `config_size` for virtio-fs: the tag, the number of request queues, the notification size.
 const CONFIG_BYTES: u32 = 44;
@@ -132,6 +132,12 @@ impl FsHost {
         })
     }
 
+    /// A daemon whose calls strace may fail: it does so by making them another one, which a filter
+    /// would forbid.
+    pub fn without_filter() -> Self {
+        Self::told(FsOptions::default(), &["--seccomp", "none"])
+    }
+
     /// A daemon whose share is on the disk of TMPDIR.
     pub fn on_a_disk() -> Self {
         Self::with(FsOptions { below: std::env::temp_dir(), ..FsOptions::default() })
@@ -184,7 +190,7 @@ impl FsHost {
         command.arg(daemon.get_program()).args(daemon.get_args()).env_remove("RUST_LOG");
         let mut host = Self::run(options, dir, share, command);
         // The way into the daemon's mount namespace.
-        let root = PathBuf::from(format!("/proc/{}/root", host.pid()));
+        let root = PathBuf::from(format!("/proc/{}/root", host.parent_pid()));
         host.share = root.join(host.share.strip_prefix("/").unwrap());
         Some(host)
     }
@@ -233,8 +239,13 @@ impl FsHost {
         self.said.lock().unwrap().clone()
     }
 
-    /// The daemon's process.
+    /// The daemon's process that serves the guest.
     pub fn pid(&self) -> u32 {
+        worker_of(self.child.id())
+    }
+
+    /// The daemon's process that was started.
+    pub fn parent_pid(&self) -> u32 {
         self.child.id()
     }
 
@@ -305,7 +316,9 @@ impl FsHost {
     pub fn file_maps(&self) -> Vec<String> {
         let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
         let share = self.share.to_str().unwrap();
-        maps.lines().filter(|line| line.contains(share)).map(str::to_owned).collect()
+        // Of another mount namespace, whose root has the share in /share.
+        let is_there = |line: &&str| line.contains(share) || line.contains(" /share/");
+        maps.lines().filter(is_there).map(str::to_owned).collect()
     }
 
     /// How many mappings it has of files with `name` in their names.

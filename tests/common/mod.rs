@@ -55,6 +55,21 @@ pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// The process that serves the guest: the daemon's child. The daemon itself, if it has none.
+pub fn worker_of(daemon: u32) -> u32 {
+    child_of(daemon, "vhost-user-dax").unwrap_or(daemon)
+}
+
+/// The daemon's child of that name.
+pub fn child_of(daemon: u32, name: &str) -> Option<u32> {
+    let children =
+        std::fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children")).ok()?;
+    let is_named = |pid: &u32| {
+        std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == name)
+    };
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).find(is_named)
+}
+
 /// A pmem device over a file, with a gate in the place of its disk, and a socket.
 pub struct Host {
     /// Holds the socket, the file, and whatever a test wants to put there.

@@ -13,6 +13,8 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use log::warn;
 use nix::sys::socket::{AddressFamily, SockType, SockaddrLike, SockaddrStorage};
@@ -33,6 +35,9 @@ pub const PATH_MAX_BYTES: usize = 107;
 
 /// What the socket's mode lacks from its first moment on: it is 0600. (bind(2) starts from 0777.)
 const UMASK: Mode = Mode::from_bits_truncate(0o177);
+
+/// So long a killed daemon's socket may still be bound.
+const LAST_USER: Duration = Duration::from_millis(500);
 
 /// Its mode with `--socket-group`.
 const GROUP_MODE: u32 = 0o660;
@@ -132,7 +137,7 @@ fn look(path: &Path) -> Result<Found, SocketError> {
     }
     match fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => Err(no_socket(path, found.file_type())),
-        Ok(_) => match is_alive(path) {
+        Ok(_) => match stays_alive(path) {
             Ok(true) => Err(SocketError::InUse(path.to_owned())),
             Ok(false) => Ok(Found::DeadSocket),
             Err(e) => Err(socket_error(path, e)),
@@ -176,6 +181,24 @@ fn advice(error: &io::Error) -> &'static str {
 
 fn socket_error(path: &Path, error: io::Error) -> SocketError {
     SocketError::Path { path: path.to_owned(), error }
+}
+
+/// Whether a socket is bound to `path`, and still is when a daemon that was killed would have taken
+/// its other processes along.
+///
+/// # Errors
+/// As of [`is_alive`].
+fn stays_alive(path: &Path) -> io::Result<bool> {
+    let deadline = Instant::now() + LAST_USER;
+    loop {
+        if !is_alive(path)? {
+            return Ok(false);
+        }
+        if Instant::now() >= deadline {
+            return Ok(true);
+        }
+        thread::sleep(LAST_USER / 50);
+    }
 }
 
 /// Whether a socket is bound to `path`. A datagram socket asks: a live stream listener answers it
