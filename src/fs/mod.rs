@@ -311,7 +311,7 @@ fn passthrough_config(config: &FsConfig, root: &OwnedFd) -> passthrough::Config 
         None => format!("/proc/self/fd/{}/.", root.as_raw_fd()),
         Some(_) => "/".into(),
     };
-    let (proc_sfd_rawfd, proc_mountinfo_rawfd) = fd_table::kept().ok().flatten().unzip();
+    let (proc_sfd_rawfd, proc_mountinfo_rawfd) = fd_table::kept().unwrap_or_default();
     let asked = |mode| mode != NegotiationMode::Never;
     let xattr = config.xattr
         || config.xattrmap.is_some()

@@ -2,11 +2,12 @@
 
 //! What a file's bytes lie in, who knows which of them are dirty, and so what makes them durable.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use nix::sys::stat::{major, minor};
 use nix::sys::statfs;
@@ -16,6 +17,7 @@ use super::cacheline::Instruction;
 use super::file_systems::{FileSystem, Tried};
 use super::mapped::{Direct, Lines, maps_sync};
 use super::{Fdatasync, Persist};
+use crate::support::lock::lock;
 use crate::support::units::{PAGE_BYTES, PMD_BYTES};
 
 /// What a file's bytes lie in.
@@ -244,19 +246,26 @@ impl DaxNode {
             return Ok(None);
         }
         let number = found.rdev();
+        // A process that is shut in sees no /sys: what was looked at before is known.
+        static KNOWN: Mutex<BTreeMap<u64, DaxNode>> = Mutex::new(BTreeMap::new());
+        if let Some(known) = lock(&KNOWN).get(&number) {
+            return Ok(Some(*known));
+        }
         let node = PathBuf::from(format!("/sys/dev/char/{}:{}", major(number), minor(number)));
         let subsystem = fs::canonicalize(node.join("subsystem")).unwrap_or_default();
         if subsystem.file_name().is_none_or(|name| name != "dax") {
             return Ok(None);
         }
-        let number = |name: &str| {
+        let value = |name: &str| {
             let text = fs::read_to_string(node.join(name))?;
             text.trim().parse::<u64>().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
         };
         // Before Linux 5.10 only the region has one; nearly all have that of a huge page.
-        let align = number("align").or_else(|_| number("../dax_region/align"));
+        let align = value("align").or_else(|_| value("../dax_region/align"));
         let align = align.ok().filter(|align| align.is_power_of_two()).unwrap_or(PMD_BYTES);
-        Ok(Some(Self { bytes: number("size")?, align }))
+        let known = Self { bytes: value("size")?, align };
+        lock(&KNOWN).insert(number, known);
+        Ok(Some(known))
     }
 }
 

@@ -222,9 +222,13 @@ fn die_with(parent: &OwnedFd) -> io::Result<()> {
 }
 
 fn shut_in(plan: &Plan, cell: &Cell<'_>, last_call: LastCall) -> io::Result<()> {
-    if plan.is_root {
-        // Groups of the daemon's user are no business of the guest's.
-        set_thread_groups(&[])?;
+    // Groups of the daemon's user are no business of the guest's. A user namespace may not permit
+    // it.
+    if plan.is_root
+        && capabilities::has(CapabilitySet::SETGID)
+        && let Err(e) = set_thread_groups(&[])
+    {
+        debug!("supplementary groups stay: {e}");
     }
     match plan.mode {
         SandboxMode::Namespace => {
@@ -232,13 +236,13 @@ fn shut_in(plan: &Plan, cell: &Cell<'_>, last_call: LastCall) -> io::Result<()> 
             root::enter(cell.share, cell.readonly)?;
         }
         SandboxMode::Chroot => {
-            fd_table::keep()?;
+            fd_table::keep(true)?;
             root::change(cell.share)?;
         }
         SandboxMode::None => {}
     }
     if plan.uses_landlock(cell) {
-        fd_table::keep()?;
+        fd_table::keep(false)?;
         let fds = fd_table::open()?;
         let below: Vec<&File> = cell.share.map(Share::root).into_iter().chain([&fds]).collect();
         match landlock::restrict(&below) {
@@ -247,7 +251,7 @@ fn shut_in(plan: &Plan, cell: &Cell<'_>, last_call: LastCall) -> io::Result<()> 
             Err(e) => debug!("Landlock can't be used: {e}"),
         }
     }
-    if plan.drops_capabilities {
+    if plan.drops_capabilities || cell.table == Table::Pmem {
         capabilities::keep(cell.capabilities)?;
     }
     rustix::thread::set_no_new_privs(true)?;

@@ -44,7 +44,7 @@ pub struct Plan {
     pub mode: SandboxMode,
     /// What a forbidden call does.
     pub seccomp: SeccompMode,
-    /// This process is root in the host's user namespace, or in the container's.
+    /// This process is the host's root, or the container's.
     pub(super) is_root: bool,
     /// A user that is not root and has no user namespace has no capability that could be dropped
     /// without a loss of what it was given on purpose.
@@ -61,12 +61,15 @@ impl Plan {
     /// See [`SandboxError`].
     pub fn choose(options: &SandboxOptions, is_mapped: bool) -> Result<Self, SandboxError> {
         let is_root = geteuid().is_root();
+        // A user who was given the capability is in no need of a user namespace, where it would not
+        // count.
+        let needs_user = is_mapped || !(is_root || capabilities::has(CapabilitySet::SYS_ADMIN));
         let plan = |mode| Self {
             mode,
             seccomp: options.seccomp,
             is_root,
             drops_capabilities: is_root || mode == SandboxMode::Namespace,
-            needs_user: mode == SandboxMode::Namespace && !is_root,
+            needs_user: mode == SandboxMode::Namespace && needs_user,
         };
         match options.mode {
             Some(SandboxMode::None | SandboxMode::Chroot) if is_mapped => Err(SandboxError::Maps),
@@ -75,7 +78,7 @@ impl Plan {
                 let may = is_root && capabilities::has(CapabilitySet::SYS_CHROOT);
                 if may { Ok(plan(SandboxMode::Chroot)) } else { Err(SandboxError::Chroot) }
             }
-            named => match try_namespaces(!is_root) {
+            named => match try_namespaces(needs_user) {
                 Ok(()) => Ok(plan(SandboxMode::Namespace)),
                 Err(why) if named.is_some() || is_mapped => Err(SandboxError::Namespace(why)),
                 Err(why) => {

@@ -56,6 +56,7 @@ const THREADS: &[c_long] = &[
     SYS_rseq,
     SYS_sched_getaffinity,
     SYS_sched_yield,
+    SYS_sysinfo, // sysconf(3): memory.
     SYS_set_robust_list,
 ];
 
@@ -98,8 +99,15 @@ const SESSION: &[c_long] = &[
     SYS_shutdown,
 ];
 
+/// cachestat(2), which the libc crate does not know: `persist/dirty.rs`.
+const SYS_CACHESTAT: c_long = 451;
+
+/// fchmodat2(2), which newer C libraries call for fchmodat(3) with flags.
+const SYS_FCHMODAT2: c_long = 452;
+
 /// Open files: both devices read, write, measure and sync them. openat is for /proc/self/fd.
 const FILES: &[c_long] = &[
+    SYS_CACHESTAT,
     SYS_fallocate,
     SYS_fdatasync,
     SYS_fstat,
@@ -128,6 +136,7 @@ const SHARE: &[c_long] = &[
     SYS_copy_file_range,
     SYS_faccessat,
     SYS_faccessat2,
+    SYS_FCHMODAT2,
     SYS_fchdir, // Extended attributes of what can't be opened: by a path relative to the thread.
     SYS_fchmod,
     SYS_fchmodat,
@@ -259,6 +268,8 @@ impl Table {
         // A ring's indices, which may lie where no memory is (`ring/vring.rs`): this process's own.
         let this = u64::from(std::process::id());
         allowed.push(Allowed::If(SYS_process_vm_readv, 0, Arg::Is(this)));
+        // Limits are read, and not set.
+        allowed.push(Allowed::If(SYS_prlimit64, 2, Arg::Lacks(u64::MAX)));
         // Unread bytes of a socket (`window/channel/raw.rs`); FIEMAP (`dax/fiemap.rs`).
         for request in [TIOCOUTQ, FIONREAD, FIONBIO, FS_IOC_FIEMAP] {
             allowed.push(Allowed::If(SYS_ioctl, 1, Arg::Is(request)));

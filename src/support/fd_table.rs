@@ -13,20 +13,19 @@ use rustix::fs::{CWD, Dir, Mode, OFlags, openat};
 /// What [`keep`] has opened.
 struct Kept {
     table: File,
-    mountinfo: File,
+    mountinfo: Option<File>,
 }
 
 static KEPT: OnceLock<Kept> = OnceLock::new();
 
-/// Keeps /proc/self/fd and /proc/self/mountinfo within reach. Of this process, and of no child.
+/// Keeps /proc/self/fd within reach, of this process, and of no child; and /proc/self/mountinfo, if
+/// `mountinfo`.
 ///
 /// # Errors
 /// The system's.
-pub(crate) fn keep() -> io::Result<()> {
-    let kept = Kept {
-        table: File::open("/proc/self/fd")?,
-        mountinfo: File::open("/proc/self/mountinfo")?,
-    };
+pub(crate) fn keep(mountinfo: bool) -> io::Result<()> {
+    let mountinfo = mountinfo.then(|| File::open("/proc/self/mountinfo")).transpose()?;
+    let kept = Kept { table: File::open("/proc/self/fd")?, mountinfo };
     let _ = KEPT.set(kept);
     Ok(())
 }
@@ -48,9 +47,10 @@ pub(crate) fn open() -> io::Result<File> {
 ///
 /// # Errors
 /// The system's.
-pub(crate) fn kept() -> io::Result<Option<(File, File)>> {
-    let copy = |kept: &Kept| Ok((kept.table.try_clone()?, kept.mountinfo.try_clone()?));
-    KEPT.get().map(copy).transpose()
+pub(crate) fn kept() -> io::Result<(Option<File>, Option<File>)> {
+    let Some(kept) = KEPT.get() else { return Ok((None, None)) };
+    let mountinfo = kept.mountinfo.as_ref().map(File::try_clone).transpose()?;
+    Ok((Some(kept.table.try_clone()?), mountinfo))
 }
 
 /// The numbers of all descriptors.
