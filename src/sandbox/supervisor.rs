@@ -67,7 +67,13 @@ pub(super) fn supervise(
 fn reap(worker: Pid, last_call: LastCall, helper: Option<Helper>) -> Option<i32> {
     loop {
         match waitpid(None::<Pid>, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(pid, code)) if pid == worker => return Some(code),
+            Ok(WaitStatus::Exited(pid, code)) if pid == worker => {
+                // Where a tracer keeps the kernel from ending it, it ends by itself.
+                if last_call.number().is_some() {
+                    error!("{}", ended("worker", Signal::SIGSYS, last_call));
+                }
+                return Some(code);
+            }
             Ok(WaitStatus::Signaled(pid, signal, _)) if pid == worker => {
                 error!("{}", ended("worker", signal, last_call));
                 return Some(FAILURE);
