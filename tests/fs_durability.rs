@@ -30,7 +30,7 @@ fn synced(strace: &mut Strace, name: &str) -> bool {
     // One line, or two with the number of the thread.
     text.lines().any(|line| {
         let begins = line.contains("sync(") && line.contains(&end);
-        begins && (line.contains(") = 0") || line.contains("<unfinished"))
+        begins && (line.contains(" = 0") || line.contains("<unfinished"))
     }) && text.contains(" = 0")
 }
 
@@ -239,7 +239,7 @@ fn a_loss_that_a_close_has_seen_is_told_to_who_syncs() {
     // The disk breaks.
     let filler = host.dir.path().join("share.t/filler");
     let filler = filler.strip_prefix("/").unwrap();
-    let filler = PathBuf::from(format!("/proc/{}/root", host.pid())).join(filler);
+    let filler = PathBuf::from(format!("/proc/{}/root", host.parent_pid())).join(filler);
     let mut filler = File::create(filler).unwrap();
     while filler.write(&[1; 4096]).is_ok() {}
     assert!(guest.vmm.store(RANGE / 2 + 4096, b"lost"));
