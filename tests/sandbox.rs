@@ -453,3 +453,44 @@ fn a_plain_user_serves_a_guest() {
         assert!(host.ended().success());
     }
 }
+
+/// Prints what a map and its removal, a LOOKUP and a READ cost with the sandbox, and with what
+/// `--sandbox none --seccomp none` leaves of it: medians of rounds that take turns. By hand.
+#[test]
+#[ignore = "a measurement"]
+fn cost() {
+    const ROUNDS: usize = 2000;
+    let hosts = [&[][..], &["--sandbox", "none", "--seccomp", "none"]]
+        .map(|more| FsHost::told(FsOptions::default(), more));
+    let mut guests = hosts.each_ref().map(|host| {
+        host.put("file", &vec![1; RANGE as usize]);
+        let mut guest = host.boot();
+        let (node, fh) = guest.opened("file");
+        (guest, node, fh)
+    });
+    let mut times = [const { [const { Vec::new() }; 3] }; 2];
+    for round in 0..ROUNDS {
+        for which in [round % 2, 1 - round % 2] {
+            let (guest, node, fh) = &mut guests[which];
+            let [map, lookup, read] = &mut times[which];
+            let begun = std::time::Instant::now();
+            guest.setup(*node, 0, RANGE, BOTH, 0).unwrap();
+            guest.remove(&[(0, RANGE)]).unwrap();
+            map.push(begun.elapsed());
+            let begun = std::time::Instant::now();
+            guest.node("file");
+            lookup.push(begun.elapsed());
+            let begun = std::time::Instant::now();
+            guest.read(*node, *fh, 0, 4096).unwrap();
+            read.push(begun.elapsed());
+        }
+    }
+    for (i, what) in ["map and removal", "LOOKUP", "READ of 4 KiB"].into_iter().enumerate() {
+        let [sandboxed, none] = times.each_mut().map(|kinds| {
+            kinds[i].sort();
+            kinds[i][ROUNDS / 2]
+        });
+        let ratio = sandboxed.as_secs_f64() / none.as_secs_f64();
+        eprintln!("{what}: {sandboxed:?}, without {none:?}: {ratio:.3}x");
+    }
+}

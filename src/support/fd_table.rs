@@ -24,6 +24,9 @@ static KEPT: OnceLock<Kept> = OnceLock::new();
 /// # Errors
 /// The system's.
 pub(crate) fn keep(mountinfo: bool) -> io::Result<()> {
+    if KEPT.get().is_some() {
+        return Ok(()); // There may be no /proc any more.
+    }
     let mountinfo = mountinfo.then(|| File::open("/proc/self/mountinfo")).transpose()?;
     let kept = Kept { table: File::open("/proc/self/fd")?, mountinfo };
     let _ = KEPT.set(kept);
