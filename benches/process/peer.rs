@@ -122,9 +122,9 @@ impl Daemon {
         Self { child, socket }
     }
 
-    /// Its process.
+    /// Its process that serves the guest.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        crate::common::worker_of(self.child.id())
     }
 
     /// Resident memory of the kind `key` of /proc/PID/status, in KiB.
