@@ -19,7 +19,8 @@
 //! 6. [`persist`]: `Persist`: cache line writeback, or one fdatasync for all waiting flushes.
 //!
 //! Beside the path: [`passthrough`] (files whose reported length is larger than any map of them),
-//! [`support`] (locks, units, the log).
+//! [`sandbox`] (processes, namespaces, capabilities, system call filters), [`support`] (locks, units,
+//! the log).
 
 #![warn(missing_docs)]
 
@@ -30,6 +31,7 @@ pub mod passthrough;
 pub mod persist;
 pub mod pmem;
 pub mod ring;
+pub mod sandbox;
 pub mod session;
 pub mod support;
 pub mod window;

@@ -114,9 +114,9 @@ impl Daemon {
         Self { daemon: testkit::daemon::Daemon::start(command), socket }
     }
 
-    /// The process ID.
+    /// The process that serves the guest.
     pub fn pid(&self) -> u32 {
-        self.daemon.pid()
+        testkit::worker_of(self.daemon.pid())
     }
 
     /// The memory `key` of /proc/PID/status, in KiB.

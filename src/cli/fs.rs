@@ -49,13 +49,6 @@ enum FileHandles {
     Mandatory,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Sandbox {
-    None,
-    Chroot,
-    Namespace,
-}
-
 /// Share a host directory with one VM (virtio-fs), with a window into the host's page cache (DAX)
 ///
 /// The guest mounts the share by its tag. Through the window its programs load and store in the
@@ -235,9 +228,6 @@ pub struct FsArgs {
           help_heading = "Attributes and owners")]
     gid_map: Vec<GidMap>,
 
-    #[arg(long, hide = true, default_value = "none")]
-    sandbox: Sandbox,
-
     #[arg(long, hide = true, overrides_with = "no_announce_submounts")]
     announce_submounts: bool,
 
@@ -410,10 +400,11 @@ impl FsArgs {
     pub fn config(self) -> Option<Result<FsRunConfig, DaemonError>> {
         let socket = self.common.socket()?;
         let keep_listening = self.common.keep_listening;
+        let sandbox = (&self.common.sandbox).into();
         let fs = FsConfig::new(self.shared_dir.clone()?, self.tag.clone()?, self.window_size);
         Some(self.checked(fs).map_or_else(
             |line| Err(ConfigError::Option(line).into()),
-            |fs| Ok(FsRunConfig { socket, fs, keep_listening }),
+            |fs| Ok(FsRunConfig { socket, fs, sandbox, keep_listening }),
         ))
     }
 
@@ -427,13 +418,6 @@ impl FsArgs {
         }
         check_rules("--translate-uid", &self.translate_uid)?;
         check_rules("--translate-gid", &self.translate_gid)?;
-        if !matches!(self.sandbox, Sandbox::None) {
-            return Err(
-                "--sandbox: this daemon has none of its own yet; take --sandbox none and run it under \
-                 systemd's ProtectSystem= and BindPaths=, or in a container"
-                    .into(),
-            );
-        }
         let files = limit_descriptors(self.rlimit_nofile)?;
         let config = FsConfig {
             dax: match self.dax {

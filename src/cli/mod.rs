@@ -7,6 +7,7 @@ mod option_pairs;
 #[cfg(test)]
 mod options_page;
 mod pmem;
+mod sandbox;
 
 use std::io::{self, Write};
 use std::os::fd::RawFd;
@@ -89,6 +90,9 @@ pub struct Common {
     /// method and what it is worth at a power loss.
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub persist: Persist,
+
+    #[command(flatten)]
+    pub sandbox: sandbox::SandboxArgs,
 
     /// Wait for the next VM when one has gone, instead of exiting
     ///

@@ -84,6 +84,7 @@ impl PmemArgs {
             file,
             persist: self.common.persist.into(),
             mem_slots,
+            sandbox: (&self.common.sandbox).into(),
             keep_listening: self.common.keep_listening,
         })
     }

@@ -12,6 +12,7 @@ use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{CachePolicy, InodeFileHandlesMode, NegotiationMode};
 use virtiofsd::soft_idmap::cmdline::IdMap;
 
+use crate::passthrough::Mounter;
 use crate::persist::PersistMode;
 use crate::support::size::{Size, SizeError, whole_pmds};
 use crate::support::units::PMD_BYTES;
@@ -171,9 +172,18 @@ pub struct FsConfig {
     pub translate_gid: Vec<IdMap>,
     /// How many descriptors the guest may make us open.
     pub guest_fds: u64,
+    /// What makes the window's private mount.
+    pub mounter: Mounter,
+    /// The process's root is the share, which had this path.
+    pub chroot: Option<String>,
 }
 
 impl FsConfig {
+    /// Whether the settings ask for a window.
+    pub fn wants_window(&self) -> bool {
+        self.window != WindowSize::NONE && self.dax != DaxPolicy::Never && !self.readonly
+    }
+
     /// The settings of a command line that names nothing but these.
     pub fn new(shared_dir: PathBuf, tag: Tag, window: WindowSize) -> Self {
         Self {
@@ -204,6 +214,8 @@ impl FsConfig {
             translate_uid: Vec::new(),
             translate_gid: Vec::new(),
             guest_fds: u64::MAX,
+            mounter: Mounter::default(),
+            chroot: None,
         }
     }
 }

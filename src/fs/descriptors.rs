@@ -3,7 +3,7 @@
 //! Descriptors: how many the daemon keeps for itself, so that no guest can take the last one, and a
 //! count of the guest's own, so that what can't be finished for want of one is not begun.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use virtiofsd::oslib::{CFileHandle, name_to_handle_at, open_by_handle_at};
 use virtiofsd::passthrough::InodeFileHandlesMode;
 
+use crate::support::fd_table;
 use crate::support::lock::{Mutex, Rank, lock};
 use crate::support::units::PMD_BYTES;
 
@@ -63,6 +64,12 @@ pub fn reserved(config: &FsConfig) -> u64 {
     // One more of each for a file that takes another one's place.
     let requests = config.threads as u64 + rings + 1;
     own(config) + MESSAGE + regions + MAPPED_FILE * slots + (REQUEST + MAPPED_FILE) * requests
+}
+
+/// How many files may be mapped, or be about to be, at once.
+pub fn mapped_files(config: &FsConfig) -> u64 {
+    let requests = config.threads as u64 + u64::from(config.request_queues) + 2;
+    config.window.bytes().0 / PMD_BYTES + requests
 }
 
 fn own(config: &FsConfig) -> u64 {
@@ -139,7 +146,7 @@ impl Descriptors {
         let most = i64::try_from(config.guest_fds).unwrap_or(i64::MAX);
         let asked_for_handles = config.inode_file_handles != InodeFileHandlesMode::Never;
         // Without a limit there is nothing to count.
-        let table = File::open("/proc/self/fd").ok().filter(|_| most < i64::MAX);
+        let table = fd_table::open().ok().filter(|_| most < i64::MAX);
         Self {
             most,
             kept: (config.guest_fds / 8).min(KEPT) as i64,
@@ -244,7 +251,7 @@ pub(crate) fn handles_work(dir: &Path) -> io::Result<()> {
 /// How many descriptors the process has.
 fn count(table: &File) -> u64 {
     let told = table.metadata().map_or(0, |table| table.len());
-    if told > 0 { told } else { fs::read_dir("/proc/self/fd").map_or(0, |all| all.count() as u64) }
+    if told > 0 { told } else { fd_table::numbers().map_or(0, |all| all.len() as u64) }
 }
 
 #[cfg(test)]

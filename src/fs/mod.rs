@@ -26,7 +26,6 @@ mod schedule;
 mod serve;
 mod server;
 mod sync_errors;
-pub mod user_namespace;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -50,6 +49,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use crate::device::request::Request;
 use crate::device::{Device, Drained, InflightPolicy, InlineWork, RingStart, SessionWindow};
 use crate::persist::{Backing, Durability, PersistError};
+use crate::support::fd_table;
 use crate::support::log_limit::RateLimit;
 use crate::window::{MapError, ShmemMapper, WindowBytes};
 
@@ -107,9 +107,6 @@ pub enum FsError {
         no_handles(.0)
     )]
     NoHandles(io::Error),
-    /// `--uid-map` or `--gid-map` where that can't be.
-    #[error("--uid-map, --gid-map: {0}")]
-    Namespace(#[from] user_namespace::NamespaceError),
     /// `--persist` where that can't be.
     #[error("--shared-dir: {0}")]
     Persist(PersistError),
@@ -281,7 +278,7 @@ fn make_dax(
         warn!("no window: the share is mounted read-only; --readonly says so, too");
         return Ok(None);
     }
-    let mount = match PassthroughMount::new() {
+    let mount = match PassthroughMount::by(config.mounter.clone()) {
         Ok(mount) => mount,
         Err(e) if config.dax == DaxPolicy::Always => return Err(FsError::NoWindow(e)),
         Err(e) => {
@@ -315,6 +312,12 @@ fn passthrough_config(config: &FsConfig, root: &OwnedFd) -> passthrough::Config 
         CachePolicy::Auto => 1,
         CachePolicy::Metadata | CachePolicy::Always => 86_400,
     });
+    let root_dir = match &config.chroot {
+        // Opened at each INIT, and not as the link that it would be without the last part.
+        None => format!("/proc/self/fd/{}/.", root.as_raw_fd()),
+        Some(_) => "/".into(),
+    };
+    let (proc_sfd_rawfd, proc_mountinfo_rawfd) = fd_table::kept().unwrap_or_default();
     let asked = |mode| mode != NegotiationMode::Never;
     let xattr = config.xattr
         || config.xattrmap.is_some()
@@ -325,8 +328,10 @@ fn passthrough_config(config: &FsConfig, root: &OwnedFd) -> passthrough::Config 
         attr_timeout: valid,
         cache_policy: config.cache.clone(),
         writeback: config.writeback,
-        // WritebackErrors at each INIT, and not as the link that it would be without the last part.
-        root_dir: format!("/proc/self/fd/{}/.", root.as_raw_fd()),
+        root_dir,
+        mountinfo_prefix: config.chroot.clone(),
+        proc_sfd_rawfd,
+        proc_mountinfo_rawfd,
         xattr,
         xattrmap: config.xattrmap.clone(),
         announce_submounts: config.announce_submounts,

@@ -49,6 +49,12 @@ impl BackingId {
         Ok(())
     }
 
+    /// The one of a number that [`number`](Self::number) has returned, in this process or in
+    /// another one.
+    pub fn numbered(number: u32) -> Self {
+        Self(number)
+    }
+
     /// As an open's answer has it.
     pub fn number(self) -> u32 {
         self.0

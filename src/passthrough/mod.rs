@@ -33,9 +33,11 @@
 //! whoever asks something of it after the [`PassthroughMount`] is gone would wait for the child to end.
 //!
 //! CAP_SYS_ADMIN in [`PassthroughMount::new`], and in the threads that call [`PassthroughMount::open`] and drop a
-//! [`PassthroughFile`]: the kernel asks for it each time a backing id is made or closed.
+//! [`PassthroughFile`]: the kernel asks for it each time a backing id is made or closed. A process
+//! that has it not has a [`Mounter`]: [`PassthroughMount::by`].
 
 mod backing_id;
+pub mod broker;
 mod mount;
 mod protocol;
 mod server;
@@ -43,7 +45,7 @@ mod server;
 use std::fs::File;
 use std::io::{self, PipeWriter};
 use std::ops::Deref;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
@@ -54,6 +56,8 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use rustix::fs::{AtFlags, FileType, MemfdFlags, Mode, OFlags, StatxAttributes, StatxFlags};
 use thiserror::Error;
 
+use self::backing_id::BackingId;
+use self::broker::Broker;
 use self::server::{Connection, NodeId};
 use crate::support::lock::{Mutex, Rank, lock};
 
@@ -85,6 +89,9 @@ pub enum Unavailable {
         /// Of the protocol. 40 is the first that can have it.
         minor: u32,
     },
+    /// A root without /proc.
+    #[error("a daemon in a chroot can't watch what is mapped")]
+    Chroot,
     /// RLIMIT_FSIZE.
     #[error("the limit of the length of files (RLIMIT_FSIZE) permits no file of {0} bytes")]
     FileSizeLimit(usize),
@@ -105,6 +112,7 @@ impl Unavailable {
     /// What helps.
     pub fn advice(&self) -> &'static str {
         match self {
+            Self::Chroot => "take --sandbox namespace",
             Self::FileSizeLimit(_) => "raise the limit ('ulimit -f unlimited')",
             _ => "run the daemon as root on Linux 6.9 or newer",
         }
@@ -122,10 +130,59 @@ impl Unavailable {
 /// A private FUSE mount whose files are passthrough files that claim to be longer than any map of
 /// them. Somebody may abort it (`/sys/fs/fuse/connections`): then the next file makes it anew.
 pub struct PassthroughMount {
+    mounter: Mounter,
     /// A leaf.
     current: Mutex<Arc<PrivateMount>>,
     /// Whose turn it is to make a new one; held while that is made, by requests for files alone.
     renewal: Mutex<()>,
+}
+
+/// What makes the mount, and its backing ids.
+#[derive(Debug, Clone, Default)]
+pub enum Mounter {
+    /// This process, which has CAP_SYS_ADMIN.
+    #[default]
+    Here,
+    /// A broker.
+    Broker(Arc<Broker>),
+    /// Nothing: no process of the daemon may.
+    Unprivileged,
+    /// Nothing: the process has a root without /proc.
+    Chroot,
+}
+
+/// How backing ids of one mount are made.
+enum Privilege {
+    /// By this process.
+    Here,
+    /// By a broker, for which the mount has this number.
+    Broker(Arc<Broker>, u32),
+}
+
+impl Privilege {
+    fn open(&self, device: &File, file: BorrowedFd<'_>) -> io::Result<BackingId> {
+        match self {
+            Self::Here => BackingId::open(device, file),
+            Self::Broker(broker, mount) => broker.open(*mount, file),
+        }
+    }
+
+    fn close(&self, device: &File, backing: BackingId) -> io::Result<()> {
+        match self {
+            Self::Here => backing.close(device),
+            Self::Broker(broker, mount) => {
+                broker.close(*mount, backing);
+                Ok(())
+            }
+        }
+    }
+
+    /// The connection is to end: a broker holds it open, too.
+    fn unmount(&self) {
+        if let Self::Broker(broker, mount) = self {
+            broker.unmount(*mount);
+        }
+    }
 }
 
 /// One mount, its connection and its thread.
@@ -143,8 +200,16 @@ impl PassthroughMount {
     /// # Errors
     /// One clear phrase why this host can't.
     pub fn new() -> Result<Self, Unavailable> {
-        let current = Mutex::new(Arc::new(PrivateMount::new()?));
-        Ok(Self { current, renewal: Mutex::ranked(Rank::Renewal, ()) })
+        Self::by(Mounter::Here)
+    }
+
+    /// As [`new`](Self::new); `mounter` performs the steps that need a capability.
+    ///
+    /// # Errors
+    /// As of [`new`](Self::new).
+    pub fn by(mounter: Mounter) -> Result<Self, Unavailable> {
+        let current = Mutex::new(Arc::new(PrivateMount::new(&mounter)?));
+        Ok(Self { mounter, current, renewal: Mutex::ranked(Rank::Renewal, ()) })
     }
 
     /// A read-write descriptor that maps `file`'s own page cache, and whose length (`fstat`,
@@ -178,7 +243,7 @@ impl PassthroughMount {
         if !Arc::ptr_eq(&current, aborted) {
             return Ok(current); // Somebody else was quicker.
         }
-        let new = PrivateMount::new().map(Arc::new).map_err(|e| {
+        let new = PrivateMount::new(&self.mounter).map(Arc::new).map_err(|e| {
             error!(
                 "the private FUSE mount was aborted, and a new one can't be had ({e}): no file can be mapped \
                  until the daemon is started again"
@@ -195,12 +260,23 @@ impl PassthroughMount {
 }
 
 impl PrivateMount {
-    fn new() -> Result<Self, Unavailable> {
-        let device = mount::open_device()?;
-        let root = mount::detached(&device)?;
+    fn new(mounter: &Mounter) -> Result<Self, Unavailable> {
+        let (device, root, privilege) = match mounter {
+            Mounter::Unprivileged => return Err(Unavailable::NotPermitted("fsopen")),
+            Mounter::Chroot => return Err(Unavailable::Chroot),
+            Mounter::Here => {
+                let prepared = mount::prepare()?;
+                let root = prepared.mount()?;
+                (prepared.device, root, Privilege::Here)
+            }
+            Mounter::Broker(broker) => {
+                let (mount, device, root) = broker.mount()?;
+                (device, root, Privilege::Broker(broker.clone(), mount))
+            }
+        };
         server::handshake(&device)?;
         let (stopped, stop) = io::pipe().map_err(Unavailable::at("pipe"))?;
-        let connection = Arc::new(Connection::new(device));
+        let connection = Arc::new(Connection::new(device, privilege));
         let theirs = connection.clone();
         let server = std::thread::Builder::new()
             .name("passthrough".into())

@@ -15,6 +15,7 @@ use log::{debug, warn};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::Privilege;
 use super::Unavailable;
 use super::backing_id::BackingId;
 use super::protocol::{Ask, READ_BUFFER_BYTES, ROOT, Reply, Request};
@@ -46,11 +47,13 @@ pub(super) struct Connection {
     device: Mutex<Option<Arc<File>>>,
     next: AtomicU64,
     backings: Mutex<HashMap<NodeId, BackingId>>,
+    privilege: Privilege,
 }
 
 impl Connection {
-    pub(super) fn new(device: File) -> Self {
+    pub(super) fn new(device: File, privilege: Privilege) -> Self {
         Self {
+            privilege,
             device: Mutex::new(Some(Arc::new(device))),
             next: AtomicU64::new(ROOT + 1),
             backings: Mutex::new(HashMap::new()),
@@ -67,7 +70,7 @@ impl Connection {
     /// As [`BackingId::open`].
     pub(super) fn add(&self, file: BorrowedFd<'_>) -> io::Result<NodeId> {
         let device = self.device().ok_or(Errno::ENOTCONN)?;
-        let backing = BackingId::open(&device, file)?;
+        let backing = self.privilege.open(&device, file)?;
         // Relaxed: only that it is another number each time matters.
         let node = NodeId(self.next.fetch_add(1, Ordering::Relaxed));
         lock(&self.backings).insert(node, backing);
@@ -89,7 +92,7 @@ impl Connection {
     /// The last reference to a deleted file may go with it, so this is never the server's to do.
     fn close_backing(&self, backing: Option<BackingId>) {
         if let (Some(backing), Some(device)) = (backing, self.device())
-            && let Err(e) = backing.close(&device)
+            && let Err(e) = self.privilege.close(&device, backing)
         {
             warn!("a backing id can't be closed, and stays until the mount goes: {e}");
         }
@@ -179,6 +182,7 @@ struct Served<'a> {
 impl Drop for Served<'_> {
     fn drop(&mut self) {
         *lock(&self.connection.device) = None;
+        self.connection.privilege.unmount();
     }
 }
 

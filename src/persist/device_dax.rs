@@ -2,6 +2,7 @@
 
 //! Device-DAX nodes (`/dev/dax0.0`), and the page size of a map of any file.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -10,6 +11,7 @@ use std::path::PathBuf;
 use nix::sys::stat::{major, minor};
 use nix::sys::statfs;
 
+use crate::support::lock::{Mutex, lock};
 use crate::support::units::{PAGE_BYTES, PMD_BYTES};
 
 /// A device-DAX node, as sysfs describes it.
@@ -33,19 +35,26 @@ impl DaxNode {
             return Ok(None);
         }
         let number = found.rdev();
+        // A sandboxed process sees no /sys: the values were read before it was sandboxed.
+        static KNOWN: Mutex<BTreeMap<u64, DaxNode>> = Mutex::new(BTreeMap::new());
+        if let Some(known) = lock(&KNOWN).get(&number) {
+            return Ok(Some(*known));
+        }
         let node = PathBuf::from(format!("/sys/dev/char/{}:{}", major(number), minor(number)));
         let subsystem = fs::canonicalize(node.join("subsystem")).unwrap_or_default();
         if subsystem.file_name().is_none_or(|name| name != "dax") {
             return Ok(None);
         }
-        let number = |name: &str| {
+        let value = |name: &str| {
             let text = fs::read_to_string(node.join(name))?;
             text.trim().parse::<u64>().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
         };
         // Before Linux 5.10 only the region has one; nearly all have that of a huge page.
-        let align = number("align").or_else(|_| number("../dax_region/align"));
+        let align = value("align").or_else(|_| value("../dax_region/align"));
         let align = align.ok().filter(|align| align.is_power_of_two()).unwrap_or(PMD_BYTES);
-        Ok(Some(Self { bytes: number("size")?, align }))
+        let known = Self { bytes: value("size")?, align };
+        lock(&KNOWN).insert(number, known);
+        Ok(Some(known))
     }
 }
 

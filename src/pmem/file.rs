@@ -35,6 +35,9 @@ const UNFINISHED_LACKS_BYTES: u64 = 1;
 /// Number of bytes allocated by one fallocate(2), which no signal interrupts.
 const PIECE_BYTES: u64 = 1 << 30;
 
+/// How long the lock of a killed daemon's file may remain: its worker process ends shortly after it.
+const LAST_USER: Duration = Duration::from_millis(500);
+
 /// Time between two log lines about the progress of an allocation.
 const PROGRESS_EVERY: Duration = Duration::from_secs(3);
 
@@ -433,7 +436,16 @@ fn lock(file: &File, path: &Path) -> Result<(), PmemFileError> {
         l_len: 0,
         l_pid: 0,
     };
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&whole)) {
+    let deadline = Instant::now() + LAST_USER;
+    let tried = loop {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&whole)) {
+            Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < deadline => {
+                std::thread::sleep(LAST_USER / 50);
+            }
+            tried => break tried,
+        }
+    };
+    match tried {
         Ok(_) => Ok(()),
         Err(Errno::EAGAIN | Errno::EACCES) => Err(PmemFileError::Locked(path.to_owned())),
         Err(e) => Err(PmemFileError::File { path: path.to_owned(), error: e.into() }),

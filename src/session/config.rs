@@ -11,6 +11,8 @@ use super::listener::{SocketError, SocketSpec};
 use crate::fs::{FsConfig, FsError};
 use crate::persist::PersistMode;
 use crate::pmem::{PmemFileError, PmemFileSpec};
+use crate::sandbox::user_namespace::NamespaceError;
+use crate::sandbox::{SandboxError, SandboxOptions};
 
 /// The settings of `vhost-user-dax pmem`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +25,8 @@ pub struct PmemConfig {
     pub persist: PersistMode,
     /// Whether to offer CONFIGURE_MEM_SLOTS.
     pub mem_slots: bool,
+    /// The sandbox of the process that serves the guest.
+    pub sandbox: SandboxOptions,
     /// Whether to serve another front-end after one has disconnected.
     pub keep_listening: bool,
 }
@@ -77,6 +81,8 @@ pub struct FsRunConfig {
     pub socket: SocketSpec,
     /// The share and its options.
     pub fs: FsConfig,
+    /// The sandbox of the process that serves the guest.
+    pub sandbox: SandboxOptions,
     /// Whether to serve another front-end after one has disconnected.
     pub keep_listening: bool,
 }
@@ -92,6 +98,10 @@ pub enum ConfigError {
     Socket(#[from] SocketError),
     #[error(transparent)]
     Fs(#[from] FsError),
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    #[error("--uid-map, --gid-map: {0}")]
+    UserNamespace(#[from] NamespaceError),
     #[error("{0}")]
     Option(String),
 }

@@ -8,6 +8,7 @@ pub mod config;
 mod lifecycle;
 pub mod listener;
 mod restart;
+mod shut_in;
 mod signals;
 
 use std::io;
@@ -22,15 +23,18 @@ use vhost_user_backend::{Error as BackendError, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::device::Device;
-use crate::fs::{Fs, FsError, user_namespace};
+use crate::fs::{Fs, FsError};
 use crate::persist::{Durability, FilePersist};
 use crate::pmem::{FoundFile, Pmem, PmemFile, PmemFileError, file_bytes};
+use crate::sandbox::root::Share;
+use crate::sandbox::{Plan, SandboxError, user_namespace};
 use crate::session::backend::Session;
 use crate::session::closing::Closing;
 use crate::session::config::{ConfigError, FsRunConfig, PmemConfig};
 use crate::session::listener::accept::{Retries, Waiting, room_for_a_session, wait_for_front_end};
 use crate::session::listener::{BoundSocket, SocketError};
 use crate::session::signals::{Blocked, Stop};
+use crate::support::size::Size;
 use crate::support::stderr;
 
 /// Why a session failed.
@@ -80,6 +84,12 @@ impl From<SocketError> for DaemonError {
     }
 }
 
+impl From<SandboxError> for DaemonError {
+    fn from(e: SandboxError) -> Self {
+        Self::Config(e.into())
+    }
+}
+
 impl From<FsError> for DaemonError {
     fn from(e: FsError) -> Self {
         match e {
@@ -97,6 +107,7 @@ impl From<FsError> for DaemonError {
 /// [`DaemonError`]. With [`DaemonError::Config`] every file that was created has been removed, and
 /// nothing was changed.
 pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
+    shut_in::close_inherited(&config.socket);
     config.check_paths()?;
     let checked = listener::check(&config.socket)?;
     let path = &config.file.path;
@@ -107,6 +118,7 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
         return Err(PmemFileError::SparseLines(path.clone()).into());
     }
     found.claim()?;
+    let plan = Plan::choose(&config.sandbox, false).map_err(ConfigError::from)?;
     // Before the first thread starts: all threads inherit the mask of blocked signals.
     let signals = signals::block()?;
     // All checks that only look are done. The socket is bound before the file is created: so no
@@ -114,12 +126,19 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
     // and its bind.
     let listening = checked.listen(&|| signals.must_end())?;
     let Some((listener, bound)) = listening else { return Ok(()) };
+    let made = make_file(found, chosen, &|| signals.must_end());
+    if let Some(signal) = signals.ending() {
+        info!("{signal}: removing the incomplete file");
+        return Ok(());
+    }
+    let (file, FilePersist { persist, .. }) = made?;
+    // What the device is asked of the file's own host is asked before the root changes.
+    let what = format!("{}: {}", path.display(), Size(file_bytes(file.file())?));
+    let file = file.keep(chosen);
+    plan.enter_user_namespace(&[], &[]).map_err(ConfigError::from)?;
+    shut_in::pmem(&plan, config.sandbox.modcaps, &bound)?;
     let stop = begin(signals, bound)?;
-    let must_end = || stop.must_end();
-    let made = stop.making(|| make_file(found, chosen, &must_end))?;
-    let Some((file, FilePersist { persist, .. })) = made else { return Ok(()) };
-    let pmem = Pmem::with_mem_slots(file.keep(chosen), persist, config.mem_slots)?;
-    let what = format!("{}: {}", path.display(), pmem.size());
+    let pmem = Pmem::with_mem_slots(file, persist, config.mem_slots)?;
     run(stop, listener, pmem, &what, config.keep_listening)
 }
 
@@ -143,24 +162,24 @@ fn make_file(
 /// [`DaemonError`]. With [`DaemonError::Config`] every file that was created has been removed, and
 /// nothing was changed.
 pub fn run_fs(config: &FsRunConfig) -> Result<(), DaemonError> {
+    shut_in::close_inherited(&config.socket);
     let checked = listener::check(&config.socket)?;
-    check_shared_dir(&config.fs.shared_dir)?;
-    let (uids, gids) = (&config.fs.uid_map, &config.fs.gid_map);
-    let mapped = !uids.is_empty() || !gids.is_empty();
-    if mapped {
-        user_namespace::check().map_err(FsError::from)?;
+    let share = open_shared_dir(&config.fs.shared_dir)?;
+    let capabilities = shut_in::share_capabilities(config).map_err(ConfigError::from)?;
+    let is_mapped = !config.fs.uid_map.is_empty() || !config.fs.gid_map.is_empty();
+    if is_mapped {
+        user_namespace::check().map_err(ConfigError::from)?;
     }
+    let plan = Plan::choose(&config.sandbox, is_mapped).map_err(ConfigError::from)?;
     let signals = signals::block()?;
     // Binds the socket first: the code of the share clears the umask, and the owner of the socket
     // is looked up outside the user namespace.
     let listening = checked.listen(&|| signals.must_end())?;
     let Some((listener, bound)) = listening else { return Ok(()) };
-    if mapped {
-        // Before the first thread starts: unshare(2) CLONE_NEWUSER needs a process of one thread.
-        user_namespace::enter(uids, gids).map_err(FsError::from)?;
-    }
+    let fs = shut_in::share(&plan, config, &share, capabilities, &bound)?;
+    drop(share);
     let stop = begin(signals, bound)?;
-    let fs = Fs::new(&config.fs)?;
+    let fs = Fs::new(&fs)?;
     let what = format!("{}: tag {}", config.fs.shared_dir.display(), config.fs.tag);
     run(stop, listener, fs, &what, config.keep_listening)
 }
@@ -173,8 +192,8 @@ fn begin(signals: Blocked, bound: BoundSocket) -> io::Result<Stop> {
     Ok(stop)
 }
 
-fn check_shared_dir(path: &Path) -> Result<(), FsError> {
-    let found = std::fs::read_dir(path).map(drop);
+fn open_shared_dir(path: &Path) -> Result<Share, FsError> {
+    let found = std::fs::read_dir(path).and_then(|_| Share::open(path));
     found.map_err(|error| FsError::SharedDir { path: path.to_owned(), error })
 }
 

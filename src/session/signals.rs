@@ -7,6 +7,7 @@
 //! nothing: a VM must keep its device when a terminal is closed. SIGXFSZ does nothing either: a
 //! write past RLIMIT_FSIZE fails with EFBIG for the request that caused it.
 
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::io;
 use std::process;
@@ -28,13 +29,25 @@ pub(crate) struct Blocked {
     signals: SigSet,
     /// A signalfd for SIGTERM and SIGINT.
     ends: SignalFd,
+    /// The one that has come.
+    came: Cell<Option<Signal>>,
 }
 
 impl Blocked {
-    /// Takes a pending SIGTERM or SIGINT; true if there was one, and the caller must end the
-    /// daemon. Called only before [`Stop::start`], whose thread takes all signals.
+    /// Takes a pending SIGTERM or SIGINT; if there was one, the caller must end the daemon. Called
+    /// only before [`Stop::start`], whose thread takes all signals.
+    pub(crate) fn ending(&self) -> Option<Signal> {
+        if self.came.get().is_none()
+            && let Ok(Some(came)) = self.ends.read_signal()
+        {
+            self.came.set(Signal::try_from(came.ssi_signo.cast_signed()).ok());
+        }
+        self.came.get()
+    }
+
+    /// Whether SIGTERM or SIGINT has come.
     pub(crate) fn must_end(&self) -> bool {
-        matches!(self.ends.read_signal(), Ok(Some(_)))
+        self.ending().is_some()
     }
 }
 
@@ -59,15 +72,12 @@ pub(crate) fn block() -> io::Result<Blocked> {
     pending.add(Signal::SIGXFSZ);
     pending.thread_block()?;
     let ends = SignalFd::with_flags(&ending, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-    Ok(Blocked { signals: waited_for, ends })
+    Ok(Blocked { signals: waited_for, ends, came: Cell::new(None) })
 }
 
 enum Phase {
-    /// Nothing is created but the socket.
+    /// No file is incomplete.
     Starting,
-    /// The main thread creates a file that must be removed if it is not completed; that thread
-    /// polls `must_end`.
-    Making,
     /// The device serves a front-end, or waits for one.
     Serving(Arc<dyn Device>, Closing),
 }
@@ -108,40 +118,15 @@ impl Stop {
         Ok(stop)
     }
 
-    /// Runs `make`, which polls [`must_end`](Self::must_end) and fails once that is true. `None` if
-    /// SIGTERM or SIGINT came meanwhile; the result of `make` is dropped then.
-    ///
-    /// # Errors
-    /// The errors of `make`.
-    pub(crate) fn making<T, E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<Option<T>, E> {
-        self.enter(Phase::Making);
-        let made = make();
-        let mut state = lock(&self.0.state);
-        if state.must_end {
-            return Ok(None);
-        }
-        state.phase = Phase::Starting;
-        made.map(Some)
-    }
-
-    /// Whether SIGTERM or SIGINT has come.
-    pub(crate) fn must_end(&self) -> bool {
-        lock(&self.0.state).must_end
-    }
-
     /// From now on a signal shuts `device` down before it ends the process, and `closing` wakes
     /// requests that wait for a ring.
     pub(crate) fn serving(&self, device: Arc<dyn Device>, closing: Closing) {
-        self.enter(Phase::Serving(device, closing));
-    }
-
-    fn enter(&self, phase: Phase) {
         let mut state = lock(&self.0.state);
         if state.must_end {
             drop(state);
             wait_for_the_end();
         }
-        state.phase = phase;
+        state.phase = Phase::Serving(device, closing);
     }
 }
 
@@ -157,12 +142,6 @@ impl Inner {
         state.must_end = true;
         let served = match &state.phase {
             Phase::Starting => None,
-            Phase::Making => {
-                // The main thread takes this lock when it polls `must_end`: no line is logged under
-                // it.
-                drop(state);
-                return info!("{signal}: removing the incomplete file");
-            }
             Phase::Serving(device, closing) => Some((device.clone(), closing.clone())),
         };
         drop(state);

@@ -35,6 +35,8 @@ pub(crate) enum Rank {
     Renewal,
     /// `window/channel/committed.rs`: the turn of the thread whose request is at the front-end.
     Channel,
+    /// `passthrough/broker.rs`: the turn of the thread whose message is at the broker process.
+    Broker,
     /// `session/lifecycle.rs`: whether the device is started.
     Life,
     /// `session/restart.rs`: whether the device has dropped the last driver's state.

@@ -4,6 +4,7 @@
 
 pub mod counter;
 pub(crate) mod failpoint;
+pub(crate) mod fd_table;
 pub(crate) mod file_id;
 pub(crate) mod lock;
 pub(crate) mod log_limit;

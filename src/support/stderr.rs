@@ -11,12 +11,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::sync::OnceLock;
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use env_logger::Logger;
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use nix::poll::{PollFd, PollFlags, poll};
 
 use crate::support::lock::{Condvar, Mutex, MutexGuard, Rank, lock};
 use crate::support::log_limit::HeldBack;
@@ -124,6 +126,22 @@ impl State {
         self.limits.values().any(|limit| limit.held_back > 0)
     }
 
+    /// Writes waiting lines without the stderr thread, and waits at most `patience` for stderr to
+    /// become writable. Further lines wait for the next call, or for the thread.
+    fn write_what_can_be(&mut self, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        while self.lost > 0 || !self.waiting.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+            let stderr = io::stderr();
+            let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+            // poll(2) reports a closed stderr as ready, too. A line is shorter than PIPE_BUF.
+            if !poll(&mut ready, left as u16).is_ok_and(|ready| ready > 0) {
+                return;
+            }
+            self.next().iter().for_each(|line| write_line(line));
+        }
+    }
+
     fn next(&mut self) -> Option<String> {
         if let Some(line) = self.waiting.pop_front() {
             return Some(line);
@@ -154,13 +172,12 @@ impl Stderr {
     }
 
     fn write(&self, mut state: MutexGuard<'_, State>, line: String) {
+        state.push(line);
         if state.detached {
-            state.push(line);
             drop(state);
             self.changed.notify_all();
         } else {
-            drop(state);
-            write_line(&line);
+            state.write_what_can_be(Duration::ZERO);
         }
     }
 
@@ -222,10 +239,7 @@ impl Log for Stderr {
         let mut state = self.lock();
         state.settle(Instant::now(), true);
         if !state.detached {
-            while let Some(line) = state.next() {
-                write_line(&line);
-            }
-            return;
+            return state.write_what_can_be(LAST_WAIT);
         }
         self.changed.notify_all();
         let until = Instant::now() + LAST_WAIT;
@@ -260,7 +274,14 @@ pub fn init(level: LevelFilter) {
     }
 }
 
-/// Starts the stderr thread. Until then each logging thread writes to stderr itself.
+/// Drops the waiting lines: called in a child process, whose parent writes them.
+pub(crate) fn forget_waiting() {
+    if let Some(stderr) = STDERR.get() {
+        stderr.lock().waiting.clear();
+    }
+}
+
+/// Starts the stderr thread. Until then a line that stderr does not take at once waits in the queue.
 ///
 /// # Errors
 /// The error of clone(2) if the thread can't be started.

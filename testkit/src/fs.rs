@@ -13,12 +13,12 @@ use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use crate::daemon::{Daemon, binary};
 use crate::driver::DriverOptions;
-use crate::eventually;
 use crate::fuse::FsGuest;
 use crate::fuse_abi::{MAP_READ, MAP_WRITE};
 use crate::memory::guest_ram_with;
 use crate::queue::{QUEUE_BYTES, Queue};
 use crate::strict_vmm::{StrictVmm, VmmOptions};
+use crate::{eventually, worker_of};
 
 /// `config_size` for virtio-fs, in bytes: the tag, the number of request queues, the notification
 /// size.
@@ -129,6 +129,12 @@ impl FsHost {
         })
     }
 
+    /// A daemon without a system call filter: strace injects an error by replacing the call's number,
+    /// which the filter forbids.
+    pub fn without_filter() -> Self {
+        Self::told(FsOptions::default(), &["--seccomp", "none"])
+    }
+
     /// A daemon whose share is in TMPDIR.
     pub fn on_a_disk() -> Self {
         Self::with(FsOptions { below: std::env::temp_dir(), ..FsOptions::default() })
@@ -181,7 +187,7 @@ impl FsHost {
         command.arg(daemon.get_program()).args(daemon.get_args()).env_remove("RUST_LOG");
         let mut host = Self::run(options, dir, share, command);
         // The share as the daemon's mount namespace shows it.
-        let root = PathBuf::from(format!("/proc/{}/root", host.pid()));
+        let root = PathBuf::from(format!("/proc/{}/root", host.parent_pid()));
         host.share = root.join(host.share.strip_prefix("/").unwrap());
         Some(host)
     }
@@ -216,8 +222,13 @@ impl FsHost {
         self.daemon.wait_said(words);
     }
 
-    /// The daemon's process id.
+    /// The process ID of the daemon's worker, which serves the guest.
     pub fn pid(&self) -> u32 {
+        worker_of(self.daemon.pid())
+    }
+
+    /// The process ID of the daemon's parent process, which was started.
+    pub fn parent_pid(&self) -> u32 {
         self.daemon.pid()
     }
 
@@ -288,7 +299,9 @@ impl FsHost {
     pub fn file_maps(&self) -> Vec<String> {
         let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
         let share = self.share.to_str().unwrap();
-        maps.lines().filter(|line| line.contains(share)).map(str::to_owned).collect()
+        // Of another mount namespace, whose root has the share in /share.
+        let is_there = |line: &&str| line.contains(share) || line.contains(" /share/");
+        maps.lines().filter(is_there).map(str::to_owned).collect()
     }
 
     /// The number of its maps of files with `name` in their names.

@@ -66,6 +66,21 @@ pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// The process ID of the worker of the daemon `daemon`; `daemon` itself if it has no worker.
+pub fn worker_of(daemon: u32) -> u32 {
+    child_of(daemon, "vhost-user-dax").unwrap_or(daemon)
+}
+
+/// The process ID of the child of `daemon` with the command name `name`.
+pub fn child_of(daemon: u32, name: &str) -> Option<u32> {
+    let children =
+        std::fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children")).ok()?;
+    let is_named = |pid: &u32| {
+        std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == name)
+    };
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).find(is_named)
+}
+
 /// A pmem device over a file, with a gate in place of its disk, and a listening socket.
 pub struct Host {
     /// Contains the socket, the file, and the files of the test.

@@ -7,7 +7,7 @@ use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
@@ -115,6 +115,13 @@ impl Drop for Strace {
     fn drop(&mut self) {
         // strace detaches at SIGTERM, and the traced process goes on.
         let _ = kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM);
+        // It waits for the first process of a PID namespace to be gone, which waits for its own
+        // threads to be let go of.
+        let deadline = Instant::now() + Duration::from_secs(3);
+        while Instant::now() < deadline && matches!(self.child.try_wait(), Ok(None)) {
+            thread::sleep(Duration::from_millis(5));
+        }
+        let _ = self.child.kill();
         let _ = self.child.wait();
         if thread::panicking() {
             eprintln!("strace said:\n{}", self.text());

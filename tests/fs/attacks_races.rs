@@ -782,7 +782,8 @@ fn a_group_that_stays_behind() {
     if !Strace::is_here() {
         return skip("a_group_that_stays_behind", "no strace");
     }
-    let host = with(&["--thread-pool-size", "2"]);
+    // strace fails a call by making it another one, which a filter would forbid.
+    let host = with(&["--thread-pool-size", "2", "--seccomp", "none"]);
     let mut guest = host.boot();
     let make = |guest: &mut FsGuest, name: &str, (uid, gid): (u32, u32)| {
         let arg = Arg::new().u32s(&[0o100_644, 0, 0, 0]).name(name);

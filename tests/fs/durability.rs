@@ -25,7 +25,7 @@ fn synced(strace: &mut Strace, name: &str) -> bool {
     // One line, or two with the number of the thread.
     text.lines().any(|line| {
         let begins = line.contains("sync(") && line.contains(&end);
-        begins && (line.contains(") = 0") || line.contains("<unfinished"))
+        begins && (line.contains(" = 0") || line.contains("<unfinished"))
     }) && text.contains(" = 0")
 }
 
@@ -122,7 +122,7 @@ fn a_failed_fsync_is_not_forgotten() {
     if !Strace::is_here() {
         return skip("a_failed_fsync_is_not_forgotten", "no strace");
     }
-    let host = FsHost::new();
+    let host = FsHost::without_filter();
     host.put("bad", &vec![1; RANGE as usize]);
     host.put("good", &vec![1; RANGE as usize]);
     let mut guest = host.boot();
@@ -164,7 +164,7 @@ fn an_error_of_either_open_file_is_an_error() {
         ("sync_file_range", false),
         ("sync_file_range", true),
     ] {
-        let host = FsHost::new();
+        let host = FsHost::without_filter();
         host.put("file", &vec![1; RANGE as usize]);
         let mut guest = host.boot();
         let (node, fh) = guest.opened("file");
@@ -191,7 +191,7 @@ fn a_loss_by_any_name_is_remembered() {
     }
     let mut forgotten = Vec::new();
     for errno in ["EIO", "ENODATA", "ENOLINK", "ETIMEDOUT", "EILSEQ"] {
-        let host = FsHost::on_a_disk();
+        let host = FsHost::without_filter();
         let (mut guest, node, fh) = host.boot_with_stored_file();
         assert!(guest.vmm.store(0, &[3]));
         let strace =
@@ -234,7 +234,7 @@ fn a_loss_that_a_close_has_seen_is_told_to_who_syncs() {
     // The disk breaks.
     let filler = host.dir.path().join("share.t/filler");
     let filler = filler.strip_prefix("/").unwrap();
-    let filler = PathBuf::from(format!("/proc/{}/root", host.pid())).join(filler);
+    let filler = PathBuf::from(format!("/proc/{}/root", host.parent_pid())).join(filler);
     let mut filler = File::create(filler).unwrap();
     while filler.write(&[1; 4096]).is_ok() {}
     assert!(guest.vmm.store(RANGE / 2 + 4096, b"lost"));
@@ -258,7 +258,7 @@ fn a_failed_sync_ends_with_the_last_close() {
     if !Strace::is_here() {
         return skip("a_failed_sync_ends_with_the_last_close", "no strace");
     }
-    let host = FsHost::on_a_disk();
+    let host = FsHost::without_filter();
     let (mut guest, node, fh) = host.boot_with_stored_file();
     assert!(guest.vmm.store(0, &[3]));
     let strace = Strace::attach(host.pid(), "fsync,fdatasync", "error=EIO:when=1");

@@ -151,8 +151,8 @@ fn twenty_front_ends_that_vanish() {
                 let count = |kind| open.iter().filter(|name| name.starts_with(kind)).count();
                 host.maps_of("guest-ram") == 0
                     && host.file_maps().is_empty()
-                    // The listener has two.
-                    && (count("socket:"), count("anon_inode:[eventpoll]")) == (2, 0)
+                    // The listener has two, and the broker one.
+                    && (count("socket:"), count("anon_inode:[eventpoll]")) == (3, 0)
             });
             before = Some(held(&host));
         } else if let Some(before) = &before {

@@ -7,5 +7,6 @@
 mod bad_disk;
 mod cli;
 mod direct_access;
+mod sandbox;
 mod slow_disk;
 mod start;

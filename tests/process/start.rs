@@ -620,6 +620,7 @@ fn without_unshare_no_share_is_served() {
     let mut command = Command::new("strace");
     command.args(["-D", "-f", "-o", "/dev/null", "-e", "trace=unshare"]);
     command.args(["-e", "inject=unshare:error=EPERM", BINARY, "fs", "--tag", "t"]);
+    command.args(["--sandbox", "none", "--seccomp", "none"]);
     command.arg("--socket-path").arg(place.path("sock")).args(["--window-size", "0"]);
     command.arg("--shared-dir").arg(place.0.path()).env_remove("RUST_LOG");
     Daemon::fails(&mut command, 1, &["unshare(CLONE_FS)", "permit unshare"]);
@@ -668,10 +669,10 @@ fn a_lack_of_descriptors_is_waited_out() {
     let place = Place::new();
     let mut command = place.pmem(&place.file("file"));
     let mut daemon = Daemon::waiting(command.arg("--keep-listening"));
-    limit(daemon.child.id(), "--nofile=8:1024");
+    limit(testkit::worker_of(daemon.child.id()), "--nofile=8:1024");
     let front_end = UnixStream::connect(place.path("sock")).unwrap();
     daemon.must_say("can't be served yet");
-    limit(daemon.child.id(), "--nofile=1024:1024");
+    limit(testkit::worker_of(daemon.child.id()), "--nofile=1024:1024");
     daemon.must_say("a front-end has connected");
     drop(front_end);
     drop(UnixStream::connect(place.path("sock")).unwrap());
@@ -694,7 +695,11 @@ fn who_waits_is_told_of() {
     daemon.must_say("a front-end has connected");
     drop(second);
     // Those that come in one second share a line.
-    let threads = || fs::read_dir(format!("/proc/{}/task", daemon.child.id())).unwrap().count();
+    let threads = || {
+        fs::read_dir(format!("/proc/{}/task", testkit::worker_of(daemon.child.id())))
+            .unwrap()
+            .count()
+    };
     eventually("the session's threads to end", || threads() <= 4);
     daemon.terminated();
 }

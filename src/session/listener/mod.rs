@@ -12,6 +12,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use log::warn;
 use nix::sys::socket::{AddressFamily, SockType, SockaddrLike, SockaddrStorage};
@@ -33,6 +35,9 @@ pub const PATH_MAX_BYTES: usize = 107;
 /// The umask for bind(2), which starts from mode 0777: the socket has mode 0600 from the moment of
 /// its creation.
 const UMASK: Mode = Mode::from_bits_truncate(0o177);
+
+/// How long the socket of a killed daemon may remain bound: its worker process ends shortly after it.
+const LAST_USER: Duration = Duration::from_millis(500);
 
 /// Mode of the socket with `--socket-group`.
 const GROUP_MODE: u32 = 0o660;
@@ -133,7 +138,7 @@ fn look(path: &Path) -> Result<Found, SocketError> {
     }
     match fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => Err(no_socket(path, found.file_type())),
-        Ok(_) => match is_alive(path) {
+        Ok(_) => match stays_alive(path) {
             Ok(true) => Err(SocketError::InUse(path.to_owned())),
             Ok(false) => Ok(Found::DeadSocket),
             Err(e) => Err(socket_error(path, e)),
@@ -177,6 +182,24 @@ fn advice(error: &io::Error) -> &'static str {
 
 fn socket_error(path: &Path, error: io::Error) -> SocketError {
     SocketError::Path { path: path.to_owned(), error }
+}
+
+/// Whether a process still listens on the socket `path` after `LAST_USER`: the worker of a killed
+/// daemon has ended by then.
+///
+/// # Errors
+/// As of [`is_alive`].
+fn stays_alive(path: &Path) -> io::Result<bool> {
+    let deadline = Instant::now() + LAST_USER;
+    loop {
+        if !is_alive(path)? {
+            return Ok(false);
+        }
+        if Instant::now() >= deadline {
+            return Ok(true);
+        }
+        thread::sleep(LAST_USER / 50);
+    }
 }
 
 /// Whether a process listens on the socket `path`. A datagram socket connects to it: a stream
@@ -240,6 +263,26 @@ impl BoundSocket {
         {
             warn!("{}: can't remove the socket: {e}", bound.path.display());
         }
+    }
+}
+
+impl BoundSocket {
+    /// Leaves the file to another process, which has a copy of this.
+    pub(crate) fn leave(&self) {
+        drop(lock(&self.0).take());
+    }
+
+    /// The descriptor that the removal needs.
+    pub(crate) fn descriptor(&self) -> Option<RawFd> {
+        lock(&self.0).as_ref().map(|bound| bound.file.as_raw_fd())
+    }
+
+    /// The directory that the file lies in.
+    pub(crate) fn dir(&self) -> Option<PathBuf> {
+        lock(&self.0).as_ref().map(|bound| match bound.path.parent() {
+            Some(dir) if !dir.as_os_str().is_empty() => dir.to_owned(),
+            _ => PathBuf::from("."),
+        })
     }
 }
 

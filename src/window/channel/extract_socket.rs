@@ -12,15 +12,15 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::RawFd;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::thread;
 use std::time::{Duration, Instant};
-use std::{fs, thread};
 
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 use vhost::vhost_user::message::VhostUserSharedMsg;
 use vhost::vhost_user::{Backend, VhostUserFrontendReqHandler};
 
+use crate::support::fd_table;
 use crate::support::lock::{Mutex, MutexGuard, try_lock};
 use crate::window::channel::raw::{duplicate, unread};
 
@@ -135,10 +135,7 @@ fn find(
 /// Every connected Unix stream socket without names, by its inode.
 fn candidates() -> io::Result<BTreeMap<u64, Candidate>> {
     let mut found: BTreeMap<u64, Candidate> = BTreeMap::new();
-    let names = fs::read_dir("/proc/self/fd")?.filter_map(Result::ok);
-    let numbers: Vec<RawFd> =
-        names.filter_map(|name| name.file_name().to_str()?.parse().ok()).collect();
-    for fd in numbers {
+    for fd in fd_table::numbers()? {
         // Other threads open and close theirs meanwhile.
         let Ok(copy) = duplicate(fd).map(UnixStream::from) else { continue };
         let Ok(inode) = inode(&copy) else { continue };
@@ -169,8 +166,7 @@ fn inode(socket: &UnixStream) -> io::Result<u64> {
 }
 
 fn inode_behind(fd: RawFd) -> Option<u64> {
-    // The link is followed to the socket itself.
-    fs::metadata(format!("/proc/self/fd/{fd}")).ok().map(|found| found.ino())
+    inode(&UnixStream::from(duplicate(fd).ok()?)).ok()
 }
 
 #[cfg(test)]
