@@ -17,7 +17,7 @@ use syn::visit::{self, Visit};
 use syn::{Attribute, Item, UseTree};
 
 /// The rooms by step. An arrow runs from a room to one further down.
-const STEPS: [&[&str]; 8] = [
+const STEPS: [&[&str]; 9] = [
     &["cli"],
     &["session"],
     &["ring"],
@@ -27,6 +27,7 @@ const STEPS: [&[&str]; 8] = [
     &["dax"],
     &["window"],
     &["persist", "passthrough"],
+    &["sandbox"],
 ];
 
 /// Arrows that run down and are forbidden all the same: the column "must not know".

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The process that makes and closes backing ids for one that may not: the kernel asks for
-//! CAP_SYS_ADMIN in the host's user namespace each time.
+//! The broker process: it creates and closes backing ids for the worker, which lacks CAP_SYS_ADMIN.
+//! The kernel checks that capability in the initial user namespace at each of these ioctls.
 //!
-//! The broker has this capability, no other, and an empty root. Of files it sees those that the
-//! worker sends, of each of which it makes a backing id before it closes it. Messages are of one
-//! size, in both directions. It holds so many backing ids at most as it was told when it was
-//! forked. It opens nothing by a name: the devices of its mounts are opened beforehand.
+//! The broker has CAP_SYS_ADMIN, no other capability, and an empty root directory. It receives file
+//! descriptors from the worker, creates a backing id of each, and closes the descriptor. All
+//! messages have one size, in both directions. The number of backing ids that it holds has a limit,
+//! set at its fork. It opens no file by a name: the /dev/fuse descriptors of its mounts are opened
+//! before it is sandboxed.
 //!
 //! | request | answer |
 //! |---|---|

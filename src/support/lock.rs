@@ -312,8 +312,8 @@ mod tests {
     fn the_tables_list_the_checked_ranks() {
         use Rank::*;
         let all = [
-            Lives, Times, Invalidate, Window, Counting, Nodes, Renewal, Channel, Life, Restarts,
-            Ring, Vring, Index, Bucket, Opened, Leaf, Log,
+            Lives, Times, Invalidate, Window, Counting, Nodes, Renewal, Channel, Broker, Life,
+            Restarts, Ring, Vring, Index, Bucket, Opened, Leaf, Log,
         ];
         assert!(all.is_sorted());
         assert_eq!(all.len(), Log as usize + 1);
