@@ -8,8 +8,9 @@ use std::sync::Arc;
 use super::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
 use crate::support::lock::{Mutex, lock};
 
-/// A mapper that hands on to the front-end there is. While there is none, what is mapped is only
-/// noted by the caller, to be sent to the next one.
+/// A mapper that passes each call to the front-end of the current session. Without a session each
+/// call succeeds and sends nothing: the engine keeps its maps, and sends them to the next
+/// front-end.
 #[derive(Default)]
 pub(crate) struct FrontEnd(Mutex<Option<Arc<dyn Mapper>>>);
 
