@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The device and the mount. Knows nothing of what is served there.
+//! Opens `/dev/fuse` and makes the detached mount. Knows no requests.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -16,7 +16,8 @@ use rustix::mount::{
 
 use super::Unavailable;
 
-/// The server's end. It never blocks: the server waits in poll.
+/// Opens `/dev/fuse`, the server's end of the connection. Reads and writes on it do not block: the
+/// server thread waits in poll(2).
 pub(super) fn open_device() -> Result<File, Unavailable> {
     OpenOptions::new()
         .read(true)
@@ -26,7 +27,7 @@ pub(super) fn open_device() -> Result<File, Unavailable> {
         .map_err(Unavailable::Device)
 }
 
-/// A mount that is in no mount table. It goes away with the last descriptor into it.
+/// A mount that is in no mount table. It is removed with the last descriptor or map of its files.
 pub(super) fn detached(device: &File) -> Result<OwnedFd, Unavailable> {
     let at = |step| move |e: rustix::io::Errno| Unavailable::at(step)(io::Error::from(e));
     let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).map_err(at("fsopen"))?;
@@ -40,8 +41,9 @@ pub(super) fn detached(device: &File) -> Result<OwnedFd, Unavailable> {
     for (key, value) in options {
         fsconfig_set_string(&context, key, value).map_err(at("fsconfig"))?;
     }
-    // Else a front-end with another uid would not even get the length of what it was handed. Who
-    // may open is settled by who has a descriptor of the mount, and that is nobody but us.
+    // Without allow_other, a front-end with another uid could not get the length of a file whose
+    // descriptor it received. Only this process can open files of the mount, since only it has a
+    // descriptor of the root.
     fsconfig_set_flag(&context, "allow_other").map_err(at("fsconfig"))?;
     fsconfig_create(&context).map_err(at("fsconfig create"))?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
