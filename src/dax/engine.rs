@@ -242,8 +242,9 @@ impl Engine {
     }
 
     /// SETUPMAPPING: grants `span` of the window, which then shows `space`'s file from `from` on.
-    /// Earlier grants in `span` are replaced. `may` returns false if the request was withdrawn; it
-    /// is called under the checkout of the window, so no other grant comes in between.
+    /// Earlier grants in `span` are replaced. `may` returns false if the request belongs to an
+    /// earlier life of the device (it was reset or unmounted since); it is called under the
+    /// checkout of the window, so no other grant comes in between.
     ///
     /// # Errors
     /// See [`GrantError`].

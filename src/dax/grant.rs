@@ -115,8 +115,9 @@ pub enum GrantError {
     /// The front-end refused a map or unmap, or the window would have too many maps.
     #[error("{0}")]
     Window(#[from] ShowError),
-    /// The request was withdrawn before the grant was made.
-    #[error("the request was withdrawn")]
+    /// The argument `may` of `Engine::grant` returned false: the request belongs to an earlier life
+    /// of the device.
+    #[error("the device was reset or unmounted after the request came")]
     Unwanted,
 }
 
