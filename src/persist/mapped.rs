@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A file on persistent memory, mapped by this process. The guest's stores become durable by
-//! writing back their cache lines. FUSE writes are copied past the cache (behaviours 12 and 13 of
+//! A file on persistent memory (or in memory, as tmpfs), mapped by this process. The guest's stores
+//! become durable by writing back their cache lines. FUSE writes are copied past the cache (behaviours 12 and 13 of
 //! src/dax/mod.rs).
 
 #![allow(unsafe_code)] // mmap(2), and accesses to the map: Mapping::work() checks their bounds.
@@ -124,7 +124,7 @@ pub(super) fn maps_sync(file: &File) -> bool {
 /// (2^63 - 1 bytes).
 const DOUBLINGS: usize = 43;
 
-/// One file on persistent memory, mapped by this process.
+/// One file on persistent memory or in memory, mapped by this process.
 pub struct Direct {
     file: Arc<File>,
     /// The flags of each map.

@@ -30,8 +30,8 @@ pub enum Persist {
     /// By a sync: the kernel tracks dirty pages. For a file in the page cache or on a DAX file
     /// system.
     Kernel(Box<dyn KernelSync>),
-    /// By cache lines: only the engine's entries track dirty pages. For a file whose pages are
-    /// persistent memory, mapped by this process.
+    /// By cache lines: only the engine's entries track dirty pages. For a file on persistent memory
+    /// or in memory, mapped by this process.
     Lines(Box<dyn LineFlush>),
 }
 
