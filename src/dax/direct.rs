@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Step 4 of 6: the extents of a file on persistent memory or in memory that this process maps
-//! (behaviour 12).
-//! Parts of pages are zeroed by stores that are written back from the processor's cache. Knows no
-//! entries.
+//! (behaviour 12). Parts of pages are zeroed by stores that are written back from the processor's
+//! cache. Knows no entries.
 
 use std::fs::File;
 use std::io;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! A file on persistent memory (or in memory, as tmpfs), mapped by this process. The guest's stores
-//! become durable by writing back their cache lines. FUSE writes are copied past the cache (behaviours 12 and 13 of
-//! src/dax/mod.rs).
+//! become durable by writing back their cache lines. FUSE writes are copied past the cache
+//! (behaviours 12 and 13 of src/dax/mod.rs).
 
 #![allow(unsafe_code)] // mmap(2), and accesses to the map: Mapping::work() checks their bounds.
 
