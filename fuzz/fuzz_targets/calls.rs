@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Any bytes as a sequence of calls with any numbers: the engine never panics, and does what the
-//! model of `testkit/src/model` does.
+//! Decodes the fuzzer's bytes as a sequence of calls of the engine with arbitrary numbers. The
+//! engine must not panic, and must behave like the model of `testkit/src/model`.
 
 #![no_main]
 
@@ -9,10 +9,10 @@ use libfuzzer_sys::fuzz_target;
 use testkit::model::World;
 use testkit::model::op::{Choose, Step};
 
-/// Steps of one input: more bytes than that are not looked at.
+/// Largest number of steps of one input. The bytes behind are ignored.
 const MOST_STEPS: usize = 100;
 
-/// The fuzzer's bytes as choices. When they have run out, each choice is the first.
+/// The fuzzer's bytes as choices. After the last byte each choice is 0, the first.
 struct Bytes<'a>(&'a [u8]);
 
 impl Choose for Bytes<'_> {

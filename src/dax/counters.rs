@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: what the engine has done, in numbers. They order nothing.
+//! Step 4 of 6: the engine's counters. Their atomics are relaxed: no thread orders memory by them.
 
 use crate::support::counter::Counter;
 
@@ -10,12 +10,12 @@ macro_rules! counters {
         #[derive(Debug, Default)]
         pub struct Counters { $($(#[$doc])* pub(super) $name: Counter,)* }
 
-        /// The counters at one moment.
+        /// The values of [`Counters`] at one moment.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
         pub struct Snapshot { $($(#[$doc])* pub $name: u64,)* }
 
         impl Counters {
-            /// Reads all of them.
+            /// Reads all counters.
             pub fn snapshot(&self) -> Snapshot {
                 Snapshot { $($name: self.$name.get(),)* }
             }
@@ -24,40 +24,41 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Grants that succeeded.
+    /// Number of grants that succeeded.
     grants,
-    /// Grants that were refused or failed.
+    /// Number of grants that were refused or failed.
     grants_failed,
-    /// 2 MiB entries granted.
+    /// Number of 2 MiB entries that were granted.
     pmd,
-    /// 4 KiB entries granted.
+    /// Number of 4 KiB entries that were granted.
     pte,
-    /// Chunks that got no PMD: the grant holds only a part of them.
+    /// Number of chunks without a PMD because the grant covers only a part of the chunk.
     fallback_partial,
-    /// ... the end of the file is in them.
+    /// Number of chunks without a PMD because the file ends in the chunk.
     fallback_eof,
-    /// ... file and window disagree modulo 2 MiB.
+    /// Number of chunks without a PMD because file offset and window offset differ modulo 2 MiB.
     fallback_window,
-    /// ... the backing can't map 2 MiB.
+    /// Number of chunks without a PMD because the backing can't be mapped by 2 MiB.
     fallback_backing,
-    /// ... PTE entries are there already.
+    /// Number of chunks without a PMD because the chunk had PTE entries already.
     fallback_pte,
-    /// ... more than one extent, or blocks that are not aligned to 2 MiB.
+    /// Number of chunks without a PMD because the chunk has several extents, or blocks that are not
+    /// aligned to 2 MiB.
     fallback_extent,
-    /// Entries that show a hole.
+    /// Number of entries that became a hole.
     holes,
-    /// Write grants that asked for blocks.
+    /// Number of write grants that allocated blocks.
     allocations,
-    /// PMD entries that were split.
+    /// Number of PMD entries that were split.
     splits,
-    /// Entries written back.
+    /// Number of entries that were written back.
     flushes,
-    /// Fences behind batches of them.
+    /// Number of fences, one behind each batch of written-back entries.
     fences,
-    /// Syncs of a whole file.
+    /// Number of syncs of a whole file.
     syncs,
-    /// Bytes written back entry by entry.
+    /// Number of bytes that were written back entry by entry.
     bytes_written_back,
-    /// Times that somebody waited for a locked entry.
+    /// Number of times that a thread waited for a locked entry.
     waits,
 }

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: which pages of a file are granted, and how often. Knows no entries.
+//! Step 4 of 6: the number of grants of each page of a file. Knows no entries.
 
 use std::collections::BTreeMap;
 
 use super::entry::PageIndex;
 use super::extent::Access;
 
-/// How many grants cover a page.
+/// The number of grants that cover a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Count {
-    /// Read grants.
+    /// Number of read grants.
     pub reads: u32,
-    /// Write grants.
+    /// Number of write grants.
     pub writes: u32,
 }
 
@@ -20,17 +20,18 @@ impl Count {
     const NONE: Self = Self { reads: 0, writes: 0 };
 }
 
-/// Counted page ranges: a key is where a run begins; it lasts until the next key.
+/// Runs of pages with equal counts. A key is the first page of a run; the run ends before the next
+/// key.
 #[derive(Debug, Default)]
 pub(crate) struct Coverage(BTreeMap<PageIndex, Count>);
 
 impl Coverage {
-    /// How often `page` is covered.
+    /// The number of grants that cover `page`.
     pub(crate) fn at(&self, page: PageIndex) -> Count {
         self.0.range(..=page).next_back().map_or(Count::NONE, |(_, count)| *count)
     }
 
-    /// Whether `wanted` holds for any page of `first..=last`.
+    /// Whether `wanted` is true of the count of any page of `first..=last`.
     pub(crate) fn any(
         &self,
         first: PageIndex,
@@ -40,7 +41,7 @@ impl Coverage {
         wanted(self.at(first)) || self.0.range(first..=last).any(|(_, count)| wanted(*count))
     }
 
-    /// The runs of `first..=last` that are covered, cut to that range.
+    /// The covered runs of `first..=last`, cut to that range: first page, last page, count.
     pub(crate) fn runs(
         &self,
         first: PageIndex,
@@ -61,7 +62,7 @@ impl Coverage {
         runs
     }
 
-    /// Counts one more grant of `first..=last`.
+    /// Adds one grant of `first..=last`.
     pub(crate) fn add(&mut self, first: PageIndex, last: PageIndex, access: Access) {
         self.change(first, last, |count| match access {
             Access::Read => count.reads += 1,
@@ -69,7 +70,7 @@ impl Coverage {
         });
     }
 
-    /// Counts one grant less.
+    /// Subtracts one grant of `first..=last`.
     pub(crate) fn remove(&mut self, first: PageIndex, last: PageIndex, access: Access) {
         self.change(first, last, |count| match access {
             Access::Read => count.reads = count.reads.saturating_sub(1),
@@ -83,8 +84,8 @@ impl Coverage {
         self.0.entry(first).or_insert(at_first);
         self.0.entry(end).or_insert(at_end);
         self.0.range_mut(first..end).for_each(|(_, count)| change(count));
-        // Runs that have become alike are one again, or a file would remember every grant it ever
-        // had.
+        // Neighbouring runs with equal counts are merged. Otherwise the map would keep the bounds
+        // of every grant that the file ever had.
         let mut before =
             first.0.checked_sub(1).map_or(Count::NONE, |page| self.at(PageIndex(page)));
         let touched: Vec<_> =
@@ -97,7 +98,7 @@ impl Coverage {
         }
     }
 
-    /// How many runs are kept.
+    /// Number of keys in the map.
     pub(crate) fn runs_kept(&self) -> usize {
         self.0.len()
     }
@@ -107,7 +108,7 @@ impl Coverage {
 mod tests {
     use super::*;
 
-    /// Shows: counts add up page by page, and nothing is kept of grants that are gone.
+    /// Shows: the count of each page is right, and no run is kept of a removed grant.
     #[test]
     fn counts_are_right_page_by_page_and_leave_nothing() {
         let mut coverage = Coverage::default();

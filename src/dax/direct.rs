@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: the extents of a file whose pages are the memory itself (behaviour 12): parts of
-//! pages are zeroed past the processor's cache. Knows no entries.
+//! Step 4 of 6: the extents of a file on persistent memory or in memory that this process maps
+//! (behaviour 12). Parts of pages are zeroed by stores that are written back from the processor's
+//! cache. Knows no entries.
 
 use std::fs::File;
 use std::io;
@@ -14,20 +15,20 @@ use super::extent::{Access, Backed, Extent, ExtentSource};
 use crate::persist::Direct;
 use crate::window::{FileOffset, FileRange};
 
-/// A file that is mapped directly. What its file system has to do it does as for any other file.
+/// A file that this process maps. All but the zeroing of parts of pages is done by `file_system`.
 pub struct DirectExtents<S> {
     file_system: S,
     direct: Arc<Direct>,
 }
 
 impl<S: ExtentSource> DirectExtents<S> {
-    /// `direct` is the file of `file_system`.
+    /// `direct` must be a map of the file of `file_system`.
     pub fn new(file_system: S, direct: Arc<Direct>) -> Self {
         Self { file_system, direct }
     }
 
-    /// Whether each byte of the range has a block already, and lies inside the file: a store to
-    /// anything else is the file system's business.
+    /// Whether each byte of the range lies inside the file and has a block, so that this process
+    /// may store to it.
     fn has_blocks(&self, range: FileRange) -> io::Result<bool> {
         let end = range.checked_end().ok_or(Errno::EINVAL)?;
         if range.is_empty() || end.0 > self.file_bytes()? {
@@ -44,7 +45,7 @@ impl<S: ExtentSource> DirectExtents<S> {
         Ok(true)
     }
 
-    /// Behaviour 12: a part of a page. One that has no block reads as zeros as it is.
+    /// Zeroes a part of a page (behaviour 12). A page without a block reads as zeros already.
     fn zero_part(&self, range: FileRange) -> io::Result<()> {
         if self.has_blocks(range)? { self.direct.zero(range) } else { Ok(()) }
     }
@@ -79,7 +80,8 @@ impl<S: ExtentSource> ExtentSource for DirectExtents<S> {
         self.file_system.set_bytes(bytes)
     }
 
-    /// Whole pages are the file system's; what sticks out at both ends is cleared through the map.
+    /// The file system zeroes the whole pages; the parts of pages at both ends are zeroed through
+    /// the map.
     fn zero(&self, range: FileRange, keep: bool) -> io::Result<()> {
         let bytes = FileOffset(self.file_bytes()?);
         let end = range.checked_end().ok_or(Errno::EINVAL)?.min(bytes.max(range.from));

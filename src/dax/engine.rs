@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Step 4 of 6: grants: SETUPMAPPING as a fault over a range (behaviours 6, 8, 9, 14 to 16).
-//! Knows no FUSE: a grant is a piece of a file, a place in the window, and an access.
+//! Knows no FUSE: a grant is a range of a file, an offset in the window, and an access.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -25,59 +25,60 @@ use crate::window::{
     FileOffset, FileRange, MapError, Mapper, WindowBytes, WindowOffset, WindowRange,
 };
 
-/// One host file that is or was mapped.
+/// The engine's state of one host file that is or was granted: the kernel's `struct address_space`.
 pub struct Space {
     pub(super) id: SpaceId,
     pub(super) entries: Entries,
     pub(super) source: Box<dyn ExtentSource>,
     pub(super) persist: Persist,
-    /// Shared by grants; alone for what changes the file's length or blocks. The kernel's
-    /// `i_mmap_sem`: whoever has it may do file system calls and front-end round trips.
+    /// Read-locked by grants, reads, writes and writebacks; write-locked by changes of the file's
+    /// length or blocks. It is the kernel's `invalidate_lock`. The thread that holds it may make
+    /// file-system calls and front-end round trips.
     pub(super) invalidate_lock: InvalidateLock,
-    /// The file's length when we last looked, with the gate in hand: another one now is somebody
-    /// else's doing.
+    /// The file's length in bytes at the last look, which was made under the invalidate lock. If
+    /// the file has another length now, another program has changed it.
     pub(super) known_bytes: AtomicU64,
     pub(super) coverage: Mutex<Coverage>,
-    /// The first failure to write back is final (see [`Persist`]).
+    /// Whether a writeback has failed. The first failure is final (see [`Persist`]).
     pub(super) failed: Mutex<bool>,
 }
 
 impl Space {
-    /// The entries, for a look.
+    /// The entries, to be read.
     pub fn entries(&self) -> &Entries {
         &self.entries
     }
 
-    /// How many entries there are.
+    /// Number of entries.
     pub fn entry_count(&self) -> u64 {
         self.entries.index().len()
     }
 
-    /// Bytes of memory that the entries take.
+    /// Memory of the entries, in bytes.
     pub fn index_bytes(&self) -> usize {
         self.entries.index().bytes()
     }
 
-    /// Whether nothing of the file is granted.
+    /// Whether no page of the file is granted.
     pub fn is_idle(&self) -> bool {
         self.granted_runs() == 0
     }
 
-    /// The file behind the entries.
+    /// The file whose pages the entries describe.
     pub fn source(&self) -> &dyn ExtentSource {
         &*self.source
     }
 
-    /// How many runs of pages are counted as granted.
+    /// Number of runs of pages that the coverage keeps. 0 if no page is granted.
     pub fn granted_runs(&self) -> usize {
         lock(&self.coverage).runs_kept()
     }
 
-    /// Whether `range` lies inside the file, and live write grants cover all of it: then it has
-    /// blocks (behaviour 16), for as long as the caller is in the gate.
+    /// Whether `range` lies inside the file and live write grants cover all of it. If so, it has
+    /// blocks (behaviour 16) as long as the caller holds the invalidate lock.
     ///
     /// # Errors
-    /// The system's.
+    /// The error of fstat(2) on the file.
     pub(crate) fn may_be_stored_to(&self, range: FileRange) -> io::Result<bool> {
         let file_bytes = self.source.file_bytes()?;
         let end = range.checked_end().filter(|end| end.0 <= file_bytes);
@@ -96,29 +97,33 @@ impl Space {
         Ok(next > last)
     }
 
-    /// While what this returns is there, no request makes the file shorter. None if one does.
+    /// Read-locks the invalidate lock: until the guard is dropped, no request shortens the file.
+    /// None if another thread has write-locked it or waits to.
     pub(crate) fn keep_length(&self) -> Option<impl Drop + '_> {
         self.invalidate_lock.try_read()
     }
 
-    /// Forgets that a writeback has failed: all who were promised something have been told.
+    /// Clears the failure of an earlier writeback. Call it only once that failure was reported for
+    /// each open file whose data may be lost.
     pub fn forgive(&self) {
         *lock(&self.failed) = false;
     }
 
-    /// Whether a writeback has failed, or what is dirty is no longer known: every later one fails.
+    /// Whether a writeback has failed, or the engine no longer knows which pages are dirty. Every
+    /// later writeback then fails.
     pub fn has_failed(&self) -> bool {
         *lock(&self.failed)
     }
 
-    /// The first entry at or behind `page`, and whether it is dirty: for a look.
+    /// The first entry that covers `page` or a later page: its first page, the entry, and whether
+    /// it is dirty.
     pub fn next_entry(&self, page: PageIndex) -> Option<(PageIndex, Entry, bool)> {
         let index = self.entries.index();
         let (start, entry) = index.next(page, PageIndex::LAST, None)?;
         Some((start, entry, index.is_marked(start, Mark::Dirty)))
     }
 
-    /// What makes lines durable, where only our entries know what is dirty.
+    /// The flush by cache lines. None where the kernel tracks dirty pages.
     pub(super) fn lines(&self) -> Option<&dyn LineFlush> {
         match &self.persist {
             Persist::Lines(lines) => Some(&**lines),
@@ -126,22 +131,22 @@ impl Space {
         }
     }
 
-    /// Whether only our entries know what is dirty.
+    /// Whether the entries, and not the kernel, track what is dirty.
     pub(super) fn tracks(&self) -> bool {
         self.lines().is_some()
     }
 
-    /// The page behind the file's last one.
+    /// The page behind the file's last page.
     pub(super) fn end(&self) -> io::Result<PageIndex> {
         Ok(PageIndex::behind(self.look()?))
     }
 
-    /// The file's length when we last looked.
+    /// The file's length in bytes at the last [`look`](Self::look).
     pub(super) fn known_bytes(&self) -> u64 {
         self.known_bytes.load(Ordering::Relaxed)
     }
 
-    /// The file's length, from now on the known one.
+    /// Reads the file's length in bytes, and keeps it as [`known_bytes`](Self::known_bytes).
     pub(super) fn look(&self) -> io::Result<u64> {
         let bytes = self.source.file_bytes()?;
         self.known_bytes.store(bytes, Ordering::Relaxed);
@@ -161,7 +166,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// An engine without grants, over a window of `bytes`. It never has more than `most_maps` maps.
+    /// An engine without grants, over a window of `bytes` bytes, with at most `most_maps` maps.
     pub fn new(bytes: WindowBytes, mapper: Arc<dyn Mapper>, most_maps: usize) -> Self {
         Self {
             bytes,
@@ -174,7 +179,7 @@ impl Engine {
         }
     }
 
-    /// An address space for a file that has none yet in this engine.
+    /// A new space for a file that has none yet in this engine.
     pub fn space(&self, source: Box<dyn ExtentSource>, persist: Persist) -> Arc<Space> {
         let id = SpaceId(self.next_space.fetch_add(1, Ordering::Relaxed));
         Arc::new(Space {
@@ -189,18 +194,19 @@ impl Engine {
         })
     }
 
-    /// How many maps there may be at most.
+    /// Largest number of maps in the window.
     pub fn most_maps(&self) -> usize {
         self.most_maps.load(Ordering::Relaxed)
     }
 
-    /// Changes how many maps there may be: other devices of the VM use up the same number (Q2).
-    /// Those that are too many already stay.
+    /// Sets the largest number of maps: the maps of all devices of the VM share one limit
+    /// (docs/front-ends.md Q2). Maps above a lowered limit stay.
     pub fn set_most_maps(&self, most_maps: usize) {
         self.most_maps.store(most_maps, Ordering::Relaxed);
     }
 
-    /// What is granted from byte `at` of the window on: of which file, and which bytes of it.
+    /// The grant that covers byte `at` of the window: its space, and the granted range of the file
+    /// from that byte to the grant's end.
     pub fn granted_at(&self, at: WindowOffset) -> Option<(Arc<Space>, FileRange)> {
         let window = self.window.take();
         let (start, grant) = window.grants.range(..=at).next_back()?;
@@ -208,36 +214,37 @@ impl Engine {
         Some((grant.space.clone(), grant.part(*start, left).of_file()))
     }
 
-    /// What the engine has done.
+    /// The engine's counters.
     pub fn counters(&self) -> &Counters {
         self.counters.waits.set(self.waits.joined());
         &self.counters
     }
 
-    /// Grants and maps at this moment.
+    /// Number of grants and number of maps.
     pub fn sizes(&self) -> (usize, usize) {
         let window = self.window.take();
         (window.grants.len(), window.layout.len())
     }
 
-    /// Checks a range of the window.
+    /// Checks a range of the window: `bytes` bytes from `at` on.
     ///
     /// # Errors
-    /// [`GrantError::Invalid`].
+    /// [`GrantError::Invalid`] if the range is empty, is not whole pages, or ends past the window.
     pub fn span(&self, at: WindowOffset, bytes: WindowBytes) -> Result<Span, GrantError> {
         let whole = |n: u64| n.is_multiple_of(PAGE_BYTES);
         if bytes.0 == 0 || !whole(at.0) || !whole(bytes.0) {
-            return Err(GrantError::Invalid("not whole pages of the window"));
+            return Err(GrantError::Invalid("the window range is not whole pages of 4 KiB"));
         }
         match at.0.checked_add(bytes.0) {
             Some(end) if end <= self.bytes.0 => Ok(Span(WindowRange::new(at, bytes))),
-            _ => Err(GrantError::Invalid("past the end of the window")),
+            _ => Err(GrantError::Invalid("the range ends past the end of the window")),
         }
     }
 
-    /// SETUPMAPPING: lets the guest touch `span` of the window, which then shows `space`'s file
-    /// from `from` on. What was granted there before is replaced. `may` says whether the guest still
-    /// wants it, in the moment in which nothing else can be granted.
+    /// SETUPMAPPING: grants `span` of the window, which then shows `space`'s file from `from` on.
+    /// Earlier grants in `span` are replaced. `may` returns false if the request belongs to an
+    /// earlier life of the device (it was reset or unmounted since); it is called under the
+    /// checkout of the window, so no other grant comes in between.
     ///
     /// # Errors
     /// See [`GrantError`].
@@ -268,17 +275,17 @@ impl Engine {
         let range = span.0;
         let grant = Grant { space: space.clone(), from, bytes: range.bytes, access };
         if !from.0.is_multiple_of(PAGE_BYTES) || grant.of_file().checked_end().is_none() {
-            return Err(GrantError::Invalid("not whole pages of a file"));
+            return Err(GrantError::Invalid("the file range is not whole pages of 4 KiB"));
         }
         let shared = space.invalidate_lock.read();
         let (last, mapped) = extent_of(&grant)?;
         if access == Access::Write {
-            // Behaviour 16: before anything is promised.
+            // Behaviour 16: blocks are allocated before the grant.
             self.counters.allocations.add(1);
             space.source.allocate(grant.first(), last)?;
         }
-        // Counted before it is faulted in: a removal that runs beside it must see that it is
-        // wanted.
+        // Counted before the fault: a thread that releases another grant of these pages at the same
+        // time must see that this grant covers them, and keep the entries.
         lock(&space.coverage).add(grant.first(), grant.last(), access);
         let shown = self
             .fault(&grant, range.at, grant.first(), last)
@@ -328,12 +335,13 @@ impl Engine {
         window.layout.show(range, piece.as_ref(), &*self.mapper, self.most_maps())
     }
 
-    /// REMOVEMAPPING: takes away what is granted in `spans`, of whatever files, in this order.
-    /// Ranges in which nothing is granted are fine.
+    /// REMOVEMAPPING: removes the grants in `spans`, of any files, in the order of `spans`. A span
+    /// without a grant is no error.
     ///
     /// # Errors
-    /// The front-end's refusal: that range and those behind it are as they were. Or there was no
-    /// room for what would be left of a map on both sides of a range: that one is as it was.
+    /// [`GrantError::Window`]: the front-end refused an unmap, and that span and all later spans
+    /// are unchanged. Or a span lies in the middle of a map, whose two remaining parts would be
+    /// too many maps ([`ShowError::TooMany`]): then only that span is unchanged.
     pub fn revoke(&self, spans: &[Span]) -> Result<(), GrantError> {
         self.revoke_if(spans, || true)
     }
@@ -361,7 +369,8 @@ impl Engine {
         result
     }
 
-    /// Takes away all that is granted, if `may` says so in the moment in which nothing else can be.
+    /// Removes all grants if `may` returns true. `may` is called under the checkout of the window,
+    /// so no grant comes in between.
     ///
     /// # Errors
     /// See [`revoke`](Self::revoke).
@@ -369,13 +378,13 @@ impl Engine {
         self.revoke_if(&[self.whole()], may)
     }
 
-    /// The front-end has dropped all maps, or is a new one, and the grants stay: sends every map
-    /// again.
+    /// Sends every map again, and keeps the grants: for a front-end that has dropped all maps, or a
+    /// new front-end.
     ///
     /// # Errors
-    /// The front-end's, at the first map that it refuses; those behind it are not sent. The grants
-    /// stay all the same, so that the next call can send them: until then only that, or a
-    /// [reset](Self::reset), makes sense.
+    /// See [`MapError`]: the error of the first map that fails. The later maps are not sent. The
+    /// grants stay, and the next call sends their maps. Until then call only this function or
+    /// [`reset`](Self::reset).
     pub fn map_again(&self) -> Result<(), MapError> {
         let window = self.window.take();
         window
@@ -384,7 +393,8 @@ impl Engine {
             .try_for_each(|(at, piece)| self.mapper.map(at, &piece.file, piece.from, piece.bytes))
     }
 
-    /// The front-end has dropped all maps and the guest all grants (a virtio reset, row Q10).
+    /// Drops all grants and maps without a message: the driver has reset the device, and the
+    /// front-end has dropped all maps by itself (docs/front-ends.md Q10).
     pub fn reset(&self) {
         let removed: Vec<_> = {
             let mut window = self.window.take();
@@ -394,15 +404,16 @@ impl Engine {
         self.release(&removed);
     }
 
-    /// Grants that the guest does not have any more: what only they covered is written back a last
-    /// time and forgotten (behaviour 9).
+    /// Releases removed grants: entries without another write grant are written back a last time,
+    /// and entries without another grant are deleted (behaviour 9).
     pub(super) fn release(&self, removed: &[Grant]) {
         for grant in removed {
-            // A truncation beside us would take the memory away from under a last flush.
+            // Another thread must not truncate the file during the last flush: the flush would
+            // touch pages behind the end of the file.
             let _shared = grant.space.tracks().then(|| grant.space.invalidate_lock.read());
             lock(&grant.space.coverage).remove(grant.first(), grant.last(), grant.access);
             if let Err(e) = self.clean_or_drop(&grant.space, grant.first(), grant.last()) {
-                warn!("a last write-back failed: {e}");
+                warn!("the last write-back of a removed grant failed, its stores may be lost: {e}");
             }
         }
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: one word per entry (behaviour 1). All that is known of its bits is in this file.
+//! Step 4 of 6: one word per entry (behaviour 1). Only this file knows the bits of the word.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ pub use crate::support::units::{
     PAGE_BYTES, PAGE_SHIFT, PMD_BYTES, PMD_ORDER, PMD_PAGES, PageIndex,
 };
 
-/// How much an entry covers.
+/// The number of pages that an entry covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Order {
     /// One page of 4 KiB.
@@ -18,7 +18,7 @@ pub enum Order {
 }
 
 impl Order {
-    /// Pages that an entry of this order covers.
+    /// Number of 4 KiB pages that an entry of this order covers.
     pub const fn pages(self) -> u64 {
         match self {
             Self::Pte => 1,
@@ -43,23 +43,24 @@ impl Order {
     }
 }
 
-/// The number of a 4 KiB block of the backing.
+/// The number of a 4 KiB block of the backing (of the file itself in the page cache).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Block(u64);
 
 impl Block {
-    /// Checks a block number: it must fit into an entry.
+    /// The block with this number. None if the number does not fit into an entry (58 bits).
     pub const fn new(number: u64) -> Option<Self> {
         if number <= Entry::PAYLOAD_MAX { Some(Self(number)) } else { None }
     }
 
-    /// The number.
+    /// The block number.
     pub const fn number(self) -> u64 {
         self.0
     }
 }
 
-/// What is known of one page or chunk of a file. Bit 0 is always clear: the index uses it.
+/// The state of one page or chunk of a file. Bit 0 is always clear: [`Index`](super::index::Index)
+/// uses it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Entry(u64);
 
@@ -81,7 +82,7 @@ impl Entry {
         Self(Self::PRESENT | pmd | bits | payload << Self::PAYLOAD_SHIFT)
     }
 
-    /// A place that somebody holds, about which nothing is known yet.
+    /// A placeholder that a thread has locked and not filled yet.
     pub const fn empty(order: Order) -> Self {
         Self::with(order, Self::EMPTY, 0)
     }
@@ -91,43 +92,43 @@ impl Entry {
         Self::with(order, Self::ZERO, 0)
     }
 
-    /// Backed by `block` (a PMD: by it and those behind it).
+    /// Backed by `block`; a PMD by `block` and the 511 blocks behind it.
     pub const fn real(order: Order, block: Block) -> Self {
         Self::with(order, 0, block.0)
     }
 
-    /// How much it covers.
+    /// One page or one chunk.
     pub const fn order(self) -> Order {
         if self.0 & Self::PMD == 0 { Order::Pte } else { Order::Pmd }
     }
 
-    /// A hole.
+    /// Whether the entry is a hole.
     pub const fn is_zero(self) -> bool {
         self.0 & Self::ZERO != 0
     }
 
-    /// Nothing known yet.
+    /// Whether the entry is a placeholder that was not filled yet.
     pub const fn is_empty(self) -> bool {
         self.0 & Self::EMPTY != 0
     }
 
-    /// Backed by a block: neither a hole nor empty.
+    /// Whether a block backs the entry: it is neither a hole nor empty.
     pub const fn is_real(self) -> bool {
         self.0 & (Self::ZERO | Self::EMPTY) == 0
     }
 
-    /// Held by somebody.
+    /// Whether a thread has locked the entry.
     pub const fn is_locked(self) -> bool {
         self.0 & Self::LOCKED != 0
     }
 
-    /// The same, held.
+    /// The entry with its lock bit set.
     #[must_use]
     pub const fn locked(self) -> Self {
         Self(self.0 | Self::LOCKED)
     }
 
-    /// The same, not held.
+    /// The entry with its lock bit clear.
     #[must_use]
     pub const fn unlocked(self) -> Self {
         Self(self.0 & !Self::LOCKED)
@@ -142,7 +143,7 @@ impl Entry {
         self.0
     }
 
-    /// The entry that has this word, if the word is one.
+    /// The entry that `word` encodes. None if `word` is 0 or a node's number in the index.
     pub(super) const fn from_word(word: u64) -> Option<Self> {
         if word & Self::PRESENT != 0 && word & 1 == 0 { Some(Self(word)) } else { None }
     }
@@ -167,7 +168,7 @@ const _: () = assert!(size_of::<Entry>() == 8);
 mod tests {
     use super::*;
 
-    /// Behaviour 1: every kind of entry comes back from its word as it went in.
+    /// Shows: every kind of entry survives the way to its word and back (behaviour 1).
     #[test]
     fn row_01_an_entry_is_one_word() {
         let block = Block::new(Entry::PAYLOAD_MAX).unwrap();

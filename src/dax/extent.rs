@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: the extent source: what `iomap_begin` is in the kernel. Knows no entries.
+//! Step 4 of 6: the extents of a file, as the kernel's `iomap_begin` returns them. Knows no
+//! entries.
 
 use std::fs::File;
 use std::io;
@@ -16,10 +17,10 @@ use super::entry::{Block, PAGE_BYTES, PMD_BYTES, PageIndex};
 use super::fiemap::first_piece;
 use crate::window::{FileOffset, FileRange};
 
-/// What a grant is for.
+/// The accesses that a grant permits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// Loads only. A guest's private mapping is one, too (behaviour 7).
+    /// Loads only. A private mapping of the guest needs a read grant only (behaviour 7).
     Read,
     /// Loads and stores.
     Write,
@@ -28,32 +29,32 @@ pub enum Access {
 /// What backs a run of pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backed {
-    /// By nothing: reads as zeros.
+    /// No blocks: the pages read as zeros.
     Hole,
-    /// By blocks that read as zeros until they are written.
+    /// Allocated blocks that read as zeros until they are written.
     Unwritten,
-    /// By blocks; this is the first page's.
+    /// Blocks; this is the block of the first page.
     Mapped(Block),
 }
 
-/// A run of pages that are backed alike, and by consecutive blocks if by any.
+/// A run of pages with the same kind of backing, whose blocks, if any, are consecutive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
     /// The first page.
     pub start: PageIndex,
-    /// How many pages.
+    /// Number of pages.
     pub pages: u64,
-    /// By what.
+    /// What backs the pages.
     pub backed: Backed,
 }
 
 impl Extent {
-    /// Whether `pages` pages from `page` on are all in it.
+    /// Whether the extent holds all of `pages` pages from `page` on.
     pub fn holds(&self, page: PageIndex, pages: u64) -> bool {
         page >= self.start && page - self.start + pages <= self.pages
     }
 
-    /// The block of `page`, if the extent has blocks and `page` is in it.
+    /// The block of `page`. None if the extent has no blocks or does not hold `page`.
     pub fn block(&self, page: PageIndex) -> Option<Block> {
         match self.backed {
             Backed::Mapped(first) if self.holds(page, 1) => {
@@ -64,7 +65,7 @@ impl Extent {
     }
 }
 
-/// A file's extents, its length, and the means to change them.
+/// A file: its extents, its length, and the calls that change them.
 pub trait ExtentSource: Send + Sync {
     /// The file that the window shows.
     fn file(&self) -> &Arc<File>;
@@ -72,12 +73,12 @@ pub trait ExtentSource: Send + Sync {
     /// The file's length in bytes (`i_size`).
     ///
     /// # Errors
-    /// The system's.
+    /// The error of fstat(2).
     fn file_bytes(&self) -> io::Result<u64>;
 
-    /// Bytes from the start of a file of `file_bytes` that a front-end agrees to map. QEMU refuses
-    /// a map that ends past the end of the file (row Q6), so by default this is the length in whole
-    /// pages.
+    /// Number of bytes, from the start of a file of `file_bytes` bytes, that a front-end maps. QEMU
+    /// refuses a map that ends past the end of the file (docs/front-ends.md Q6), so the default is
+    /// the length rounded down to whole pages.
     fn mappable_bytes(&self, file_bytes: u64) -> u64 {
         file_bytes / PAGE_BYTES * PAGE_BYTES
     }
@@ -85,101 +86,106 @@ pub trait ExtentSource: Send + Sync {
     /// Whether the backing can be mapped by 2 MiB.
     fn maps_pmd(&self) -> bool;
 
-    /// Behaviour 16: gives every page of `first..=last` a block of its own.
+    /// Behaviour 16: gives each page of `first..=last` inside the file a block of its own.
     ///
     /// # Errors
-    /// ENOSPC before anything is promised to the guest.
+    /// The error of fallocate(2) or lseek(2): ENOSPC on a full disk.
     fn allocate(&self, first: PageIndex, last: PageIndex) -> io::Result<()>;
 
-    /// The extent that holds `page`. It need not tell of more than `pages` pages.
-    /// With [`Access::Write`] the page has been allocated, and comes back as [`Backed::Mapped`].
+    /// The extent that holds `page`. It may be cut to `pages` pages. With [`Access::Write`] the
+    /// caller has allocated the page, and the extent is [`Backed::Mapped`].
     ///
     /// # Errors
-    /// The system's.
+    /// The error of lseek(2) or FS_IOC_FIEMAP; EFBIG if the page number is no valid block number.
     fn extent(&self, page: PageIndex, pages: u64, access: Access) -> io::Result<Extent>;
 
-    /// Makes the file longer or shorter.
+    /// Sets the file's length in bytes.
     ///
     /// # Errors
-    /// The system's.
+    /// The error of ftruncate(2).
     fn set_bytes(&self, bytes: u64) -> io::Result<()>;
 
-    /// Makes a range of bytes read as zeros. With `keep` it keeps its blocks, else whole blocks of
-    /// it become holes (behaviour 12).
+    /// Makes a range of bytes read as zeros (behaviour 12). With `keep` the range keeps its blocks;
+    /// without `keep` its whole blocks become holes.
     ///
     /// # Errors
-    /// The system's.
+    /// The error of fallocate(2), or of pwrite(2) where zeros are written.
     fn zero(&self, range: FileRange, keep: bool) -> io::Result<()>;
 
-    /// Reads, holes as zeros. May read less than asked, and 0 bytes only at the end of the file.
+    /// Reads from byte `from` on; holes read as zeros. Returns the number of bytes read, which may
+    /// be less than `to` has, and is 0 only at the end of the file.
     ///
     /// # Errors
-    /// The system's.
+    /// The error of pread(2).
     fn read_at(&self, from: FileOffset, to: &mut [u8]) -> io::Result<usize> {
         self.file().read_at(to, from.0)
     }
 
-    /// Writes, and gives blocks to what has none. May write less than asked, but not nothing.
+    /// Writes from byte `from` on, and allocates blocks for holes. Returns the number of bytes
+    /// written, which may be less than `bytes` has.
     ///
     /// # Errors
-    /// The system's.
+    /// The error of pwrite(2).
     fn write_at(&self, from: FileOffset, bytes: &[u8]) -> io::Result<usize> {
         self.file().write_at(bytes, from.0)
     }
 }
 
-/// A regular file. Mapped through the page cache its blocks are numbered by their place in the
-/// file: what a page-cache page belongs to never moves. On a DAX file system they are those of the
-/// device.
+/// A regular file. In the page cache, a page's block number is its page number in the file, since a
+/// page of the page cache never moves in the file. On a DAX file system the block numbers are those
+/// of the device.
 pub struct FileExtents {
     file: Arc<File>,
-    /// What the front-end gets, if that is not the file itself.
+    /// The file that the front-end maps, if it is not `file`.
     map_file: Option<Arc<File>>,
-    /// All of it is one extent, of this many bytes.
+    /// The length in bytes, if the whole file counts as one extent.
     preallocated: Option<u64>,
+    /// The file is on a DAX file system.
     on_device: bool,
-    /// What is no hole has blocks, and shares them with no other file. Asked for with the first
-    /// write grant.
+    /// Whether each page that is no hole has a block which no other file shares. Determined at the
+    /// first write grant.
     holes_tell_all: OnceLock<bool>,
 }
 
 impl FileExtents {
-    /// Asks the file system for holes, and allocates for write grants.
+    /// A file whose holes are found by lseek(2), and which is allocated by write grants.
     pub fn new(file: Arc<File>) -> Self {
         let holes_tell_all = OnceLock::new();
         Self { file, map_file: None, preallocated: None, on_device: false, holes_tell_all }
     }
 
-    /// The same, and the front-end maps `map_file`: the same page cache, as long as one may wish.
-    /// The chunk with the file's last byte is then mapped whole, so that a growth needs no message.
+    /// Like [`new`](Self::new), but the front-end maps `map_file`, which shows the page cache of
+    /// `file` and has a length above that of any map (a passthrough file). So the front-end maps
+    /// the chunk with the file's last byte whole, and a growth inside that chunk needs no map.
     pub fn with_map_file(file: Arc<File>, map_file: Arc<File>) -> Self {
         Self { map_file: Some(map_file), ..Self::new(file) }
     }
 
-    /// Takes the whole file as one extent of `bytes`: virtio-pmem's file was allocated when it was
-    /// made, or its user said `--sparse` and lives with the holes; and a device-DAX node has no
-    /// holes.
+    /// A file that counts as one extent of `bytes` bytes: the file of virtio-pmem, which was
+    /// allocated when it was created, or has holes that the user accepts by `--sparse`; or a
+    /// device-DAX node, which has no holes.
     pub fn preallocated(file: Arc<File>, bytes: u64) -> Self {
         Self { preallocated: Some(bytes), ..Self::new(file) }
     }
 
-    /// The same file on a DAX file system, if `dax`: where its blocks lie on the device counts
-    /// (behaviour 15).
+    /// The same file, on a DAX file system if `dax`: then the place of its blocks on the device
+    /// decides about PMD entries (behaviour 15).
     #[must_use]
     pub fn on_device(self, dax: bool) -> Self {
         Self { on_device: dax, ..self }
     }
 
-    /// The extent as the file system tells it. What can't be told is no candidate for 2 MiB.
+    /// The extent as FS_IOC_FIEMAP reports it. A page whose place on the device is not reported
+    /// gets an odd block number, which no PMD entry can begin with.
     fn device_extent(&self, page: PageIndex, pages: u64, access: Access) -> io::Result<Extent> {
         let run = |pages, backed| Extent { start: page, pages, backed };
-        // No multiple of 2 MiB: not the start of a chunk's blocks.
+        // An odd block number is no multiple of 512 blocks, so no PMD entry begins with it.
         let odd = Block::new(page.0 | 1).map(Backed::Mapped).ok_or(Errno::EFBIG)?;
         let wanted = FileRange::new(page.byte(), pages * PAGE_BYTES);
         let piece = first_piece(&self.file, wanted)?;
         let hole = piece.map_or(pages, |piece| pages_to(page, piece.logical.from).min(pages));
         let Some(piece) = piece.filter(|_| hole == 0) else {
-            // A device that was not allocated beforehand gets its blocks by the guest's stores.
+            // A sparse pmem file gets its blocks at the guest's stores.
             let by_store = self.preallocated.is_some() && access == Access::Write;
             return Ok(if by_store { run(1, odd) } else { run(hole, Backed::Hole) });
         };
@@ -198,7 +204,8 @@ impl FileExtents {
         }
     }
 
-    /// The first byte from `from` on that is data or a hole; the end of the file counts as a hole.
+    /// The first byte from `from` on that is data or a hole, as `whence` demands. The end of the
+    /// file counts as a hole. None if `from` is at or behind the end, or no data follows.
     fn seek(&self, from: FileOffset, whence: Whence) -> io::Result<Option<FileOffset>> {
         match lseek(&*self.file, from.0.cast_signed(), whence) {
             Ok(at) => Ok(Some(FileOffset(at.cast_unsigned()))),
@@ -207,8 +214,8 @@ impl FileExtents {
         }
     }
 
-    /// Whether the whole range, as far as it lies in the file, has blocks already. To ask costs a
-    /// tenth of an fallocate, which changes the inode even where it allocates nothing.
+    /// Whether all pages of the range inside the file are known to have blocks. This takes a tenth
+    /// of the time of an fallocate, which changes the inode even if it allocates no block.
     fn has_blocks(&self, range: FileRange) -> io::Result<bool> {
         let tell_all = || {
             let found = fstatfs(&self.file).map(|found| found.filesystem_type());
@@ -223,9 +230,10 @@ impl FileExtents {
         }
     }
 
-    /// Blocks of its own also for what is shared by reflink (behaviour 16), where the file system
-    /// knows reflinks in place (xfs). The others say EOPNOTSUPP and have nothing to unshare, or
-    /// write elsewhere at each store and can promise nothing (see `persist::Backing`).
+    /// Allocates blocks for the range, and on xfs replaces blocks that are shared by reflink by
+    /// blocks of the file's own (behaviour 16). Other file systems return EOPNOTSUPP for
+    /// FALLOC_FL_UNSHARE_RANGE: they have no reflinks, or write each store to a new block and can't
+    /// reserve space (see `persist::Backing`).
     fn fallocate_own(&self, range: FileRange) -> io::Result<()> {
         let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
         match self.fallocate(keep | FallocateFlags::FALLOC_FL_UNSHARE_RANGE, range) {
@@ -269,8 +277,8 @@ impl ExtentSource for FileExtents {
         self.file.write_at(bytes, from.0)
     }
 
-    /// The page cache can be mapped by 2 MiB where it has huge pages; whether it does is the
-    /// kernel's choice, page by page, and needs nothing from us but the alignment.
+    /// Always true: the kernel decides whether it maps 2 MiB by one entry of its page tables, and
+    /// needs only the alignment from the engine.
     fn maps_pmd(&self) -> bool {
         true
     }
@@ -280,7 +288,8 @@ impl ExtentSource for FileExtents {
         if self.preallocated.is_some() || self.has_blocks(range)? {
             return Ok(());
         }
-        // Never past the end of the file: KEEP_SIZE would leave blocks there that nobody sees.
+        // Never past the end of the file: FALLOC_FL_KEEP_SIZE would allocate blocks there that no
+        // read shows.
         let inside =
             FileRange::between(range.from, range.end().min(FileOffset(self.file_bytes()?)));
         if inside.is_empty() { Ok(()) } else { self.fallocate_own(inside) }
@@ -323,7 +332,8 @@ impl ExtentSource for FileExtents {
             FallocateFlags::FALLOC_FL_PUNCH_HOLE
         };
         match self.fallocate(how | FallocateFlags::FALLOC_FL_KEEP_SIZE, range) {
-            // tmpfs can't: then the zeros are stored. The range has its blocks, or gets them.
+            // tmpfs has no FALLOC_FL_ZERO_RANGE. Zeros are written, which keeps the blocks of the
+            // range or allocates them.
             Err(e) if keep && e.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => {
                 let zeros = vec![0; range.bytes.min(PMD_BYTES) as usize];
                 let mut at = range.from;
@@ -339,7 +349,7 @@ impl ExtentSource for FileExtents {
     }
 }
 
-/// The number of whole pages from `page` to `byte`: 0 if it comes before.
+/// The number of whole pages from `page` to `byte`: 0 if `byte` is before `page`.
 fn pages_to(page: PageIndex, byte: FileOffset) -> u64 {
     FileRange::between(page.byte(), byte).bytes / PAGE_BYTES
 }
@@ -351,9 +361,9 @@ mod tests {
 
     use super::*;
 
-    /// Shows: by the device's blocks: what is written, has blocks, or is a hole; and a write
-    /// grant's pages have the blocks that they had. (Skipped, and said so, where the file system
-    /// can't say.)
+    /// Shows: FIEMAP tells written pages, allocated pages and holes apart, and pages of a write
+    /// grant keep their blocks when they are written. (Skipped, with a line on stderr, on a file
+    /// system without FIEMAP.)
     #[test]
     fn a_real_file_tells_its_blocks() {
         let file = Arc::new(tempfile::tempfile_in(".").unwrap());
@@ -361,8 +371,10 @@ mod tests {
         file.write_all_at(&[1; 8 * PAGE_BYTES as usize], 16 * PAGE_BYTES).unwrap();
         file.sync_all().unwrap();
         if let Err(e) = first_piece(&file, FileRange::new(FileOffset(0), PAGE_BYTES)) {
-            let text = format!("SKIPPED a_real_file_tells_its_blocks: no FIEMAP here: {e}");
-            // Not println!: the test runner would swallow it.
+            let text = format!(
+                "SKIPPED a_real_file_tells_its_blocks: this file system has no FIEMAP: {e}"
+            );
+            // Not println!: the test runner captures its output.
             let _ = writeln!(io::stderr(), "{text}");
             return;
         }
@@ -383,7 +395,7 @@ mod tests {
         assert_eq!(at(32, Access::Read).backed, Backed::Mapped(promised));
     }
 
-    /// Shows: a sparse file's data and holes are told apart, and a write grant's pages get blocks.
+    /// Shows: lseek tells data and holes of a sparse file apart, and allocated pages get blocks.
     #[test]
     fn a_real_file_tells_its_extents() {
         let file = Arc::new(tempfile::tempfile_in(".").unwrap());
@@ -403,7 +415,7 @@ mod tests {
         assert_eq!(
             file.metadata().unwrap().len(),
             64 * PAGE_BYTES,
-            "allocating makes nothing longer"
+            "an allocation does not change the length"
         );
         assert_eq!(
             file.metadata().unwrap().blocks() - before,

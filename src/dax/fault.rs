@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: the fault over a range of one file: PMD where it can be, else PTEs
-//! (behaviours 6, 8, 9 and 15).
+//! Step 4 of 6: the fault over a range of one file: a PMD entry for each chunk that permits one,
+//! else PTE entries (behaviours 6, 8, 9 and 15).
 
 use std::io;
 
@@ -14,40 +14,43 @@ use super::space::Held;
 use super::trace::trace_dax;
 use crate::window::{WindowBytes, WindowOffset};
 
-/// Why a chunk got no PMD (behaviour 15).
+/// The reason why a chunk got no PMD entry (behaviour 15).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fallback {
-    /// The grant holds only a part of the chunk.
+    /// The grant covers only a part of the chunk.
     Partial,
-    /// The end of the file is in the chunk.
+    /// The file ends in the chunk.
     Eof,
-    /// File and window disagree modulo 2 MiB.
+    /// File offset and window offset differ modulo 2 MiB.
     Window,
-    /// The backing can't map 2 MiB.
+    /// The backing can't be mapped by 2 MiB.
     Backing,
-    /// PTE entries are in the way.
+    /// The chunk has PTE entries.
     Pte,
-    /// More than one extent, or blocks that are not aligned to 2 MiB.
+    /// The chunk has several extents, or blocks that are not aligned to 2 MiB.
     Extent,
 }
 
-/// A fault over `first..=last`, all inside the file.
+/// A fault over pages `first..=last`, which lie inside the file.
 struct Fault<'a> {
     engine: &'a Engine,
     space: &'a Space,
     first: PageIndex,
     last: PageIndex,
     access: Access,
-    /// File and window agree modulo 2 MiB.
+    /// File offset and window offset are equal modulo 2 MiB.
     agrees: bool,
-    /// The extent that was asked for last.
+    /// The extent that was looked up last.
     extent: Option<Extent>,
 }
 
 impl Engine {
-    /// Makes entries for `first..=last` of a grant that begins at `at`. These pages lie inside the
-    /// file and, for a write, are allocated. Entries made before an error stay: the caller retires
-    /// the grant.
+    /// Makes entries for pages `first..=last` of a grant that begins at `at` in the window. The
+    /// pages must lie inside the file and, for a write grant, have blocks.
+    ///
+    /// # Errors
+    /// The extent look-up failed, or its result is inconsistent. Entries that were made before
+    /// stay: the caller releases the grant.
     pub(super) fn fault(
         &self,
         grant: &Grant,
@@ -59,7 +62,9 @@ impl Engine {
         Fault { engine: self, space, first, last, access, agrees, extent: None }.run()
     }
 
-    /// Behaviour 8: the window may show something else than the file where the file has a hole.
+    /// Behaviour 8: unmaps what the window shows for a hole (see [`Mapper::unmap_hole`]).
+    ///
+    /// [`Mapper::unmap_hole`]: crate::window::Mapper::unmap_hole
     fn unmap_hole(&self, space: &Space, start: PageIndex, order: Order) {
         let bytes = WindowBytes(order.pages() * PAGE_BYTES);
         self.mapper.unmap_hole(space.source.file(), start.byte(), bytes);
@@ -81,7 +86,7 @@ impl Engine {
 
 impl Fault<'_> {
     fn run(mut self) -> io::Result<()> {
-        // Whoever knows what lies inside the file has just looked.
+        // The caller has read the file's length to cut `last`, so the known length is up to date.
         let eof = PageIndex::behind(self.space.known_bytes());
         let mut page = self.first;
         while page <= self.last {
@@ -103,7 +108,8 @@ impl Fault<'_> {
         Ok(())
     }
 
-    /// Behaviour 15, in the kernel's order.
+    /// Makes or finds the PMD entry of a chunk, or returns why it can't. Checks the conditions of
+    /// behaviour 15 in the order of the kernel's `dax_iomap_pmd_fault`.
     fn pmd_fault(&mut self, chunk: PageIndex, eof: PageIndex) -> io::Result<Result<(), Fallback>> {
         if chunk < self.first || chunk.chunk_last() > self.last {
             let past = chunk.chunk_last() >= eof && self.last.next() == eof && chunk >= self.first;
@@ -123,7 +129,7 @@ impl Fault<'_> {
         };
         let extent = self.extent(chunk, PMD_PAGES);
         let new = extent.as_ref().ok().and_then(|extent| pmd_entry(extent, chunk));
-        // One that has blocks stays as it is, so what the extent says now does not matter.
+        // A PMD entry with blocks is not changed, whatever the extent is now.
         match new {
             Some(new) => self.fill(&mut held, new),
             None if held.entry().is_real() => self.dirty(&held),
@@ -150,11 +156,11 @@ impl Fault<'_> {
         while page <= last {
             let mut unmap = |at, order| engine.unmap_hole(space, at, order);
             let Ok(held) = space.entries.grab(page, Order::Pte, &mut unmap) else {
-                unreachable!("a PTE request is never in the way of anything")
+                unreachable!("only a PMD request can be refused as occupied")
             };
             engine.counters.splits.add(u64::from(held.was_split()));
             if held.entry().order() == Order::Pmd {
-                // Behaviour 3: a PMD with blocks is left, and a write dirties all of it.
+                // Behaviour 3: a PMD with blocks is not split, and a write grant dirties all of it.
                 trace_dax!(pte_fault, space, page, "access={:?}", self.access);
                 self.dirty(&held);
                 trace_dax!(insert_mapping, space, page, "entry={:?}", held.entry());
@@ -168,10 +174,11 @@ impl Fault<'_> {
         Ok(())
     }
 
-    /// Returns the page behind.
+    /// Fills one PTE entry. Returns the page behind it.
     fn pte_fault(&mut self, mut held: Held<'_>, last: PageIndex) -> io::Result<PageIndex> {
         let (space, page) = (self.space, held.start());
-        // Behaviour 9: the first store to what is mapped already only tags it.
+        // Behaviour 9: a write grant over an entry with blocks only marks the entry dirty, as the
+        // kernel's pfn_mkwrite does.
         let mkwrite = held.entry().is_real() && self.access == Access::Write;
         if !mkwrite {
             trace_dax!(pte_fault, space, page, "access={:?}", self.access);
@@ -210,8 +217,8 @@ impl Fault<'_> {
         self.dirty(held);
     }
 
-    /// Behaviour 9: whoever may write has written, for all we know. Where the kernel knows better
-    /// there is nothing to note.
+    /// Behaviour 9: marks the entry dirty under a write grant, since the engine does not see the
+    /// guest's stores. Where the kernel tracks dirty pages, no entry is marked.
     fn dirty(&self, held: &Held<'_>) {
         if self.access == Access::Write && held.entry().is_real() && self.space.tracks() {
             held.mark(Mark::Dirty, true);
@@ -219,7 +226,8 @@ impl Fault<'_> {
     }
 
     fn extent(&mut self, page: PageIndex, pages: u64) -> io::Result<Extent> {
-        // Of a whole chunk the one at hand may tell too little: it was asked about less.
+        // For a whole chunk the last extent is used only if it holds the whole chunk: it may have
+        // been cut to the shorter range of an earlier look-up.
         let needed = if pages == PMD_PAGES { pages } else { 1 };
         if let Some(extent) = self.extent
             && extent.holds(page, needed)
@@ -228,17 +236,18 @@ impl Fault<'_> {
         }
         let extent = self.space.source.extent(page, pages, self.access)?;
         if !extent.holds(page, 1) {
-            return Err(io::Error::other("the file system answered about another page"));
+            return Err(io::Error::other("the file system returned the extent of another page"));
         }
         if self.access == Access::Write && !matches!(extent.backed, Backed::Mapped(_)) {
-            return Err(io::Error::other("the file system did not allocate"));
+            return Err(io::Error::other("the file system allocated no block for a write grant"));
         }
         self.extent = Some(extent);
         Ok(extent)
     }
 }
 
-/// The PMD entry of a chunk that lies in one extent and, if it has blocks, on aligned ones.
+/// The PMD entry of a chunk. None if the chunk has several extents, or its blocks are not aligned
+/// to 2 MiB.
 fn pmd_entry(extent: &Extent, chunk: PageIndex) -> Option<Entry> {
     if !extent.holds(chunk, PMD_PAGES) {
         return None;

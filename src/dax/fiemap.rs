@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: where a file's bytes lie on its device (FS_IOC_FIEMAP). Only of interest on a DAX
-//! file system: whether 2 MiB can be one entry depends on it.
+//! Step 4 of 6: the place of a file's bytes on its device (FS_IOC_FIEMAP). Used only on a DAX file
+//! system, where a PMD entry needs blocks that are aligned to 2 MiB on the device.
 
-#![allow(unsafe_code)] // An ioctl has no safe form.
+#![allow(unsafe_code)] // nix generates ioctls as unsafe functions.
 
 use std::fs::File;
 use std::io;
@@ -38,7 +38,8 @@ const FIEMAP_EXTENT_UNKNOWN: u32 = 1 << 1;
 const FIEMAP_EXTENT_ENCODED: u32 = 1 << 3;
 const FIEMAP_EXTENT_UNWRITTEN: u32 = 1 << 11;
 
-/// FS_IOC_FIEMAP is _IOWR('f', 11, struct fiemap), where that has no extents.
+/// Size in bytes of `struct fiemap` without extents, as in FS_IOC_FIEMAP = _IOWR('f', 11, struct
+/// fiemap).
 const HEADER_BYTES: usize = size_of::<Fiemap>() - size_of::<FiemapExtent>();
 
 nix::ioctl_readwrite_bad!(
@@ -47,35 +48,36 @@ nix::ioctl_readwrite_bad!(
     Fiemap
 );
 
-/// A piece of a file that lies on its device in one piece.
+/// A range of a file whose bytes are consecutive on the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Piece {
-    /// Where in the file it lies.
+    /// The range of the file.
     pub logical: FileRange,
-    /// Its first byte on the device; None where the file system does not say, or it is not as it is
-    /// read.
+    /// The offset of its first byte on the device, in bytes. None if the file system does not
+    /// report it (FIEMAP_EXTENT_UNKNOWN), or stores the bytes encoded (FIEMAP_EXTENT_ENCODED).
     pub physical: Option<u64>,
-    /// It has blocks, and reads as zeros until they are written.
+    /// The blocks are allocated, and read as zeros until they are written.
     pub unwritten: bool,
 }
 
-/// The first piece that has a byte of `range`, if there is one.
+/// The first piece that overlaps `range`. None if all of `range` is a hole.
 ///
 /// # Errors
-/// The system's: EOPNOTSUPP where the file system can't say.
+/// The error of ioctl(FS_IOC_FIEMAP): EOPNOTSUPP if the file system has no FIEMAP.
 pub fn first_piece(file: &File, range: FileRange) -> io::Result<Option<Piece>> {
     let mut map = Fiemap {
         fm_start: range.from.0,
         fm_length: range.bytes,
-        // Not FIEMAP_FLAG_SYNC: a DAX file system delays no allocation, and each look would sync
-        // the file.
+        // Not FIEMAP_FLAG_SYNC: it would sync the file at each call, and a DAX file system has no
+        // delayed allocation.
         fm_flags: 0,
         fm_mapped_extents: 0,
         fm_extent_count: 1,
         fm_reserved: 0,
         extent: FiemapExtent::default(),
     };
-    // SAFETY: the kernel writes one extent at most, for which there is room.
+    // SAFETY: the descriptor is open, and `map` has room for the one extent (fm_extent_count) that
+    // the kernel may write.
     unsafe { fs_ioc_fiemap(file.as_raw_fd(), &mut map)? };
     if map.fm_mapped_extents == 0 {
         return Ok(None);

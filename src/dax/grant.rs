@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: one grant, all grants and maps of a window, and why a grant is refused. Knows no
+//! Step 4 of 6: a grant, the grants and maps of a window, and the errors of a grant. Knows no
 //! entries.
 
 use std::collections::BTreeMap;
@@ -16,7 +16,8 @@ use super::sync::Arc;
 use crate::window::layout::{Layout, ShowError};
 use crate::window::{FileOffset, FileRange, MapError, WindowBytes, WindowOffset, WindowRange};
 
-/// What a guest may touch without asking again.
+/// The guest's right to read or write a range of a file through the window. Its place in the window
+/// is its key in [`Window::grants`].
 #[derive(Clone)]
 pub(super) struct Grant {
     pub(super) space: Arc<Space>,
@@ -26,7 +27,7 @@ pub(super) struct Grant {
 }
 
 impl Grant {
-    /// What it grants of the file.
+    /// The granted range of the file.
     pub(super) fn of_file(&self) -> FileRange {
         FileRange::new(self.from, self.bytes.0)
     }
@@ -39,23 +40,25 @@ impl Grant {
         self.of_file().pages().1
     }
 
-    /// The range of the window that it grants where it begins at `at`.
+    /// The granted range of the window, if the grant begins at `at`.
     pub(super) fn range(&self, at: WindowOffset) -> WindowRange {
         WindowRange::new(at, self.bytes)
     }
 
-    /// What the range `part` of the window has of it where it begins at `at`.
+    /// The part of the grant that lies in the range `part` of the window, if the grant begins at
+    /// `at`.
     pub(super) fn part(&self, at: WindowOffset, part: WindowRange) -> Self {
         Self { from: self.from + (part.at - at), bytes: part.bytes, ..self.clone() }
     }
 
-    /// Whether file and window agree modulo 2 MiB where it begins at `at` (behaviour 15).
+    /// Whether file offset and window offset are equal modulo 2 MiB, if the grant begins at `at`
+    /// (behaviour 15).
     pub(super) fn agrees(&self, at: WindowOffset) -> bool {
         at.0 % PMD_BYTES == self.from.0 % PMD_BYTES
     }
 }
 
-/// Grants and maps, by window offset.
+/// The grants and maps of a window, by window offset.
 #[derive(Default)]
 pub(super) struct Window {
     pub(super) grants: BTreeMap<WindowOffset, Grant>,
@@ -63,7 +66,7 @@ pub(super) struct Window {
 }
 
 impl Window {
-    /// The grants that have a byte of `range`: where each is, and what it grants.
+    /// The grants that overlap `range`, each with its range of the window.
     pub(super) fn touching(
         &self,
         range: WindowRange,
@@ -75,7 +78,8 @@ impl Window {
             .filter(move |(there, _)| there.overlap(range).is_some())
     }
 
-    /// Takes `range` out of the grants, cutting those that stick out, and returns what was in it.
+    /// Removes `range` from the grants, and returns the removed grants and parts of grants. The
+    /// parts outside `range` stay.
     pub(super) fn cut_out(&mut self, range: WindowRange) -> Vec<Grant> {
         let touched: Vec<_> =
             self.touching(range).map(|(there, grant)| (there, grant.clone())).collect();
@@ -92,31 +96,33 @@ impl Window {
     }
 }
 
-/// Why a grant, or its removal, did not happen. Nothing has changed then.
+/// Why a grant was not made or not removed. After an error the grants are as they were before.
 #[derive(Debug, Error)]
 pub enum GrantError {
-    /// A number that can't be.
+    /// A number of the guest's request is invalid; the text names the rule.
     #[error("{0}")]
     Invalid(&'static str),
-    /// Behaviour 14: it lies wholly behind the end of the file.
-    #[error("behind the end of the file")]
+    /// Behaviour 14: the range lies wholly behind the end of the file.
+    #[error("the range lies behind the end of the file")]
     PastEof,
-    /// The file's last page is not whole, and the front-end maps whole pages only (Q6).
-    #[error("the file's last page can't be mapped")]
+    /// The file ends inside a page, and the front-end maps whole pages only (docs/front-ends.md
+    /// Q6).
+    #[error("the file's last page is incomplete, so the front-end can't map it")]
     Tail,
-    /// The file system's error: out of space, most likely.
+    /// A file-system call on the file failed: ENOSPC of fallocate(2), most likely.
     #[error("{0}")]
     Source(#[from] io::Error),
-    /// The front-end's.
+    /// The front-end refused a map or unmap, or the window would have too many maps.
     #[error("{0}")]
     Window(#[from] ShowError),
-    /// Whoever asked for it does not want it any more.
-    #[error("nobody wants it any more")]
+    /// The argument `may` of `Engine::grant` returned false: the request belongs to an earlier life
+    /// of the device.
+    #[error("the device was reset or unmounted after the request came")]
     Unwanted,
 }
 
 impl GrantError {
-    /// What the guest is told.
+    /// The errno of the FUSE reply.
     pub fn errno(&self) -> Errno {
         match self {
             Self::Invalid(_) => Errno::EINVAL,
@@ -129,11 +135,11 @@ impl GrantError {
     }
 }
 
-/// A range of the window that was checked: aligned to pages, not empty, and inside.
+/// A checked range of the window: aligned to pages, not empty, and inside the window.
 #[derive(Debug, Clone, Copy)]
 pub struct Span(pub(super) WindowRange);
 
-/// The last page of the grant inside the file, and how many bytes of it are to be mapped.
+/// The grant's last page inside the file, and the number of bytes of the grant to map.
 pub(super) fn extent_of(grant: &Grant) -> Result<(PageIndex, WindowBytes), GrantError> {
     let source = &grant.space.source;
     let file_bytes = grant.space.look()?;

@@ -1,40 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: the tagged index of one address space. Knows entries; knows no locks and no
+//! Step 4 of 6: the index of one space: its entries by page, with marks. Knows no locks and no
 //! waiters.
 //!
-//! A radix tree over page numbers with 64 slots a node, so that a node's marks are one word each.
-//! Level 0 holds PTE entries; level 1 joins the 8 leaves of a chunk; a slot of level 2 holds either
-//! a PMD entry or the level-1 node of the chunk. A mark on a node's slot says that something below
-//! is marked: a search for what is marked never enters what is clean (behaviour 11).
+//! It is a radix tree over page numbers. A node has 64 slots, so one word holds a mark of all its
+//! slots. A slot of level 0 holds a PTE entry. A level-1 node has the 8 leaves of a chunk as
+//! children. A slot of level 2 holds either a PMD entry or the level-1 node of the chunk. A mark on
+//! a slot with a child node means that the child has that mark on a slot: a search for marked
+//! entries never enters a node without marks (behaviour 11).
 
-#![allow(clippy::indexing_slicing)] // Slots are masked to a node's width; ids come from the tree itself.
+#![allow(clippy::indexing_slicing)] // Slots are masked to 6 bits; node ids come from the tree.
 
 use std::cell::Cell;
 
 use super::entry::{Entry, Order, PMD_ORDER, PageIndex};
 
+/// Number of slots of a node: the number of bits of a word.
 const SLOTS: usize = 64;
+/// log2 of [`SLOTS`].
 const SLOT_BITS: u32 = 6;
 /// The level whose slots cover one chunk each.
 const CHUNK_LEVEL: u32 = 2;
-/// Covers 2^51 pages: the largest file there is.
+/// The highest level. A root of this level covers 2^51 pages: the largest possible file (2^63
+/// bytes).
 const TOP_LEVEL: u32 = 8;
 
-/// What a search can look for.
+/// A mark of an entry, which a search can look for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mark {
-    /// Written since it was last made durable, or it may have been.
+    /// The entry was or may have been stored to since it was last made durable.
     Dirty,
-    /// A writeback has promised to look at it.
+    /// A writeback has tagged the entry and not yet flushed it.
     ToWrite,
-    /// A writeback is at it: the entry is locked until its lines are flushed.
+    /// A writeback flushes the entry, and holds its lock until the flush is fenced.
     Writeback,
 }
 
+/// Number of marks.
 const MARKS: usize = 3;
 
-/// Something is in the way (EEXIST).
+/// The range of the new entry has an entry already (EEXIST in the kernel).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Occupied;
 
@@ -100,7 +105,7 @@ impl Node {
     }
 }
 
-/// log2 of the pages that one slot of `level` covers.
+/// log2 of the number of pages that one slot of `level` covers.
 const fn shift(level: u32) -> u32 {
     match level {
         0 => 0,
@@ -121,13 +126,14 @@ pub struct Index {
     root: Option<NodeId>,
     root_level: u32,
     entries: u64,
-    /// The node of the entry that was found last. Whoever walks a range asks for its neighbour
-    /// next, and that is found without a descent, however tall the tree.
+    /// The node of the entry that was found last. A walk over a range looks up the neighbour next,
+    /// and finds it in this node without a descent from the root.
     finger: Cell<Option<Finger>>,
+    /// Number of nodes visited: see [`Index::steps`].
     steps: Cell<u64>,
 }
 
-/// A live node, its level, and the first page below it.
+/// A live node, its level, and the first page that it covers.
 #[derive(Clone, Copy)]
 struct Finger {
     node: NodeId,
@@ -136,7 +142,7 @@ struct Finger {
 }
 
 impl Finger {
-    /// At the node of `level` that `page` is below.
+    /// The finger at `node`, which has `level` and covers `page`.
     fn at(node: NodeId, level: u32, page: PageIndex) -> Self {
         Self { node, level, base: PageIndex(page.0 >> shift(level + 1) << shift(level + 1)) }
     }
@@ -164,7 +170,7 @@ impl Default for Index {
     }
 }
 
-/// Where an entry is: its node, slot and level.
+/// The node, slot and level of an entry.
 #[derive(Clone, Copy)]
 struct Place {
     node: NodeId,
@@ -178,17 +184,17 @@ impl Index {
         self.entries
     }
 
-    /// Whether there is no entry.
+    /// Whether the index has no entry.
     pub fn is_empty(&self) -> bool {
         self.entries == 0
     }
 
-    /// Nodes visited so far by all operations: the cost that tests count.
+    /// Number of nodes that all operations have visited so far. Tests measure cost by it.
     pub fn steps(&self) -> u64 {
         self.steps.get()
     }
 
-    /// Bytes of memory in use by the tree.
+    /// Memory of the tree, in bytes.
     pub fn bytes(&self) -> usize {
         let live = self.nodes.len() - self.free.len();
         live * size_of::<Node>()
@@ -217,7 +223,7 @@ impl Index {
             self.nodes[id.0 as usize] = Some(Node::new(parent));
             return id;
         }
-        // 2^31 nodes would be over a terabyte of them.
+        // The cast loses nothing: 2^32 nodes would take over 2 TiB of memory.
         let id = NodeId(self.nodes.len() as u32);
         self.nodes.push(Some(Node::new(parent)));
         id
@@ -227,7 +233,7 @@ impl Index {
         page.0 >> shift(self.root_level) < SLOTS as u64
     }
 
-    /// The finger if `page` is below it, else the root if `page` is below that.
+    /// The finger's node if it covers `page`, else the root if it covers `page`: node and level.
     fn nearest(&self, page: PageIndex) -> Option<(NodeId, u32)> {
         match self.finger.get() {
             Some(finger) if finger.covers(page) => Some((finger.node, finger.level)),
@@ -256,7 +262,7 @@ impl Index {
         self.locate(page).map(|(_, entry)| (entry.order().start(page), entry))
     }
 
-    /// Adds an entry, without marks, where there is none.
+    /// Adds an entry without marks.
     ///
     /// # Errors
     /// [`Occupied`] if an entry covers `page`, or if `entry` is a PMD and the chunk has PTE
@@ -285,7 +291,7 @@ impl Index {
             level -= 1;
         }
         let slot = slot_of(page, level);
-        // An occupied slot leaves no new node behind: its parents were all there.
+        // If the slot is occupied, all its parents existed, so the loop has allocated no node.
         if self.node(node).get(slot) != Slot::Vacant {
             return Err(Occupied);
         }
@@ -322,11 +328,12 @@ impl Index {
     fn release(&mut self, id: NodeId) {
         self.nodes[id.0 as usize] = None;
         self.free.push(id);
-        // It may be the finger's, and the number will be another node's.
+        // The finger may point to this node, and its number is given to the next new node.
         self.finger.set(None);
     }
 
-    /// Puts `entry` in the place of one of the same order; marks stay. False if there is none.
+    /// Replaces the entry that covers `page` by `entry`, and keeps the marks. False if no entry of
+    /// the same order covers `page`.
     pub fn replace(&mut self, page: PageIndex, entry: Entry) -> bool {
         match self.locate(page) {
             Some((place, old)) if old.order() == entry.order() => {
@@ -337,12 +344,12 @@ impl Index {
         }
     }
 
-    /// Takes out the entry that covers `page`, with its marks.
+    /// Removes the entry that covers `page`, with its marks. Returns its first page and the entry.
     pub fn remove(&mut self, page: PageIndex) -> Option<(PageIndex, Entry)> {
         let (_, entry) = self.locate(page)?;
         let root = self.root?;
         if self.remove_below(root, self.root_level, page) {
-            // Nothing is left: give all memory back.
+            // The last entry was removed: the reset frees all memory of the tree.
             *self = Self { steps: self.steps.clone(), ..Self::default() };
         } else {
             self.entries -= 1;
@@ -350,7 +357,7 @@ impl Index {
         Some((entry.order().start(page), entry))
     }
 
-    /// Takes the entry out and returns whether `node` has become empty.
+    /// Removes the entry below `node` that covers `page`. Returns whether `node` has become empty.
     fn remove_below(&mut self, node: NodeId, level: u32, page: PageIndex) -> bool {
         let slot = slot_of(page, level);
         if let Slot::Node(child) = self.node(node).get(slot) {
@@ -366,7 +373,7 @@ impl Index {
         self.node(node).used == 0
     }
 
-    /// Makes the marks on a node's slot say what is marked below it.
+    /// Sets the marks of `slot`, whose child node is `child`, to the marks that `child` contains.
     fn sum_up(&mut self, node: NodeId, slot: usize, child: NodeId) {
         let below = self.node(child).marks;
         for (marks, below) in self.node_mut(node).marks.iter_mut().zip(below) {
@@ -380,15 +387,15 @@ impl Index {
             .is_some_and(|(place, _)| self.node(place.node).bits(Some(mark)) & 1 << place.slot != 0)
     }
 
-    /// Sets or clears `mark` on the entry that covers `page`. False if there is none.
+    /// Sets or clears `mark` on the entry that covers `page`. False if no entry covers it.
     pub fn set_mark(&mut self, page: PageIndex, mark: Mark, on: bool) -> bool {
         let Some((place, _)) = self.locate(page) else { return false };
         self.change_marks(place, page, mark, 1 << place.slot, on);
         true
     }
 
-    /// Sets or clears some marks of the node at `place`, which `page` is below, and then those
-    /// above it, as far up as they have become wrong.
+    /// Sets or clears `mark` on the slots `bits` of the node at `place`, which covers `page`, and
+    /// then updates the mark on the slots of its ancestors.
     fn change_marks(&mut self, place: Place, page: PageIndex, mark: Mark, bits: u64, on: bool) {
         let Place { mut node, mut level, .. } = place;
         let mut bits = bits;
@@ -404,7 +411,8 @@ impl Index {
         }
     }
 
-    /// The first entry that covers a page of `from..=last`, or with `mark` the first so marked.
+    /// The first entry that covers a page of `from..=last` and, if `mark` is given, has that mark:
+    /// its first page and the entry.
     pub fn next(
         &self,
         from: PageIndex,
@@ -462,8 +470,8 @@ impl Index {
         None
     }
 
-    /// Marks ToWrite what is marked Dirty in `from..=last`, for at most `most` entries.
-    /// Returns how many were marked, and where to go on if there is more.
+    /// Marks the dirty entries of `from..=last` ToWrite, at most `most` of them. Returns the number
+    /// of entries that were marked, and the page of the next dirty entry if it was not reached.
     pub fn tag_for_writeback(
         &mut self,
         from: PageIndex,
@@ -479,7 +487,7 @@ impl Index {
             let mut bits = 1 << place.slot;
             at = start + entry.order().pages();
             if place.level == 0 {
-                // A leaf has entries only: all of it at once.
+                // A leaf has only entries in its slots: mark all of its dirty ones at once.
                 let behind = (last.0 - start.0).min((SLOTS - 1 - place.slot) as u64);
                 bits = self.node(place.node).bits(Some(Mark::Dirty))
                     & u64::MAX << place.slot
@@ -505,7 +513,7 @@ mod tests {
 
     type Marks = (bool, bool);
 
-    /// The obvious index: a map from first page to entry and marks.
+    /// The model: an ordered map from first page to entry and marks (Dirty, ToWrite).
     #[derive(Default)]
     struct Model(BTreeMap<u64, (Entry, Marks)>);
 
@@ -526,7 +534,7 @@ mod tests {
         }
     }
 
-    /// xorshift: repeatable, and enough here.
+    /// xorshift64: the same sequence in each run.
     struct Random(u64);
 
     impl Random {
@@ -543,7 +551,7 @@ mod tests {
     }
 
     fn step(index: &mut Index, model: &mut Model, random: &mut Random) {
-        // Near, far and at the very end, so that the tree is low, tall and tallest.
+        // Low, high and the highest page numbers, so that the tree has few, more and all levels.
         let far = [0, 1 << 20, PageIndex::LAST.0 - 4 * PMD_PAGES + 1][random.below(3) as usize];
         let at = far + random.below(4 * PMD_PAGES);
         let page = PageIndex(at);
@@ -622,8 +630,8 @@ mod tests {
         assert_eq!(index.len(), model.0.len() as u64);
     }
 
-    /// Shows: the index does what an ordered map with two flags does, near, far and at the end of
-    /// the largest file.
+    /// Shows: the index behaves like an ordered map with two flags, at low and high page numbers
+    /// and at the end of the largest file.
     #[test]
     fn it_agrees_with_an_ordered_map() {
         for seed in 1..20 {
@@ -639,8 +647,7 @@ mod tests {
         }
     }
 
-    /// Shows: what was found last is not remembered beyond its node, whose number is given out
-    /// again.
+    /// Shows: the finger does not outlive its node, whose number is given to another node.
     #[test]
     fn a_freed_node_is_not_found_again() {
         let mut index = Index::default();
@@ -655,7 +662,8 @@ mod tests {
         assert_eq!(index.len(), 2);
     }
 
-    /// Shows: a search for marks costs by what is marked, not by what is there.
+    /// Shows: the cost of a search for a mark depends on the number of marked entries, not on the
+    /// number of entries.
     #[test]
     fn a_search_skips_what_is_clean() {
         let mut index = Index::default();

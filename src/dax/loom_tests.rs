@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Every interleaving of a few threads, by the model checker: the entry lock, the wait table, a
-//! split against a write, writeback against a grant. Loom reports a deadlock for a lost wake-up.
-//! Run by `ci/loom`.
+//! Model checking with loom: the interleavings of two or three threads (with at most 3 preemptions)
+//! over the entry lock, the wait table, splits and writebacks. Loom reports a lost wake-up as a
+//! deadlock. Run by `ci/loom`.
 
 use std::fs::File;
 use std::io;
@@ -37,7 +37,7 @@ fn entries(filled: Option<(PageIndex, Entry)>) -> (Arc<Entries>, Arc<WaitTable>)
     (Arc::new(entries), waits)
 }
 
-/// Runs the two beside each other, and a third on this thread; all must end.
+/// Runs `a` and `b` in two new threads and `c` in this thread, and waits until all have ended.
 fn together(
     a: impl FnOnce() + Send + 'static,
     b: impl FnOnce() + Send + 'static,
@@ -53,8 +53,8 @@ fn real(order: Order) -> Entry {
     Entry::real(order, Block::new(PMD_PAGES).unwrap())
 }
 
-/// Shows: whoever grabs different pages of one PMD has it alone, and all get their turn (rows 2 and
-/// 3).
+/// Shows: of three threads that grab different pages of one PMD, one at a time holds the entry, and
+/// each gets it (rows 2 and 3).
 #[test]
 fn one_holder_at_a_time() {
     check(|| {
@@ -64,7 +64,8 @@ fn one_holder_at_a_time() {
             let (entries, inside) = (entries.clone(), inside.clone());
             move || {
                 let held = entries.grab(PageIndex(page), Order::Pte, &mut no_unmap).unwrap();
-                assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "two hold one entry");
+                let holders = inside.fetch_add(1, Ordering::SeqCst);
+                assert_eq!(holders, 0, "two threads hold one entry");
                 inside.fetch_sub(1, Ordering::SeqCst);
                 drop(held);
             }
@@ -74,7 +75,7 @@ fn one_holder_at_a_time() {
     });
 }
 
-/// Shows: one who looks and does not lock gives its wake-up on (row 4).
+/// Shows: a thread that is woken for an entry and does not lock it wakes the next waiter (row 4).
 #[test]
 fn a_wake_up_that_is_not_used_is_passed_on() {
     check(|| {
@@ -91,9 +92,10 @@ fn a_wake_up_that_is_not_used_is_passed_on() {
     });
 }
 
-/// Shows: a deletion wakes all, and they find that it is gone (rows 2 and 5).
+/// Shows: a deletion wakes all waiting threads, and each finds that the entry was deleted (rows 2
+/// and 5).
 #[test]
-fn a_deletion_wakes_all_who_wait() {
+fn a_deletion_wakes_all_waiters() {
     check(|| {
         let (entries, waits) = entries(Some((PageIndex(9), real(Order::Pte))));
         let delete = || {
@@ -110,7 +112,8 @@ fn a_deletion_wakes_all_who_wait() {
     });
 }
 
-/// Shows: two writes into one huge hole split it once, and neither loses its entry (row 3).
+/// Shows: two threads that write to different pages of one PMD hole split it once, and the entries
+/// of both stay (row 3).
 #[test]
 fn a_split_beside_a_write() {
     check(|| {
@@ -188,8 +191,8 @@ impl Mapper for Yes {
     }
 }
 
-/// One page of memory: `stored` is in a cache line, `durable` is where a flush puts it, unless it
-/// fails.
+/// One page of memory: whether a store is in its cache line, and whether a flush has made that
+/// store durable. If the second field is true, each flush fails.
 #[derive(Clone, Default)]
 struct Line(Arc<(AtomicBool, AtomicBool)>, bool);
 
@@ -210,7 +213,7 @@ impl Line {
 impl LineFlush for Line {
     fn flush(&self, _: FileRange) -> io::Result<()> {
         if self.1 {
-            return Err(io::Error::other("the line is broken"));
+            return Err(io::Error::other("the flush of this line fails"));
         }
         self.0.1.fetch_or(self.0.0.load(Ordering::SeqCst), Ordering::SeqCst);
         Ok(())
@@ -232,7 +235,8 @@ fn fsync(engine: &Engine, space: &Space) {
     engine.writeback(space, PageIndex(0), PageIndex(0)).unwrap();
 }
 
-/// Shows: of two who flush one entry, neither returns before the line is flushed (row 10).
+/// Shows: of two threads that write back one entry, neither returns before the line is flushed (row
+/// 10).
 #[test]
 fn neither_of_two_flushers_returns_early() {
     check(|| {
@@ -251,7 +255,8 @@ fn neither_of_two_flushers_returns_early() {
     });
 }
 
-/// Shows: of two who flush one entry and fail, neither says that it is durable (row 10).
+/// Shows: of two threads that write back one entry whose flush fails, neither returns success (row
+/// 10).
 #[test]
 fn both_of_two_flushers_learn_of_a_failure() {
     check(|| {
@@ -265,8 +270,8 @@ fn both_of_two_flushers_learn_of_a_failure() {
     });
 }
 
-/// Shows: a store under a write grant that came beside a writeback is flushed by the next one (row
-/// 9).
+/// Shows: a write grant is made while another thread writes back. A store under it is durable after
+/// the next writeback (row 9).
 #[test]
 fn a_write_grant_beside_a_writeback() {
     check(|| {
@@ -278,7 +283,7 @@ fn a_write_grant_beside_a_writeback() {
         together(
             move || fsync(&other, &there),
             move || {
-                guest.grant(&store, FileOffset(0), span, Access::Write).unwrap();
+                guest.grant(&store, FileOffset(0), span, Access::Write, || true).unwrap();
                 stores_into.store();
                 fsync(&guest, &store);
                 assert!(stores_into.is_durable());
@@ -288,8 +293,8 @@ fn a_write_grant_beside_a_writeback() {
     });
 }
 
-/// Shows: the last flush of a removed grant and a writeback beside it leave nothing dirty behind,
-/// and the store before them durable (rows 9 and 11).
+/// Shows: one thread writes back while another removes the grant. No entry is left, and each thread
+/// returns only after the store before is durable (rows 9 and 11).
 #[test]
 fn a_removal_beside_a_writeback() {
     check(|| {

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: the file changes under live grants: its length, and its holes (behaviours 5 and
-//! 12).
+//! Step 4 of 6: changes of a file's length and holes under live grants (behaviours 5 and 12).
 //!
-//! The guest asks for nothing again when a file grows, and gives nothing back when it shrinks. So
-//! the window must follow: a page that is mapped behind the end of the file is SIGBUS in the VMM,
-//! and the whole VM dies of it.
+//! The guest sends no SETUPMAPPING when a file grows, and no REMOVEMAPPING when it shrinks. So the
+//! engine changes the window itself: a guest's access to a mapped page behind the end of the file
+//! is SIGBUS in the VMM, and kills the VM.
 
 use std::io;
 
@@ -18,26 +17,28 @@ use super::rw::write_back_pages;
 use super::sync::{Arc, CheckedOut, lock};
 use crate::window::{FileOffset, FileRange, WindowBytes, WindowOffset, WindowRange};
 
-/// What a change of length did to live grants.
+/// The effect of a change of length on live grants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Resized {
-    /// The file's last page is not whole, the front-end can't map it, and a live grant covers it:
-    /// the guest must not use that grant.
+    /// The file ends inside a page that a live grant covers, and the front-end maps whole pages
+    /// only (docs/front-ends.md Q6). The window does not show that page: the guest must not use
+    /// it through the grant.
     pub tail_hidden: bool,
 }
 
 impl Engine {
-    /// Sets the file's length. The window lets go of what will be behind the end *before* the file
-    /// shrinks, and shows what is new after it has grown.
+    /// Sets the file's length to `bytes`. Pages that will lie behind the end are unmapped *before*
+    /// the file shrinks; new pages are mapped after it has grown.
     ///
     /// # Errors
-    /// The front-end's or the file system's. The window then shows the file as long as it is, as
-    /// far as the front-end lets us.
+    /// The front-end refused a map or unmap, or a call on the file failed (ftruncate, fstat,
+    /// fallocate, a flush). The window then shows the file's actual length, except for maps and
+    /// unmaps that the front-end refused.
     pub fn resize(&self, space: &Arc<Space>, bytes: u64) -> Result<Resized, GrantError> {
         self.resize_by(space, bytes, || space.source.set_bytes(bytes)).map(|((), resized)| resized)
     }
 
-    /// The same, where it is `change` that sets the file's length to `bytes`.
+    /// Like [`resize`](Self::resize), but calls `change` to set the file's length to `bytes`.
     ///
     /// # Errors
     /// See [`resize`](Self::resize).
@@ -48,24 +49,25 @@ impl Engine {
         change: impl FnOnce() -> io::Result<T>,
     ) -> Result<(T, Resized), GrantError> {
         if bytes > i64::MAX as u64 {
-            return Err(GrantError::Invalid("longer than any file"));
+            return Err(GrantError::Invalid("the length exceeds the largest file offset"));
         }
         let _alone = space.invalidate_lock.write();
         let old = space.source.file_bytes()?;
         let mappable = space.source.mappable_bytes(bytes);
         let clipped = if bytes < old { self.unmap_beyond(space, mappable) } else { Ok(()) };
         let done = clipped.and_then(|()| Ok(change()?));
-        // Also after an error: what the window let go of in vain comes back.
+        // Also after an error: this maps the pages again that were unmapped in vain.
         let kept = old.min(space.source.file_bytes()?);
         let followed = self.sync_to_length(space, kept, PageIndex::of(FileOffset(kept)).chunk());
         done.and_then(|done| Ok((done, followed?)))
     }
 
-    /// Lets `change` do something to the file's length or blocks that never makes it shorter than
-    /// `at_least` bytes. The window and the entries follow.
+    /// Calls `change`, which may change the file's length and blocks, but must not make the file
+    /// shorter than `at_least` bytes. Then updates the window and the entries.
     ///
     /// # Errors
-    /// The change's own, or the front-end's after it.
+    /// The error of `change`; or the front-end refused a map or unmap, or a call on the file
+    /// failed.
     pub fn change<T>(
         &self,
         space: &Arc<Space>,
@@ -84,7 +86,8 @@ impl Engine {
         followed?;
         let grown = FileRange::between(FileOffset(old), FileOffset(bytes));
         if let Some(lines) = space.lines().filter(|_| !grown.is_empty()) {
-            // What it has grown by was written by the change, and no entry need know of it.
+            // `change` has written the bytes by which the file has grown. They are flushed here, so
+            // no entry has to be dirty.
             self.check_failed(space)?;
             let (first, last) = grown.pages();
             self.note(space, write_back_pages(lines, first, last))?;
@@ -92,26 +95,28 @@ impl Engine {
         Ok(done)
     }
 
-    /// The file has grown or shrunk by other hands (a FUSE WRITE behind the end, another process).
+    /// Updates the window and the entries after the file's length was changed outside of the
+    /// engine, for example by another process on the host.
     ///
     /// # Errors
     /// See [`resize`](Self::resize).
     pub fn resized(&self, space: &Arc<Space>) -> Result<Resized, GrantError> {
         let _alone = space.invalidate_lock.write();
         self.unmap_beyond(space, space.source.mappable_bytes(space.source.file_bytes()?))?;
-        // How long it was before is not known: look at everything that is granted.
+        // The former length is not known: renew the entries of all grants.
         self.sync_to_length(space, space.source.file_bytes()?, PageIndex(0))
     }
 
-    /// Looks whether somebody else has changed the file's length. If it has become shorter, the
-    /// window lets go of every page that is behind the end now: the guest may not have heard of it,
-    /// and where it touches such a page the VMM dies. If it has grown again, the window shows it
-    /// again.
+    /// Checks whether another program has changed the file's length. If the file has become
+    /// shorter, unmaps each page behind its end: the guest may not know the new length yet, and
+    /// its access to such a page would kill the VMM. If the file has grown, maps the new pages.
     ///
     /// # Errors
-    /// The front-end's or the file system's.
+    /// The front-end refused a map or unmap, or a call on the file failed (fstat, fallocate, a
+    /// flush).
     pub fn look_again(&self, space: &Arc<Space>) -> Result<(), GrantError> {
-        // Mostly it is we who changed it, or nobody: then nothing has to wait.
+        // Nearly always no other program has changed the length. Then the invalidate lock, for
+        // which requests would wait, is not taken.
         if space.source.file_bytes()? == space.known_bytes() {
             return Ok(());
         }
@@ -127,15 +132,15 @@ impl Engine {
         Ok(())
     }
 
-    /// Nothing of the file behind byte `end` (a whole page) is in the window any more.
+    /// Unmaps each page of the file from byte `end`, a multiple of the page size, on.
     fn unmap_beyond(&self, space: &Space, end: u64) -> Result<(), GrantError> {
         let mut window = self.window.take();
         let (file, end) = (space.source.file(), FileOffset(end));
         Ok(window.layout.unmap_beyond(file, end, &*self.mapper, self.most_maps())?)
     }
 
-    /// Window and entries follow the file's new length: entries behind its first `kept` bytes are
-    /// deleted, and what grants want from `from` on is faulted in.
+    /// Updates the window and the entries to the file's new length: deletes the entries behind its
+    /// first `kept` bytes, and faults in the granted pages from `from` on.
     pub(super) fn sync_to_length(
         &self,
         space: &Arc<Space>,
@@ -145,8 +150,9 @@ impl Engine {
         let stale = PageIndex::behind(kept);
         space.look()?;
         let mut window = self.window.take();
-        // Behaviour 16: blocks, and entries that know what is dirty, before the window shows
-        // anything. A growth that nobody told of is not shown yet, either.
+        // Behaviour 16: pages get blocks, and entries that track dirty pages, before the window
+        // shows them. This includes pages by which another program has extended the file: the
+        // window does not show them yet.
         let from = unshown(&window, space).map_or(from, |page| page.min(from));
         let allocated = self.allocate(&window, space, from, PageIndex::LAST);
         let deleted = self.delete_entries(space, behind(kept));
@@ -178,8 +184,8 @@ impl Engine {
         Ok(Resized { tail_hidden })
     }
 
-    /// Shows what a grant has got more of by growth: the new part as a map of its own, so that
-    /// what is there already is never away for a moment.
+    /// Shows the part of a grant by which the file has grown. That part gets a map of its own, so
+    /// that the part which is mapped already stays mapped all the time.
     fn show_grant(
         &self,
         window: &mut CheckedOut<'_, Window>,
@@ -194,18 +200,19 @@ impl Engine {
         Ok(())
     }
 
-    /// Behaviour 12 and 5: makes `range` read as zeros. What no write grant covers becomes a hole;
-    /// the rest keeps its blocks, since a store to a hole on a full disk would be SIGBUS in the
-    /// VMM.
+    /// Makes `range` of the file read as zeros (behaviours 5 and 12). Pages without a write grant
+    /// become holes. Pages with a write grant keep their blocks, since the guest's store to a hole
+    /// on a full disk would be SIGBUS in the VMM.
     ///
     /// # Errors
-    /// The file system's.
+    /// [`GrantError::Invalid`] if the range is empty or ends behind the largest file offset;
+    /// [`GrantError::Source`] if fstat, fallocate or a flush failed.
     pub fn punch(&self, space: &Arc<Space>, range: FileRange) -> Result<(), GrantError> {
         let Some(end) = range.checked_end() else {
-            return Err(GrantError::Invalid("longer than any file"));
+            return Err(GrantError::Invalid("the range ends behind the largest file offset"));
         };
         if range.is_empty() {
-            return Err(GrantError::Invalid("nothing to punch"));
+            return Err(GrantError::Invalid("the range to punch is empty"));
         }
         let _alone = space.invalidate_lock.write();
         let inside = end.min(FileOffset(space.source.file_bytes()?));
@@ -218,8 +225,8 @@ impl Engine {
         self.allocate(&self.window.take(), space, first, last)?;
         self.zero(space, range)?;
         let deleted = self.delete_entries(space, range);
-        // Under a write grant what is left of a split chunk is dirty as before, and the zeros are
-        // new.
+        // Under a write grant the new entries are dirty: the remaining parts of a deleted PMD entry
+        // as before, and the zeroed pages.
         self.renew(&self.window.take(), space, first, last)?;
         Ok(deleted?)
     }
@@ -240,9 +247,9 @@ impl Engine {
         space.source.zero(FileRange::between(at, end), false)
     }
 
-    /// Deletes what covers a byte of `range`. An entry that sticks out is written back before: the
-    /// grant under which the rest of it was stored to may be on its way out, and then nobody makes
-    /// that rest anew.
+    /// Deletes the entries that cover a byte of `range`. An entry that extends beyond `range` is
+    /// written back first: another thread may be releasing the grant under which the guest stored
+    /// to the part beyond, and then no new dirty entry is made for that part.
     fn delete_entries(&self, space: &Space, range: FileRange) -> io::Result<()> {
         let (first, last) = range.pages();
         let mut result = Ok(());
@@ -258,7 +265,7 @@ impl Engine {
         result
     }
 
-    /// Gives blocks to what live write grants cover in `first..=last`.
+    /// Allocates blocks for the pages of `first..=last` that live write grants cover.
     pub(super) fn allocate(
         &self,
         window: &Window,
@@ -274,8 +281,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Makes the entries anew that live grants want in `first..=last`, each chunk as far as it is
-    /// covered: the guest does not fault again.
+    /// Re-creates the entries of the pages of `first..=last` that live grants cover: the guest
+    /// sends no further SETUPMAPPING for them.
     pub(super) fn refault(
         &self,
         window: &Window,
@@ -288,8 +295,9 @@ impl Engine {
             .try_for_each(|(at, grant, first, last)| self.fault(grant, *at, *first, *last))
     }
 
-    /// The same where entries were deleted. If that fails, the guest goes on storing where no entry
-    /// says so: then never answer that all is durable.
+    /// Like [`refault`](Self::refault), after entries were deleted. If it fails, no entry tracks
+    /// the guest's later stores. Then every later writeback fails, so that no flush is answered
+    /// with success.
     fn renew(
         &self,
         window: &Window,
@@ -302,20 +310,20 @@ impl Engine {
     }
 }
 
-/// What lies behind the page with the last byte of a file of `bytes` bytes.
+/// The range behind the last page of a file of `bytes` bytes.
 fn behind(bytes: u64) -> FileRange {
     FileRange::between(PageIndex::behind(bytes).byte(), FileOffset::MAX)
 }
 
-/// The live grants of one file. Whoever acts on them holds on to the window's turn until it is
-/// done: they may be gone right after.
+/// The live grants of one file, with their window offsets. The caller holds the checkout of the
+/// window for as long as it uses them, since another thread may remove them afterwards.
 fn grants_of(window: &Window, space: &Arc<Space>) -> Vec<(WindowOffset, Grant)> {
     let of_space = window.grants.iter().filter(|(_, grant)| Arc::ptr_eq(&grant.space, space));
     of_space.map(|(at, grant)| (*at, grant.clone())).collect()
 }
 
-/// What of `first..=last`, inside the file, live grants want: window offset, grant, first and last
-/// page.
+/// The live grants that cover pages of `first..=last` inside the file: window offset, grant, first
+/// and last covered page.
 fn wanted(
     window: &Window,
     space: &Arc<Space>,
@@ -330,7 +338,7 @@ fn wanted(
     Ok(wanted.filter(|(.., start, stop)| start <= stop).collect())
 }
 
-/// The first chunk of the file of which a live grant does not show all.
+/// The first chunk of the file that a live grant does not show completely.
 fn unshown(window: &Window, space: &Arc<Space>) -> Option<PageIndex> {
     let shown = grants_of(window, space).into_iter().map(|(at, grant)| {
         let until = window.layout.shown_until(grant.range(at));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Step 4 of 6: FUSE READ and WRITE on a file that may be granted at the same time (behaviour 13).
-//! They go straight to the file's bytes: the same that the window shows.
+//! They read and write the file itself, whose bytes the window shows.
 
 use std::io;
 
@@ -12,11 +12,11 @@ use crate::persist::LineFlush;
 use crate::window::{FileOffset, FileRange};
 
 impl Engine {
-    /// Reads from byte `from` on. Stops at the end of the file: what is returned is how much was
-    /// read. Holes read as zeros, and stay holes.
+    /// Reads from byte `from` of the file on, to the end of the file at most. Returns the number of
+    /// bytes read. Holes read as zeros and stay holes.
     ///
     /// # Errors
-    /// The file system's.
+    /// The errors of fstat(2) and pread(2) on the file.
     pub fn read(&self, space: &Space, from: FileOffset, to: &mut [u8]) -> io::Result<usize> {
         let _shared = space.invalidate_lock.read();
         let left = space.source.file_bytes()?.saturating_sub(from.0);
@@ -31,11 +31,14 @@ impl Engine {
         Ok(done)
     }
 
-    /// Writes from byte `from` on, and makes the file longer where it must. When it returns, the
-    /// window shows what was written wherever it is granted. Returns how much was written.
+    /// Writes from byte `from` of the file on, and extends the file if `data` ends behind its end.
+    /// On return each grant of the written range shows the data. Returns the number of bytes
+    /// written.
     ///
     /// # Errors
-    /// The file system's, if nothing was written; or the front-end's, after the file has grown.
+    /// - [`GrantError::Invalid`]: the range ends behind the largest file offset.
+    /// - [`GrantError::Source`]: no byte could be written, or the flush of written pages failed.
+    /// - [`GrantError::Window`]: the file has grown, but the front-end refused a map of the growth.
     pub fn write(
         &self,
         space: &Arc<Space>,
@@ -56,8 +59,8 @@ impl Engine {
         })
     }
 
-    /// The same, where it is `write` that writes from the start of `range` on, and says how
-    /// many bytes.
+    /// Like [`write`](Self::write), but calls the closure `write` to write from the start of
+    /// `range` on. The closure returns the number of bytes written.
     ///
     /// # Errors
     /// See [`write`](Self::write).
@@ -68,14 +71,17 @@ impl Engine {
         write: impl FnOnce() -> io::Result<usize>,
     ) -> Result<usize, GrantError> {
         let (from, end) = (range.from, range.checked_end());
-        let Some(end) = end else { return Err(GrantError::Invalid("longer than any file")) };
+        let Some(end) = end else {
+            return Err(GrantError::Invalid("the range ends behind the largest file offset"));
+        };
         {
             let _shared = space.invalidate_lock.read();
             if end.0 <= space.source.file_bytes()? {
                 return Ok(self.write_inside(space, from, write)?);
             }
         }
-        // It grows. Live grants then show more, and nobody else may measure the file meanwhile.
+        // The file grows, and live grants then show more of it. The write lock keeps other threads
+        // from reading the length in between.
         let _alone = space.invalidate_lock.write();
         let old = space.source.file_bytes()?;
         let done = self.write_inside(space, from, write)?;
@@ -98,7 +104,7 @@ impl Engine {
         }
         let (first, last) = FileRange::new(from, done as u64).pages();
         if let Some(lines) = space.lines() {
-            // Written back at once: no entry need know of it, and there may be none.
+            // Written back at once, so no entry has to be dirty. The range may have no entry.
             self.check_failed(space)?;
             self.note(space, write_back_pages(lines, first, last))?;
         }
@@ -106,19 +112,20 @@ impl Engine {
         Ok(done)
     }
 
-    /// What was a hole under a live grant has blocks now: the window must show them.
+    /// Replaces the hole entries of `first..=last` by entries with blocks, since a write has given
+    /// these pages blocks, and the window must show them.
     fn fill_holes(&self, space: &Arc<Space>, first: PageIndex, last: PageIndex) -> io::Result<()> {
         let mut at = first;
         loop {
             let found = space.entries.index().next(at, last, None);
             let Some((start, entry)) = found else { return Ok(()) };
             if !entry.is_real() {
-                // Whole chunks: a hole of 2 MiB becomes one entry with blocks, or 512 of either
-                // kind.
+                // Whole chunks: a PMD hole becomes one PMD with blocks, or 512 PTEs that are holes
+                // or have blocks.
                 let (start, stop) = (start.chunk(), last.chunk_last());
                 let window = self.window.take();
-                // The chunk may reach into a growth that nobody told of, where write grants have no
-                // blocks yet.
+                // The chunk may contain pages by which another program has extended the file. The
+                // write grants of those pages have no blocks yet.
                 self.allocate(&window, space, start, stop)?;
                 return self.refault(&window, space, start, stop);
             }
@@ -127,7 +134,11 @@ impl Engine {
     }
 }
 
-/// Pages `first..=last` of a file are durable then, if their metadata is.
+/// Flushes and fences pages `first..=last` of a file. They are then durable if the file's metadata
+/// is durable.
+///
+/// # Errors
+/// See [`LineFlush::flush`].
 pub(super) fn write_back_pages(
     lines: &dyn LineFlush,
     first: PageIndex,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: one address space: the entries of one host file, and their locks (behaviours 2 to 5
-//! and 8). Knows no window and no disk.
+//! Step 4 of 6: the entries of one host file, and their lock bits (behaviours 2 to 5 and 8). Knows
+//! no window and no disk.
 
 use super::entry::{Entry, Order, PageIndex};
 use super::index::{Index, Mark, Occupied};
@@ -16,7 +16,7 @@ pub struct Entries {
     waits: Arc<WaitTable>,
 }
 
-/// An entry that is locked by whoever has this. It is unlocked, and the next waiter woken, on drop.
+/// A locked entry. Drop unlocks it and wakes the thread that has waited longest for it.
 #[must_use = "dropping it unlocks the entry"]
 pub struct Held<'a> {
     entries: &'a Entries,
@@ -26,17 +26,17 @@ pub struct Held<'a> {
 }
 
 impl Entries {
-    /// No entries yet. `id` must be unique among those who share `waits`.
+    /// No entries yet. `id` must be unique among the spaces that share `waits`.
     pub fn new(id: SpaceId, waits: Arc<WaitTable>) -> Self {
         Self { id, index: ranked(Rank::Index, Index::default()), waits }
     }
 
-    /// The index, for a look or a mark. Not to be held over anything slow.
+    /// Locks the index. Hold it over no system call, no front-end round trip and no flush.
     pub(crate) fn index(&self) -> MutexGuard<'_, Index> {
         lock(&self.index)
     }
 
-    /// The first entry that covers a page of `from..=last`, or with `mark` the first so marked.
+    /// See [`Index::next`].
     pub fn next(
         &self,
         from: PageIndex,
@@ -51,12 +51,12 @@ impl Entries {
         self.index().is_marked(page, mark)
     }
 
-    /// How many entries there are.
+    /// Number of entries.
     pub fn len(&self) -> u64 {
         self.index().len()
     }
 
-    /// Whether there is none.
+    /// Whether the file has no entries.
     pub fn is_empty(&self) -> bool {
         self.index().is_empty()
     }
@@ -75,8 +75,9 @@ impl Entries {
         self.waits.wake(Key { space: self.id, start }, how_many);
     }
 
-    /// The entry that covers `page`, once nobody holds it. If the caller does not lock it then,
-    /// it must [pass the wake-up on](Self::pass_on): there may be others who wait for it.
+    /// Waits until no thread holds the entry that covers `page`, and returns its first page and the
+    /// entry, with the index locked. A caller that does not lock the entry must
+    /// [pass the wake-up on](Self::pass_on): other threads may wait for the entry.
     pub(crate) fn look<'a>(
         &'a self,
         mut index: MutexGuard<'a, Index>,
@@ -95,8 +96,8 @@ impl Entries {
         }
     }
 
-    /// Behaviour 4: whoever looked and did not lock gives the wake-up that it may have used to the
-    /// next one.
+    /// Wakes the next waiter of the entry (behaviour 4): for a thread that has looked at the entry,
+    /// may have been woken for it, and has not locked it.
     pub(crate) fn pass_on(&self, start: PageIndex) {
         self.wake(start, Wake::One);
     }
@@ -106,13 +107,15 @@ impl Entries {
         Held { entries: self, start, entry, split: false }
     }
 
-    /// Behaviour 3: the entry that covers `page`, locked; an empty one of `order` if there is none.
+    /// Behaviour 3: locks the entry that covers `page`. If no entry covers it, adds an empty one of
+    /// `order`.
     ///
-    /// A PTE request splits a PMD that is a hole or empty (`unmap` is called first for a hole, with
-    /// no lock of ours held but the entry's own), and gets a PMD that has blocks as it is.
+    /// A PTE request splits a PMD that is a hole or empty. For a hole, `unmap` is called before the
+    /// split, while this function holds only the entry's lock bit. A PTE request gets a PMD with
+    /// blocks unsplit.
     ///
     /// # Errors
-    /// [`Occupied`] for a PMD request where PTE entries are: the caller falls back to PTEs.
+    /// [`Occupied`] for a PMD request in a chunk with PTE entries: the caller falls back to PTEs.
     pub fn grab(
         &self,
         page: PageIndex,
@@ -143,13 +146,14 @@ impl Entries {
         }
     }
 
-    /// Behaviour 5: waits for the entry that covers `page` and deletes it, whatever it is.
+    /// Behaviour 5: waits until no thread holds the entry that covers `page`, and deletes it.
+    /// Returns its first page and the entry.
     pub fn delete(&self, page: PageIndex) -> Option<(PageIndex, Entry)> {
         self.remove_if(page, |_, _| true)
     }
 
-    /// Behaviour 5: deletes the entry that covers `page` unless it is dirty or a writeback is
-    /// to come. Returns whether it did.
+    /// Behaviour 5: deletes the entry that covers `page`, unless it is marked Dirty or ToWrite.
+    /// Returns whether an entry was deleted.
     pub fn invalidate_clean(&self, page: PageIndex) -> bool {
         let clean = |index: &Index, start| {
             !index.is_marked(start, Mark::Dirty) && !index.is_marked(start, Mark::ToWrite)
@@ -188,13 +192,13 @@ impl Held<'_> {
         self.entry
     }
 
-    /// Whether a PMD was split to get it.
+    /// Whether [`Entries::grab`] split a PMD to make this entry.
     pub fn was_split(&self) -> bool {
         self.split
     }
 
-    /// Behaviour 8: puts what is now known in the place of a hole or of nothing. An entry that has
-    /// blocks is left as it is. `unmap` is called first where a hole gets blocks.
+    /// Behaviour 8: replaces a hole or an empty entry by `new`, which must have the same order. An
+    /// entry with blocks is not changed. If a hole gets blocks, `unmap` is called first.
     pub fn fill(&mut self, new: Entry, unmap: &mut dyn FnMut(PageIndex, Order)) {
         if self.entry.is_real() || self.entry.order() != new.order() {
             return;
@@ -211,27 +215,27 @@ impl Held<'_> {
         self.entries.index().set_mark(self.start, mark, on);
     }
 
-    /// Deletes the entry, and wakes all who waited for it.
+    /// Deletes the entry, and wakes all threads that wait for it.
     pub fn delete(self) {
         self.entries.index().remove(self.start);
         self.entries.wake(self.start, Wake::All);
-        std::mem::forget(self); // Nothing is left to unlock.
+        std::mem::forget(self); // The entry was removed: its drop has nothing to unlock.
     }
 
-    /// Behaviour 3: in the place of a PMD comes one empty PTE, locked; the rest of the chunk is
-    /// vacant.
+    /// Behaviour 3: replaces a PMD by one empty, locked PTE for `page`. The other pages of the
+    /// chunk get no entry.
     fn split(self, page: PageIndex) -> Self {
         let entry = Entry::empty(Order::Pte);
         {
             let mut index = self.entries.index();
             index.remove(self.start);
-            // The chunk has just become vacant, under this very lock.
+            // The chunk has no entry: the PMD was removed under this hold of the index lock.
             let vacant = index.insert(page, entry.locked());
             debug_assert!(vacant.is_ok());
         }
         self.entries.wake(self.start, Wake::All);
         let split = Self { entries: self.entries, start: page, entry, split: true };
-        std::mem::forget(self); // The PMD is gone: nothing to unlock.
+        std::mem::forget(self); // The PMD was removed: its drop has nothing to unlock.
         split
     }
 }

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: the locks that the engine is built of; under `--cfg loom` the model checker's.
+//! Step 4 of 6: the locks of the engine. Under `--cfg loom` they are built on the locks of the
+//! model checker.
 
 #[cfg(loom)]
 pub(crate) use self::loom_locks::{lock, ranked, wait, wait_timeout};
 #[cfg(loom)]
 pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
-// Not loom's: it can't hold a trait object, and counting references is not what is checked.
+// Not loom's: loom's Arc can't hold a trait object, and reference counts are not model-checked.
 pub(crate) use std::sync::Arc;
 
 #[cfg(not(loom))]
@@ -37,7 +38,7 @@ mod ranked_locks {
     }
 }
 
-/// The model checker's mutexes have no rank: it tries all orders itself.
+/// The model checker's mutexes have no rank: it tries all lock orders itself.
 #[cfg(loom)]
 mod loom_locks {
     use super::{Condvar, Duration, Mutex, MutexGuard, Rank};
@@ -63,8 +64,8 @@ mod loom_locks {
     }
 }
 
-/// Something that one thread at a time may take away and work on, for as long as it likes: a
-/// front-end round trip is made with it in hand, and no mutex is held meanwhile.
+/// A value that one thread at a time may check out, for any time: it may make a front-end round
+/// trip meanwhile. No mutex is held while the value is checked out.
 pub(crate) struct Checkout<T> {
     rank: Rank,
     place: Mutex<Place<T>>,
@@ -72,8 +73,9 @@ pub(crate) struct Checkout<T> {
 }
 
 struct Place<T> {
+    /// None while a thread has the value.
     value: Option<T>,
-    /// Number of waiters. With 0 waiters the wake-up, which is a system call, is left out.
+    /// Number of waiting threads. With 0 waiters the wake-up, which is a system call, is left out.
     waiting: u32,
 }
 
@@ -83,14 +85,14 @@ impl<T> Checkout<T> {
         Self { rank, place, returned: Condvar::new() }
     }
 
-    /// Waits until it is there, and takes it.
+    /// Waits until no other thread has the value, and checks it out.
     #[track_caller]
     pub(crate) fn take(&self) -> CheckedOut<'_, T> {
         let held = Held::take(self.rank);
         let mut place = lock(&self.place);
         loop {
             if let Some(value) = place.value.take() {
-                return CheckedOut { turn: self, value: Some(value), _held: held };
+                return CheckedOut { checkout: self, value: Some(value), _held: held };
             }
             place.waiting += 1;
             place = wait(&self.returned, place);
@@ -100,7 +102,8 @@ impl<T> Checkout<T> {
 }
 
 impl<T> Checkout<T> {
-    /// Takes it, if it is there within `most`.
+    /// Like [`take`](Self::take), but waits for at most `most`. None if another thread has the
+    /// value for longer.
     pub(crate) fn take_within(&self, most: Duration) -> Option<CheckedOut<'_, T>> {
         let until = Instant::now() + most;
         // A thread that waits for a limited time is part of no deadlock.
@@ -108,7 +111,7 @@ impl<T> Checkout<T> {
         let mut place = lock(&self.place);
         loop {
             if let Some(value) = place.value.take() {
-                return Some(CheckedOut { turn: self, value: Some(value), _held: held });
+                return Some(CheckedOut { checkout: self, value: Some(value), _held: held });
             }
             let left = until.checked_duration_since(Instant::now()).filter(|it| !it.is_zero())?;
             place.waiting += 1;
@@ -118,9 +121,9 @@ impl<T> Checkout<T> {
     }
 }
 
-/// Goes back to its [`Checkout`] when dropped.
+/// A checked-out value. It is returned to its [`Checkout`] on drop.
 pub(crate) struct CheckedOut<'a, T> {
-    turn: &'a Checkout<T>,
+    checkout: &'a Checkout<T>,
     value: Option<T>,
     _held: Held,
 }
@@ -147,15 +150,16 @@ impl<T> std::ops::DerefMut for CheckedOut<'_, T> {
 
 impl<T> Drop for CheckedOut<'_, T> {
     fn drop(&mut self) {
-        let mut place = lock(&self.turn.place);
+        let mut place = lock(&self.checkout.place);
         place.value = self.value.take();
         if place.waiting > 0 {
-            self.turn.returned.notify_one();
+            self.checkout.returned.notify_one();
         }
     }
 }
 
-/// A lock to sleep under, shared or alone; whoever waits to be alone goes first.
+/// A readers-writer lock that may be held over blocking calls. Waiting writers go before new
+/// readers.
 #[derive(Default)]
 pub(crate) struct InvalidateLock {
     state: Mutex<InvalidateState>,
@@ -164,10 +168,13 @@ pub(crate) struct InvalidateLock {
 
 #[derive(Default)]
 struct InvalidateState {
-    shared: u32,
-    alone: bool,
-    waiting_alone: u32,
-    /// Of both kinds.
+    /// Number of threads that hold the lock for reading.
+    readers: u32,
+    /// A thread holds the lock for writing.
+    writer: bool,
+    /// Number of threads that wait for the write lock.
+    waiting_writers: u32,
+    /// Number of threads that wait for the read or the write lock.
     waiting: u32,
 }
 
@@ -176,35 +183,35 @@ impl InvalidateLock {
     pub(crate) fn read(&self) -> InvalidateGuard<'_> {
         let held = Held::take(Rank::Invalidate);
         let mut state = lock(&self.state);
-        while state.alone || state.waiting_alone > 0 {
+        while state.writer || state.waiting_writers > 0 {
             state = self.wait(state);
         }
-        state.shared += 1;
-        InvalidateGuard { invalidate_lock: self, alone: false, _held: held }
+        state.readers += 1;
+        InvalidateGuard { invalidate_lock: self, writer: false, _held: held }
     }
 
-    /// The same, unless somebody is alone or waits to be.
+    /// The read lock. None if a thread holds the write lock or waits for it.
     pub(crate) fn try_read(&self) -> Option<InvalidateGuard<'_>> {
         let mut state = lock(&self.state);
-        if state.alone || state.waiting_alone > 0 {
+        if state.writer || state.waiting_writers > 0 {
             return None;
         }
-        state.shared += 1;
+        state.readers += 1;
         let held = Held::tried(Rank::Invalidate);
-        Some(InvalidateGuard { invalidate_lock: self, alone: false, _held: held })
+        Some(InvalidateGuard { invalidate_lock: self, writer: false, _held: held })
     }
 
     #[track_caller]
     pub(crate) fn write(&self) -> InvalidateGuard<'_> {
         let held = Held::take(Rank::Invalidate);
         let mut state = lock(&self.state);
-        state.waiting_alone += 1;
-        while state.alone || state.shared > 0 {
+        state.waiting_writers += 1;
+        while state.writer || state.readers > 0 {
             state = self.wait(state);
         }
-        state.waiting_alone -= 1;
-        state.alone = true;
-        InvalidateGuard { invalidate_lock: self, alone: true, _held: held }
+        state.waiting_writers -= 1;
+        state.writer = true;
+        InvalidateGuard { invalidate_lock: self, writer: true, _held: held }
     }
 
     fn wait<'a>(
@@ -218,20 +225,20 @@ impl InvalidateLock {
     }
 }
 
-/// Inside a [`InvalidateLock`], until dropped.
+/// Holds an [`InvalidateLock`] until dropped.
 pub(crate) struct InvalidateGuard<'a> {
     invalidate_lock: &'a InvalidateLock,
-    alone: bool,
+    writer: bool,
     _held: Held,
 }
 
 impl Drop for InvalidateGuard<'_> {
     fn drop(&mut self) {
         let mut state = lock(&self.invalidate_lock.state);
-        if self.alone {
-            state.alone = false;
+        if self.writer {
+            state.writer = false;
         } else {
-            state.shared -= 1;
+            state.readers -= 1;
         }
         if state.waiting > 0 {
             self.invalidate_lock.changed.notify_all();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: trace points with the kernel's names (behaviour 17): `RUST_LOG=fs_dax=trace`.
-//! When off, each costs one comparison.
+//! Step 4 of 6: trace points with the names of the kernel's `fs_dax` events (behaviour 17), enabled
+//! by `RUST_LOG=fs_dax=trace`. A disabled trace point costs one comparison.
 
 macro_rules! trace_dax {
     ($name:ident, $space:expr, $page:expr, $($more:tt)+) => {
@@ -29,7 +29,7 @@ mod tests {
         id: SpaceId,
     }
 
-    /// Shows: nothing that a trace point would print is computed while it is off (behaviour 17).
+    /// Shows: the arguments of a disabled trace point are not evaluated (behaviour 17).
     #[test]
     fn row_17_a_trace_point_is_cheap_when_off() {
         let (space, computed) = (Space { id: SpaceId(0) }, Cell::new(0));

@@ -1,29 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: who waits for an entry to be unlocked (behaviour 2). Knows no index.
+//! Step 4 of 6: the threads that wait for an entry to be unlocked (behaviour 2). Knows no index.
 //!
-//! A waiter joins its bucket while it still holds the index lock under which it saw the entry
-//! locked, and whoever unlocks the entry does so under that same lock. So every unlock comes either
-//! before the look or after the joining, and no wake-up is lost.
+//! No wake-up is lost: the waiting thread looks at the entry and joins its bucket under one hold of
+//! the index lock, and the unlocking thread changes the entry under the index lock before it wakes
+//! the bucket. So the waiting thread either sees the entry unlocked, or is in the bucket when the
+//! unlocking thread wakes it.
 
-use std::sync::atomic::{AtomicU64, Ordering}; // It only counts: not for the model checker.
+use std::sync::atomic::{AtomicU64, Ordering}; // Not loom's: this atomic is only a counter.
 
 use super::entry::PageIndex;
 use super::sync::{Arc, Condvar, Mutex, lock, ranked, wait};
 use crate::support::lock::Rank;
 
-/// As many as the kernel has.
+/// Number of wait buckets: as in Linux fs/dax.c (`DAX_WAIT_TABLE_ENTRIES`).
 #[cfg(not(loom))]
 const BUCKETS: usize = 4096;
-/// One, so that the model checker also sees two keys in one bucket.
+/// Number of wait buckets: 1, so that the model checker sees two keys in one bucket.
 #[cfg(loom)]
 const BUCKETS: usize = 1;
 
-/// A number that no other address space of the same table has.
+/// The number of a space, unique among the spaces that share a [`WaitTable`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SpaceId(pub u64);
 
-/// What one waits for: the first page of an entry. All pages of a PMD share it.
+/// The entry that a thread waits for: its space and first page. All pages of a PMD have one key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Key {
     pub(crate) space: SpaceId,
@@ -32,45 +33,46 @@ pub(crate) struct Key {
 
 impl Key {
     fn bucket(self) -> usize {
-        // Fibonacci hashing: the high bits of the product are well mixed.
+        // Fibonacci hashing: the factor is 2^64 divided by the golden ratio, and the high bits of
+        // the product depend on all bits of the key.
         let mixed =
             (self.space.0.rotate_left(32) ^ self.start.0).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         (mixed >> 40) as usize % BUCKETS
     }
 }
 
-/// How many to wake.
+/// Which waiters of a key to wake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wake {
-    /// An unlock: whoever comes first takes the entry.
+    /// The longest waiting thread: the entry was unlocked, and one thread can lock it.
     One,
-    /// The entry is gone or has another order: everyone must look again.
+    /// All waiting threads: the entry was deleted or split, and each thread must look again.
     All,
 }
 
-/// One who waits.
+/// One thread that waits for an entry.
 pub(crate) struct Waiter {
     key: Key,
     woken: Mutex<bool>,
-    bell: Condvar,
+    changed: Condvar,
 }
 
 impl Waiter {
-    /// Sleeps until woken. The index lock must have been let go.
+    /// Sleeps until woken. The caller must have released the index lock.
     pub(crate) fn sleep(&self) {
         let mut woken = lock(&self.woken);
         while !*woken {
-            woken = wait(&self.bell, woken);
+            woken = wait(&self.changed, woken);
         }
     }
 
     fn wake(&self) {
         *lock(&self.woken) = true;
-        self.bell.notify_one();
+        self.changed.notify_one();
     }
 }
 
-/// The waiters of all address spaces, hashed by key.
+/// The waiters of all spaces of an engine, hashed by key.
 pub struct WaitTable {
     buckets: Box<[Mutex<Vec<Arc<Waiter>>>]>,
     joined: AtomicU64,
@@ -88,18 +90,18 @@ impl WaitTable {
         self.buckets.get(key.bucket())
     }
 
-    /// Joins those who wait for `key`. The caller holds the index lock, lets it go, and then
-    /// [sleeps](Waiter::sleep).
+    /// Adds a waiter for `key`. The caller holds the index lock, releases it after this call, and
+    /// then [sleeps](Waiter::sleep).
     pub(crate) fn join(&self, key: Key) -> Arc<Waiter> {
         self.joined.fetch_add(1, Ordering::Relaxed);
-        let waiter = Arc::new(Waiter { key, woken: Mutex::new(false), bell: Condvar::new() });
+        let waiter = Arc::new(Waiter { key, woken: Mutex::new(false), changed: Condvar::new() });
         if let Some(bucket) = self.bucket(key) {
             lock(bucket).push(waiter.clone());
         }
         waiter
     }
 
-    /// Wakes those who wait for `key`, the longest waiting first.
+    /// Wakes the waiters of `key`, the longest waiting first.
     pub(crate) fn wake(&self, key: Key, how_many: Wake) {
         let Some(bucket) = self.bucket(key) else { return };
         let mut bucket = lock(bucket);
@@ -119,12 +121,12 @@ impl WaitTable {
         }
     }
 
-    /// How many have ever waited.
+    /// Number of waits since the start.
     pub fn joined(&self) -> u64 {
         self.joined.load(Ordering::Relaxed)
     }
 
-    /// How many wait for anything.
+    /// Number of threads that wait now.
     pub fn waiting(&self) -> usize {
         self.buckets.iter().map(|bucket| lock(bucket).len()).sum()
     }

@@ -14,15 +14,17 @@ use crate::persist::{LineFlush, Persist};
 use crate::support::failpoint;
 use crate::window::{FileOffset, FileRange};
 
-/// Entries looked up at once, and tagged at once: how long the index lock is held at most.
-/// Linux 4.x fs/dax.c writes back PAGEVEC_SIZE (14) entries at once, and tags 4096.
+/// Number of entries that one batch writes back, looked up under one hold of the index lock. (Linux
+/// 4.x fs/dax.c writes back PAGEVEC_SIZE entries, 14, at once.)
 const BATCH: usize = 64;
+/// Number of entries that are tagged under one hold of the index lock. (Linux 4.x fs/dax.c tags
+/// 4096 at once.)
 const TAG_BATCH: u64 = 4096;
 
-/// An entry whose lines are on their way to the memory: held, and marked as such.
+/// A locked entry that is marked [`Mark::Writeback`] until this value is dropped.
 struct Flushing<'a> {
     held: Held<'a>,
-    /// It lies under a write grant.
+    /// A write grant covers a page of the entry.
     written: bool,
 }
 
@@ -33,21 +35,22 @@ impl Drop for Flushing<'_> {
 }
 
 impl Engine {
-    /// Makes durable what the guest has stored in `first..=last` before the call.
+    /// Makes durable what the guest has stored to pages `first..=last` before the call.
     ///
-    /// Where the kernel knows what is dirty this is one sync, whatever the range. Else it costs by
-    /// the dirty entries in the range, and ends even while others go on dirtying.
+    /// Where the kernel tracks dirty pages this is one sync of the whole file. Else its cost is
+    /// proportional to the number of dirty entries in the range, and it ends even if other threads
+    /// dirty entries meanwhile.
     ///
     /// # Errors
-    /// The first failure, and the same kind of failure in every later call (it is final).
+    /// The error of the sync or flush. It is final: every later call fails too.
     pub fn writeback(&self, space: &Space, first: PageIndex, last: PageIndex) -> io::Result<()> {
         self.check_failed(space)?;
         let lines = match &space.persist {
             Persist::Kernel(kernel) => return self.sync_by(space, || kernel.sync()),
             Persist::Lines(lines) => &**lines,
         };
-        // A punch or truncate beside us would delete entries that we have tagged, and make them
-        // anew without the tag.
+        // The read lock excludes a punch or truncation by another thread, which would delete
+        // entries that this thread has tagged, and re-create them without the tag.
         let _shared = space.invalidate_lock.read();
         trace_dax!(writeback_range, space, first, "last={:#x}", last.0);
         self.tag(space, first, last);
@@ -64,12 +67,12 @@ impl Engine {
         }
         self.wait_for_others(space, first, last);
         trace_dax!(writeback_range_done, space, first, "last={:#x}", last.0);
-        // Another flusher may have taken on our entries, and failed.
+        // Another thread's writeback may have taken entries that this thread tagged, and failed.
         self.check_failed(space)
     }
 
-    /// Makes durable what the guest has stored in the file, where `sync` does so through another
-    /// open file than the space's own for all that the kernel knows to be dirty.
+    /// Makes durable what the guest has stored to the file. `sync` syncs what the kernel knows to
+    /// be dirty, through an open file description other than the space's own.
     ///
     /// # Errors
     /// See [`writeback`](Self::writeback).
@@ -79,16 +82,16 @@ impl Engine {
         sync: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
         if let Persist::Kernel(kernel) = &space.persist {
-            // The kernel tells of lost pages once through each open file, and either may be the
-            // older one.
+            // The kernel reports lost pages once through each open file description that was open
+            // before the loss. Either of the two may be the older one, so both are checked.
             return self.sync_by(space, || sync().and_then(|()| kernel.check()));
         }
         self.writeback(space, PageIndex(0), PageIndex::LAST)?;
         self.sync_by(space, sync)
     }
 
-    /// Lets `sync` make durable what the kernel knows to be dirty, and remembers a failure like one
-    /// of our own.
+    /// Calls `sync`, which makes durable what the kernel knows to be dirty. Notes its failure as
+    /// final.
     ///
     /// # Errors
     /// See [`writeback`](Self::writeback).
@@ -98,8 +101,10 @@ impl Engine {
         self.note(space, sync())
     }
 
-    /// Behaviour 10: an entry whose ToWrite another flusher cleared after we had tagged, and before
-    /// we searched, was not found above; but it may still be at it. (Linux 4.x does not wait here.)
+    /// Behaviour 10: waits for entries that other threads write back. Thread A tags an entry;
+    /// thread B, also in a writeback, clears ToWrite and begins to flush; then A searches for
+    /// ToWrite and does not find the entry, although B has not fenced it yet. (Linux 4.x does not
+    /// wait here.)
     fn wait_for_others(&self, space: &Space, first: PageIndex, last: PageIndex) {
         let mut at = first;
         loop {
@@ -131,9 +136,9 @@ impl Engine {
         batch
     }
 
-    /// Flushes the entries, then fences once for all of them: only then are their lines where they
-    /// belong, so all stay locked until then. They are locked in the order of the file, and whoever
-    /// else holds an entry waits for no second one: nobody waits in a circle.
+    /// Flushes the entries, then fences once for all of them. Their lines are durable only after
+    /// the fence, so all entries stay locked until then. This causes no deadlock: all writebacks
+    /// lock their entries in the order of the file, and any other thread holds one entry at most.
     fn writeback_batch(
         &self,
         space: &Space,
@@ -162,7 +167,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Behaviour 10, up to the fence. None for what is not to be flushed any more.
+    /// Behaviour 10, up to the fence. None if the entry needs no flush any more.
     fn begin_writeback<'a>(
         &self,
         space: &'a Space,
@@ -173,8 +178,9 @@ impl Engine {
         let entries = &space.entries;
         let (mut index, found) = entries.look(entries.index(), page);
         let Some((start, entry)) = found else { return Ok(None) };
-        // Its block moved, or another flusher was here: done, or not ours any more. A hole has
-        // nothing to write, whatever its marks say (behaviour 6).
+        // Nothing to flush if the entry was replaced by one of another block, or if another
+        // thread's writeback has cleared ToWrite. A hole is never flushed, whatever its marks
+        // (behaviour 6).
         let moved = entry.block() != seen.block();
         if moved || !entry.is_real() || !index.is_marked(start, Mark::ToWrite) {
             drop(index);
@@ -182,19 +188,21 @@ impl Engine {
             return Ok(None);
         }
         let held = entries.hold(&mut index, start, entry);
-        // Cleared before the flush, and safe: whoever comes for this entry now waits for its lock.
+        // ToWrite can be cleared before the flush: another thread's writeback that comes to this
+        // entry waits for its lock, and so for the fence.
         index.set_mark(start, Mark::ToWrite, false);
         index.set_mark(start, Mark::Writeback, true);
         drop(index);
-        // Behaviour 9: we can't write-protect the guest's view. Under a write grant there may be
-        // new dirty lines at once, so the entry stays dirty until the last such grant is gone.
-        // Looked up before the flush: a grant that goes during it may have stored behind it.
+        // Behaviour 9: the daemon can't write-protect the guest's view. Under a write grant the
+        // guest may store again at once, so the entry stays dirty until its last write grant is
+        // released. The coverage is read before the flush: under a grant that is released during
+        // the flush, the guest may have stored to a line after it was flushed.
         let last = entry.order().last(start);
         let written = lock(&space.coverage).any(start, last, |count| count.writes > 0);
         let flushing = Flushing { held, written };
-        // All of it, also where only a part was asked for; but where the file has just been cut off
-        // there is nothing any more. A failure is noted before the entry is unlocked: whoever waits
-        // for it looks at that next.
+        // The whole entry is flushed, also if the range of the writeback covers only a part of it;
+        // but nothing behind the end of a file that was truncated. A failure is noted before the
+        // entry is unlocked: a thread in wait_for_others() reads it after the unlock.
         let end = FileOffset(space.known_bytes().next_multiple_of(PAGE_BYTES));
         let range = FileRange::between(start.byte(), last.next().byte().min(end));
         if !range.is_empty() {
@@ -204,8 +212,8 @@ impl Engine {
         Ok(Some(flushing))
     }
 
-    /// Entries of `first..=last` that have lost a grant: those without a write grant become clean,
-    /// after a last flush, and those without any grant go.
+    /// Updates the entries of `first..=last`, which have lost a grant: flushes and cleans those
+    /// without a write grant, and deletes those without any grant.
     pub(super) fn clean_or_drop(
         &self,
         space: &Space,
@@ -236,7 +244,7 @@ impl Engine {
         result
     }
 
-    /// Flushes one entry if it is dirty. Where the kernel knows what is dirty, no entry is.
+    /// Flushes one entry if it is dirty. Where the kernel tracks dirty pages, no entry is dirty.
     pub(super) fn clean_one(&self, space: &Space, start: PageIndex) -> io::Result<()> {
         let Some(lines) = space.lines() else { return Ok(()) };
         let entry = {
@@ -244,7 +252,7 @@ impl Engine {
             if !index.is_marked(start, Mark::Dirty) {
                 return Ok(());
             }
-            // A failure is final: there is nothing to be had of another flush.
+            // An earlier failure is final, so no flush is tried.
             self.check_failed(space)?;
             index.set_mark(start, Mark::ToWrite, true);
             index.get(start)
@@ -255,10 +263,11 @@ impl Engine {
         }
     }
 
-    /// Deletes an entry that no grant covers any more. A grant that comes meanwhile is counted
-    /// before it looks for entries, so either we see it here, or it finds nothing and makes its
-    /// own. One that is dirty (again) belongs to such a grant that has gone, too, and is about to
-    /// settle.
+    /// Deletes an entry if no grant covers it. Another thread may make a grant of its pages at the
+    /// same time: that thread counts the grant before it grabs entries. So either this thread sees
+    /// the count and keeps the entry, or the other thread finds no entry and makes a new one. An
+    /// entry that is dirty here was dirtied by such a grant, which has been removed since; the
+    /// thread that releases that grant flushes and deletes the entry.
     fn drop_uncovered(&self, space: &Space, start: PageIndex) {
         let entries = &space.entries;
         let (mut index, found) = entries.look(entries.index(), start);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: what a guest may have stored to: the write grants of a file, and of a piece of the
-//! window.
+//! Step 4 of 6: the ranges that a guest may have stored to: the write grants of a file, and of a
+//! range of the window.
 
 use std::io;
 
@@ -12,7 +12,7 @@ use super::sync::{Arc, lock};
 use crate::window::{FileRange, WindowOffset, WindowRange};
 
 impl Space {
-    /// The pieces that live write grants cover, in order.
+    /// The ranges of the file that live write grants cover, in ascending order.
     pub fn written(&self) -> Vec<FileRange> {
         let runs = lock(&self.coverage).runs(PageIndex(0), PageIndex::LAST);
         let mut written: Vec<FileRange> = Vec::new();
@@ -28,7 +28,7 @@ impl Space {
 }
 
 impl Engine {
-    /// What is granted for writing in `spans` of the window.
+    /// The write grants in `spans` of the window: each one's space and its range of the file.
     pub fn written_in(&self, spans: &[Span]) -> Vec<(Arc<Space>, FileRange)> {
         let window = self.window.take();
         let mut written = Vec::new();
@@ -49,9 +49,10 @@ impl Engine {
         Span(WindowRange::new(WindowOffset(0), self.bytes))
     }
 
-    /// Remembers that pages of the file may be lost, as a sync of our own that failed would.
+    /// Notes that pages of the file may be lost, as a failed writeback does: every later writeback
+    /// of the space fails.
     pub(crate) fn lost(&self, space: &Space, e: io::Error) {
-        // What it returns is the error itself.
+        // note() returns the error that it was given.
         let _ = self.note(space, Err(e));
     }
 }

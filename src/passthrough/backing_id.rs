@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The two ioctls of /dev/fuse that make and close a backing id. Knows no protocol.
+//! The two ioctls of /dev/fuse that open and close a backing id. Knows no protocol.
 
-#![allow(unsafe_code)] // An ioctl has no safe form.
+#![allow(unsafe_code)] // nix generates ioctls as unsafe functions.
 
 use std::fs::File;
 use std::io;
@@ -21,41 +21,42 @@ pub struct FuseBackingMap {
 nix::ioctl_write_ptr!(fuse_dev_ioc_backing_open, 229, 1, FuseBackingMap);
 nix::ioctl_write_ptr!(fuse_dev_ioc_backing_close, 229, 2, u32);
 
-/// The kernel's name for an open file that inodes of this connection may pass through to.
+/// The kernel's number of a backing file, to which inodes of this connection can pass through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BackingId(u32);
 
 impl BackingId {
-    /// Registers `file`. The kernel takes a reference of its own.
+    /// Registers `file` as a backing file. The kernel takes its own reference to it.
     ///
     /// # Errors
-    /// EPERM, ELOOP, EOPNOTSUPP; EINVAL for a connection that has no passthrough.
+    /// EPERM: the thread has no CAP_SYS_ADMIN. ELOOP: the file system is stacked too deeply.
+    /// EOPNOTSUPP: passthrough can't use the file. EINVAL: the connection has no passthrough.
     pub fn open(device: &File, file: BorrowedFd<'_>) -> io::Result<Self> {
         let map = FuseBackingMap { fd: file.as_raw_fd(), flags: 0, padding: 0 };
-        // SAFETY: both descriptors are open for as long as they are borrowed, which is this call,
-        // and the kernel only reads `map`, which has the layout that the request's number stands
-        // for.
+        // SAFETY: both descriptors are borrowed for this call, so they are open. The kernel only
+        // reads `map`, whose layout is that of linux/fuse.h.
         let id = unsafe { fuse_dev_ioc_backing_open(device.as_raw_fd(), &map) }?;
         Ok(Self(id.cast_unsigned()))
     }
 
-    /// Gives the kernel's reference back. Files that are open already keep theirs.
+    /// Drops the kernel's reference. Passthrough files that are open keep their own.
     ///
     /// # Errors
-    /// EPERM from a thread without CAP_SYS_ADMIN.
+    /// EPERM: the thread has no CAP_SYS_ADMIN.
     pub fn close(self, device: &File) -> io::Result<()> {
-        // SAFETY: as above; the kernel only reads the number.
+        // SAFETY: the descriptor is borrowed for this call, so it is open. The kernel only reads
+        // the number.
         unsafe { fuse_dev_ioc_backing_close(device.as_raw_fd(), &self.0) }?;
         Ok(())
     }
 
-    /// The one of a number that [`number`](Self::number) has returned, in this process or in
+    /// The backing id with a number that [`number`](Self::number) has returned, in this process or in
     /// another one.
     pub fn numbered(number: u32) -> Self {
         Self(number)
     }
 
-    /// As an open's answer has it.
+    /// The number, for the reply to OPEN.
     pub fn number(self) -> u32 {
         self.0
     }

@@ -1,40 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Beside step 5 of 6: files that claim to be longer than any map of them. Knows no virtio, no
-//! window.
+//! Beside step 5 of 6: passthrough files, whose length is above the end of any map. Knows no virtio
+//! and no window.
 //!
-//! QEMU refuses a map that ends past the end of the file, and Linux guests always ask for whole
-//! 2 MiB, so the last range of nearly every file can't be mapped from the file itself. A FUSE inode
-//! has the length that its server says, and with FUSE passthrough (Linux >= 6.9) a map of it *is* a
-//! map of the backing file: the kernel puts the backing file into the mapping, so page faults,
-//! stores, truncation and writeback meet the real inode, and nothing of FUSE is in their way.
+//! QEMU refuses a map that ends past the end of the file, and Linux guests always map whole chunks
+//! of 2 MiB. So the last chunk of nearly every file can't be mapped from the file itself. A FUSE
+//! inode has the length that its server returns. With FUSE passthrough (Linux >= 6.9) a map of the
+//! inode *is* a map of the backing file: the kernel puts the backing file into the mapping. Page
+//! faults, stores, truncation and writeback then use the backing file's inode, without FUSE.
 //!
-//! What such a map shows past the end of the file is what any map of the file shows there: zeros to
-//! the end of the last page, then SIGBUS, until the file has grown. Keeping the guest away from
-//! there is the caller's business.
+//! Past the end of the backing file such a map shows what any map of that file shows: zeros to the
+//! end of the last page, and SIGBUS behind, until the file has grown. The caller must keep the
+//! guest from accessing pages there.
 //!
-//! # Who holds what
+//! # Lifetimes
 //!
-//! | what | lives until |
+//! | object | lives until |
 //! |---|---|
-//! | [`PassthroughMount`]: the mount, the connection, one thread | it is dropped; kill -9 ends them all the same; aborted, they are made anew |
+//! | [`PassthroughMount`]: the mount, the connection, one thread | it is dropped, or the process is killed; after an abort they are re-created |
 //! | [`PassthroughFile`]: one inode, one backing id | it is dropped |
-//! | a map of it, in any process | it is unmapped, whatever became of the two above |
+//! | a map of it, in any process | it is unmapped, also after the drop of the two above |
 //!
 //! The mount is detached: it is in no mount table, needs no directory, and works from any mount
 //! namespace, since files are opened relative to its descriptor.
 //!
-//! A descriptor outlives its [`PassthroughMount`] as well, and can still be mapped, and measured with
-//! `lseek`; what needs the server (`fstat` after a map, `fstatfs`) then gets ENOTCONN.
+//! A descriptor of a file outlives its [`PassthroughMount`]. It can still be mapped, and `lseek`
+//! returns its length; calls that need the server (`fstat` after a map, `fstatfs`) then return
+//! ENOTCONN.
 //!
-//! # Needs
+//! # Requirements
 //!
-//! No fork without exec while there is a [`PassthroughMount`]: the child would keep the connection open, and
-//! whoever asks something of it after the [`PassthroughMount`] is gone would wait for the child to end.
+//! The process must not fork without exec while it has a [`PassthroughMount`]: the child would keep
+//! the connection open, and a call that needs the server after the drop of the
+//! [`PassthroughMount`] would block until the child ends.
 //!
-//! CAP_SYS_ADMIN in [`PassthroughMount::new`], and in the threads that call [`PassthroughMount::open`] and drop a
-//! [`PassthroughFile`]: the kernel asks for it each time a backing id is made or closed. A process
-//! that has it not has a [`Mounter`]: [`PassthroughMount::by`].
+//! [`PassthroughMount::new`], and the threads that call [`PassthroughMount::open`] or drop a
+//! [`PassthroughFile`], need CAP_SYS_ADMIN: the kernel checks it each time a backing id is opened
+//! or closed. A process without it uses a [`Mounter`]: [`PassthroughMount::by`].
 
 mod backing_id;
 pub mod broker;
@@ -61,55 +63,56 @@ use self::broker::Broker;
 use self::server::{Connection, NodeId};
 use crate::support::lock::{Mutex, Rank, lock};
 
-/// The length that every passthrough file claims to have.
+/// The length in bytes that each passthrough file has for `fstat` and `lseek`.
 ///
-/// QEMU 11.1 wants `lseek(fd, 0, SEEK_END) >= offset + length`, added as u64 and compared as i64.
-/// 2^62 is more than any file that ext4 can hold and half of what an off_t can, so rounding it up,
-/// or adding a window to it, overflows neither QEMU's arithmetic nor the kernel's; FUSE itself
-/// accepts up to 2^63 - 1 (`s_maxbytes`, `fuse_valid_size`).
+/// QEMU 11.1 demands `lseek(fd, 0, SEEK_END) >= offset + length`, added as u64 and compared as i64.
+/// 2^62 is above the length of any file on ext4, and half of the largest off_t. So rounding it up
+/// or adding the length of a window overflows neither in QEMU nor in the kernel. FUSE accepts
+/// lengths up to 2^63 - 1 (`s_maxbytes`, `fuse_valid_size`).
 pub const CLAIMED_BYTES: u64 = 1 << 62;
 
 /// Why this host has no passthrough files.
 #[derive(Debug, Error)]
 pub enum Unavailable {
-    /// The device node.
+    /// `/dev/fuse` can't be opened.
     #[error("no FUSE: /dev/fuse can't be opened: {0}")]
     Device(io::Error),
-    /// What every step from here on needs.
-    #[error("not permitted to make a FUSE mount: CAP_SYS_ADMIN is needed ({0} fails)")]
+    /// A system call returned EPERM. The value is its name.
+    #[error("not permitted to make a FUSE mount: CAP_SYS_ADMIN is needed ({0} returned EPERM)")]
     NotPermitted(&'static str),
-    /// The kernel's answer to the handshake.
+    /// The kernel's INIT request does not offer FUSE_PASSTHROUGH.
     #[error(
         "the kernel has no FUSE passthrough (FUSE {major}.{minor}): Linux >= 6.9 with \
          CONFIG_FUSE_PASSTHROUGH is needed"
     )]
     NoPassthrough {
-        /// Of the protocol.
+        /// The kernel's major version of the FUSE protocol.
         major: u32,
-        /// Of the protocol. 40 is the first that can have it.
+        /// The kernel's minor version of the FUSE protocol. 40 is the first with passthrough.
         minor: u32,
     },
-    /// A root without /proc.
-    #[error("a daemon in a chroot can't watch what is mapped")]
+    /// A root directory without /proc.
+    #[error("a daemon in a chroot can't watch mapped files")]
     Chroot,
-    /// RLIMIT_FSIZE.
+    /// RLIMIT_FSIZE forbids the trial file. The value is its length in bytes.
     #[error("the limit of the length of files (RLIMIT_FSIZE) permits no file of {0} bytes")]
     FileSizeLimit(usize),
-    /// All was granted, but a file that was opened in trial is not the file behind it.
-    #[error("FUSE passthrough was granted, but does not pass through: {0}")]
+    /// The kernel accepted passthrough, but a trial read did not return the backing file's
+    /// bytes.
+    #[error("the kernel accepted FUSE passthrough, but a trial read of a file fails: {0}")]
     NotPassedThrough(io::Error),
-    /// Anything else.
+    /// Another call failed.
     #[error("a private FUSE mount can't be made: {step}: {cause}")]
     Host {
-        /// Which step failed.
+        /// The call that failed.
         step: &'static str,
-        /// The system's answer.
+        /// Its error.
         cause: io::Error,
     },
 }
 
 impl Unavailable {
-    /// What helps.
+    /// What the user can do about the error, in the imperative.
     pub fn advice(&self) -> &'static str {
         match self {
             Self::Chroot => "take --sandbox namespace",
@@ -118,7 +121,7 @@ impl Unavailable {
         }
     }
 
-    /// What a step's failure means.
+    /// Converts the error of the call `step`.
     fn at(step: &'static str) -> impl Fn(io::Error) -> Self {
         move |cause| match cause.raw_os_error() {
             Some(e) if e == Errno::EPERM as i32 => Self::NotPermitted(step),
@@ -127,13 +130,13 @@ impl Unavailable {
     }
 }
 
-/// A private FUSE mount whose files are passthrough files that claim to be longer than any map of
-/// them. Somebody may abort it (`/sys/fs/fuse/connections`): then the next file makes it anew.
+/// A private FUSE mount of passthrough files. If its connection is aborted
+/// (`/sys/fs/fuse/connections`), the next [`open`](Self::open) re-creates the mount.
 pub struct PassthroughMount {
     mounter: Mounter,
-    /// A leaf.
+    /// Of rank `Rank::Leaf`.
     current: Mutex<Arc<PrivateMount>>,
-    /// Whose turn it is to make a new one; held while that is made, by requests for files alone.
+    /// Held by the thread that re-creates the mount. Only [`open`](Self::open) takes it.
     renewal: Mutex<()>,
 }
 
@@ -189,7 +192,7 @@ impl Privilege {
 struct PrivateMount {
     connection: Arc<Connection>,
     root: OwnedFd,
-    /// The server ends when this is closed.
+    /// The server thread ends when this is closed.
     stop: Option<PipeWriter>,
     server: Option<JoinHandle<()>>,
 }
@@ -198,7 +201,7 @@ impl PassthroughMount {
     /// Makes the mount, and tries it with a file in memory.
     ///
     /// # Errors
-    /// One clear phrase why this host can't.
+    /// See [`Unavailable`].
     pub fn new() -> Result<Self, Unavailable> {
         Self::by(Mounter::Here)
     }
@@ -212,21 +215,23 @@ impl PassthroughMount {
         Ok(Self { mounter, current, renewal: Mutex::ranked(Rank::Renewal, ()) })
     }
 
-    /// A read-write descriptor that maps `file`'s own page cache, and whose length (`fstat`,
+    /// A read-write descriptor whose maps show `file`'s page cache, and whose length (`fstat`,
     /// `lseek`) is [`CLAIMED_BYTES`].
     ///
-    /// Each call makes an inode of its own. Two of the same file are as coherent as two maps of it.
+    /// Each call makes a new inode. Maps of two inodes of one file are coherent, as two maps of the
+    /// file are.
     ///
     /// # Errors
-    /// - EBADF: opened with O_PATH.
-    /// - EACCES: not opened for reading and writing. The kernel would not mind: it opens the file
-    ///   anew by its path, and asks for no permission.
-    /// - EINVAL: no regular file.
-    /// - EPERM: immutable or append-only, or the caller has no CAP_SYS_ADMIN.
-    /// - EFBIG: as long as what it would claim to be.
-    /// - ELOOP: on a file system stacked twice (overlayfs over overlayfs, or one of these files).
-    /// - EOPNOTSUPP: on a file system that passthrough can't use.
-    /// - ENOTCONN: someone aborted the connection, and a new one could not be made.
+    /// - EBADF: `file` was opened with O_PATH.
+    /// - EACCES: `file` was not opened for reading and writing. The kernel would not refuse it: it
+    ///   opens the file again by its path, without a check of permissions.
+    /// - EINVAL: `file` is no regular file.
+    /// - EPERM: `file` is immutable or append-only, or the calling thread has no CAP_SYS_ADMIN.
+    /// - EFBIG: `file` has [`CLAIMED_BYTES`] or more.
+    /// - ELOOP: `file` is on a file system stacked twice (overlayfs over overlayfs), or is a
+    ///   passthrough file.
+    /// - EOPNOTSUPP: `file` is on a file system that passthrough can't use.
+    /// - ENOTCONN: the connection was aborted, and the mount could not be re-created.
     pub fn open(&self, file: &File) -> io::Result<PassthroughFile> {
         check(file)?;
         let mount = lock(&self.current).clone();
@@ -236,25 +241,25 @@ impl PassthroughMount {
         }
     }
 
-    /// The mount in the place of `aborted`.
+    /// Re-creates the mount if `aborted` is still the current one, and returns the current one.
     fn renewed(&self, aborted: &Arc<PrivateMount>) -> io::Result<Arc<PrivateMount>> {
         let _turn = lock(&self.renewal);
         let current = lock(&self.current).clone();
         if !Arc::ptr_eq(&current, aborted) {
-            return Ok(current); // Somebody else was quicker.
+            return Ok(current); // Another thread has re-created the mount meanwhile.
         }
         let new = PrivateMount::new(&self.mounter).map(Arc::new).map_err(|e| {
             error!(
-                "the private FUSE mount was aborted, and a new one can't be had ({e}): no file can be mapped \
-                 until the daemon is started again"
+                "the private FUSE mount was aborted, and can't be re-created ({e}): no further \
+                 file can be mapped until the daemon is restarted"
             );
             io::Error::from(Errno::ENOTCONN)
         })?;
         warn!(
-            "the private FUSE mount was aborted; there is a new one, and what is mapped stays mapped"
+            "the private FUSE mount was aborted, and was re-created; maps of files are unchanged"
         );
         let old = std::mem::replace(&mut *lock(&self.current), new.clone());
-        drop(old); // Waits for its thread: not under the lock.
+        drop(old); // Not under the lock `current`: the drop joins the old mount's thread.
         Ok(new)
     }
 }
@@ -289,10 +294,10 @@ impl PrivateMount {
 
     fn open(&self, file: &File) -> io::Result<PassthroughFile> {
         let node = self.connection.add(file.as_fd())?;
-        // From here on it is dropped, and with it the backing id, if anything fails.
+        // If a later step fails, the drop of `held` closes the backing id.
         let held = Held { node, connection: Arc::downgrade(&self.connection) };
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        // The server has no way to block, so a signal is all that can interrupt this.
+        // The server thread never blocks on another call, so only a signal can interrupt the open.
         let opened = rustix::io::retry_on_intr(|| {
             rustix::fs::openat(&self.root, node.name(), flags, Mode::empty())
         });
@@ -300,26 +305,27 @@ impl PrivateMount {
         Ok(PassthroughFile { file: Arc::new(File::from(opened?)), _held: held })
     }
 
-    /// What the kernel grants and what it does may differ, by a security module for one.
+    /// Reads a file in memory through the mount: the kernel may accept passthrough and then refuse
+    /// it, for example by a security module.
     fn try_it(&self) -> Result<(), Unavailable> {
-        const TOLD: &[u8] = b"vhost-user-dax";
+        const WRITTEN: &[u8] = b"vhost-user-dax";
         let memory = rustix::fs::memfd_create("passthrough", MemfdFlags::CLOEXEC)
             .map_err(|e| Unavailable::at("memfd_create")(e.into()))?;
         let memory = File::from(memory);
-        let mut seen = [0; TOLD.len()];
-        let tried = memory.write_all_at(TOLD, 0).and_then(|()| {
+        let mut seen = [0; WRITTEN.len()];
+        let tried = memory.write_all_at(WRITTEN, 0).and_then(|()| {
             let passthrough = self.open(&memory)?;
             passthrough.read_exact_at(&mut seen, 0)?;
             Ok(passthrough.metadata()?.len())
         });
         match tried {
-            Ok(CLAIMED_BYTES) if seen == TOLD => Ok(()),
+            Ok(CLAIMED_BYTES) if seen == WRITTEN => Ok(()),
             Ok(_) => Err(Unavailable::NotPassedThrough(Errno::EIO.into())),
             Err(e) if e.raw_os_error() == Some(Errno::EPERM as i32) => {
                 Err(Unavailable::NotPermitted("FUSE_DEV_IOC_BACKING_OPEN"))
             }
             Err(e) if e.raw_os_error() == Some(Errno::EFBIG as i32) => {
-                Err(Unavailable::FileSizeLimit(TOLD.len()))
+                Err(Unavailable::FileSizeLimit(WRITTEN.len()))
             }
             Err(e) => Err(Unavailable::NotPassedThrough(e)),
         }
@@ -328,31 +334,30 @@ impl PrivateMount {
 
 impl Drop for PrivateMount {
     fn drop(&mut self) {
-        // Whoever holds a map or a descriptor keeps the superblock alive, and the superblock would
-        // keep every backing id, so they are closed while there is a connection to close them by.
+        // A map or descriptor in any process keeps the superblock alive, and the superblock keeps
+        // all open backing ids. So they are closed before the connection is.
         self.connection.close_all();
         drop(self.stop.take());
         if self.server.take().is_some_and(|server| server.join().is_err()) {
-            warn!("the thread that serves passthrough files panicked");
+            warn!("the thread \"passthrough\", which serves the private FUSE mount, has panicked");
         }
-        // It has closed the connection, so nobody waits for an answer of ours. The mount goes with
-        // its descriptor, now or when the last map does.
+        // The server thread has closed the connection, so no process waits for its answer. The
+        // mount is removed with its last descriptor or map.
     }
 }
 
-/// A file that claims to be [`CLAIMED_BYTES`] long, and else is the file it was made from.
+/// A file of [`CLAIMED_BYTES`] bytes whose maps, reads and writes are those of its backing file.
 ///
-/// Only maps of it, and reads and writes through it, are the real file's. Its attributes are made
-/// up, and it can't be synced or resized: `fsync`, `ftruncate` and `fallocate` fail. Locks on it
-/// are not locks on the real file.
+/// Its attributes are not those of the backing file. It can't be synced or resized: `fsync`,
+/// `ftruncate` and `fallocate` fail. Locks on it are not locks on the backing file.
 pub struct PassthroughFile {
     file: Arc<File>,
     _held: Held,
 }
 
 impl PassthroughFile {
-    /// For those who want to keep it for themselves. It can be mapped for as long as it is kept,
-    /// but opened anew (`/proc/self/fd`) only until the [`PassthroughFile`] is dropped.
+    /// The file. A clone of it can be mapped after the drop of the [`PassthroughFile`], but can't
+    /// be opened again then (through `/proc/self/fd`).
     pub fn file(&self) -> &Arc<File> {
         &self.file
     }
@@ -366,10 +371,10 @@ impl Deref for PassthroughFile {
     }
 }
 
-/// A backing id, for as long as its inode may be opened.
+/// A backing id, which is closed on drop. Its inode can be opened until then.
 struct Held {
     node: NodeId,
-    /// Gone when the [`PassthroughMount`] is, which closes all the ids that are left.
+    /// Dead after the drop of the [`PrivateMount`], which has closed all backing ids.
     connection: Weak<Connection>,
 }
 
@@ -381,8 +386,8 @@ impl Drop for Held {
     }
 }
 
-/// What there is to hear of a connection that was aborted: from the server that has ended, or from
-/// the kernel before that.
+/// Whether `e` is an error of an aborted connection: ENOTCONN after the server thread has ended, or
+/// one of the kernel's errors before.
 fn is_aborted(e: &io::Error) -> bool {
     let errno = e.raw_os_error().map(Errno::from_raw);
     matches!(
@@ -391,7 +396,8 @@ fn is_aborted(e: &io::Error) -> bool {
     )
 }
 
-/// What the kernel would not refuse, but a map of the real file would be refused for.
+/// Refuses files that the kernel would accept as a backing file, but of which a writable map would
+/// be refused.
 fn check(file: &File) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
     if flags.contains(OFlag::O_PATH) {

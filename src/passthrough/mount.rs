@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The device and the mount, in two steps: what is looked up by a name, and what is not. Knows
-//! nothing of what is served there.
+//! Opens `/dev/fuse` and makes the detached mount, in two steps: the first looks names up, the
+//! second does not. Knows no requests.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -17,7 +17,7 @@ use rustix::mount::{
 
 use super::Unavailable;
 
-/// A step on the way to a mount.
+/// A step of the creation of a mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub(super) enum Step {
@@ -26,7 +26,7 @@ pub(super) enum Step {
     FsConfig,
     Create,
     FsMount,
-    /// No step of the kernel's: the broker has no further device.
+    /// The broker has no further /dev/fuse descriptor.
     Spare,
     /// The broker has ended.
     Broker,
@@ -43,7 +43,7 @@ impl Step {
         Self::Broker,
     ];
 
-    /// The step of a number that came in a message.
+    /// The step with this number in a message.
     pub(super) fn numbered(number: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|step| *step as u32 == number)
     }
@@ -61,7 +61,7 @@ impl Step {
     }
 }
 
-/// Where it failed.
+/// The step that failed, and its error.
 #[derive(Debug)]
 pub(super) struct Failed {
     pub(super) step: Step,
@@ -83,14 +83,14 @@ impl From<Failed> for Unavailable {
     }
 }
 
-/// A mount that lacks the last step.
+/// A mount whose last step, fsconfig create and fsmount, is left to do.
 #[derive(Debug)]
 pub(super) struct Prepared {
     pub(super) device: File,
     context: OwnedFd,
 }
 
-/// Opens the device, and says what is to be mounted.
+/// Opens `/dev/fuse`, and configures the mount.
 pub(super) fn prepare() -> Result<Prepared, Failed> {
     let device = open_device().map_err(Failed::at(Step::Device))?;
     let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).map_err(Failed::at(Step::FsOpen))?;
@@ -104,21 +104,23 @@ pub(super) fn prepare() -> Result<Prepared, Failed> {
     for (key, value) in options {
         fsconfig_set_string(&context, key, value).map_err(Failed::at(Step::FsConfig))?;
     }
-    // Else a front-end with another uid would not even get the length of what it was handed. Who
-    // may open is settled by who has a descriptor of the mount, and that is nobody but us.
+    // Without allow_other, a front-end with another uid could not get the length of a file whose
+    // descriptor it received. Only this process can open files of the mount, since only it has a
+    // descriptor of the root.
     fsconfig_set_flag(&context, "allow_other").map_err(Failed::at(Step::FsConfig))?;
     Ok(Prepared { device, context })
 }
 
-/// The server's end. It never blocks: the server waits in poll.
+/// Opens `/dev/fuse`, the server's end of the connection. Reads and writes on it do not block: the
+/// server thread waits in poll(2).
 fn open_device() -> io::Result<File> {
     let flags = OFlag::O_NONBLOCK.bits();
     OpenOptions::new().read(true).write(true).custom_flags(flags).open("/dev/fuse")
 }
 
 impl Prepared {
-    /// The root of a mount that is in no mount table. It goes away with the last descriptor into
-    /// it.
+    /// The root of a mount that is in no mount table. It is removed with the last descriptor or map of
+    /// its files.
     pub(super) fn mount(&self) -> Result<OwnedFd, Failed> {
         fsconfig_create(&self.context).map_err(Failed::at(Step::Create))?;
         let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID

@@ -1,45 +1,52 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The little of the FUSE protocol (linux/fuse.h, 7.40) that is spoken here: bytes in, bytes out.
-//! Knows no files.
+//! The part of the FUSE protocol (linux/fuse.h, 7.40) that the private mount needs: parses requests
+//! and encodes replies. Knows no files.
 
 use nix::errno::Errno;
 use nix::unistd::{getegid, geteuid};
 
 use super::CLAIMED_BYTES;
 
-/// The kernel refuses to write a request into less (FUSE_MIN_READ_BUFFER).
+/// Size of the read buffer in bytes: the smallest that the kernel accepts (FUSE_MIN_READ_BUFFER).
 pub const READ_BUFFER_BYTES: usize = 8192;
 
-/// FUSE_ROOT_ID.
+/// The inode number of the root (FUSE_ROOT_ID).
 pub const ROOT: u64 = 1;
 
+/// The major version of the protocol (FUSE_KERNEL_VERSION).
 const MAJOR: u32 = 7;
-/// The first minor version with passthrough.
+/// The minor version of the protocol: the first with passthrough.
 const MINOR: u32 = 40;
 
-// Flags of INIT.
+/// Flag of INIT: FUSE_PARALLEL_DIROPS.
 const PARALLEL_DIROPS: u32 = 1 << 18;
+/// Flag of INIT: FUSE_INIT_EXT, the second word of flags is valid.
 const INIT_EXT: u32 = 1 << 30;
-/// FUSE_PASSTHROUGH is bit 37, so bit 5 of the second word.
+/// Flag of INIT: FUSE_PASSTHROUGH is bit 37, so bit 5 of the second word.
 const PASSTHROUGH_2: u32 = 1 << (37 - 32);
 
-/// FILESYSTEM_MAX_STACK_DEPTH: the most that the kernel takes, and what overlayfs needs. The price
-/// is that nothing can be stacked on our mount, which nobody can reach.
+/// The mount's maximum stack depth: the kernel's largest value (FILESYSTEM_MAX_STACK_DEPTH), which
+/// backing files on overlayfs need. With it no file system can be stacked on the mount; none is,
+/// since no other process can reach it.
 const MAX_STACK_DEPTH: u32 = 2;
 
-// Flags of OPEN. NOFLUSH: closing a descriptor must not wait for us.
+/// Flag of OPEN: the close of a descriptor sends no FLUSH, so it does not wait for the server
+/// thread.
 const FOPEN_NOFLUSH: u32 = 1 << 5;
+/// Flag of OPEN: the inode passes through to the backing id of the reply.
 const FOPEN_PASSTHROUGH: u32 = 1 << 7;
 
-/// How long the kernel may believe attributes: for ever, as they never change. The largest number
-/// of seconds that does not turn negative on the way.
+/// Validity of attributes in seconds: in effect forever, since they never change. The largest value
+/// that does not become negative in the kernel's conversion.
 const FOR_EVER: u64 = u32::MAX as u64;
 
+/// Size of `struct fuse_in_header` in bytes.
 const IN_HEADER_BYTES: usize = 40;
+/// Size of `struct fuse_out_header` in bytes.
 const OUT_HEADER_BYTES: u32 = 16;
 
-/// What the kernel wants to know.
+/// The opcode of a request, with the fields that the server needs.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Ask<'a> {
     Init {
@@ -58,19 +65,19 @@ pub enum Ask<'a> {
     },
     Release,
     StatFs,
-    /// Attributes, and the length with them, are not to be changed here.
+    /// A change of attributes or of the length, which is refused.
     SetAttr,
-    /// Not to be answered with "not implemented", which the kernel takes for success from then on.
+    /// Must not be answered with ENOSYS: the kernel then returns success from each later fsync.
     Fsync,
-    /// Wants no answer.
+    /// FORGET, BATCH_FORGET or INTERRUPT, which get no reply.
     Forget,
-    /// Nothing that is served here.
+    /// An opcode that is not served.
     Other(u32),
-    /// Shorter than what it says it is.
+    /// The body is shorter than the opcode demands.
     Malformed,
 }
 
-/// A request, cut out of what was read.
+/// A parsed request.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Request<'a> {
     pub unique: u64,
@@ -86,7 +93,7 @@ fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
 }
 
 impl<'a> Request<'a> {
-    /// None if it is too short to be one.
+    /// Parses a request. None if `bytes` is shorter than the header.
     pub fn parse(bytes: &'a [u8]) -> Option<Self> {
         let (opcode, unique, node) = (u32_at(bytes, 4)?, u64_at(bytes, 8)?, u64_at(bytes, 16)?);
         let body = bytes.get(IN_HEADER_BYTES..)?;
@@ -113,14 +120,15 @@ impl<'a> Ask<'a> {
                     passthrough: flags2 & PASSTHROUGH_2 != 0,
                 }
             }
-            // FORGET, INTERRUPT (we are quicker than any signal) and BATCH_FORGET.
+            // FORGET, INTERRUPT (each request is answered at once, so it needs no action) and
+            // BATCH_FORGET.
             2 | 36 | 42 => Ask::Forget,
             other => Ask::Other(other),
         })
     }
 }
 
-/// A reply, ready to be written in one go.
+/// An encoded reply, which must be written by one write(2).
 #[derive(Debug)]
 pub struct Reply(Vec<u8>);
 
@@ -141,7 +149,8 @@ impl Reply {
         self
     }
 
-    /// `struct fuse_attr`: a directory that only we may enter, and files that only we may open.
+    /// `struct fuse_attr`: a directory with mode 0700, and files with mode 0600, owned by the
+    /// daemon's user.
     fn attr(&mut self, node: u64) -> &mut Self {
         let (mode, bytes, links) = match node {
             ROOT => (0o040_700, 0, 2),
@@ -153,7 +162,7 @@ impl Reply {
         self.u32(0).u32(4096).u32(0) // rdev, blksize, flags
     }
 
-    /// As it goes to the kernel: the first word is the length.
+    /// The bytes to write. Sets the first word to the reply's length.
     pub fn bytes(&mut self) -> &[u8] {
         let length = (self.0.len() as u32).to_ne_bytes();
         for (to, from) in self.0.iter_mut().zip(length) {
@@ -162,12 +171,12 @@ impl Reply {
         &self.0
     }
 
-    /// Done, and no more to say.
+    /// A success without a body.
     pub fn done(unique: u64) -> Self {
         Self::new(unique, 0)
     }
 
-    /// Refused.
+    /// An error.
     pub fn error(unique: u64, errno: Errno) -> Self {
         Self::new(unique, -(errno as i32))
     }
@@ -178,7 +187,7 @@ impl Reply {
         reply.u32(MAJOR).u32(MINOR).u32(max_readahead);
         reply.u32(INIT_EXT | PARALLEL_DIROPS);
         reply.u32(0); // max_background, congestion_threshold: the kernel's own
-        reply.u32(4096).u32(1); // max_write: the least; time_gran
+        reply.u32(4096).u32(1); // max_write: the kernel's minimum; time_gran: 1 ns
         reply.u32(0); // max_pages, map_alignment
         reply.u32(PASSTHROUGH_2).u32(MAX_STACK_DEPTH);
         for _ in 0..6 {
@@ -187,7 +196,7 @@ impl Reply {
         reply
     }
 
-    /// `struct fuse_entry_out`. The kernel may not believe the name, but the attributes for ever.
+    /// `struct fuse_entry_out`: the name has no validity, the attributes are valid forever.
     pub fn entry(unique: u64, node: u64) -> Self {
         let mut reply = Self::new(unique, 0);
         reply.u64(node).u64(0).u64(0).u64(FOR_EVER).u32(0).u32(0).attr(node);
@@ -208,7 +217,7 @@ impl Reply {
         reply
     }
 
-    /// No reply, but word of our own (FUSE_NOTIFY_INVAL_ENTRY): a name in the root is gone.
+    /// A notification (FUSE_NOTIFY_INVAL_ENTRY): the kernel must drop a name of the root directory.
     pub fn name_is_gone(name: &str) -> Self {
         const NOTIFY_INVAL_ENTRY: i32 = 3;
         let mut notice = Self::new(0, NOTIFY_INVAL_ENTRY);
@@ -218,7 +227,7 @@ impl Reply {
         notice
     }
 
-    /// `struct fuse_statfs_out`: nothing worth knowing.
+    /// `struct fuse_statfs_out`: no blocks and no files; block size 4096, names of up to 255 bytes.
     pub fn statfs(unique: u64) -> Self {
         let mut reply = Self::new(unique, 0);
         reply.u64(0).u64(0).u64(0).u64(0).u64(0).u32(4096).u32(255).u32(4096);
@@ -244,7 +253,8 @@ mod tests {
         bytes
     }
 
-    /// Shows: every prefix of a request is refused or understood, and none of them panics.
+    /// Shows: parsing a request that is cut at any length does not panic, and a cut header is
+    /// refused.
     #[test]
     fn a_short_request_is_none() {
         for (opcode, body) in [(1, &b"12\0"[..]), (14, &[0; 8]), (26, &[0xff; 64])] {
@@ -259,7 +269,8 @@ mod tests {
         }
     }
 
-    /// Shows: passthrough is believed only of a kernel that speaks of the second word of flags.
+    /// Shows: passthrough is recognized only if INIT has FUSE_INIT_EXT, which makes the second word
+    /// of flags valid.
     #[test]
     fn an_old_kernel_has_no_passthrough() {
         let init = |flags: u32, flags2: u32| {
@@ -275,7 +286,7 @@ mod tests {
         assert!(matches!(Request::parse(&before_flags2).unwrap().ask, Ask::Init { .. }));
     }
 
-    /// Shows: each reply has the size that linux/fuse.h gives its structure, and says so itself.
+    /// Shows: each reply has the size of its structure in linux/fuse.h, also in its header.
     #[test]
     fn replies_have_the_sizes_of_the_header_file() {
         let replies = [

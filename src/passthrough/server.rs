@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The thread that answers the kernel. It makes no system call but `poll`, `read` and `write` on
-//! the connection, and takes one lock, under which nobody makes any: so it can't be made to wait.
+//! The thread "passthrough", which answers the kernel's FUSE requests. It makes no system call but
+//! `poll`, `read` and `write` on the connection, and takes only locks under which no thread makes a
+//! system call. So no other thread can block it.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -21,10 +22,11 @@ use super::backing_id::BackingId;
 use super::protocol::{Ask, READ_BUFFER_BYTES, ROOT, Reply, Request};
 use crate::support::lock::{Mutex, lock};
 
-/// How long the kernel may take for its first word, which it says before the mount exists.
+/// Longest wait in ms for the kernel's INIT request. The kernel sends it when the mount is made, so
+/// it is there already.
 const HANDSHAKE_MS: u16 = 10_000;
 
-/// One inode's number, which is its name, too. Never used twice.
+/// The number of an inode. Its decimal form is the inode's name. A number is never used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct NodeId(u64);
 
@@ -35,17 +37,19 @@ impl NodeId {
 
     fn named(name: &[u8]) -> Option<Self> {
         let id = std::str::from_utf8(name).ok()?.parse().ok()?;
-        // One name each: "2" is one, "02" and "+2" are not.
+        // Each inode has one name: "2" is a name, "02" and "+2" are not.
         (Self(id).name().as_bytes() == name).then_some(Self(id))
     }
 }
 
-/// The connection, and which inodes may be opened. Both locks are leaves: nothing is taken, and no
-/// system call made, under them.
+/// The connection, and the inodes that can be opened. Both locks have rank `Rank::Leaf`: no lock is
+/// taken and no system call is made under them.
 pub(super) struct Connection {
-    /// None when nobody serves it any more.
+    /// `/dev/fuse`. None after the server thread has ended.
     device: Mutex<Option<Arc<File>>>,
+    /// The number of the next inode.
     next: AtomicU64,
+    /// The inodes that can be opened, with their backing ids.
     backings: Mutex<HashMap<NodeId, BackingId>>,
     privilege: Privilege,
 }
@@ -67,40 +71,46 @@ impl Connection {
     /// A new inode, backed by `file`.
     ///
     /// # Errors
-    /// As [`BackingId::open`].
+    /// ENOTCONN if the server thread has ended; see [`BackingId::open`].
     pub(super) fn add(&self, file: BorrowedFd<'_>) -> io::Result<NodeId> {
         let device = self.device().ok_or(Errno::ENOTCONN)?;
         let backing = self.privilege.open(&device, file)?;
-        // Relaxed: only that it is another number each time matters.
+        // Relaxed: each call only needs a different number.
         let node = NodeId(self.next.fetch_add(1, Ordering::Relaxed));
         lock(&self.backings).insert(node, backing);
         Ok(node)
     }
 
-    /// From here on it can't be opened; what is open stays.
+    /// Closes the backing id of an inode. The inode can't be opened from then on; its open files
+    /// stay open.
     pub(super) fn close(&self, node: NodeId) {
         let backing = lock(&self.backings).remove(&node);
         self.close_backing(backing);
     }
 
-    /// As [`close`](Self::close), each one that is left.
+    /// [Closes](Self::close) all inodes.
     pub(super) fn close_all(&self) {
         let all = mem::take(&mut *lock(&self.backings));
         all.into_values().for_each(|backing| self.close_backing(Some(backing)));
     }
 
-    /// The last reference to a deleted file may go with it, so this is never the server's to do.
+    /// Closes a backing id. Never call it on the server thread: it may drop the last reference to a
+    /// deleted file, whose blocks are then freed in this call.
     fn close_backing(&self, backing: Option<BackingId>) {
         if let (Some(backing), Some(device)) = (backing, self.device())
             && let Err(e) = self.privilege.close(&device, backing)
         {
-            warn!("a backing id can't be closed, and stays until the mount goes: {e}");
+            warn!(
+                "the backing id of a passthrough file can't be closed, its host file stays open \
+                 until the private FUSE mount is removed: {e}"
+            );
         }
     }
 
-    /// The kernel keeps an inode for its name until memory is short, also a name that it may not
-    /// believe; without it, the inode goes with its last descriptor. This waits for lookups that
-    /// the server has still to answer, so it is never the server's to do, either.
+    /// Makes the kernel drop the name of an inode, so that the inode is freed with its last
+    /// descriptor. Otherwise the kernel keeps the name's dentry, and by it the inode, until memory
+    /// is short, although the name's validity has expired. Never call it on the server thread: it
+    /// waits for lookups that the server thread has to answer.
     pub(super) fn forget_name(&self, node: NodeId) {
         if let Some(device) = self.device() {
             write(&device, Reply::name_is_gone(&node.name()));
@@ -122,7 +132,8 @@ impl Connection {
             },
             Ask::Open { node } => match self.backing(NodeId(node)) {
                 Some(backing) => Some(Reply::opened(unique, backing.number())),
-                // It was dropped, and its descriptor is opened anew through /proc.
+                // The PassthroughFile was dropped, and a process opens a remaining descriptor of it
+                // again through /proc.
                 None => refuse(Errno::ESTALE),
             },
             Ask::GetAttr { node } => Some(Reply::attributes(unique, node)),
@@ -139,19 +150,20 @@ impl Connection {
 
 fn write(device: &File, mut reply: Reply) {
     let mut to = device;
-    // ENOENT: nobody waits for it, or knows the name, any more. Whatever else it is, there is no
-    // one to tell.
+    // ENOENT: the request was interrupted, or the kernel does not know the name any more. Another
+    // error is only logged: it concerns no caller.
     if let Err(e) = to.write_all(reply.bytes())
         && e.raw_os_error() != Some(Errno::ENOENT as i32)
     {
-        debug!("the kernel does not take a reply: {e}");
+        debug!("the kernel refused a reply of the private FUSE mount: {e}");
     }
 }
 
-/// Agrees with the kernel on passthrough.
+/// Answers the kernel's INIT request, and enables passthrough.
 ///
 /// # Errors
-/// When the kernel has none.
+/// [`Unavailable::NoPassthrough`] if the kernel does not offer it; [`Unavailable::Host`] if poll(2)
+/// or read(2) fails, no request comes, or the request is not INIT.
 pub(super) fn handshake(device: &File) -> Result<(), Unavailable> {
     let at = Unavailable::at("handshake");
     let mut waiting = [PollFd::new(device.as_fd(), PollFlags::POLLIN)];
@@ -173,8 +185,8 @@ pub(super) fn handshake(device: &File) -> Result<(), Unavailable> {
     }
 }
 
-/// Closes the connection with its thread, also when that panics: the kernel then fails what is
-/// asked, where it would wait for ever.
+/// Closes the connection when the server thread ends, also by a panic: the kernel then fails all
+/// requests, which would wait forever otherwise.
 struct Served<'a> {
     connection: &'a Connection,
 }
@@ -186,15 +198,15 @@ impl Drop for Served<'_> {
     }
 }
 
-/// Answers until `stopped`'s other end is closed, or the connection is aborted.
+/// Answers requests until the other end of `stopped` is closed, or the connection is aborted.
 pub(super) fn serve(connection: &Connection, stopped: &PipeReader) {
     let Some(device) = connection.device() else { return };
-    // Declared after `device`, so dropped before it: the last reference is never dropped under the
-    // lock.
+    // Declared after `device`, so dropped before it. So the drop of `_served`, which holds the lock
+    // of the connection, never drops the last reference to the device, which is a system call.
     let _served = Served { connection };
     if let Err(e) = answer_all(connection, &device, stopped) {
-        // Whoever wants the next file makes a new mount, and says so.
-        warn!("a private FUSE mount is no longer served: {e}");
+        // The next PassthroughMount::open() re-creates the mount and logs that.
+        warn!("the private FUSE mount is no longer served, its connection failed: {e}");
     }
 }
 
@@ -210,7 +222,7 @@ fn answer_all(connection: &Connection, device: &File, stopped: &PipeReader) -> i
             Err(Errno::EINTR) => continue,
             Err(e) => return Err(e.into()),
         }
-        // Looked at before each request, so that no front-end can keep us from stopping.
+        // Checked before each request, so that a front-end with many requests can't delay the stop.
         let [stop, _] = &waiting;
         if stop.any() == Some(true) {
             return Ok(());
@@ -219,9 +231,9 @@ fn answer_all(connection: &Connection, device: &File, stopped: &PipeReader) -> i
         let length = match from.read(&mut buffer) {
             Ok(length) => length,
             Err(e) => match Errno::from_raw(e.raw_os_error().unwrap_or(0)) {
-                // ENOENT: whoever asked has gone.
+                // ENOENT: the request was interrupted before it was read.
                 Errno::EAGAIN | Errno::EINTR | Errno::ENOENT => continue,
-                // ENODEV: someone aborted the connection.
+                // ENODEV: the connection was aborted.
                 _ => return Err(e),
             },
         };
@@ -236,7 +248,7 @@ fn answer_all(connection: &Connection, device: &File, stopped: &PipeReader) -> i
 mod tests {
     use super::*;
 
-    /// Shows: an inode has one name, and what is no name of one is refused.
+    /// Shows: an inode has one name, and other spellings of its number are refused.
     #[test]
     fn one_name_each() {
         assert_eq!(NodeId::named(b"2"), Some(NodeId(2)));

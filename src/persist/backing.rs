@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a file's bytes lie in, who knows which of them are dirty, and so what makes them durable.
+//! The backing of a file, and the choice of how its bytes become durable.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -17,25 +17,25 @@ use super::file_systems::{FileSystem, Tried};
 use super::mapped::{Direct, Lines, maps_sync};
 use super::{Fdatasync, Persist};
 
-/// What a file's bytes lie in.
+/// What a file lies on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backing {
-    /// The page cache, over a file system that keeps its blocks in place, and was tried.
+    /// The page cache, over a tested file system that rewrites a block in place.
     PageCache,
-    /// The page cache, over a file system that writes every block to a new place, and was tried.
+    /// The page cache, over a tested file system that writes each store to a new block.
     CopyOnWrite,
     /// Persistent memory, under a file system that maps it (`-o dax`): MAP_SYNC works.
     DaxFile,
-    /// A device-DAX node (`/dev/dax0.0`): persistent memory with no file system.
+    /// A device-DAX node (`/dev/dax0.0`): persistent memory without a file system.
     DeviceDax,
     /// Memory: tmpfs, memfd, ramfs, hugetlbfs.
     Memory,
-    /// A file system that nobody has tried, and of whose fdatasync nothing is known.
+    /// A file system that was not tested: whether its fdatasync survives a power loss is not known.
     Unknown(FileSystem),
 }
 
 impl Backing {
-    /// Asks the kernel.
+    /// The backing of `file`, by sysfs, fstatfs(2) and a trial of mmap(2) with MAP_SYNC.
     pub fn of(file: &File) -> Self {
         if DaxNode::of(file).is_ok_and(|node| node.is_some()) {
             return Self::DeviceDax;
@@ -46,7 +46,8 @@ impl Backing {
         }
     }
 
-    /// The same of what files in a directory lie in. Nothing is left there.
+    /// The backing of files in the directory `dir`, by an unnamed file (O_TMPFILE) that is closed
+    /// again.
     pub fn of_dir(dir: &Path) -> Self {
         let unnamed = OpenOptions::new()
             .read(true)
@@ -74,13 +75,13 @@ impl Backing {
         }
     }
 
-    /// What the user must know at start, if anything.
+    /// The warning that the daemon logs at start for this backing, if any.
     pub fn warning(self) -> Option<&'static str> {
         match self {
             Self::PageCache | Self::DaxFile | Self::DeviceDax => None,
             Self::CopyOnWrite => Some(COPY_ON_WRITE),
             Self::Unknown(found) => found.writes_elsewhere().then_some(COPY_ON_WRITE),
-            Self::Memory => Some("lies in memory: nothing survives power loss"),
+            Self::Memory => Some("lies in memory: no data survives a power loss"),
         }
     }
 
@@ -94,7 +95,8 @@ impl Backing {
         }
     }
 
-    /// What an answered flush is worth.
+    /// What the data that an answered flush covers survives, as a sentence with the data as
+    /// subject.
     fn promise(self) -> &'static str {
         match self {
             Self::PageCache | Self::CopyOnWrite | Self::DaxFile | Self::DeviceDax => {
@@ -102,51 +104,51 @@ impl Backing {
             }
             Self::Memory => "survives this daemon and the VM, but no power loss",
             Self::Unknown(_) => {
-                "is as durable as that file system's own fdatasync makes it: nobody has tried \
-                 whether it survives power loss"
+                "is as durable as that file system's fdatasync makes it: this daemon was not \
+                 tested on it with power loss"
             }
         }
     }
 }
 
-const COPY_ON_WRITE: &str = "lies on a copy-on-write file system: even an allocated file needs free space \
-     for each store, and a store that finds none kills the VM; keep space free";
+const COPY_ON_WRITE: &str = "lies on a copy-on-write file system: even an allocated file needs \
+     free space for each store, and a store without free space kills the VM; keep space free";
 
-/// `--persist`: who makes the guest's stores durable.
+/// `--persist`: how the guest's stores become durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum PersistMode {
-    /// What the backing asks for.
+    /// Cache lines on device-DAX, else fdatasync(2).
     #[default]
     Auto,
-    /// The kernel.
+    /// By fdatasync(2).
     Sync,
-    /// We, by cache lines.
+    /// By cache lines, which the daemon writes back.
     Cacheline,
 }
 
-/// Why a [`PersistMode`] can't be had.
+/// Why a [`PersistMode`] is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum PersistError {
-    /// `cacheline` on the page cache.
+    /// `cacheline` for a file in the page cache.
     #[error(
-        "--persist=cacheline: the file is in the page cache, where a line that was written back is lost \
-         with the power all the same; take auto or sync"
+        "--persist=cacheline: the file is in the page cache: cache lines that are written back \
+         there do not survive a power loss; take auto or sync"
     )]
     PageCache,
     /// `sync` on device-DAX.
     #[error("--persist=sync: a device-DAX node has no sync; take auto or cacheline")]
     DeviceDax,
-    /// A processor that has none of the instructions.
+    /// The processor has no instruction that writes a cache line back from user mode.
     #[error("--persist=cacheline: this processor can't write back cache lines; take sync")]
     NoInstruction,
 }
 
-/// What was chosen for a backing.
+/// How flushes are done for a backing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Durability {
-    /// What the bytes lie in.
+    /// What the file lies on.
     pub backing: Backing,
-    /// What writes them back from user mode; None where the kernel does all.
+    /// The instruction that writes cache lines back. None if a flush is an fdatasync(2).
     pub instruction: Option<Instruction>,
 }
 
@@ -164,8 +166,8 @@ impl Durability {
             }
             (PersistMode::Sync, _) => false,
             (PersistMode::Cacheline, _) => true,
-            // In memory nothing is gained by lines: 12 ms for each GiB of them, and no power loss
-            // survived.
+            // Not for memory: writing lines back takes 12 ms for each GiB, and the data does not
+            // survive a power loss.
             (PersistMode::Auto, backing) => backing == Backing::DeviceDax,
         };
         let instruction = lines.then(Instruction::best);
@@ -175,32 +177,33 @@ impl Durability {
         Ok(Self { backing, instruction: instruction.flatten() })
     }
 
-    /// For one file of a share, which may lie on another file system than the share: what can't be
-    /// had there is the kernel's business.
+    /// The choice for one file of a share, which may lie on another file system than the share's
+    /// directory. Where `mode` is refused, a flush is an fdatasync(2).
     pub fn of_file(file: &File, mode: PersistMode) -> Self {
         let backing = Backing::of(file);
         Self::choose(backing, mode).unwrap_or(Self { backing, instruction: None })
     }
 
-    /// One line: what a flush is, and what it promises.
+    /// One line for the log: how a flush is done, and what an answered flush survives.
     pub fn promise(self) -> String {
         let flush = match self.instruction {
             Some(instruction) => format!("{instruction} over the dirty lines, and a fence"),
             None => "fdatasync".into(),
         };
         let (name, promise) = (self.backing.name(), self.backing.promise());
-        format!("{name}: a flush is {flush}; what it has answered for {promise}")
+        format!("{name}: a flush is {flush}; data of an answered flush {promise}")
     }
 
-    /// Whether each page of a file must have its block beforehand ([`Direct::populate_blocks`]).
+    /// Whether each page of a file needs a block before the guest stores to it
+    /// ([`Direct::populate_blocks`]).
     pub fn populates_blocks(self) -> bool {
         self.backing == Backing::DaxFile && self.instruction.is_some()
     }
 
-    /// What keeps the promise for one file of `bytes`.
+    /// The [`Persist`] of one file of `bytes` bytes.
     ///
     /// # Errors
-    /// The system's.
+    /// See [`Direct::new`].
     pub fn persist(self, file: &Arc<File>, bytes: u64) -> io::Result<FilePersist> {
         let direct = self
             .instruction
@@ -214,11 +217,11 @@ impl Durability {
     }
 }
 
-/// What makes one file durable.
+/// The durability of one file.
 pub struct FilePersist {
-    /// The seam.
+    /// How its stores become durable.
     pub persist: Persist,
-    /// The file's own memory, where cache lines count.
+    /// This process's map of the file. None if a flush is an fdatasync(2).
     pub direct: Option<Arc<Direct>>,
 }
 
@@ -226,7 +229,8 @@ pub struct FilePersist {
 mod tests {
     use super::*;
 
-    /// Shows: each backing is met with what keeps its promise, and nothing else can be asked for.
+    /// Shows: for each backing, whether each `--persist` mode flushes by cache lines, by fdatasync
+    /// or is refused.
     #[test]
     fn each_backing_has_its_means() {
         let lines = |backing, mode| {
@@ -252,7 +256,7 @@ mod tests {
         }
     }
 
-    /// Shows: real files are told apart. (A DAX file and a device-DAX node:
+    /// Shows: the backing of real files on a disk and in memory. (A DAX file and a device-DAX node:
     /// tests/process/direct_access.rs.)
     #[test]
     fn what_files_lie_in() {

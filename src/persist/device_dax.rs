@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Device-DAX nodes (`/dev/dax0.0`), and the page size of a map of any file.
+//! Device-DAX nodes (`/dev/dax0.0`), and the page size of a map of a file.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -14,21 +14,20 @@ use nix::sys::statfs;
 use crate::support::lock::{Mutex, lock};
 use crate::support::units::{PAGE_BYTES, PMD_BYTES};
 
-/// A device-DAX node, as sysfs describes it.
+/// The properties of a device-DAX node in sysfs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DaxNode {
-    /// Its length: a multiple of its alignment, so that a map of all of it is as aligned as it must
-    /// be.
+    /// Its length in bytes: a multiple of its alignment, so all of it can be mapped.
     pub bytes: u64,
-    /// Its alignment: no smaller piece can be mapped, or taken out of a map.
+    /// Its alignment in bytes: the smallest part that can be mapped or replaced in a map.
     pub align: u64,
 }
 
 impl DaxNode {
-    /// None for anything else.
+    /// The node that `file` has open. None if `file` is no device-DAX node.
     ///
     /// # Errors
-    /// The system's, and InvalidData where sysfs says no number.
+    /// The error of fstat(2) or of reading `size` in sysfs; InvalidData if `size` is no number.
     pub fn of(file: &File) -> io::Result<Option<Self>> {
         let found = file.metadata()?;
         if !found.file_type().is_char_device() {
@@ -49,7 +48,8 @@ impl DaxNode {
             let text = fs::read_to_string(node.join(name))?;
             text.trim().parse::<u64>().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
         };
-        // Before Linux 5.10 only the region has one; nearly all have that of a huge page.
+        // Before Linux 5.10 only the region has an alignment. If neither can be read, 2 MiB is
+        // assumed, the default of the kernel.
         let align = value("align").or_else(|_| value("../dax_region/align"));
         let align = align.ok().filter(|align| align.is_power_of_two()).unwrap_or(PMD_BYTES);
         let known = Self { bytes: value("size")?, align };
@@ -58,17 +58,17 @@ impl DaxNode {
     }
 }
 
-/// The size of the pages that a map of the file is made of.
+/// The page size of a map of the file, in bytes.
 ///
 /// # Errors
-/// The system's.
+/// See [`DaxNode::of`]; the error of fstat(2).
 pub(crate) fn page_bytes(file: &File) -> io::Result<u64> {
     if let Some(node) = DaxNode::of(file)? {
         return Ok(node.align);
     }
     let is_huge =
         statfs::fstatfs(file).is_ok_and(|s| s.filesystem_type() == statfs::HUGETLBFS_MAGIC);
-    // stat(2) tells it for hugetlbfs only: other file systems have a block size of their own.
+    // On hugetlbfs the block size of stat(2) is the page size. On other file systems it is not.
     let page = if is_huge { file.metadata()?.blksize() } else { rustix::param::page_size() as u64 };
     Ok(page.max(PAGE_BYTES))
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 6 of 6: which pages of a file are dirty, and how they become clean without a sync.
+//! Step 6 of 6: the number of dirty pages of a file, and their write-out without a sync.
 
-#![allow(unsafe_code)] // Two system calls that no crate has.
+#![allow(unsafe_code)] // cachestat(2) and sync_file_range(2), which nix and rustix lack.
 
 use std::fs::File;
 use std::io;
@@ -34,14 +34,14 @@ struct Counts {
     recently_evicted: u64,
 }
 
-/// How many pages of the page cache are dirty in `range` of `file`. Those that are on their way to
-/// the disk are not.
+/// Number of dirty pages of the page cache in `range` of `file`. Pages under writeback are not
+/// counted.
 ///
-/// A file on a DAX file system has no page cache: cachestat(2) takes its entries for those of
-/// evicted pages, and brings the kernel down (seen with Linux 6.12).
+/// A file on a DAX file system has no page cache. There cachestat(2) reads DAX entries as entries
+/// of evicted pages, and crashes the kernel (seen with Linux 6.12), so it is not called.
 ///
 /// # Errors
-/// The system's: ENOSYS before Linux 6.5; EOPNOTSUPP on a DAX file system.
+/// EOPNOTSUPP on a DAX file system; the error of cachestat(2): ENOSYS before Linux 6.5.
 pub fn dirty_pages(file: &File, range: FileRange) -> io::Result<u64> {
     let found = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::empty())?;
     if found.stx_attributes.contains(StatxAttributes::DAX) {
@@ -49,8 +49,8 @@ pub fn dirty_pages(file: &File, range: FileRange) -> io::Result<u64> {
     }
     let range = Range { from: range.from.0, bytes: range.bytes };
     let mut counts = Counts::default();
-    // SAFETY: a descriptor that is open for as long as it is borrowed, which is this call; the
-    // kernel reads `range`, and writes `counts`, which have the layouts that it knows.
+    // SAFETY: the descriptor is borrowed for this call, so it is open. The kernel reads `range` and
+    // writes `counts`, whose layouts are those of linux/mman.h.
     let done = unsafe {
         let (range, counts) = (&raw const range, &raw mut counts);
         libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), range, counts, 0)
@@ -59,12 +59,13 @@ pub fn dirty_pages(file: &File, range: FileRange) -> io::Result<u64> {
     Ok(counts.dirty)
 }
 
-/// Starts to write the dirty pages of the range to the disk. When it returns they are clean, and
-/// the next store to one is seen by the file system; they are not durable. A page that is under
-/// writeback and was made dirty anew meanwhile is left out: see [`wait_for_writeback`].
+/// Starts to write the dirty pages of the range to the disk. On return they are clean, but not
+/// durable, and the file system notices the next store to one of them. A page that is under
+/// writeback and was dirtied again is left out: see [`wait_for_writeback`].
 ///
 /// # Errors
-/// The file system's. Pages may be lost then, and the kernel may have told nobody else.
+/// The error of sync_file_range(2), usually EIO. Pages may be lost then, and the kernel may report
+/// that to no later call.
 pub fn write_out(file: &File, range: FileRange) -> io::Result<()> {
     sync_file_range(file, range, libc::SYNC_FILE_RANGE_WRITE)
 }
@@ -79,7 +80,8 @@ pub fn wait_for_writeback(file: &File, range: FileRange) -> io::Result<()> {
 
 fn sync_file_range(file: &File, range: FileRange, flags: libc::c_uint) -> io::Result<()> {
     let (from, bytes) = (range.from.0.cast_signed(), range.bytes.cast_signed());
-    // SAFETY: a descriptor that is open for as long as it is borrowed, and three numbers.
+    // SAFETY: the descriptor is borrowed for this call, so it is open; the other arguments are
+    // numbers.
     let done = unsafe { libc::sync_file_range(file.as_raw_fd(), from, bytes, flags) };
     Ok(Errno::result(done).map(drop)?)
 }
@@ -91,15 +93,15 @@ mod tests {
     use super::*;
     use crate::support::units::{PAGE_BYTES, PageIndex};
 
-    /// Shows: what was written is dirty, in its range and in no other, until it is written out.
-    /// (The page cache may have it in pieces that are larger than a page.)
+    /// Shows: written pages are dirty, and no pages of other ranges are, until they are written
+    /// out. (A folio of the page cache may be larger than a page.)
     #[test]
     fn written_pages_are_dirty_until_they_are_written_out() {
         let file = tempfile::tempfile_in(".").unwrap();
         let pages = |first, count: u64| FileRange::new(PageIndex(first).byte(), count * PAGE_BYTES);
         let unknown = dirty_pages(&file, pages(0, 1));
         if unknown.is_err_and(|e| e.raw_os_error() == Some(libc::EOPNOTSUPP)) {
-            return; // A DAX file system: no page is dirty, or may be asked for.
+            return; // A DAX file system has no page cache.
         }
         let dirty = |first, count| dirty_pages(&file, pages(first, count)).unwrap();
         file.write_all_at(&[1; 3 * 4096], 512 * 4096).unwrap();

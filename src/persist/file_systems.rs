@@ -1,28 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The file systems that this daemon was tried on, and what is known of others. Knows no file.
+//! The file systems on which this daemon was tested, and known properties of others. Knows no file.
 
 use nix::libc;
 
-/// A file system, by the number that statfs(2) has for it (`f_type`).
+/// A file system, by its `f_type` of statfs(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileSystem {
-    /// 0 where the kernel has not told it.
+    /// `f_type`. 0 if statfs(2) failed.
     pub magic: u32,
 }
 
-/// What was found by trying.
+/// The result of the tests on a file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Tried {
-    /// An fdatasync that has succeeded outlives a power loss. Blocks stay in place.
+    /// Data survives a power loss after a successful fdatasync. A block is rewritten in place.
     InPlace,
-    /// The same, but each store is written to a new place.
+    /// Data survives a power loss after a successful fdatasync. Each store is written to a new
+    /// block.
     CopyOnWrite,
-    /// Nothing outlives a power loss.
+    /// No data survives a power loss.
     Memory,
 }
 
-/// ext4 has its number from ext2, as ext3 has.
+/// ext2, ext3 and ext4 have the same number.
 const EXT: u32 = 0xef53;
 const XFS: u32 = 0x5846_5342;
 const BTRFS: u32 = 0x9123_683e;
@@ -30,8 +31,8 @@ const TMPFS: u32 = 0x0102_1994;
 const RAMFS: u32 = 0x8584_58f6;
 const HUGETLBFS: u32 = 0x9584_58f6;
 
-/// Tried: ext4, xfs and btrfs by tests/guest/crash.rs, which takes the power away; what is in
-/// memory by tests/process/cli.rs and start.rs beside it.
+/// Tested file systems: ext4, xfs and btrfs by tests/guest/crash.rs, which simulates power loss;
+/// file systems in memory by tests/process/cli.rs and tests/process/start.rs.
 const TRIED: [(u32, Tried); 6] = [
     (EXT, Tried::InPlace),
     (XFS, Tried::InPlace),
@@ -41,8 +42,8 @@ const TRIED: [(u32, Tried); 6] = [
     (HUGETLBFS, Tried::Memory),
 ];
 
-/// Not tried: what it is called, and whether each store needs a new block there. (linux/magic.h,
-/// and the sources of ZFS.)
+/// Untested file systems: number, name, and whether each store needs a new block. From
+/// linux/magic.h and the sources of ZFS.
 const KNOWN: [(u32, &str, bool); 15] = [
     (0xca45_1a4e, "bcachefs", true),
     (0x2fc1_2fc1, "ZFS", true),
@@ -63,21 +64,22 @@ const KNOWN: [(u32, &str, bool); 15] = [
 
 impl FileSystem {
     pub(super) fn of(magic: libc::__fsword_t) -> Self {
-        Self { magic: magic as u32 } // All of them have 32 bits; some machines' words are signed.
+        // `f_type` has 32 significant bits; its C type is signed or unsigned by architecture.
+        Self { magic: magic as u32 }
     }
 
-    /// None: nobody has tried it.
+    /// The result of the tests. None if the file system was not tested.
     pub(super) fn tried(self) -> Option<Tried> {
         TRIED.iter().find(|(magic, _)| *magic == self.magic).map(|(_, tried)| *tried)
     }
 
-    /// Whether it is known that each store needs a new block.
+    /// Whether each store is known to need a new block. False if that is not known.
     pub(super) fn writes_elsewhere(self) -> bool {
         self.tried() == Some(Tried::CopyOnWrite)
             || KNOWN.iter().any(|(magic, _, elsewhere)| *magic == self.magic && *elsewhere)
     }
 
-    /// As a user may know it.
+    /// The number in hexadecimal and, if known, the name: for the log.
     pub(super) fn name(self) -> String {
         let known = KNOWN.iter().find(|(magic, ..)| *magic == self.magic);
         let name = known.map(|(_, name, _)| format!(" ({name})")).unwrap_or_default();
@@ -89,9 +91,9 @@ impl FileSystem {
 mod tests {
     use super::*;
 
-    /// Shows: what was tried keeps what was found, and nothing else is promised anything.
+    /// Shows: each tested file system has the result of its tests, and no other has any.
     #[test]
-    fn only_what_was_tried_is_promised_anything() {
+    fn only_tested_file_systems_have_a_result() {
         let tried = |magic| FileSystem { magic }.tried();
         assert_eq!(tried(0xef53), Some(Tried::InPlace));
         assert_eq!(tried(0x5846_5342), Some(Tried::InPlace));
@@ -105,7 +107,7 @@ mod tests {
             assert_eq!(found.writes_elsewhere(), elsewhere, "{name}");
             assert!(found.name().ends_with(&format!(" ({name})")));
         }
-        let nobodys = FileSystem { magic: 0x1234 };
-        assert_eq!((nobodys.tried(), nobodys.name()), (None, "0x1234".into()));
+        let untested = FileSystem { magic: 0x1234 };
+        assert_eq!((untested.tried(), untested.name()), (None, "0x1234".into()));
     }
 }

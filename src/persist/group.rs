@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One thread that syncs for all who wait.
+//! The sync thread: one sync answers all waiting flushes.
 //!
-//! The rule that makes it right: the batch is taken *before* the sync begins. What comes while
-//! the sync runs waits for the next one, so each answer rests on a sync that began after the
-//! request was handed in.
+//! The thread takes the batch *before* the sync begins. A flush that is submitted during the sync
+//! waits for the next one. So each flush is answered by a sync that began after its submission
+//! (docs/invariants.md 1).
 
 use crate::support::failpoint;
 use crate::support::lock::{Condvar, Mutex, MutexGuard, lock};
@@ -14,12 +14,12 @@ use std::{io, mem};
 
 use log::error;
 
-/// One who waits for a sync.
+/// A request that waits for a sync.
 pub trait Waiter: Send + 'static {
-    /// False for one that only keeps its place in the order.
+    /// False for a request that needs no sync and only waits for its turn in the order of answers.
     fn needs_sync(&self) -> bool;
 
-    /// The answer: what the sync said.
+    /// Answers the request. `durable` is whether the sync of its batch succeeded.
     fn answer(self, durable: bool);
 }
 
@@ -39,19 +39,19 @@ impl<W> Shared<W> {
     }
 }
 
-/// Shares each sync among all that were waiting when it began. Answers come in the order of
-/// [`submit`](Self::submit).
+/// Shares each sync among all requests that waited when it began. Requests are answered in the
+/// order of [`submit`](Self::submit).
 pub struct GroupSync<W> {
     shared: Arc<Shared<W>>,
     worker: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl<W: Waiter> GroupSync<W> {
-    /// Starts the thread. `sync` returns whether all is durable now; that a failure is final is its
-    /// business.
+    /// Starts the thread. `sync` makes all earlier stores durable, and returns whether it
+    /// succeeded. It must itself keep a failure: it is called again for the next batch.
     ///
     /// # Errors
-    /// When the thread can't be started.
+    /// The error of the thread's start, for example EAGAIN.
     pub fn new(sync: impl FnMut() -> bool + Send + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             queue: Mutex::new(Queue { waiting: Vec::new(), stopping: false }),
@@ -62,30 +62,32 @@ impl<W: Waiter> GroupSync<W> {
         Ok(Self { shared, worker: Mutex::new(Some(worker)) })
     }
 
-    /// Hands in one waiter. Never blocks on a sync.
+    /// Adds a request to the next batch. Does not wait for a running sync.
     pub fn submit(&self, waiter: W) {
         self.shared.lock().waiting.push(waiter);
         self.shared.changed.notify_one();
     }
 
-    /// Lets the running sync finish and answers its batch; those that wait for the next one are
-    /// dropped unanswered. Returns when the thread has ended. Callable more than once.
+    /// Stops the thread and returns when it has ended. The running sync ends first, and its batch
+    /// is answered; requests that wait for the next sync are dropped unanswered. May be called
+    /// again.
     pub fn stop(&self) {
         self.shared.lock().stopping = true;
         self.shared.changed.notify_one();
-        // Held while joining, so that a second caller also returns only after the end.
+        // Locked during the join, so that a second caller returns only after the thread's end too.
         let mut worker = lock(&self.worker);
         if let Some(worker) = worker.take()
             && worker.join().is_err()
         {
-            error!("the sync thread panicked");
+            error!("the sync thread has panicked: later flushes were not answered");
         }
     }
 }
 
 impl<W> Drop for GroupSync<W> {
     fn drop(&mut self) {
-        // Not joined: the last owner may be the thread itself, answering its last batch.
+        // Not joined: this may run on the sync thread itself, if the answer of its last batch drops
+        // the last reference.
         self.shared.lock().stopping = true;
         self.shared.changed.notify_one();
     }
@@ -95,7 +97,7 @@ fn run<W: Waiter>(shared: &Shared<W>, mut sync: impl FnMut() -> bool) {
     while let Some(batch) = next_batch(shared) {
         let is_needed = batch.iter().any(Waiter::needs_sync);
         let is_late = failpoint::is_on("pmem-reply-before-sync");
-        // The sync before the answers: the guest takes an answer as durable.
+        // Sync before answer: the guest treats the data of an answered flush as durable.
         let durable = is_needed && (is_late || sync());
         for waiter in batch {
             waiter.answer(durable);

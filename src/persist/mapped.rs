@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A file whose pages are the memory itself, mapped by this process as well: what the guest stored
-//! is made durable by cache lines, and what is written by request goes past the cache (behaviours
-//! 12 and 13).
+//! A file on persistent memory (or in memory, as tmpfs), mapped by this process. The guest's stores
+//! become durable by writing back their cache lines. FUSE writes are copied past the cache
+//! (behaviours 12 and 13 of src/dax/mod.rs).
 
-#![allow(unsafe_code)] // Maps a file; what is done there is in bounds by its one function at().
+#![allow(unsafe_code)] // mmap(2), and accesses to the map: Mapping::work() checks their bounds.
 
 use std::fs::File;
 use std::io;
@@ -23,58 +23,64 @@ use super::{Backing, LineFlush};
 use crate::support::lock::{Mutex, lock};
 use crate::support::units::{FileOffset, FileRange, PMD_BYTES};
 
-/// The file, from its first byte on.
+/// A map of a file from its first byte on.
 struct Mapping {
-    /// Goes first: pages are guarded until they are unmapped.
+    /// Declared before `pages`, so dropped first: the guard ends before the pages are unmapped, as
+    /// [`Guarded`] demands.
     guarded: Guarded,
     pages: Pages,
 }
 
-/// Unmapped when dropped.
+/// The mapped pages, unmapped on drop.
 struct Pages {
+    /// The address of the first byte.
     base: Base,
+    /// The length of the map in bytes.
     bytes: usize,
 }
 
 #[derive(Clone, Copy)]
 struct Base(NonNull<u8>);
 
-// SAFETY: it is memory that others change at any time, wherever they run; nothing here makes a
-// reference to it.
+// SAFETY: the guest and other processes may change the mapped memory at any time. This file makes
+// no reference to it, and accesses it by raw pointers from any thread.
 unsafe impl Send for Base {}
-// SAFETY: the same.
+// SAFETY: as for Send.
 unsafe impl Sync for Base {}
 
 impl Mapping {
+    /// Maps the first `bytes` bytes of `file`, rounded up to whole pages.
+    ///
     /// # Errors
-    /// The system's.
+    /// ENOMEM if `bytes` is 0 or larger than the address space; the errors of mmap(2),
+    /// [`page_bytes`] and [`Guarded::new`].
     fn new(file: &File, bytes: u64, flags: MapFlags) -> io::Result<Self> {
         let too_long = || io::Error::from(Errno::ENOMEM);
         let page = usize::try_from(page_bytes(file)?).map_err(|_| too_long())?;
-        // Whole pages, or they can't be unmapped.
+        // munmap(2) of huge pages takes whole pages only.
         let length =
             usize::try_from(bytes).ok().and_then(|bytes| bytes.checked_next_multiple_of(page));
         let length = length.and_then(NonZeroUsize::new).ok_or_else(too_long)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new place for the map, which nobody else knows of.
+        // SAFETY: without MAP_FIXED the kernel chooses an unused address.
         let base = unsafe { mmap(None, length, protection, flags, file, 0)? }.cast::<u8>();
         let pages = Pages { base: Base(base), bytes: length.get() };
         let guarded = Guarded::new(base.as_ptr().addr(), pages.bytes, page)?;
         Ok(Self { guarded, pages })
     }
 
-    /// Where `range` is, if all of it is mapped.
+    /// The address of `range`. None if a byte of it is not mapped.
     fn start_of(&self, range: FileRange) -> Option<*mut u8> {
         let (start, bytes) = (usize::try_from(range.from.0).ok()?, length_of(range).ok()?);
         let last = self.pages.bytes.checked_sub(bytes)?;
         (start <= last).then(|| self.pages.base.0.as_ptr().wrapping_add(start))
     }
 
-    /// Runs `work` with a pointer to `range`.
+    /// Calls `work` with the address of `range`.
     ///
     /// # Errors
-    /// EINVAL for what is not in it; EIO where the file lacked a page that was touched, now or
-    /// before.
+    /// EINVAL if a byte of `range` is not mapped; EIO if an access to the map, in this call or
+    /// before, has met a page that the file lacks.
     fn work<T>(&self, range: FileRange, work: impl FnOnce(*mut u8) -> T) -> io::Result<T> {
         let at = self.start_of(range).ok_or(Errno::EINVAL)?;
         let done = work(at);
@@ -82,59 +88,65 @@ impl Mapping {
     }
 }
 
-/// The length of a range that is to be mapped.
+/// The length of a range in bytes, as a usize.
 ///
 /// # Errors
-/// EINVAL for one that no address space has.
+/// EINVAL if it is larger than the address space.
 fn length_of(range: FileRange) -> io::Result<usize> {
     usize::try_from(range.bytes).map_err(|_| Errno::EINVAL.into())
 }
 
 #[cfg(test)]
 impl Pages {
-    /// Reads what is there, whether it counts or not.
+    /// Copies bytes of the map, also if the map has met a missing page.
     fn read(&self, from: u64, to: &mut [u8]) {
         assert!(from as usize + to.len() <= self.bytes);
         let at = self.base.0.as_ptr().wrapping_add(from as usize);
-        // SAFETY: so much is mapped.
+        // SAFETY: the assertion checked that the bytes are mapped.
         unsafe { std::ptr::copy_nonoverlapping(at, to.as_mut_ptr(), to.len()) };
     }
 }
 
 impl Drop for Pages {
     fn drop(&mut self) {
-        // SAFETY: it is ours, and nobody has a pointer into it any more.
+        // SAFETY: `self` made the map, and each use of its address borrows `self`.
         let _ = unsafe { munmap(self.base.0.cast(), self.bytes) };
     }
 }
 
-/// Whether a store to the file can be made durable by cache lines alone: whether it can be mapped
-/// with MAP_SYNC.
+/// Whether the file can be mapped with MAP_SYNC, so that a store to it becomes durable by writing
+/// back its cache lines alone.
 pub(super) fn maps_sync(file: &File) -> bool {
     Mapping::new(file, PMD_BYTES, MapFlags::MAP_SHARED_VALIDATE | MapFlags::MAP_SYNC).is_ok()
 }
 
-/// How often a file may double in length: from 2 MiB to the most that a file can have.
+/// Number of times that a file's length can double, from 2 MiB (2^21) to more than the largest file
+/// (2^63 - 1 bytes).
 const DOUBLINGS: usize = 43;
 
-/// One file, mapped.
+/// One file on persistent memory or in memory, mapped by this process.
 pub struct Direct {
     file: Arc<File>,
+    /// The flags of each map.
     flags: MapFlags,
     instruction: Instruction,
-    /// As long as the file was at first.
+    /// The map of the file's first length.
     first: Mapping,
-    /// Twice as long, four times as long ..., made when the file has grown so far. No lock is taken
-    /// to find one: a contended lock takes longer than the flush of a page.
+    /// Maps of 2, 4, 8 ... times the first length, each made when a range behind the shorter maps
+    /// is used first. A look-up takes no lock: a contended lock takes longer than the flush of a
+    /// page.
     grown: [OnceLock<Mapping>; DOUBLINGS],
+    /// Held by the thread that makes a map of `grown`.
     making: Mutex<()>,
 }
 
 impl Direct {
-    /// Maps the first `bytes` of `file`, and more as it grows.
+    /// Maps the first `bytes` bytes of `file`, rounded up to 2 MiB. Ranges behind are mapped when
+    /// they are used. `instruction` writes back the cache lines.
     ///
     /// # Errors
-    /// The system's. Where [`Backing::DaxFile`] was said and the file is none, EOPNOTSUPP.
+    /// The error of mmap(2): EOPNOTSUPP if `backing` is [`Backing::DaxFile`] and the file is not on
+    /// a DAX file system. ENOMEM if the process has too many guarded ranges.
     pub fn new(
         file: Arc<File>,
         bytes: u64,
@@ -142,7 +154,8 @@ impl Direct {
         instruction: Instruction,
     ) -> io::Result<Arc<Self>> {
         let flags = match backing {
-            // With MAP_SYNC a first store to a page returns when its block is durably the file's.
+            // With MAP_SYNC the fault of a first store to a page returns only when the metadata of
+            // its block is durable.
             Backing::DaxFile => MapFlags::MAP_SHARED_VALIDATE | MapFlags::MAP_SYNC,
             _ => MapFlags::MAP_SHARED,
         };
@@ -151,75 +164,82 @@ impl Direct {
         Ok(Arc::new(Self { file, flags, instruction, first, grown, making: Mutex::default() }))
     }
 
-    /// Gives each page of `range`, which begins with a page, a block that is durably the file's, so
-    /// that cache lines are all that a later store needs. Nothing that the file holds changes.
+    /// Allocates a block for each page of `range`, and makes the metadata of these blocks durable,
+    /// so that a later store needs only the write-back of its cache lines. `range` must begin at a
+    /// page. The file's content stays the same.
     ///
     /// # Errors
-    /// The system's; EFAULT where the file system finds no space.
+    /// The error of madvise(2): EFAULT if the file system has no free space. EINVAL if `range`
+    /// can't be mapped.
     pub fn populate_blocks(&self, range: FileRange) -> io::Result<()> {
         let start = self.covering(range)?.start_of(range).and_then(|at| NonNull::new(at.cast()));
         let (start, bytes) = (start.ok_or(Errno::EINVAL)?, length_of(range)?);
-        // SAFETY: of the range that is mapped; it is as if each page had been stored to.
+        // SAFETY: the range is mapped. MADV_POPULATE_WRITE faults its pages in for writing, and
+        // changes no byte.
         Ok(unsafe { madvise(start, bytes, MmapAdvise::MADV_POPULATE_WRITE) }?)
     }
 
-    /// Copies `bytes` to byte `from` on, past the cache. They are durable after the next
-    /// [`fence`](Self::fence) of this thread.
+    /// Copies `bytes` into the file from byte `from` on, past the cache. The copy is durable after
+    /// the next [`fence`](Self::fence) of this thread.
     ///
     /// # Errors
-    /// EIO where the file has no page for them.
+    /// EIO if the file lacks a page of the range, or has lacked a page of the same map before;
+    /// EINVAL, EFBIG or the error of mmap(2) if the range can't be mapped.
     pub fn store(&self, from: FileOffset, bytes: &[u8]) -> io::Result<()> {
-        // SAFETY: `bytes` are ours, and `bytes.len()` bytes are mapped from `to` on.
+        // SAFETY: `bytes` is readable, and `bytes.len()` bytes are mapped from `to` on.
         self.work(FileRange::new(from, bytes.len() as u64), |to| unsafe {
             self.instruction.copy(to, bytes.as_ptr(), bytes.len());
         })
     }
 
-    /// The same, out of the guest's memory.
+    /// Like [`store`](Self::store), with the bytes of the guest's memory `slice`.
     ///
     /// # Errors
     /// See [`store`](Self::store).
     pub fn store_from(&self, from: FileOffset, slice: &VolatileSlice<'_>) -> io::Result<()> {
         let guard = slice.ptr_guard();
-        // SAFETY: the slice is as long as it says, and so much is mapped from `to` on.
+        // SAFETY: `guard` points to `slice.len()` bytes, and as many are mapped from `to` on.
         self.work(FileRange::new(from, slice.len() as u64), |to| unsafe {
             self.instruction.copy(to, guard.as_ptr(), slice.len());
         })
     }
 
-    /// Copies out of the file from byte `from` on.
+    /// Copies the file's bytes from byte `from` on into `to`.
     ///
     /// # Errors
     /// See [`store`](Self::store).
     pub fn load(&self, from: FileOffset, to: &mut [u8]) -> io::Result<()> {
         self.work(FileRange::new(from, to.len() as u64), |at| {
-            // SAFETY: `to` is ours alone, and what is mapped is as long. Others may store
-            // meanwhile: any mixture of bytes is a good copy.
+            // SAFETY: `to` is borrowed mutably, and as many bytes are mapped from `at` on. The
+            // guest may store meanwhile: any mixture of old and new bytes is a valid copy.
             unsafe { std::ptr::copy_nonoverlapping(at, to.as_mut_ptr(), to.len()) };
         })
     }
 
-    /// Clears `range`, as [`store`](Self::store) does.
+    /// Zeroes `range`. The zeros are durable after the next [`fence`](Self::fence) of this thread.
     ///
     /// # Errors
     /// See [`store`](Self::store).
     pub fn zero(&self, range: FileRange) -> io::Result<()> {
         let bytes = length_of(range)?;
-        // SAFETY: mapped, as long as that.
+        // SAFETY: `bytes` bytes are mapped from `to` on.
         self.work(range, |to| unsafe { self.instruction.zero(to, bytes) })
     }
 
-    /// Returns once what this thread has stored is durable.
+    /// Returns once the stores and zeros of this thread are durable.
     pub fn fence(&self) {
         fence();
     }
 
-    /// Runs `work` where `range` is mapped.
+    /// See [`Mapping::work`], in a map that covers `range`.
     fn work<T>(&self, range: FileRange, work: impl FnOnce(*mut u8) -> T) -> io::Result<T> {
         self.covering(range)?.work(range, work)
     }
 
-    /// A mapping that holds all of `range`.
+    /// A map that covers all of `range`.
+    ///
+    /// # Errors
+    /// EINVAL or EFBIG if the range ends behind the largest file offset; see [`Mapping::new`].
     fn covering(&self, range: FileRange) -> io::Result<&Mapping> {
         let end = range.checked_end().ok_or(Errno::EINVAL)?.0;
         let first = self.first.pages.bytes as u64;
@@ -234,21 +254,24 @@ impl Direct {
         let _alone = lock(&self.making);
         if place.get().is_none() {
             let new = Mapping::new(&self.file, first << doublings, self.flags)?;
-            let _ = place.set(new); // It is empty: we are alone.
+            let _ = place.set(new); // It can't fail: only the holder of `making` sets a map.
         }
         place.get().ok_or_else(|| Errno::ENOMEM.into())
     }
 }
 
-/// Makes what was stored to a file durable by its cache lines.
+/// Makes the guest's stores to a file durable by writing back its cache lines.
 pub(super) struct Lines(pub(super) Arc<Direct>);
 
 impl LineFlush for Lines {
+    /// Writes back the cache lines of `range`.
+    ///
     /// # Errors
-    /// EIO where the file has no page there, or has had none before.
+    /// As [`Direct::store`].
     fn flush(&self, range: FileRange) -> io::Result<()> {
         let (bytes, instruction) = (length_of(range)?, self.0.instruction);
-        // SAFETY: the instruction was chosen because it is here, and the range is mapped.
+        // SAFETY: Instruction::best() chose an instruction that the processor has, and the range is
+        // mapped.
         self.0.work(range, |at| unsafe { instruction.write_back(at, bytes) })
     }
 
@@ -282,8 +305,8 @@ mod tests {
         Lines(direct.clone()).flush(range(from, bytes))
     }
 
-    /// Shows: a file that somebody else cuts off is an error of that file, in each kind of access
-    /// and ever after, and no SIGBUS; another file is not concerned.
+    /// Shows: each kind of access to a truncated file returns an error, then and later, and raises
+    /// no SIGBUS. Another file works on.
     #[test]
     fn a_file_that_is_cut_off_is_an_error() {
         type Work = fn(&Arc<Direct>) -> io::Result<()>;
@@ -300,13 +323,13 @@ mod tests {
             file.set_len(PMD_BYTES).unwrap();
             assert_eq!(work(&direct).unwrap_err().raw_os_error(), Some(libc::EIO), "{name}");
             file.set_len(4 * PMD_BYTES).unwrap();
-            assert!(work(&direct).is_err(), "{name}: what it did before was lost");
+            assert!(work(&direct).is_err(), "{name}: earlier stores were lost");
             other.store(FileOffset(0), b"kept").unwrap();
         }
     }
 
-    /// Shows: the same of huge pages, of which the kernel takes no piece of 4 KiB away: the process
-    /// lives, and the pages that are left hold what they held.
+    /// Shows: accesses to a missing huge page (hugetlbfs), of which the kernel replaces no part of
+    /// 4 KiB, return an error. The remaining pages keep their content.
     #[test]
     fn a_huge_page_that_is_gone_is_an_error() {
         type Work = fn(&Arc<Direct>) -> io::Result<()>;
@@ -327,7 +350,7 @@ mod tests {
         }
     }
 
-    /// A file of huge pages, if the machine has as many; else says so.
+    /// A file of huge pages. None, with a line on stderr, if the machine has too few.
     fn huge(bytes: u64) -> Option<(Arc<File>, Arc<Direct>)> {
         let flags = MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
         let made = memfd_create(c"huge", flags).map(File::from).map_err(io::Error::from);
@@ -339,14 +362,15 @@ mod tests {
         });
         if let Err(e) = &made {
             use std::io::Write;
-            // Not eprintln!: the test runner would swallow it, and ci/test counts these lines.
+            // Not eprintln!: the test runner captures its output, and ci/test counts these lines.
             let why = format!("no 4 huge pages ({e}): sysctl vm.nr_hugepages=8");
             let _ = writeln!(io::stderr(), "SKIPPED a_huge_page_that_is_gone_is_an_error: {why}");
         }
         made.ok()
     }
 
-    /// Shows: a file that grows is mapped as far as it goes, and what is not in it is refused.
+    /// Shows: ranges by which a file has grown can be stored to and flushed, and ranges behind the
+    /// largest file offset are refused.
     #[test]
     fn growth_is_followed() {
         let (file, direct) = direct(PMD_BYTES);

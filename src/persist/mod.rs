@@ -25,55 +25,59 @@ pub(crate) use sigbus::Guarded;
 
 use crate::support::units::FileRange;
 
-/// How the stores to one file become durable: by the kernel, which knows what is dirty, or by cache
-/// lines, where only the engine's entries know that.
+/// How stores to one file become durable.
 pub enum Persist {
-    /// A file in the page cache, or on a DAX file system.
+    /// By a sync: the kernel tracks dirty pages. For a file in the page cache or on a DAX file
+    /// system.
     Kernel(Box<dyn KernelSync>),
-    /// A file whose pages are the memory itself.
+    /// By cache lines: only the engine's entries track dirty pages. For a file on persistent memory
+    /// or in memory, mapped by this process.
     Lines(Box<dyn LineFlush>),
 }
 
 impl Persist {
-    /// By the kernel.
+    /// [`Persist::Kernel`] with `sync`.
     pub fn kernel(sync: impl KernelSync) -> Self {
         Self::Kernel(Box::new(sync))
     }
 
-    /// By cache lines.
+    /// [`Persist::Lines`] with `flush`.
     pub fn lines(flush: impl LineFlush) -> Self {
         Self::Lines(Box::new(flush))
     }
 }
 
-/// Makes durable what the kernel knows to be dirty of one file.
+/// Makes durable the pages of one file that the kernel knows to be dirty.
 pub trait KernelSync: Send + Sync + 'static {
     /// Returns once all stores that completed before the call are durable.
     ///
     /// # Errors
-    /// Any error is final: the kernel may have dropped the pages that it could not write, and a
-    /// later success would say nothing about them. The caller must not sync again.
+    /// The error of the sync, usually EIO. It is final: the kernel may have dropped the pages that
+    /// it could not write, and a later sync may succeed without them. The caller must not sync
+    /// again.
     fn sync(&self) -> io::Result<()>;
 
-    /// Whether anything was lost of what others have made durable through another open file of the
-    /// same inode.
+    /// Returns an error if pages of the inode were lost in a sync through another open file
+    /// description.
     ///
     /// # Errors
-    /// Final, as those of [`sync`](Self::sync).
+    /// EIO if pages were lost. It is final, as an error of [`sync`](Self::sync).
     fn check(&self) -> io::Result<()> {
         self.sync()
     }
 }
 
-/// Makes durable what the caller knows to be dirty of one file.
+/// Makes durable the ranges of one file that the caller knows to be dirty.
 pub trait LineFlush: Send + Sync + 'static {
-    /// Begins to make `range` of the file durable. It is once this thread has called
+    /// Begins to make `range` of the file durable. It is durable once this thread has called
     /// [`fence`](Self::fence).
     ///
     /// # Errors
-    /// Any error is final: what was stored there may be lost. The caller must not flush again.
+    /// EIO if a page of the range is missing or has failed. It is final: stores to the range may be
+    /// lost. The caller must not flush again.
     fn flush(&self, range: FileRange) -> io::Result<()>;
 
-    /// Returns once all that this thread has flushed is durable: one for each batch of flushes.
+    /// Returns once all ranges that this thread has flushed are durable. One fence serves a batch
+    /// of flushes.
     fn fence(&self);
 }

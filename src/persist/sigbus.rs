@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A mapped file that is cut off by somebody else, or whose memory fails, must not kill the daemon:
-//! in a [`Guarded`] range SIGBUS is an error of that range, and of nothing else.
+//! A SIGBUS handler: an access to a mapped file that another program has truncated, or whose memory
+//! has failed, must not kill the daemon. In a [`Guarded`] range SIGBUS becomes an error of that
+//! range.
 //!
-//! The handler puts a page of zeros where the bad one was, so that the instruction that hit it can
-//! end, and marks the range: nothing that was done in it counts from then on. A page is as large as
-//! the mapping's own are: the kernel takes no smaller piece out of a mapping of huge pages
-//! (hugetlbfs) or of a device-DAX node.
+//! The handler maps a page of zeros over the missing page, so that the interrupted instruction can
+//! end, and marks the range as failed. From then on no access to the range may be reported as
+//! successful. The page of zeros has the page size of the mapping: the kernel replaces no smaller
+//! part of a mapping of huge pages (hugetlbfs) or of a device-DAX node.
 
-#![allow(unsafe_code)] // A signal handler, and the map that it makes.
+#![allow(unsafe_code)] // sigaction(2), and mmap(2) in the handler.
 
 use std::io;
 use std::ptr;
@@ -19,23 +20,25 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use nix::errno::Errno;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
-/// How many ranges there can be: more than a window has slots, and room for files that have just
-/// gone.
+/// Largest number of guarded ranges at a time: more than the number of maps that a window can have
+/// (509), with room for files that are being closed.
 const MOST: usize = 4096;
 
-/// A range, if `start` is not 0.
+/// One entry of the table: a guarded range, if `start` is not 0.
 struct Slot {
+    /// The address of the range's first byte.
     start: AtomicUsize,
-    /// Not 0 in a slot that is taken.
+    /// The address behind the range's last byte. Not 0 in a slot that is taken.
     end: AtomicUsize,
-    /// The size of a page of it: a power of two.
+    /// The page size of the mapping in bytes: a power of two.
     page: AtomicUsize,
-    /// A page of it was gone when it was touched.
+    /// An access to the range has met a missing page.
     gone: AtomicBool,
 }
 
-/// A table that a signal handler can read: no lock, no memory to be had, and no store where a range
-/// is used (one right behind a page of dirty lines costs more than their write-back).
+/// A table that a signal handler can read without a lock and without an allocation. A use of a
+/// range stores nothing here: a store right after the write-back of a page's lines would take
+/// longer than the write-back.
 static SLOTS: [Slot; MOST] = [const {
     Slot {
         start: AtomicUsize::new(0),
@@ -45,16 +48,17 @@ static SLOTS: [Slot; MOST] = [const {
     }
 }; MOST];
 
-/// A range of a mapping, until dropped: before it is unmapped.
+/// A guarded range of a mapping. Drop it before the range is unmapped.
 pub(crate) struct Guarded {
     slot: &'static Slot,
 }
 
 impl Guarded {
-    /// Both `start` and `bytes` are multiples of `page`, which is the size of the mapping's pages.
+    /// Guards `bytes` bytes from address `start` on. Both must be multiples of `page`, the page
+    /// size of the mapping in bytes.
     ///
     /// # Errors
-    /// ENOMEM when there are too many; the system's.
+    /// ENOMEM if there are [`MOST`] ranges already; the error of sigaction(2).
     pub(crate) fn new(start: usize, bytes: usize, page: usize) -> io::Result<Self> {
         install()?;
         let take =
@@ -66,8 +70,8 @@ impl Guarded {
         Ok(Self { slot })
     }
 
-    /// Whether a page of it was gone when it was touched, by whatever thread: another one's work
-    /// may have been on zeros.
+    /// Whether an access of any thread to the range has met a missing page. If so, the accesses of
+    /// this thread may have gone to the page of zeros.
     pub(super) fn is_gone(&self) -> bool {
         self.slot.gone.load(SeqCst)
     }
@@ -80,7 +84,7 @@ impl Drop for Guarded {
     }
 }
 
-/// Installs the handler, once in the process.
+/// Installs the handler, once in the process. Later calls return the result of the first.
 fn install() -> io::Result<()> {
     static DONE: OnceLock<Result<(), Errno>> = OnceLock::new();
     let done = DONE.get_or_init(|| {
@@ -93,21 +97,22 @@ fn install() -> io::Result<()> {
 }
 
 extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: the kernel gives a valid one, and for SIGBUS it has an address.
+    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo_t, which has an address for SIGBUS.
     let at = unsafe { (*info).si_addr() }.addr();
-    // The sizes of its pages, as bits.
+    // The page sizes of the matching slots, as bits.
     let mut sizes = 0;
-    // All that match: one that is being taken or left may seem to, and the one that was touched is
-    // there.
+    // All slots that match are marked. A slot that another thread is filling or clearing may match
+    // by mistake, which only reports an error too many; the slot of the touched range matches.
     for slot in &SLOTS {
         let start = slot.start.load(SeqCst);
         if start != 0 && (start..slot.end.load(SeqCst)).contains(&at) {
-            // Before the zeros are there: whoever meets them sees it.
+            // Marked before the zeros are mapped: a thread that reads the zeros sees the mark.
             slot.gone.store(true, SeqCst);
             sizes |= slot.page.load(SeqCst);
         }
     }
-    // The smallest first: the kernel refuses one that is smaller than the mapping's.
+    // The smallest size first: the kernel refuses a size below the mapping's page size, and a size
+    // above it would replace more than the missing page.
     while sizes != 0 {
         let page = 1 << sizes.trailing_zeros();
         sizes &= !page;
@@ -115,18 +120,20 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
             return;
         }
     }
-    // Not ours: the instruction is run again, and what it does then is what it did without us.
+    // The address is in no guarded range: with the default action restored, the instruction runs
+    // again, raises SIGBUS again, and ends the process.
     let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-    // SAFETY: the default action has no conditions.
+    // SAFETY: the default action runs no code of this process.
     let _ = unsafe { sigaction(Signal::SIGBUS, &default) };
 }
 
-/// Puts zeros where a page of a range was. False if the kernel refuses.
+/// Maps `bytes` bytes of zeros at address `start`. False if the kernel refuses.
 fn put_zeros(start: usize, bytes: usize) -> bool {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
-    // No memory is set aside: hardly more than a word of it will be touched.
+    // MAP_NORESERVE: only a few words of the page will be touched.
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
-    // SAFETY: the page is part of a mapping of ours, which stays mapped while it is worked in.
+    // SAFETY: the page is part of a guarded mapping of this process, which stays mapped while a
+    // thread accesses it.
     let map =
         unsafe { libc::mmap(ptr::without_provenance_mut(start), bytes, protection, flags, -1, 0) };
     map != libc::MAP_FAILED

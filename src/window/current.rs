@@ -8,14 +8,17 @@ use std::sync::Arc;
 use super::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
 use crate::support::lock::{Mutex, lock};
 
-/// A mapper that hands on to the front-end there is. While there is none, what is mapped is only
-/// noted by the caller, to be sent to the next one.
+/// A mapper that passes each call to the front-end of the current session. Without a session each
+/// call succeeds and sends nothing: the engine keeps its maps, and sends them to the next
+/// front-end.
 #[derive(Default)]
 pub(crate) struct FrontEnd(Mutex<Option<Arc<dyn Mapper>>>);
 
 impl FrontEnd {
+    /// Sets the front-end of the current session, or None after its end.
     pub(crate) fn set(&self, mapper: Option<Arc<dyn Mapper>>) {
-        *lock(&self.0) = mapper;
+        let old = std::mem::replace(&mut *lock(&self.0), mapper);
+        drop(old); // Not under the lock: the drop of a `ShmemMapper` takes a lock.
     }
 
     fn get(&self) -> Option<Arc<dyn Mapper>> {
@@ -36,5 +39,44 @@ impl Mapper for FrontEnd {
 
     fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
         self.get().map_or(Ok(()), |mapper| mapper.unmap(at, bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A mapper whose drop takes a lock, as that of `ShmemMapper` does.
+    struct LocksOnDrop(Mutex<()>);
+
+    impl Mapper for LocksOnDrop {
+        fn map(
+            &self,
+            _: WindowOffset,
+            _: &File,
+            _: FileOffset,
+            _: WindowBytes,
+        ) -> Result<(), MapError> {
+            Ok(())
+        }
+
+        fn unmap(&self, _: WindowOffset, _: WindowBytes) -> Result<(), MapError> {
+            Ok(())
+        }
+    }
+
+    impl Drop for LocksOnDrop {
+        fn drop(&mut self) {
+            drop(lock(&self.0));
+        }
+    }
+
+    /// Shows: the mapper of the last session is dropped without a lock held. (A debug build panics
+    /// if a lock of rank `Rank::Leaf` is taken under another one.)
+    #[test]
+    fn the_old_mapper_is_dropped_without_a_lock() {
+        let front_end = FrontEnd::default();
+        front_end.set(Some(Arc::new(LocksOnDrop(Mutex::default()))));
+        front_end.set(None);
     }
 }

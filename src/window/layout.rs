@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which maps the front-end has, and the few steps from one layout to the next.
+//! The layout of a window: the maps that the front-end has, and the maps and unmaps that change
+//! it.
 //!
-//! The front-end knows only whole maps: it refuses to map over one (Q4) and to unmap a part of one
-//! (Q5). So a change takes away every map that is in its way, and gives back what stuck out of it.
+//! The front-end knows only whole maps: it refuses a map that overlaps another one
+//! (docs/front-ends.md Q4), and an unmap of a part of a map (Q5). So a change of a range unmaps
+//! each map that overlaps the range, and maps the parts outside the range again.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,40 +16,42 @@ use thiserror::Error;
 
 use super::{FileOffset, FileRange, MapError, Mapper, WindowBytes, WindowOffset, WindowRange};
 
-/// A piece of a file, to be shown.
+/// A piece of a file that a map shows.
 #[derive(Debug, Clone)]
 pub struct Piece {
     /// The file.
     pub file: Arc<File>,
-    /// Where in the file it begins.
+    /// The first byte of the piece in the file.
     pub from: FileOffset,
-    /// How much of it.
+    /// The length of the piece in bytes.
     pub bytes: WindowBytes,
 }
 
 impl Piece {
-    /// The range of the window that shows it where its map is at `at`.
+    /// The range of the window that shows the piece, if its map is at `at`.
     fn range(&self, at: WindowOffset) -> WindowRange {
         WindowRange::new(at, self.bytes)
     }
 
-    /// What the range `part` of the window shows of it where its map is at `at`.
+    /// The part of the piece that the range `part` of the window shows, if its map is at `at`.
     fn part(&self, at: WindowOffset, part: WindowRange) -> Self {
         Self { file: self.file.clone(), from: self.from + (part.at - at), bytes: part.bytes }
     }
 }
 
-/// Why a layout could not be changed.
+/// Why a layout was not changed.
 #[derive(Debug, Error)]
 pub enum ShowError {
-    /// There would be more maps than before, and too many of them for the VM (Q2).
-    #[error("more than {0} maps")]
+    /// The change would add a map, and exceed the largest number of maps (docs/front-ends.md Q2),
+    /// which is the value. The layout is unchanged.
+    #[error("the window can't have more than {0} maps")]
     TooMany(usize),
-    /// The front-end refused a step; all is as it was.
+    /// A map or unmap failed, and the steps before it were rolled back. The layout is unchanged.
     #[error("{0}")]
     Refused(MapError),
-    /// The front-end refused a step, and then also the way back: something is not shown any more.
-    #[error("{0}, and the way back failed: the window has a gap")]
+    /// A map or unmap failed, and then a step of the rollback too: a range that was shown before is
+    /// not shown any more.
+    #[error("{0}, and the rollback failed: a range of the window is not mapped any more")]
     Torn(MapError),
 }
 
@@ -73,12 +77,12 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// How many maps there are.
+    /// Number of maps.
     pub fn len(&self) -> usize {
         self.maps.len()
     }
 
-    /// Whether there is none.
+    /// Whether the window has no map.
     pub fn is_empty(&self) -> bool {
         self.maps.is_empty()
     }
@@ -88,12 +92,13 @@ impl Layout {
         self.maps.iter().map(|(at, piece)| (*at, piece))
     }
 
-    /// The front-end has dropped all maps by itself (Q10).
+    /// Removes all maps without a message: the front-end has dropped them by itself
+    /// (docs/front-ends.md Q10).
     pub fn forget(&mut self) {
         self.maps.clear();
     }
 
-    /// The maps that have a byte of `range`: where each is, and what it shows.
+    /// The maps that overlap `range`, each with its range of the window.
     fn touching(&self, range: WindowRange) -> impl Iterator<Item = (WindowRange, &Piece)> {
         let before = self.maps.range(..range.at).next_back();
         let maps = before.into_iter().chain(self.maps.range(range.at..range.end()));
@@ -101,8 +106,7 @@ impl Layout {
             .filter(move |(there, _)| there.overlap(range).is_some())
     }
 
-    /// How far the window shows something from the start of `range` on without a gap: the end of
-    /// `range` at most.
+    /// The end of the part of `range` that is mapped without a gap from the start of `range` on.
     pub(crate) fn shown_until(&self, range: WindowRange) -> WindowOffset {
         let mut until = range.at;
         for (there, _) in self.touching(range) {
@@ -114,14 +118,16 @@ impl Layout {
         until
     }
 
-    /// Makes `range` of the window show `new` (which may be shorter), or nothing. No
-    /// message is sent if they do already. What adds no map is done whatever `most` is: the limit
-    /// may have been lowered below what there is, and maps must still be taken away, made shorter
-    /// and replaced. A removal out of the middle of a map adds one: where there is no room for it,
-    /// it is refused as a whole, so that the guest loses nothing that it does not know of.
+    /// Makes `range` of the window show `new`, which may be shorter than `range`, or nothing. Sends
+    /// no message if the range shows that already.
+    ///
+    /// `most` is the largest number of maps. A change that adds no map is made even if the layout
+    /// has more maps: the limit may have been lowered, and maps must still be removed, shortened
+    /// and replaced. A removal out of the middle of a map adds a map. If that exceeds `most`, the
+    /// removal is refused as a whole, so that no other part of the map is lost for the guest.
     ///
     /// # Errors
-    /// See [`ShowError`]; but for [`ShowError::Torn`], all is as it was.
+    /// See [`ShowError`]. Except after [`ShowError::Torn`], the layout is unchanged.
     pub fn show(
         &mut self,
         range: WindowRange,
@@ -144,13 +150,12 @@ impl Layout {
         Ok(())
     }
 
-    /// Nothing of `file` from byte `end` (a whole page) on is shown any more. It goes by maps, not
-    /// by grants: a file that has already shrunk can't be mapped behind its end, not even for a
-    /// moment.
+    /// Unmaps each part of a map that shows `file` from byte `end`, a multiple of the page size,
+    /// on. It changes only what is mapped: the front-end refuses to map a file that has already
+    /// shrunk behind its end.
     ///
     /// # Errors
-    /// See [`show`](Self::show): the first one's, if there are more maps than one. The others are
-    /// clipped.
+    /// See [`show`](Self::show): the first error. The other maps are cut all the same.
     pub fn unmap_beyond(
         &mut self,
         file: &Arc<File>,
@@ -165,7 +170,7 @@ impl Layout {
                 WindowRange::between(*at + kept, piece.range(*at).end())
             })
             .collect();
-        // A map that the front-end keeps is no reason to keep the others.
+        // After an error the loop goes on: the other maps must be cut too.
         let mut result = Ok(());
         for range in over {
             result = result.and(self.show(range, None, mapper, most));
@@ -183,8 +188,8 @@ impl Layout {
             let kept = there.without(range);
             steps.extend(kept.map(|part| Step::Map(part.at, piece.part(there.at, part))));
         }
-        // Last: nothing comes behind it that could be refused, so it never has to be taken back,
-        // and a way back that is refused, too, leaves a gap but never shows what was not granted.
+        // The new map is the last step, so a rollback never has to unmap it. A rollback that fails
+        // leaves a gap, but never a map of bytes that are not granted.
         steps.extend(new.map(|piece| Step::Map(range.at, piece.clone())));
         steps
     }
@@ -194,7 +199,8 @@ impl Layout {
         match (there.next(), there.next(), new) {
             (None, _, None) => true,
             (Some((there, piece)), None, Some(new)) => {
-                // One map, of the same bytes of the same file, as far as asked and no further.
+                // One map, which shows the same bytes of the same file, and ends where `new` ends
+                // if `new` is shorter than `range`.
                 let new_end = new.range(range.at).end();
                 Arc::ptr_eq(&piece.file, &new.file)
                     && there.at <= range.at
@@ -232,11 +238,11 @@ impl Layout {
         let mut torn = false;
         for step in done.rev() {
             let back = step.inverse();
-            // What an earlier step back could not take away is in the way (Q4).
+            // A map that an earlier step of the rollback could not unmap overlaps this one (Q4).
             let blocked = matches!(&back, Step::Map(at, piece)
                 if self.touching(piece.range(*at)).next().is_some());
             if blocked || self.take(&back, mapper).is_err() {
-                error!("the window can't be put back as it was: {back:?}");
+                error!("a map or unmap can't be rolled back, the window has a gap: {back:?}");
                 torn = true;
             }
         }
@@ -252,11 +258,13 @@ mod tests {
 
     const PAGE: u64 = 4096;
 
-    /// A front-end that keeps Q4 and Q5, and refuses the messages after the first `takes`.
+    /// A front-end that panics where QEMU would refuse (Q4, Q5).
     struct Strict {
+        /// The maps: length in bytes by window offset.
         maps: Mutex<BTreeMap<u64, u64>>,
+        /// Number of messages that it accepts before it refuses the rest.
         takes: Mutex<usize>,
-        /// No unmap there is taken.
+        /// The window offset of a map whose unmap it refuses.
         keeps: Mutex<Option<u64>>,
     }
 
@@ -312,10 +320,11 @@ mod tests {
         WindowRange::new(WindowOffset(at * PAGE), WindowBytes(pages * PAGE))
     }
 
-    /// What is asked for: from which page, how many pages, and what is to be shown there.
+    /// A change: name, first page and number of pages of the range, and number of pages of another
+    /// file to show there. None unmaps the range.
     type Shape = (&'static str, u64, u64, Option<u64>);
 
-    /// Over maps of 4 pages at 0, 4, 8 and 12; a fifth map is at 20.
+    /// Changes of a layout with maps of 4 pages at pages 0, 4, 8, 12 and 20.
     const SHAPES: [Shape; 11] = [
         ("nothing there", 16, 4, None),
         ("a whole map", 4, 4, None),
@@ -339,13 +348,13 @@ mod tests {
         layout
     }
 
-    /// How many maps there are, and which pages they show of which.
+    /// The maps: window offset, offset in the file, length, in bytes.
     fn shown(layout: &Layout) -> Vec<(u64, u64, u64)> {
         layout.maps().map(|(at, piece)| (at.0, piece.from.0, piece.bytes.0)).collect()
     }
 
-    /// Shows: whatever the limit, also far below what there is, a change that adds no map is made,
-    /// and one that does is refused exactly where there is no room for it, and then changes
+    /// Shows: a change that adds no map is made at any limit, also one below the number of maps. A
+    /// change that adds a map is refused exactly if it would exceed the limit, and then changes
     /// nothing.
     #[test]
     fn only_what_adds_maps_is_refused() {
@@ -372,8 +381,7 @@ mod tests {
         }
     }
 
-    /// Shows: a file that has shrunk is clipped whatever the limit: nothing of it behind its end is
-    /// shown.
+    /// Shows: at any limit, unmap_beyond() leaves no part of the file behind the given end mapped.
     #[test]
     fn a_clip_needs_no_room() {
         let old = file();
@@ -389,7 +397,7 @@ mod tests {
         }
     }
 
-    /// Shows: one map that the front-end does not give up keeps no other one behind the file's end.
+    /// Shows: if the front-end refuses one unmap, unmap_beyond() still cuts the other maps.
     #[test]
     fn a_clip_goes_on_behind_a_refusal() {
         let old = file();
@@ -400,8 +408,8 @@ mod tests {
         assert_eq!(shown(&layout), [(0, 0, 2 * PAGE), (4 * PAGE, 4 * PAGE, 4 * PAGE)]);
     }
 
-    /// Shows: over the limit, too, a front-end that refuses any one message of a change leaves all
-    /// as it was.
+    /// Shows: a change of a layout above the limit is rolled back if the front-end refuses any one
+    /// of its messages.
     #[test]
     fn a_refusal_over_the_limit_changes_nothing() {
         let (old, other) = (file(), file());

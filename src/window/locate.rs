@@ -1,40 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which regions of the front-end's memory table are maps of ours, and so where the window is.
+//! Finds this device's maps in the front-end's memory table, and from them the guest physical
+//! address of the window, the *base*.
 //!
-//! No message says where the guest sees the window. It is read off the memory table, in which QEMU
-//! lists each map of a window (docs/front-ends.md Q3). But other devices' maps stand there, too:
-//! another share of the same directory, or QEMU's own memory, may show the same piece of the same
-//! file. A map of ours is a region that was not there before the map was requested, and is there
-//! when it was made: in the last table before the ack or, as with QEMU, in the first one after it.
-//! Only an unambiguous candidate is believed.
+//! No vhost-user message contains the base. It is derived from the memory table, in which QEMU
+//! lists each map of a window as a region (docs/front-ends.md Q3). The table also lists maps of
+//! other devices and QEMU's own memory, which may show the same piece of the same file. A map of
+//! this device is a region that was not in the table before the map was requested, and is in it
+//! once the map was made: in the last table before the ack or, as with QEMU, in the first table
+//! after it. If several regions qualify, none is taken for the map.
 //!
-//! virtio-pmem is the case of one map, at offset 0 of the window, which is looked for at any time.
+//! virtio-pmem has only one map, at offset 0 of the window. It is looked for in each table.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{FileOffset as Backing, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use super::telling::{Freshness, Telling};
+use super::freshness::{Freshness, TableHistory};
 use super::{FileOffset, WindowBytes, WindowOffset};
 use crate::support::file_id::FileId;
 
-/// Where the guest sees the window.
+/// The place of the window in the guest's physical memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct WindowLocation {
     /// The guest physical address of its first byte.
     pub(crate) gpa: u64,
-    /// Its length.
+    /// Its length in bytes.
     pub(crate) bytes: WindowBytes,
 }
 
-/// One map: where it is in the window, and what it shows.
+/// One map of the window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct WindowMap {
+    /// Its first byte in the window.
     pub(crate) at: WindowOffset,
+    /// The file that it shows.
     pub(crate) id: FileId,
+    /// The first byte of the file that it shows.
     pub(crate) from: FileOffset,
+    /// Its length in bytes.
     pub(crate) bytes: WindowBytes,
 }
 
@@ -44,20 +49,21 @@ impl WindowMap {
     }
 }
 
-/// Which part of a file a map shows.
+/// The part of a file that a map shows: offset in the file and length.
 type Piece = (FileOffset, WindowBytes);
 
-/// What became of a request for a map.
+/// The result of a request for a map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// The front-end has made it.
+    /// The front-end has made the map.
     Made,
-    /// It was not made.
+    /// The map was not made.
     Failed,
 }
 
-/// A region that has the piece of a map that is looked for.
+/// A region of a memory table that shows the piece of a map that is looked for.
 struct Candidate {
+    /// The guest physical address of its first byte.
     start: u64,
     id: FileId,
     piece: Piece,
@@ -68,21 +74,21 @@ impl Candidate {
         (self.id, self.piece) == (map.id, map.piece())
     }
 
-    /// Where the window begins, if this is `map`.
+    /// The base of the window if this region is `map`. None if it can't be `map`.
     fn base(&self, map: &WindowMap) -> Option<u64> {
         self.start.checked_sub(map.at.0).filter(|_| self.may_be(map))
     }
 }
 
-/// What is looked for in a table.
+/// The pieces to look for in a memory table.
 pub(crate) struct Look(Vec<Piece>);
 
-/// What was found in a table.
+/// The regions of a memory table that show one of the pieces.
 pub(crate) struct Found(Vec<Candidate>);
 
 impl Look {
-    /// Looks through a table: a system call for each region that may be a map of ours, so call it
-    /// without a lock.
+    /// Searches a table. Makes an fstat(2) for each region with one of the pieces, so call it
+    /// without a lock held.
     pub(crate) fn through(&self, mem: &GuestMemoryMmap) -> Found {
         let pieces = &self.0;
         let candidate = |start: u64, backing: &Backing, bytes: u64| {
@@ -100,13 +106,14 @@ impl Look {
 /// A map that was requested while the base was not known.
 struct Requested {
     map: WindowMap,
+    /// The front-end has made the map.
     made: bool,
-    /// Where the window would begin, by each new region that might be this map.
+    /// For each new region that may be this map, the base of the window that follows.
     bases: Vec<u64>,
 }
 
 impl Requested {
-    /// Where the window would begin, unless several regions might be this map.
+    /// The base of the window, if exactly one region may be this map.
     fn base(&self) -> Option<u64> {
         match self.bases[..] {
             [base] => Some(base),
@@ -115,41 +122,43 @@ impl Requested {
     }
 }
 
-/// What memory tables and answers have said of the maps of one window.
+/// Tracks the maps of one window by requests, acks and memory tables.
 pub(crate) struct MapLocator {
     window: WindowBytes,
-    /// The window's only map, if it has but one. It is looked for even when the base is known.
+    /// The only map of virtio-pmem's window. It is looked for even when the base is known. None for
+    /// a window with many maps.
     only: Option<WindowMap>,
     /// A map was made since the last reset.
     made: bool,
     /// A map was made before a reset, and was not removed since.
     made_before_reset: bool,
     /// A table has come since the last map was made.
-    told: bool,
-    telling: Telling,
-    /// The last table does not hold any more, and no other one has come.
+    table_since_map: bool,
+    history: TableHistory,
+    /// A stop has made the last table invalid, and no table has come since.
     outdated: bool,
     /// The guest physical address of the window, once it is known.
     base: Option<u64>,
-    /// No table can change the base any more.
+    /// The base was found from a made map. Later requests are not used to find it again.
     settled: bool,
-    /// Where the regions of the last table begin, in order.
+    /// The guest physical addresses of the regions of the last table, in ascending order.
     starts: Vec<u64>,
-    /// Those of them that have the piece of a map.
+    /// The regions of the last table that show the piece of a map.
     candidates: Vec<Candidate>,
+    /// The requested maps by window offset, until the base is found.
     requested: BTreeMap<u64, Requested>,
 }
 
 impl MapLocator {
-    /// Of a window of `window` bytes; `only` is its map, if it has but one.
+    /// A locator for a window of `window` bytes. `only` is the window's map if it has one map only.
     pub(crate) fn new(window: WindowBytes, only: Option<WindowMap>) -> Self {
         Self {
             window,
             only,
             made: false,
             made_before_reset: false,
-            told: false,
-            telling: Telling::default(),
+            table_since_map: false,
+            history: TableHistory::default(),
             outdated: false,
             base: None,
             settled: false,
@@ -164,7 +173,8 @@ impl MapLocator {
         self.base
     }
 
-    /// A map is about to be requested: a table may show it before the ack comes or after it.
+    /// Notes that a map is about to be sent. Call it before the map is sent: a table may show the
+    /// map before its ack.
     pub(crate) fn requested(&mut self, map: WindowMap) {
         if self.only == Some(map) {
             self.settled = false;
@@ -174,41 +184,42 @@ impl MapLocator {
         }
     }
 
-    /// The front-end has answered.
+    /// Notes the result of the map at `at`.
     pub(crate) fn answered(&mut self, at: WindowOffset, outcome: Outcome) {
         if outcome == Outcome::Made {
             if let Some(requested) = self.requested.get_mut(&at.0) {
                 requested.made = true;
             }
             self.base = self.only_candidate().or(self.base);
-            (self.made, self.told) = (true, false);
+            (self.made, self.table_since_map) = (true, false);
             return;
         }
         self.requested.remove(&at.0);
     }
 
-    /// A map was removed.
+    /// Notes that the map at `at` was removed.
     pub(crate) fn removed(&mut self, at: WindowOffset) {
         self.requested.remove(&at.0);
     }
 
-    /// What a map that was made says. Where there are several candidates for it (another device has
-    /// mapped the same piece meanwhile) none is believed: the next map will tell.
+    /// The base by a made map that has exactly one candidate. A map with several candidates
+    /// (another device has mapped the same piece meanwhile) proves nothing: a later map will.
     fn only_candidate(&self) -> Option<u64> {
         self.requested.values().filter(|requested| requested.made).find_map(Requested::base)
     }
 
-    /// What a table that comes is to be looked through for.
+    /// The pieces to look for in the next table.
     pub(crate) fn look(&self) -> Look {
         let requested = self.requested.values().map(|requested| requested.map.piece());
         Look(requested.chain(self.only.map(|map| map.piece())).collect())
     }
 
-    /// A new memory table. Returns the number of its regions that are not maps of ours, as far as
-    /// that is known.
+    /// Takes a new memory table into account; `candidates` is the result of [`Look::through`].
+    /// Returns the number of its regions outside the window, or of all regions while the base is
+    /// not known.
     pub(crate) fn table(&mut self, mem: &GuestMemoryMmap, Found(candidates): Found) -> usize {
-        self.telling.came(mem);
-        (self.outdated, self.told) = (false, true);
+        self.history.table(mem);
+        (self.outdated, self.table_since_map) = (false, true);
         let is_new = |it: &&Candidate| self.starts.binary_search(&it.start).is_err();
         for candidate in candidates.iter().filter(is_new) {
             for Requested { map, bases, .. } in self.requested.values_mut() {
@@ -239,8 +250,8 @@ impl MapLocator {
         self.requested.retain(|_, it| !settled && it.bases.len() < 2);
     }
 
-    /// The guest may move the window while the only map is in it: the map has gone from where it
-    /// was, and has come up elsewhere.
+    /// Updates the base if the guest has moved the window: the only map is no longer at its old
+    /// address, and exactly one new region shows its piece.
     fn follow(&mut self, candidates: &[Candidate]) {
         let Some(only) = self.only.filter(|_| self.made && self.requested.is_empty()) else {
             return;
@@ -256,42 +267,41 @@ impl MapLocator {
         }
     }
 
-    /// Whether the only map, which was made since the last reset, is there behind a stop that no
-    /// reset followed (Q10). Only a table that came since it was made, and still holds, says
-    /// otherwise.
+    /// Whether the only map exists after a stop that no reset followed (docs/front-ends.md Q10): it
+    /// was made since the last reset, and no valid table that came since lacks it.
     pub(crate) fn outlives_stop(&self) -> bool {
-        self.made && (self.outdated || !self.told || self.is_shown())
+        self.made && (self.outdated || !self.table_since_map || self.is_shown())
     }
 
-    /// Whether a table that came since the last stop shows the only map.
+    /// Whether a whole table that came since the last stop shows the only map.
     pub(crate) fn is_proved(&self) -> bool {
-        self.telling.freshness == Freshness::WholeTables && self.is_shown()
+        self.history.freshness == Freshness::WholeTables && self.is_shown()
     }
 
-    /// Whether a map was made before a reset, which the front-end may have kept. The caller removes
-    /// it: the next call says no.
+    /// Whether a map was made before a reset, which the front-end may have kept. The caller must
+    /// then remove it; the next call returns false.
     pub(crate) fn take_made_before_reset(&mut self) -> bool {
         std::mem::take(&mut self.made_before_reset)
     }
 
-    /// Whether a table that still holds shows the only map where it was made.
+    /// Whether the last table is valid and shows the only map at its address in the window.
     pub(crate) fn is_shown(&self) -> bool {
         let Some(only) = self.only.filter(|_| !self.outdated) else { return false };
-        // Not answered yet, but in the table: it will be.
+        // The map may be in the table before its ack has come.
         let candidate = self.requested.get(&only.at.0).and_then(Requested::base);
         let base = candidate.or(self.base);
         base.is_some() && self.candidates.iter().any(|it| it.base(&only) == base)
     }
 
-    /// The device was stopped. A whole table does not hold over a stop: a reset may follow, and
-    /// would drop the maps without a word (Q10). Of differences, the next start brings those that a
-    /// reset has made, or none (Q17).
+    /// Notes that the device was stopped. A whole table is invalid after a stop, since a reset may
+    /// follow and drop the maps without a message (docs/front-ends.md Q10). Differences stay valid:
+    /// the next start brings the differences that a reset has made (Q17).
     pub(crate) fn stopped(&mut self) {
-        self.outdated |= self.telling.freshness == Freshness::WholeTables;
+        self.outdated |= self.history.freshness == Freshness::WholeTables;
     }
 
-    /// The driver has reset the device: the front-end has dropped all maps, and the guest may move
-    /// the window (Q10).
+    /// Notes that the driver has reset the device: the front-end has dropped all maps, and the
+    /// guest may move the window (docs/front-ends.md Q10).
     pub(crate) fn reset(&mut self) {
         self.base = None;
         self.made_before_reset |= std::mem::take(&mut self.made);
@@ -300,7 +310,7 @@ impl MapLocator {
     }
 }
 
-/// The base, for all requests that ask for it.
+/// The base of the window, shared by the threads of all requests.
 pub(crate) struct SharedBase(AtomicU64);
 
 impl SharedBase {
@@ -331,7 +341,7 @@ mod tests {
 
     const BYTES: u64 = 2 << 20;
     const OURS: u64 = 1 << 32;
-    /// Another device's window.
+    /// Two addresses of another device's map.
     const THEIRS: [u64; 2] = [OURS / 2, OURS * 2];
 
     fn file() -> File {
@@ -340,7 +350,8 @@ mod tests {
         file
     }
 
-    /// A table with regions of 2 MiB of `file`: where each lies, and which it shows.
+    /// A table with regions of 2 MiB of `file`: guest physical address, and number of the 2 MiB
+    /// range that the region shows.
     fn table(file: &File, regions: &[(u64, u64)]) -> GuestMemoryMmap {
         let mut regions = regions.to_vec();
         regions.sort_unstable();
@@ -356,7 +367,8 @@ mod tests {
         MapLocator::new(WindowBytes(8 * BYTES), None)
     }
 
-    /// Maps a range of `file` at its own place in the window, while these tables come.
+    /// Requests a map of range `range` of `file` at the same range of the window, delivers
+    /// `tables`, and acks the map.
     fn map(locator: &mut MapLocator, range: u64, file: &File, tables: &[&GuestMemoryMmap]) {
         let at = WindowOffset(range * BYTES);
         locator.requested(shown(range, file, at));
@@ -371,19 +383,19 @@ mod tests {
         WindowMap { at, id, from: FileOffset(range * BYTES), bytes: WindowBytes(BYTES) }
     }
 
-    /// A table comes: the number of regions that are not ours.
+    /// Delivers a table. Returns the number of regions outside the window.
     fn tell(locator: &mut MapLocator, table: &GuestMemoryMmap) -> usize {
         let found = locator.look().through(table);
         locator.table(table, found)
     }
 
-    /// Where range 1 and range 2 come up.
+    /// The regions of range 1 and range 2 in the window: address and range.
     const FIRST: (u64, u64) = (OURS + BYTES, 1);
     const SECOND: (u64, u64) = (OURS + 2 * BYTES, 2);
 
-    /// Shows: the base is where the map came up, less its place in the window, whether the table
-    /// comes before the ack or after it; the regions of the window are told from others; a reset
-    /// ends that.
+    /// Shows: the base is the map's address minus its window offset, whether the table comes before
+    /// the ack or after it; regions in the window are distinguished from others; after a reset the
+    /// base is unknown.
     #[test]
     fn the_base_is_read_off_the_first_map() {
         let file = file();
@@ -403,9 +415,9 @@ mod tests {
         }
     }
 
-    /// Shows: another device that has mapped the same piece of the file, before us, at the same
-    /// moment or later, does not make the base its own: buffers would be taken for those of another
-    /// file.
+    /// Shows: another device's map of the same piece, made earlier, at the same time or later, does
+    /// not lead to a wrong base. With a wrong base, buffers of a request would be taken for bytes
+    /// of another file.
     #[test]
     fn another_window_with_the_same_file_is_not_ours() {
         let file = file();
@@ -421,30 +433,30 @@ mod tests {
             tell(&mut late, &alone);
             map(&mut late, 1, &file, &[]);
             tell(&mut late, &both);
-            assert_eq!((early.base(), late.base()), (Some(OURS), Some(OURS)), "before us");
+            assert_eq!((early.base(), late.base()), (Some(OURS), Some(OURS)), "made earlier");
 
             let (mut early, mut late) = (locator(), locator());
             map(&mut early, 1, &file, &[&alone, &both]);
             map(&mut late, 1, &file, &[&alone]);
             tell(&mut late, &both);
-            assert_eq!((early.base(), late.base()), (None, None), "one of two, nobody knows which");
+            assert_eq!((early.base(), late.base()), (None, None), "two candidates");
             map(&mut early, 2, &file, &[&all]);
             map(&mut late, 2, &file, &[]);
             tell(&mut late, &all);
-            assert_eq!((early.base(), late.base()), (Some(OURS), Some(OURS)), "the next map tells");
+            assert_eq!((early.base(), late.base()), (Some(OURS), Some(OURS)), "by the next map");
 
             let mut later = locator();
             map(&mut later, 1, &file, &[]);
             tell(&mut later, &ours);
             tell(&mut later, &both);
-            assert_eq!(later.base(), Some(OURS), "later");
+            assert_eq!(later.base(), Some(OURS), "made later");
         }
     }
 
-    /// Shows: a map that was refused or removed, and regions that are another piece or another
-    /// file, say nothing.
+    /// Shows: no base follows from a refused or removed map, or from a region of another piece or
+    /// another file.
     #[test]
-    fn what_is_no_map_of_ours_says_nothing() {
+    fn no_base_without_a_map_of_this_device() {
         let (file, mut locator) = (file(), locator());
         map(&mut locator, 1, &self::file(), &[]);
         tell(&mut locator, &table(&file, &[FIRST]));

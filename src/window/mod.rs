@@ -2,16 +2,16 @@
 
 //! Step 5 of 6: the `Mapper` seam: what the guest's window shows. Knows no ring and no device.
 //!
-//! The front-end's rules that this step keeps (rows of the table in the project's notes on QEMU): a
-//! map is made only while the device is started (Q1, see `channel.rs`), from a thread that no
-//! memory update waits for (Q3), never over a live one (Q4), and never past the end of the file
-//! (Q6).
+//! This step keeps these rules of the front-end (docs/front-ends.md). A map is sent only while the
+//! device is started (Q1, see `channel/committed.rs`), and from a thread that no memory update
+//! waits for (Q3). A map covers no part of an existing map (Q4), and ends at or before the end of
+//! the file (Q6).
 
 mod channel;
 mod current;
+mod freshness;
 pub mod layout;
 pub(crate) mod locate;
-mod telling;
 mod whole_file;
 
 use std::fs::File;
@@ -24,32 +24,34 @@ pub use channel::{Acks, ShmemMapper};
 pub(crate) use current::FrontEnd;
 pub(crate) use whole_file::WholeFile;
 
-/// Why a piece of the window could not be mapped or unmapped.
+/// Why a range of the window could not be mapped or unmapped.
 #[derive(Debug, Error)]
 pub enum MapError {
-    /// The front-end said no. It does not say why.
-    #[error("the front-end refused")]
+    /// The front-end acked with an error. Its ack has no reason.
+    #[error("the front-end refused the map or unmap")]
     Refused,
-    /// The device was stopped before the request was made: nothing was done (Q1).
-    #[error("the device was stopped")]
+    /// The device was stopped before the request was sent. The window is unchanged (Q1).
+    #[error("the device was stopped before the request was sent")]
     Stopped,
-    /// The front-end lacks something that no map can do without.
+    /// The front-end lacks the named feature or channel, which each map needs.
     #[error("the front-end lacks {0}")]
     Unsupported(&'static str),
-    /// The channel to the front-end is broken.
-    #[error("the front-end can't be reached: {0}")]
+    /// The back-end channel failed.
+    #[error("the back-end channel to the front-end failed: {0}")]
     Broken(io::Error),
 }
 
-/// Changes what the window shows. Blocks until the front-end has answered.
+/// Maps files into the window. Each call blocks until the front-end has acked.
 ///
-/// Never call it from the thread that serves the front-end's messages, nor under a lock which
-/// that thread takes: the front-end answers only after its own memory update is answered (Q3).
+/// Never call it from the front-end thread, which serves the front-end's messages, nor under a
+/// lock which that thread takes: the front-end acks only after the front-end thread has answered
+/// the front-end's memory update (Q3).
 pub trait Mapper: Send + Sync {
-    /// Shows `bytes` of `file` from `from` on, writable, at `at`.
+    /// Maps `bytes` bytes of `file` from `from` on, writable, at `at` of the window.
     ///
     /// # Errors
-    /// See [`MapError`]; after an error the window is as it was before.
+    /// See [`MapError`]. After [`MapError::Broken`] it is not known whether the front-end has
+    /// carried out the request; after each other error the window is unchanged.
     fn map(
         &self,
         at: WindowOffset,
@@ -58,13 +60,14 @@ pub trait Mapper: Send + Sync {
         bytes: WindowBytes,
     ) -> Result<(), MapError>;
 
-    /// Takes away exactly one earlier map.
+    /// Removes one earlier map, which `at` and `bytes` must describe exactly.
     ///
     /// # Errors
-    /// See [`MapError`]; after an error the window is as it was before.
+    /// See [`MapError`]. After [`MapError::Broken`] it is not known whether the front-end has
+    /// carried out the request; after each other error the window is unchanged.
     fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError>;
 
-    /// Takes away what stands in the window for a hole of `file`, before the hole gets blocks.
-    /// A mapper that maps the file itself shows the new blocks at once: nothing to do.
+    /// Unmaps what the window shows in place of a hole of `file`, before the hole gets blocks. The
+    /// default does nothing: a mapper that maps the file itself shows the new blocks at once.
     fn unmap_hole(&self, _file: &File, _from: FileOffset, _bytes: WindowBytes) {}
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A window that shows one whole file in one map, as virtio-pmem does.
+//! The window of virtio-pmem: one map that shows one whole file.
 
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +14,7 @@ use super::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, Window
 use crate::support::file_id::FileId;
 use crate::support::lock::{Mutex, lock};
 
-/// A mapper that can find out what its acks are worth.
+/// A mapper over a back-end channel.
 pub(crate) trait Channel: Mapper {
     /// See [`ShmemMapper::acks`].
     fn acks(&self) -> Result<Acks, MapError>;
@@ -35,7 +35,7 @@ impl Channel for ShmemMapper {
 
 /// The window of one session.
 pub(crate) struct WholeFile {
-    /// None if the system does not say which file it is: then no table shows it.
+    /// None if fstat(2) of the file failed: then the map is found in no memory table.
     map: Option<WindowMap>,
     channel: OnceLock<Arc<dyn Channel>>,
     locator: Mutex<MapLocator>,
@@ -52,56 +52,56 @@ impl WholeFile {
         Self { map, channel: OnceLock::new(), locator, stops: AtomicU64::new(0) }
     }
 
-    /// The channel to the front-end, which a session gets once.
+    /// Sets the back-end channel. A session has one; a second channel is logged and ignored.
     pub(crate) fn set_channel(&self, channel: impl Channel + 'static) {
         if self.channel.set(Arc::new(channel)).is_err() {
-            warn!("the front-end sent a second back-end channel; it is not used");
+            warn!("the front-end sent a second back-end channel, which is ignored");
         }
     }
 
-    /// The session is over: a map that is under way returns.
+    /// Ends the session's channel: a map that waits for an ack returns with an error.
     pub(crate) fn close(&self) {
         if let Some(channel) = self.channel.get() {
             channel.close();
         }
     }
 
-    /// Reads a new memory table.
+    /// Searches a new memory table for the map.
     pub(crate) fn table_came(&self, mem: &GuestMemoryMmap) {
         let look = lock(&self.locator).look();
         let found = look.through(mem);
         lock(&self.locator).table(mem, found);
-        debug!("memory table of {} regions, shown: {}", mem.num_regions(), self.is_shown());
+        debug!("memory table of {} regions; shows the map: {}", mem.num_regions(), self.is_shown());
     }
 
-    /// The device was stopped.
+    /// Notes that the device was stopped.
     pub(crate) fn stopped(&self) {
         self.stops.fetch_add(1, Ordering::SeqCst);
         lock(&self.locator).stopped();
     }
 
-    /// The driver has reset the device.
+    /// Notes that the driver has reset the device.
     pub(crate) fn reset(&self) {
         lock(&self.locator).reset();
     }
 
-    /// Whether the map is there behind a stop that no reset followed.
+    /// See [`MapLocator::outlives_stop`].
     pub(crate) fn outlives_stop(&self) -> bool {
         lock(&self.locator).outlives_stop()
     }
 
-    /// Whether a table that came since the last stop shows the map.
+    /// See [`MapLocator::is_proved`].
     pub(crate) fn is_proved(&self) -> bool {
         lock(&self.locator).is_proved()
     }
 
-    /// Whether a table that still holds shows the map where it was made.
+    /// See [`MapLocator::is_shown`].
     fn is_shown(&self) -> bool {
         lock(&self.locator).is_shown()
     }
 }
 
-/// The front-end as the device sees it: what it answers has been checked against what it shows.
+/// The front-end's acks, checked against its memory table.
 impl Mapper for WholeFile {
     fn map(
         &self,
@@ -128,20 +128,22 @@ impl Mapper for WholeFile {
         let stops = self.stops.load(Ordering::SeqCst);
         let mut done = send();
         if matches!(done, Err(MapError::Refused)) {
-            // Q4: an overlap, with a map that this session made. No other refusal is a window.
+            // QEMU refuses a map that overlaps another one (docs/front-ends.md Q4). A refusal
+            // proves that the map exists only if this session has made it and no reset came since.
             if self.outlives_stop() {
                 return Ok(());
             }
-            // The front-end has kept it over the reset. No driver uses the window yet.
+            // The front-end may have kept the map over the reset. It can be removed: the new driver
+            // does not use the window yet.
             if lock(&self.locator).take_made_before_reset() {
                 channel.unmap(at, bytes)?;
                 done = send();
             }
         }
         match done {
-            // A front-end that can't be asked whether it acks: its table is the proof.
+            // It is not known whether this front-end acks: its memory table must show the map.
             Ok(()) if acks == Acks::Unknown && !self.is_shown() => {
-                // A stop outdates the table.
+                // The table does not show the map because a stop has outdated it.
                 if self.stops.load(Ordering::SeqCst) != stops {
                     return Err(MapError::Stopped);
                 }
@@ -172,7 +174,7 @@ mod tests {
 
     const OURS: u64 = 1 << 32;
 
-    /// A front-end that answers as scripted, after it has sent a table.
+    /// A front-end that sends `table` when it gets a map, and then returns the result of `map`.
     struct Scripted {
         window: Weak<WholeFile>,
         table: Option<GuestMemoryMmap>,
@@ -192,13 +194,13 @@ mod tests {
             if let Some(table) = &self.table {
                 let window = self.window.upgrade().unwrap();
                 window.table_came(table);
-                assert!(window.is_shown(), "a start before the ack would ask for it again");
+                assert!(window.is_shown(), "a start before the ack would send the map again");
             }
             (self.map)()
         }
 
         fn unmap(&self, _: WindowOffset, _: WindowBytes) -> Result<(), MapError> {
-            unreachable!("one map, and it stays")
+            unreachable!("the map is never removed")
         }
     }
 
@@ -216,7 +218,8 @@ mod tests {
         Arc::new(file)
     }
 
-    /// With a region each: where the guest sees it, the file, from where on, how long.
+    /// A table with these regions: guest physical address, file, offset in the file, length in
+    /// bytes.
     fn table(regions: &[(u64, &File, u64, u64)]) -> GuestMemoryMmap {
         let region = |&(at, file, start, bytes): &(u64, &File, u64, u64)| {
             let backing = Backing::new(file.try_clone().unwrap(), start);
@@ -231,7 +234,7 @@ mod tests {
         done.map_err(|e| e.to_string())
     }
 
-    /// A window, of a file, whose front-end sends this table when it is asked for a map.
+    /// A window of `file`, with a [`Scripted`] front-end.
     fn window(
         file: &Arc<File>,
         answer: fn() -> Result<(), MapError>,
@@ -254,8 +257,8 @@ mod tests {
         map(&window(&file, answer, acks, table), &file)
     }
 
-    /// Shows: only a table that came since the stop, with the whole of this very file where our map
-    /// was made, is proof that it is still there.
+    /// Shows: the map counts as existing only if a table since the last stop shows the whole file
+    /// at the address at which the map was made.
     #[test]
     fn what_counts_as_proof_that_the_window_is_mapped() {
         let file = file();
@@ -267,8 +270,8 @@ mod tests {
         map(&window, &file).unwrap();
         assert!(window.is_shown());
         window.stopped();
-        assert!(!window.is_shown(), "a reset may have dropped the map since");
-        assert!(window.outlives_stop(), "if none has, it is there");
+        assert!(!window.is_shown(), "a reset may have dropped the map after the stop");
+        assert!(window.outlives_stop(), "without a reset the map exists");
         for other in [
             (OURS, &*file, 4096, BYTES),
             (OURS, &*file, 0, BYTES / 2),
@@ -283,7 +286,7 @@ mod tests {
         assert!(!window.is_shown() && !window.outlives_stop());
     }
 
-    /// The table with one region more, as ADD_MEM_REG tells of it.
+    /// The table after ADD_MEM_REG of a region.
     fn plus(mem: &GuestMemoryMmap, (at, file): (u64, &File)) -> GuestMemoryMmap {
         let backing = Backing::new(file.try_clone().unwrap(), 0);
         let region = MmapRegion::from_file(backing, BYTES as usize).unwrap();
@@ -291,14 +294,13 @@ mod tests {
         mem.insert_region(Arc::new(region)).unwrap()
     }
 
-    /// The table with one region less, as REM_MEM_REG tells of it.
+    /// The table after REM_MEM_REG of the region at `at`.
     fn less(mem: &GuestMemoryMmap, at: u64) -> GuestMemoryMmap {
         mem.remove_region(GuestAddress(at), BYTES).unwrap().0
     }
 
-    /// Shows (Q17): where memory is told of by differences, a stop takes nothing back, since a
-    /// start may have nothing to tell; but what is told of between them counts, and then only our
-    /// own place.
+    /// Shows (Q17): with differences, the table holds across a stop, since a start may bring no
+    /// difference. Differences between stop and start count, but only at the address of our map.
     #[test]
     fn differences_hold_over_a_stop() {
         let (file, ram) = (file(), file());
@@ -309,31 +311,31 @@ mod tests {
         map(&window, &file).unwrap();
         for _ in 0..3 {
             window.stopped();
-            assert!(window.is_shown(), "a pause");
+            assert!(window.is_shown(), "the map is kept over a pause");
         }
         window.table_came(&plus(&with, (OURS / 2, &ram)));
         window.stopped();
-        assert!(window.is_shown(), "memory that has nothing to do with it");
+        assert!(window.is_shown(), "a region of other memory was added");
         let gone = less(&with, OURS);
         window.table_came(&gone);
-        assert!(!window.outlives_stop(), "QEMU has told of the map's going");
+        assert!(!window.outlives_stop(), "QEMU has removed the map's region");
         window.stopped();
         window.reset();
         window.table_came(&plus(&gone, (OURS * 2, &file)));
-        assert!(!window.outlives_stop(), "another device's");
+        assert!(!window.outlives_stop(), "another device's map of the file");
         window.table_came(&gone);
         map(&window, &file).unwrap();
         window.table_came(&with);
         window.stopped();
         assert!(window.is_shown());
         window.table_came(&table(&[(0, &ram, 0, BYTES), (OURS, &file, 0, BYTES)]));
-        assert!(window.is_shown(), "a whole table says so");
+        assert!(window.is_shown(), "a whole table shows the map");
         window.stopped();
-        assert!(!window.is_shown(), "and holds until a stop");
+        assert!(!window.is_shown(), "a whole table holds until the stop");
     }
 
-    /// Shows: a guest may move the window while the map is in it, whether the front-end tells of
-    /// that by one table or by two.
+    /// Shows: the map is found again after the guest has moved the window, whether the front-end
+    /// sends one table or two for that.
     #[test]
     fn a_window_that_moves() {
         let (file, ram) = (file(), file());
@@ -350,8 +352,8 @@ mod tests {
         }
     }
 
-    /// Shows: a refusal is a window only where this session has made the map, and no reset came
-    /// since; and where a table that holds does not say that the map is gone.
+    /// Shows: after a stop, a refused map counts as existing, unless a table since the stop lacks
+    /// it.
     #[test]
     fn a_refusal_behind_a_stop() {
         static REFUSES: AtomicBool = AtomicBool::new(false);
@@ -375,7 +377,7 @@ mod tests {
         }
     }
 
-    /// Shows: a table that comes after the ack, as QEMU's do, tells where our map is.
+    /// Shows: the map is found in a table that comes after the ack, as QEMU's tables do.
     #[test]
     fn a_table_may_come_after_the_ack() {
         let file = file();
@@ -391,8 +393,8 @@ mod tests {
         assert!(!window.is_shown());
     }
 
-    /// Shows: where another device of the VM shows the same file, before our map and after it, that
-    /// is not taken for our map: what a guest stores would be lost.
+    /// Shows: another device's map of the same file, at a lower or higher address, is not taken for
+    /// our map. Otherwise stores of the guest would be lost after a reset.
     #[test]
     fn another_devices_map_of_the_file_is_not_ours() {
         let file = file();
@@ -407,14 +409,15 @@ mod tests {
             assert!(window.is_shown());
             window.stopped();
             window.table_came(&table(&both));
-            assert!(window.is_shown(), "a pause");
+            assert!(window.is_shown(), "the map is kept over a pause");
             window.stopped();
             window.table_came(&table(&[theirs]));
-            assert!(!window.is_shown(), "a reset");
+            assert!(!window.is_shown(), "the map was dropped by a reset");
         }
     }
 
-    /// Shows: an ack is believed if it is one, or if the memory table agrees.
+    /// Shows: a successful ack counts if the front-end is known to ack, or if its table shows the
+    /// map.
     #[test]
     fn an_ack_is_checked() {
         let no_acks = || Err("the front-end lacks protocol feature REPLY_ACK".to_string());
@@ -428,8 +431,8 @@ mod tests {
         }
     }
 
-    /// Shows: the refusal of a session's first map is no window, whatever the table shows: another
-    /// device may show the file.
+    /// Shows: if the first map of a session is refused, the map fails, even if a table shows the
+    /// file: it may be another device's map.
     #[test]
     fn a_first_refusal_is_no_window() {
         let refused = || Err(MapError::Refused);
@@ -438,21 +441,21 @@ mod tests {
         }
     }
 
-    /// Shows: a map that the front-end keeps over a reset makes room for the next one.
+    /// Shows: after a reset, the map of before is offered for removal once.
     #[test]
-    fn a_map_that_outlives_a_reset_is_made_anew() {
+    fn a_map_that_outlives_a_reset_is_removed_once() {
         let file = file();
         let window = window(&file, || Ok(()), Acks::Real, None);
         map(&window, &file).unwrap();
         window.reset();
-        // The front-end of this test has no second answer: strict_frontend has one.
+        // This front-end accepts the second map. tests/frontend has front-ends that refuse it.
         map(&window, &file).unwrap();
         assert!(window.outlives_stop());
         assert!(lock(&window.locator).take_made_before_reset());
-        assert!(!lock(&window.locator).take_made_before_reset(), "it is removed once");
+        assert!(!lock(&window.locator).take_made_before_reset(), "it was removed already");
     }
 
-    /// Shows: a session without a back-end channel is told apart.
+    /// Shows: without a back-end channel a map fails, and the error names the channel.
     #[test]
     fn a_channel_is_needed() {
         let no_channel = WholeFile::new(&file(), WindowBytes(BYTES));

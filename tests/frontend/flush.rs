@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The flush: what its answer promises, who shares a sync, and what a slow or failing disk does.
+//! Flushes of the pmem device: which sync answers a flush, which flushes share a sync, and the
+//! effect of a slow or failing disk.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -26,7 +27,7 @@ fn assert_all(driver: &mut Driver, flushes: Vec<Offered>, expected: Answer) {
     }
 }
 
-/// A guest with one flush in a sync that the test holds open.
+/// A guest with one flush in a running sync, which ends only when the test opens the gate.
 fn boot_into_held_sync(host: &Host) -> (Guest, Offered) {
     let mut guest = host.boot();
     host.gate.hold();
@@ -36,7 +37,8 @@ fn boot_into_held_sync(host: &Host) -> (Guest, Offered) {
     (guest, first)
 }
 
-/// Shows that an answer comes only after the end of a sync that began after the flush was offered.
+/// Shows that a flush is answered only after a sync has ended that began after the flush was
+/// offered.
 #[test]
 fn answer_rests_on_a_sync_that_began_after_the_flush() {
     let host = Host::new();
@@ -51,15 +53,15 @@ fn answer_rests_on_a_sync_that_began_after_the_flush() {
         } else if !open.is_empty() {
             let (flush, begun_before) = open.swap_remove(random as usize % open.len());
             assert_eq!(guest.driver.wait(flush), Answer::OK);
-            // Syncs follow one another: the next one after those has ended, so it began after the
-            // offer.
+            // Syncs do not overlap. One more sync has ended than had begun at the offer, so the
+            // last one began after the offer.
             assert!(host.gate.finished() > begun_before);
         }
     }
     guest.power_off();
 }
 
-/// Durability by cache lines: each flush is noted, and the fence is a gate.
+/// Durability by cache lines: notes each flushed range, and waits at the gate in each fence.
 struct Lines {
     fence: Gate,
     flushed: Arc<Mutex<Vec<FileRange>>>,
@@ -76,8 +78,8 @@ impl LineFlush for Lines {
     }
 }
 
-/// Shows, where only cache lines make a store durable: all of the file is written back, each line
-/// once, and the answer waits for the fence behind it.
+/// Shows, for durability by cache lines, that a flush writes back each line of the file once, and
+/// is answered after the fence behind.
 #[test]
 fn an_answer_waits_for_the_fence() {
     let dir = tempfile::tempdir().unwrap();
@@ -88,20 +90,20 @@ fn an_answer_waits_for_the_fence() {
     let pmem = Pmem::new(Arc::new(file.try_clone().unwrap()), persist).unwrap();
     let host = Host::with(dir, file, gate, pmem);
     let (mut guest, flush) = boot_into_held_sync(&host);
-    assert!(!guest.driver.is_answered(flush), "an answer before the fence");
+    assert!(!guest.driver.is_answered(flush), "the flush was answered before the fence");
     host.gate.open();
     assert_eq!(guest.driver.wait(flush), Answer::OK);
     let mut lines = flushed.lock().unwrap().clone();
     lines.sort_unstable_by_key(|range| range.from);
     let end = lines.iter().fold(FileOffset(0), |end, range| {
-        assert_eq!(range.from, end, "a gap, or lines that come twice: {lines:?}");
+        assert_eq!(range.from, end, "lines were left out or flushed twice: {lines:?}");
         range.end()
     });
-    assert_eq!(end, FileOffset(FILE_BYTES), "the last byte");
+    assert_eq!(end, FileOffset(FILE_BYTES), "the last flushed byte is not the file's last byte");
     guest.power_off();
 }
 
-/// Shows that all flushes which wait when a sync begins share it: 101 flushes, exactly 2 syncs.
+/// Shows that all flushes that wait when a sync begins share it: 101 flushes, exactly 2 syncs.
 #[test]
 fn waiting_flushes_share_one_sync() {
     let host = Host::new();
@@ -120,7 +122,7 @@ fn waiting_flushes_share_one_sync() {
     guest.power_off();
 }
 
-/// Shows that a flush which comes during a sync is not answered by it, but by the next one.
+/// Shows that a flush that is offered during a sync is answered by the next sync.
 #[test]
 fn flush_during_a_sync_waits_for_the_next() {
     let host = Host::new();
@@ -139,7 +141,7 @@ fn flush_during_a_sync_waits_for_the_next() {
     guest.power_off();
 }
 
-/// Shows that a flush without anything else begins a sync, and one flush costs one.
+/// Shows that each of several flushes, offered one at a time, causes one sync.
 #[test]
 fn each_lone_flush_costs_one_sync() {
     let host = Host::new();
@@ -151,7 +153,7 @@ fn each_lone_flush_costs_one_sync() {
     guest.power_off();
 }
 
-/// Shows that every message is answered while a sync is held open for as long as it takes.
+/// Shows that the front-end's messages are answered during a sync.
 #[test]
 fn messages_are_answered_during_a_sync() {
     let host = Host::new();
@@ -172,8 +174,9 @@ fn messages_are_answered_during_a_sync() {
     guest.power_off();
 }
 
-/// Shows that a stop hands back what is unanswered, and that after the next start each is
-/// answered once, by a sync that began after it. (The driver panics at a second answer.)
+/// Shows that a stop moves the ring's base back before the unanswered flushes, and that each is
+/// answered once after the next start, by a sync that began after that start. (The driver panics
+/// at a second answer.)
 #[test]
 fn stop_during_a_sync_and_start_again() {
     for release_before_start in [false, true] {
@@ -186,7 +189,7 @@ fn stop_during_a_sync_and_start_again() {
         open.extend(flushes(&mut guest.driver, 7));
         guest.driver.wait_taken();
         guest.vmm.stop();
-        assert_eq!(guest.vmm.base(), 1, "the base is behind the one answered flush");
+        assert_eq!(guest.vmm.base(), 1, "the base is behind the only answered flush");
         assert_eq!(guest.driver.used_idx(), 1);
         if release_before_start {
             host.gate.release_one();
@@ -196,7 +199,7 @@ fn stop_during_a_sync_and_start_again() {
             guest.start();
             host.gate.release_one();
         }
-        // The sync that ran over the stop answers nobody.
+        // The sync that was running at the stop answers no flush.
         host.gate.wait_begun(3);
         assert_eq!(guest.driver.used_idx(), 1);
         host.gate.open();
@@ -208,7 +211,8 @@ fn stop_during_a_sync_and_start_again() {
     }
 }
 
-/// Shows that a reset during a sync voids what was taken: nothing of it appears in the new rings.
+/// Shows that a reset during a sync voids the flushes taken before: none is answered in the rings
+/// of the new driver.
 #[test]
 fn reset_during_a_sync_voids_the_old_flushes() {
     let host = Host::new();
@@ -222,7 +226,8 @@ fn reset_during_a_sync_voids_the_old_flushes() {
     guest.power_off();
 }
 
-/// Shows that one failing sync fails its whole batch, each later flush, and the next sessions'.
+/// Shows that one failing sync fails its whole batch, each later flush, and each flush of later
+/// sessions.
 #[test]
 fn failed_sync_fails_every_flush_from_then_on() {
     let host = Host::new();
@@ -242,12 +247,13 @@ fn failed_sync_fails_every_flush_from_then_on() {
     let mut guest = host.boot();
     assert_eq!(guest.driver.flush_and_wait(), Answer::FAILED);
     guest.power_off();
-    // A later success would say nothing about what was lost, so none is tried.
+    // No further sync is tried: its success would not cover the pages that were lost.
     assert_eq!(host.gate.log(), [Began(1), Ended(1), Began(2), Failed(2)]);
     assert_eq!(host.pmem.counters().failed, 9);
 }
 
-/// Shows that all who share a failing sync, and those who wait behind it, get the failure.
+/// Shows that the flushes that share a failing sync, and the flushes that wait for the next sync,
+/// fail.
 #[test]
 fn failed_sync_fails_its_batch_and_the_next() {
     let host = Host::new();
@@ -266,8 +272,8 @@ fn failed_sync_fails_its_batch_and_the_next() {
     guest.power_off();
 }
 
-/// Shows that a shutdown during a sync ends after it, and after its batch was answered; and that
-/// nothing is answered later.
+/// Shows that a shutdown during a sync returns after the sync has ended and its batch was answered,
+/// and that no flush is answered later.
 #[test]
 fn shutdown_during_a_sync_answers_the_running_batch() {
     let host = Host::new();
@@ -277,7 +283,7 @@ fn shutdown_during_a_sync_answers_the_running_batch() {
     host.gate.open();
     stopper.join().unwrap();
     assert_eq!(host.gate.finished(), 1);
-    // Answered already: shutdown() came back.
+    // shutdown() has returned, so the batch was answered.
     assert!(guest.driver.is_answered(first));
     assert_eq!(guest.driver.wait(first), Answer::OK);
     let late = guest.driver.flush();
@@ -290,8 +296,8 @@ fn shutdown_during_a_sync_answers_the_running_batch() {
     guest.session.ended().unwrap();
 }
 
-/// Shows that a front-end which vanishes in the middle of a sync does not hold up the session's
-/// end, and that the next guest is served, by its own sync.
+/// Shows that the session ends at once when the front-end is killed during a sync, and that a flush
+/// of the next guest is answered by a sync of its own.
 #[test]
 fn disconnect_in_the_middle_of_a_sync() {
     let host = Host::new();

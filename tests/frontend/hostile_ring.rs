@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Rings that a hostile driver wrote: answered or returned without harm, counted exactly, and
+//! Rings of a hostile driver: each malformed chain is answered or returned, and counted once, and
 //! the ring works afterwards.
 
 use testkit::driver::{
@@ -13,7 +13,8 @@ use vm_memory::{Bytes, GuestAddress};
 const SIZE: u16 = 16;
 const OPTIONS: DriverOptions = DriverOptions { size: SIZE, event_idx: true, indirect: true };
 
-/// Offers `parts` as one chain of the queue's own table; buffers as [`Driver::flush_buffers`].
+/// Offers one chain of the queue's own descriptor table. `make` gets the request and the reply of
+/// [`Driver::flush_buffers`], and returns the chain's descriptors.
 fn chain(driver: &mut Driver, make: impl Fn([Desc; 2]) -> Vec<Desc>) -> Offered {
     let probe = driver.take_descs(1);
     let buffers = driver.flush_buffers(probe[0]);
@@ -31,7 +32,8 @@ fn chain(driver: &mut Driver, make: impl Fn([Desc; 2]) -> Vec<Desc>) -> Offered 
     driver.offer(indices)
 }
 
-/// Offers one descriptor that names a table at SCRATCH of `entries`.
+/// Offers one descriptor of an indirect table at SCRATCH, which has `entries`. `name` may change
+/// that descriptor.
 fn table(driver: &mut Driver, entries: &[Desc], name: impl Fn(Desc) -> Desc) -> Offered {
     for (i, desc) in entries.iter().enumerate() {
         driver.set_desc_in(SCRATCH, i as u16, *desc);
@@ -44,7 +46,7 @@ fn table(driver: &mut Driver, entries: &[Desc], name: impl Fn(Desc) -> Desc) -> 
     driver.offer(descs)
 }
 
-/// A request and a reply at SCRATCH, for indirect tables.
+/// A request and a reply behind the table at SCRATCH, for indirect tables.
 fn scratch_buffers(driver: &Driver) -> [Desc; 2] {
     let at = SCRATCH + 0x1_0000;
     driver.mem.write_obj(0u32, GuestAddress(at)).unwrap();
@@ -55,9 +57,10 @@ fn scratch_buffers(driver: &Driver) -> [Desc; 2] {
     ]
 }
 
+/// A malformed chain: its name, how it is offered, and its expected answer.
 type Case = (&'static str, fn(&mut Driver) -> Offered, Answer);
 
-/// Malformed chains of the queue's own table.
+/// Malformed chains of the queue's own descriptor table.
 const DIRECT: &[Case] = &[
     ("request of 3 bytes", |d| chain(d, |[r, w]| vec![Desc { len: 3, ..r }, w]), Answer::FAILED),
     ("request of 0 bytes", |d| chain(d, |[r, w]| vec![Desc { len: 0, ..r }, w]), Answer::FAILED),
@@ -129,7 +132,8 @@ fn next_outside(driver: &mut Driver) -> Offered {
     driver.offer(descs)
 }
 
-/// Malformed indirect tables. The reply, if any, is at SCRATCH; only the used length is compared.
+/// Malformed indirect tables. The reply, if any, is behind SCRATCH, where the driver does not read
+/// it: only the used length is compared.
 const INDIRECTS: &[Case] = &[
     (
         "table outside memory",
@@ -189,21 +193,22 @@ fn run_table(cases: &[Case]) {
     guest.power_off();
 }
 
-/// Shows, for each malformed chain, its answer, that it is counted once, and that the next flush
-/// works.
+/// Shows that each malformed chain of the queue's own table has the expected answer and is counted
+/// once, and that the next flush works.
 #[test]
 fn malformed_chains() {
     run_table(DIRECT);
 }
 
-/// Shows the same for indirect tables.
+/// Shows that each malformed indirect table has the expected answer and is counted once, and that
+/// the next flush works.
 #[test]
 fn malformed_indirect_tables() {
     run_table(INDIRECTS);
 }
 
-/// Shows that malformed chains between flushes are answered in the order of the ring, and that a
-/// stop in the middle of a sync hands all of them back.
+/// Shows that a malformed chain between flushes is answered in the order of the ring, and that a
+/// stop during a sync moves the ring's base back before all of them.
 #[test]
 fn malformed_chains_keep_the_order() {
     let host = Host::new();
@@ -226,7 +231,7 @@ fn malformed_chains_keep_the_order() {
     guest.power_off();
 }
 
-/// Shows that a request and a reply may be split into single bytes: well-formed, if odd.
+/// Shows that a request and a reply in descriptors of one byte each are well-formed.
 #[test]
 fn split_request_and_reply_are_well_formed() {
     let host = Host::new();
@@ -241,13 +246,13 @@ fn split_request_and_reply_are_well_formed() {
     guest.power_off();
 }
 
-/// Shows that a head outside the table is skipped: counted, never in the used ring, in no one's
-/// way.
+/// Shows that a head outside the descriptor table is counted as malformed and does not appear in
+/// the used ring, and that flushes work on.
 #[test]
 fn head_outside_the_table_is_skipped() {
     let host = Host::new();
     let mut guest = host.boot_with(OPTIONS);
-    // More than the ring holds: none may stay "open" for ever.
+    // More heads than the ring has descriptors: none may stay counted as in flight.
     for round in 0..3 * u64::from(SIZE) {
         guest.driver.offer_untracked(if round % 2 == 0 { SIZE } else { u16::MAX });
         assert_eq!(guest.driver.flush_and_wait(), Answer::OK);
@@ -264,7 +269,7 @@ fn assert_dead_until_reset(guest: &mut Guest, jump: u16) {
     for _ in 0..100 {
         guest.driver.force_kick();
     }
-    // The stop takes its turn with the ring's thread; the start drains the ring again.
+    // The stop waits until the ring's thread is idle; the start drains the ring again.
     guest.vmm.stop();
     guest.start();
     guest.driver.force_kick();
@@ -275,7 +280,8 @@ fn assert_dead_until_reset(guest: &mut Guest, jump: u16) {
     assert_eq!(guest.driver.flush_and_wait(), Answer::OK);
 }
 
-/// Shows that an available index more than the ring ahead is ignored until the next reset.
+/// Shows that a ring whose available index is ahead by more than the ring's size is ignored until
+/// the next reset.
 #[test]
 fn available_index_that_jumps() {
     let host = Host::new();
@@ -286,7 +292,8 @@ fn available_index_that_jumps() {
     guest.power_off();
 }
 
-/// Shows that rings full of garbage harm nobody, chain by chain, and that each is counted.
+/// Shows that each chain of a ring with random content is counted, and that flushes work after a
+/// reset.
 #[test]
 fn ring_full_of_garbage() {
     let host = Host::new();
@@ -305,7 +312,7 @@ fn ring_full_of_garbage() {
     for _ in 0..300 {
         let before = taken(&host);
         for i in 0..SIZE {
-            // Half of the addresses in memory, but never in the rings.
+            // Half of the addresses are in memory, but none is in the rings.
             let r = next();
             let addr = if r & 1 == 0 { SCRATCH + (r >> 8) % 0x8_0000 } else { next() };
             let len = if r & 2 == 0 { (r >> 40) as u32 % 64 } else { next() as u32 };
@@ -326,7 +333,8 @@ fn ring_full_of_garbage() {
     guest.power_off();
 }
 
-/// Shows that a guest which adds and adds without waiting is held to what its ring holds.
+/// Shows that a guest that offers heads again before they are answered has at most one request per
+/// descriptor of its ring in flight.
 #[test]
 fn guest_that_adds_without_waiting_is_bounded() {
     let host = Host::new();
@@ -341,7 +349,7 @@ fn guest_that_adds_without_waiting_is_bounded() {
         guest.driver.set_desc(head, Desc { addr: at, len: 32, flags: INDIRECT, next: 0 });
     }
     let size = u64::from(SIZE);
-    // The same heads twice: the second time while the device has them all.
+    // Each head is offered twice, the second time while it is in flight.
     for _ in 0..2 {
         heads.iter().for_each(|&head| guest.driver.offer_untracked(head));
         guest.driver.force_kick();

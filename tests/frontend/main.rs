@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The pmem device in this process before the strict front-end, and the strict front-end itself.
+//! Tests of the pmem device, in this process, with the strict front-end of `testkit`; and tests of
+//! the strict front-end itself.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A front-end that tells of its memory by differences (CONFIGURE_MEM_SLOTS): a start brings no
-//! table, and what the last one said still holds (row Q17).
+//! A front-end with CONFIGURE_MEM_SLOTS, which sends its memory table as differences: a start
+//! brings no table, and the last table stays valid (docs/front-ends.md Q17).
 
 use testkit::driver::{Answer, DriverOptions};
 use testkit::fs::{FsHost, FsOptions, RANGE};
@@ -23,35 +23,36 @@ fn boot(host: &Host, ram_regions: u64) -> Guest {
     guest
 }
 
-/// Stores and flushes: the flush succeeds, and the byte is in the file.
+/// Stores a byte and flushes, and checks that the flush succeeds and the byte is in the file.
 fn works(host: &Host, guest: &mut Guest, byte: u8) {
     assert!(guest.vmm.store(0, &[byte]));
     assert_eq!(guest.driver.flush_and_wait(), Answer::OK);
     assert_eq!(host.file_bytes(0, 1), [byte]);
 }
 
-/// Q17: shows that pause after pause the device goes on, though a start tells nothing of memory,
-/// and that no map is sent, which QEMU would refuse with a line in its log.
+/// Q17: shows that the device works after each of many pauses, although the start sends no memory
+/// message, and that it sends no map, which QEMU would refuse with a line in its log.
 #[test]
-fn q17_a_pause_tells_nothing_and_keeps_the_map() {
+fn q17_a_pause_sends_no_memory_message_and_keeps_the_map() {
     for ram_regions in [1, 3, BASELINE_REGIONS as u64 + 4] {
         let host = Host::with_mem_slots();
         let mut guest = boot(&host, ram_regions);
         works(&host, &mut guest, 1);
-        let told = guest.vmm.memory_messages();
+        let before = guest.vmm.memory_messages();
         for round in 2..22 {
             guest.vmm.stop();
             guest.start();
             works(&host, &mut guest, round);
         }
-        assert_eq!(guest.vmm.memory_messages(), told, "a start told of memory");
+        assert_eq!(guest.vmm.memory_messages(), before, "a start sent a memory message");
         assert_eq!(guest.vmm.map_requests(), 1);
         assert!(guest.vmm.refused().is_empty(), "{:?}", guest.vmm.refused());
         guest.power_off();
     }
 }
 
-/// Q17: shows the same for pauses that meet the first map at any moment.
+/// Q17: shows that the device works after 0 to 39 pauses right after the first start, which meet
+/// the first map at different moments.
 #[test]
 fn q17_pauses_right_behind_the_first_start() {
     for pauses in 0..40 {
@@ -69,13 +70,14 @@ fn q17_pauses_right_behind_the_first_start() {
     }
 }
 
-/// Shows that memory which comes and goes beside the window, while the device runs or is paused, is
-/// not taken for the window's going.
+/// Shows that the device keeps its map when other memory is removed from the table and added again,
+/// while the device runs or is paused.
 #[test]
 fn other_memory_comes_and_goes() {
     let host = Host::with_mem_slots();
     let mut guest = boot(&host, 3);
-    // A ring that was never used starts where a new one does: then the map is asked for again.
+    // A flush first: after a pause of a ring that was never used, the device sends the map again,
+    // since it can't be distinguished from a new ring.
     works(&host, &mut guest, 9);
     for round in 0..4 {
         if round % 2 == 0 {
@@ -94,8 +96,9 @@ fn other_memory_comes_and_goes() {
     guest.power_off();
 }
 
-/// Q12: shows that a reset which QEMU survives, since the start comes before what it freed is gone,
-/// takes the map away: it is made again, and no flush succeeds without it.
+/// Q12: shows that the device sends its map again after a reset that QEMU survives (the start comes
+/// within some 50 ms, before QEMU has freed the map's region), and that no flush succeeds without
+/// the map.
 #[test]
 fn q12_a_reset_that_qemu_survives_is_seen() {
     let host = Host::with_mem_slots();
@@ -116,15 +119,16 @@ fn q12_a_reset_that_qemu_survives_is_seen() {
     guest.power_off();
 }
 
-/// Shows that a front-end which drops the map at a reset, and does not say so at the start, is
-/// asked for it again: what it has told is not believed where the driver has begun anew.
+/// Shows that the device sends its map again after a reset at which the front-end drops the map and
+/// sends no memory message at the start: the last table is not used for a new driver.
 #[test]
-fn a_reset_that_goes_untold_is_no_loss() {
+fn a_reset_without_a_memory_message_is_no_loss() {
     let host = Host::with_mem_slots();
     let mut guest = boot(&host, 2);
     guest.vmm.start_untold();
     for round in 0..10 {
-        // A ring that has moved: one that has not can't be told from one that goes on.
+        // A flush first: a reset ring whose indices were 0 can't be distinguished from a ring that
+        // continues.
         works(&host, &mut guest, round);
         guest.vmm.reset();
         guest.driver.reset(guest.driver.options());
@@ -135,7 +139,7 @@ fn a_reset_that_goes_untold_is_no_loss() {
     guest.power_off();
 }
 
-/// Q13: shows that more than 8 regions cost no pause.
+/// Q13: shows that a pause works with more than 8 regions.
 #[test]
 fn q13_pause_works_with_many_regions() {
     let host = Host::with_mem_slots();
@@ -146,8 +150,8 @@ fn q13_pause_works_with_many_regions() {
     guest.power_off();
 }
 
-/// Shows `--keep-listening`: front-ends with and without CONFIGURE_MEM_SLOTS follow each other on
-/// one pmem device, and what one said of its memory is nothing to the next.
+/// Shows that sessions with and without CONFIGURE_MEM_SLOTS can follow each other on one pmem
+/// device (`--keep-listening`): the memory tables of one session have no effect on the next.
 #[test]
 fn pmem_sessions_follow_each_other() {
     let host = Host::with_mem_slots();
@@ -171,8 +175,8 @@ fn pmem_sessions_follow_each_other() {
     }
 }
 
-/// Shows the same of a share: the second front-end's window shows its own maps only, over pauses
-/// too.
+/// Shows that sessions with and without CONFIGURE_MEM_SLOTS can follow each other on one share: the
+/// window of each session has only the maps of that session, also after pauses.
 #[test]
 fn share_sessions_follow_each_other() {
     let host = FsHost::with(FsOptions { keep_listening: true, ..FsOptions::default() });
@@ -205,7 +209,7 @@ fn share_sessions_follow_each_other() {
     }
 }
 
-/// Q12: shows that a share finds its window again after a reset that QEMU survives.
+/// Q12: shows that maps of a share work after a reset that QEMU survives.
 #[test]
 fn q12_a_share_after_a_reset_that_qemu_survives() {
     let host = FsHost::new();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows when a pmem device believes that its window shows the file: after pauses and resets of
-//! which the front-end tells much, little or nothing, with other devices beside it, and where the
-//! guest moves the window.
+//! When a pmem device treats its window as mapped: after pauses and resets, with and without memory
+//! messages of the front-end; with another device that shows the same file; and after the guest has
+//! moved the window.
 
 use testkit::Host;
 use testkit::driver::{Answer, DriverOptions};
@@ -10,21 +10,21 @@ use testkit::memory::{GuestMem, RAM_REGION_BYTES, guest_ram};
 use testkit::strict_vmm::VmmOptions;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-/// A VM that is paused goes on without a memory table that says so again: its map is where it was.
+/// Shows that flushes succeed after a pause whose start brings no memory table: the map is kept.
 #[test]
-fn a_pause_behind_which_no_table_comes() {
+fn a_pause_without_a_table_at_the_start() {
     let host = Host::new();
     let mut guest = host.boot();
     assert_eq!(guest.driver.flush_and_wait(), Answer::OK);
     guest.vmm.start_untold();
     guest.vmm.stop();
     guest.start();
-    assert_eq!(guest.driver.flush_and_wait(), Answer::OK, "the map is still there");
+    assert_eq!(guest.driver.flush_and_wait(), Answer::OK, "the map was kept");
     guest.power_off();
 }
 
-/// The same of pmem, where the table of the start shows the map, also if the guest has moved the
-/// BAR meanwhile.
+/// Shows that flushes succeed after a reset over which the front-end keeps the map, also if the
+/// guest has moved the BAR meanwhile.
 #[test]
 fn a_pmem_reset_that_keeps_the_map() {
     let mut failed = Vec::new();
@@ -48,10 +48,11 @@ fn a_pmem_reset_that_keeps_the_map() {
             guest.power_off();
         }
     }
-    assert!(failed.is_empty(), "the file is shown, and the flush fails: {failed:#?}");
+    assert!(failed.is_empty(), "the window shows the file, but the flush fails: {failed:#?}");
 }
 
-/// A guest that moves the BAR of a running pmem device, and is paused then.
+/// Shows that flushes succeed after pauses of a guest that has moved the BAR of the running
+/// device.
 #[test]
 fn a_pause_of_a_pmem_whose_window_has_moved() {
     let mut failed = Vec::new();
@@ -71,11 +72,11 @@ fn a_pause_of_a_pmem_whose_window_has_moved() {
         }
         guest.power_off();
     }
-    assert!(failed.is_empty(), "the file is shown, and the flush fails: {failed:#?}");
+    assert!(failed.is_empty(), "the window shows the file, but the flush fails: {failed:#?}");
 }
 
-/// A map that was refused for another reason than that it is there, of a VM in which another device
-/// shows the same file: no flush succeeds, since what the guest stores is nowhere.
+/// Shows that each flush fails if the map was refused, also if another device of the VM shows the
+/// same file: the guest's stores do not reach the file.
 #[test]
 fn a_refusal_beside_another_devices_map_is_no_window() {
     for mem_slots in [false, true] {
@@ -92,16 +93,16 @@ fn a_refusal_beside_another_devices_map_is_no_window() {
         guest.vmm.refuse_maps(true);
         guest.start();
         let done = guest.driver.flush_and_wait();
-        assert!(!guest.vmm.store(0, &[1]), "there is no window");
-        assert_eq!(done, Answer::FAILED, "slots {mem_slots}: a success without a window");
+        assert!(!guest.vmm.store(0, &[1]), "the window is mapped");
+        assert_eq!(done, Answer::FAILED, "slots {mem_slots}: a success without a map");
         guest.power_off();
     }
 }
 
-/// A driver that has sent no flush is bound anew, the front-end drops the map, and does not say so
-/// at the start: no flush succeeds while nothing is mapped.
+/// Shows that no flush succeeds without a map after this: a driver that has sent no flush is bound
+/// again, the front-end drops the map at the reset, and sends no memory message at the start.
 #[test]
-fn a_reset_of_an_unused_ring_that_goes_untold() {
+fn a_reset_of_an_unused_ring_without_a_memory_message() {
     let host = Host::with_mem_slots();
     let mut guest = host.plug_with(DriverOptions::default(), VmmOptions::default(), guest_ram(2));
     guest.start();
@@ -112,6 +113,6 @@ fn a_reset_of_an_unused_ring_that_goes_untold() {
     guest.start();
     let done = guest.driver.flush_and_wait();
     let stored = guest.vmm.store(0, &[1]);
-    assert!(stored || done == Answer::FAILED, "a success without a window");
+    assert!(stored || done == Answer::FAILED, "a success without a map");
     guest.power_off();
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The daemon against the strict front-end: sessions, the window, and each of QEMU's rules.
+//! The pmem device with the strict front-end: sessions, the window, and each rule of QEMU
+//! (docs/front-ends.md).
 
 use std::thread;
 
@@ -14,14 +15,14 @@ use testkit::{FILE_BYTES, Guest, Host};
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 use vhost_user_dax::session::SessionError;
 
-/// What every session that kept the rules looks like.
+/// Checks that the front-end has refused no request, and got no unmap.
 fn assert_nothing_refused(guest: &Guest) {
     let refused = guest.vmm.refused();
     assert!(refused.is_empty(), "{refused:?}");
     assert_eq!(guest.vmm.unmap_requests(), 0);
 }
 
-/// Shows which features are offered: no CONFIGURE_MEM_SLOTS (Q12), no STATUS, no RESET_DEVICE.
+/// Shows the offered features: without CONFIGURE_MEM_SLOTS (Q12), STATUS and RESET_DEVICE.
 #[test]
 fn features_are_the_documented_ones() {
     let host = Host::new();
@@ -42,7 +43,7 @@ fn features_are_the_documented_ones() {
     guest.kill();
 }
 
-/// Shows the config space (le64 0, le64 size) and the window's size.
+/// Shows the config space (le64 0, le64 size in bytes) and the window's size.
 #[test]
 fn config_space_and_window_size() {
     let host = Host::new();
@@ -54,7 +55,7 @@ fn config_space_and_window_size() {
     guest.kill();
 }
 
-/// Shows that one map is sent at the start, and that stores through the window land in the file.
+/// Shows that one map is sent at the start, and that stores to the window reach the file.
 #[test]
 fn start_maps_the_whole_file_and_stores_land_in_it() {
     let host = Host::new();
@@ -69,7 +70,7 @@ fn start_maps_the_whole_file_and_stores_land_in_it() {
     guest.power_off();
 }
 
-/// Q1: shows that nothing is mapped before the start, whatever is asked before it.
+/// Q1: shows that no map is sent before the start, also after GET_CONFIG and resets.
 #[test]
 fn q1_no_map_before_the_start() {
     let host = Host::new();
@@ -84,7 +85,8 @@ fn q1_no_map_before_the_start() {
     guest.power_off();
 }
 
-/// Q1: shows that no request reaches a stopped device, over many starts and stops once mapped.
+/// Q1: shows that no request is sent for a stopped device in many pauses and resets of a device
+/// with a map.
 #[test]
 fn q1_start_and_stop_many_times() {
     let host = Host::new();
@@ -105,7 +107,8 @@ fn q1_start_and_stop_many_times() {
     guest.power_off();
 }
 
-/// Q1: shows that a stop right behind the start is crossed by no map, and that the device works on.
+/// Q1: shows that no map is sent for a stopped device if the stop comes right after the start, and
+/// that the device works on.
 #[test]
 fn q1_stop_right_behind_the_start() {
     let host = Host::new();
@@ -117,15 +120,16 @@ fn q1_stop_right_behind_the_start() {
     }
     guest.vmm.wait_live(1);
     assert_eq!(guest.driver.flush_and_wait(), Answer::OK);
-    // The map of one start may find that the next start has come, whose own map then meets it.
+    // Race: the window thread of one start sends its map only after the next start; the map of the
+    // next start's window thread then overlaps it, and is refused.
     let refused = guest.vmm.refused();
     assert!(refused.iter().all(|r| r.starts_with("Q4")), "{refused:?}");
     assert_eq!(guest.vmm.unmap_requests(), 0);
     guest.power_off();
 }
 
-/// Shows that a front-end which hangs up but keeps the back-end channel, with a request unread in
-/// it or unanswered, is in no later one's way.
+/// Shows that later sessions work after a front-end that hangs up and keeps the back-end channel
+/// open, with a request in it that is unread or unanswered.
 #[test]
 fn front_end_that_keeps_its_channel() {
     let host = Host::new();
@@ -141,13 +145,13 @@ fn front_end_that_keeps_its_channel() {
     deaf.vmm.hang_up();
     deaf.session.ended().unwrap();
 
-    // Without SHARED_OBJECT the library sends the map.
+    // Without SHARED_OBJECT the map is sent through the vhost library.
     let mut kept = Vec::new();
     for lacks in [Protocol::empty(), Protocol::SHARED_OBJECT] {
         let options = VmmOptions { lacks, ..VmmOptions::default() };
         let mut mute = host.plug_with(DriverOptions::default(), options, guest_ram(1));
         mute.start();
-        // The answer comes after the daemon has read the ack of the first map.
+        // A flush is answered after the daemon has read the ack of the first map.
         assert_eq!(mute.driver.flush_and_wait(), Answer::OK);
         reboot(&mut mute);
         mute.vmm.hang_in_map();
@@ -159,7 +163,7 @@ fn front_end_that_keeps_its_channel() {
         kept.push(mute.vmm);
     }
 
-    // The same, perhaps before it even said whether it acks.
+    // A front-end that hangs up possibly before it has answered the probe of its acks.
     let mut early = host.plug();
     early.vmm.turn_deaf();
     early.start();
@@ -171,8 +175,8 @@ fn front_end_that_keeps_its_channel() {
     last.power_off();
 }
 
-/// Shows that all regions together are a power of two, or QEMU aborts at start (pci_register_bar);
-/// the guest's region is the file's size all the same.
+/// Shows that the lengths of all shared memory regions add up to a power of two, without which QEMU
+/// aborts at start (pci_register_bar), and that region 0 has the file's length.
 #[test]
 fn the_regions_make_a_whole_bar() {
     for (mib, windows) in [(2, vec![2]), (128, vec![128]), (130, vec![130, 126]), (6, vec![6, 2])] {
@@ -185,7 +189,7 @@ fn the_regions_make_a_whole_bar() {
     }
 }
 
-/// Q2: shows that one device has one map, however often the guest comes back.
+/// Q2: shows that the device has one map after each of 20 reboots of the guest.
 #[test]
 fn q2_one_map_for_one_device() {
     let host = Host::new();
@@ -198,8 +202,8 @@ fn q2_one_map_for_one_device() {
     guest.power_off();
 }
 
-/// Q3: shows that the memory update inside a map is answered while the daemon waits for the
-/// ack, also when the disk hangs and other updates come.
+/// Q3: shows that the memory update that a map causes is answered while the daemon waits for the
+/// map's ack, also during a sync and after other updates.
 #[test]
 fn q3_memory_updates_are_answered_while_a_map_waits() {
     let host = Host::new();
@@ -216,12 +220,12 @@ fn q3_memory_updates_are_answered_while_a_map_waits() {
     // One table for the start, one inside the map.
     assert_eq!(guest.vmm.table_updates(), before + 2);
     host.gate.open();
-    let _ = flush; // The reset took it away.
+    let _ = flush; // The reset has voided it.
     assert_eq!(guest.driver.flush_and_wait(), Answer::OK);
     guest.power_off();
 }
 
-/// Q4, Q10: shows that a pause keeps the map: no request is sent, and the device goes on.
+/// Q4, Q10: shows that a pause keeps the map: no request is sent, and the device works on.
 #[test]
 fn q4_q10_pause_keeps_the_map() {
     let host = Host::new();
@@ -230,7 +234,8 @@ fn q4_q10_pause_keeps_the_map() {
         guest.vmm.stop();
         guest.start();
         assert!(guest.vmm.store(0, &[round]));
-        // Answered only when the daemon has settled the window: a map would have come before.
+        // A flush is answered only once the window is known to be mapped: a map would have been
+        // sent before.
         assert_eq!(guest.driver.flush_and_wait(), Answer::OK);
         assert_eq!(host.file_bytes(0, 1), [round]);
     }
@@ -239,9 +244,10 @@ fn q4_q10_pause_keeps_the_map() {
     guest.power_off();
 }
 
-/// Shows that pauses and resets right behind an answer leave a working ring, with more guests than
-/// processors. (It seldom meets the race in vhost-user-backend's kick handling, where the new
-/// start's kick is read for an event of the old one; that needs a test of its own on the vring.)
+/// Shows that the ring works after pauses and resets right after an answer, with more guests than
+/// processors. (It rarely meets a race in vhost-user-backend: the vring_worker thread handles an
+/// event of the old kick descriptor, but reads the kick of the new start. That race has tests on
+/// the vring.)
 #[test]
 fn pauses_and_resets_under_load() {
     thread::scope(|scope| {
@@ -251,7 +257,8 @@ fn pauses_and_resets_under_load() {
                 let mut guest = host.boot();
                 for round in 0..300 {
                     guest.vmm.stop();
-                    // Every other time a reset, after which another thread takes the first flush.
+                    // A reset in every other round: then the window thread, and not the
+                    // vring_worker, takes the first flush.
                     if round % 2 == 0 {
                         guest.vmm.reset();
                         guest.driver.reset(guest.driver.options());
@@ -265,7 +272,7 @@ fn pauses_and_resets_under_load() {
     });
 }
 
-/// Q5: shows that the daemon unmaps nothing that is not mapped, in a whole life of a guest.
+/// Q5: shows that the daemon sends no unmap during a pause, a reboot and a power-off.
 #[test]
 fn q5_nothing_is_unmapped_that_is_not_mapped() {
     let host = Host::new();
@@ -278,7 +285,7 @@ fn q5_nothing_is_unmapped_that_is_not_mapped() {
     guest.power_off();
 }
 
-/// Q6, Q8: shows that the map ends where the file ends and comes from a read-write descriptor.
+/// Q6, Q8: shows that the map ends at the end of the file and has a read-write descriptor.
 #[test]
 fn q6_q8_the_map_fits_the_file_and_is_writable() {
     let host = Host::new();
@@ -289,7 +296,7 @@ fn q6_q8_the_map_fits_the_file_and_is_writable() {
     guest.power_off();
 }
 
-/// Q10, Q12: shows that a reset, after which nothing is mapped, gets its map again, 20 times.
+/// Q10, Q12: shows that the map, which each reset drops, is sent again after each of 20 reboots.
 #[test]
 fn q10_q12_twenty_reboots() {
     let host = Host::new();
@@ -307,7 +314,7 @@ fn q10_q12_twenty_reboots() {
     guest.power_off();
 }
 
-/// Q13: shows that pause and continue work up to the 8 regions that one memory table holds.
+/// Q13: shows that a pause works with 8 regions, the most that one memory table holds.
 #[test]
 fn q13_pause_works_with_eight_regions() {
     let host = Host::new();
@@ -322,7 +329,8 @@ fn q13_pause_works_with_eight_regions() {
     guest.power_off();
 }
 
-/// Q13: shows that a ninth region costs the pause (QEMU's error 105), but neither map nor flush.
+/// Q13: shows that with a ninth region the start after a pause fails (QEMU's error 105), and that
+/// maps and flushes work before.
 #[test]
 fn q13_with_nine_regions_the_device_works_until_the_pause() {
     let host = Host::new();
@@ -339,7 +347,8 @@ fn q13_with_nine_regions_the_device_works_until_the_pause() {
     guest.kill();
 }
 
-/// Shows that drivers of any kind can follow each other on one device, as a rebind does.
+/// Shows that drivers with different ring sizes and features can follow each other on one device,
+/// as after a rebind.
 #[test]
 fn rebind_with_other_rings_and_features() {
     let host = Host::new();
@@ -361,7 +370,7 @@ fn rebind_with_other_rings_and_features() {
     guest.power_off();
 }
 
-/// Shows that the ring's indices wrap: more flushes than 16 bits count, over many pauses.
+/// Shows that the ring's 16-bit indices wrap: 66,560 flushes, with pauses.
 #[test]
 fn indices_wrap_around() {
     let host = Host::new();
@@ -384,7 +393,7 @@ fn indices_wrap_around() {
 fn assert_refused(host: &Host, lacks: Protocol, name: &str) {
     let options = VmmOptions { lacks, ..VmmOptions::default() };
     let mut guest = host.plug_with(DriverOptions::default(), options, guest_ram(1));
-    // The daemon may cut the connection at once or in the middle of the start.
+    // The daemon may close the connection before or during the start.
     let _ = guest.vmm.try_start(&mut guest.driver);
     let Guest { vmm, session, .. } = guest;
     match session.ended() {
@@ -393,18 +402,19 @@ fn assert_refused(host: &Host, lacks: Protocol, name: &str) {
                 assert!(line.contains(words), "{words:?} is not in {line:?}");
             }
         }
-        other => panic!("not refused for want of {name}: {other:?}"),
+        other => panic!("a front-end without {name} was not refused: {other:?}"),
     }
     vmm.check();
 }
 
-/// Shows that a front-end without SHMEM is refused with a line that says what to use.
+/// Shows that a front-end without SHMEM is refused with a line that names the front-end to use.
 #[test]
 fn front_end_without_shmem_is_refused() {
     assert_refused(&Host::new(), Protocol::SHMEM, "SHMEM");
 }
 
-/// Shows the same for REPLY_ACK; again and again, since what the daemon sees is a race.
+/// Shows that a front-end without REPLY_ACK is refused with such a line. 30 times: how the daemon
+/// notices it depends on a race with the front-end's start.
 #[test]
 fn front_end_without_reply_ack_is_refused() {
     let host = Host::new();
@@ -413,13 +423,13 @@ fn front_end_without_reply_ack_is_refused() {
     }
 }
 
-/// Shows the same for a front-end without a back-end channel.
+/// Shows that a front-end without a back-end channel is refused with such a line.
 #[test]
 fn front_end_without_back_end_channel_is_refused() {
     assert_refused(&Host::new(), Protocol::BACKEND_REQ, "channel");
 }
 
-/// Shows that the same device serves the next front-end after one was refused, and one after that.
+/// Shows that one device serves several sessions after a refused front-end.
 #[test]
 fn sessions_follow_each_other() {
     let host = Host::new();
@@ -433,8 +443,8 @@ fn sessions_follow_each_other() {
     assert_eq!(host.file_bytes(0, 1), [4]);
 }
 
-/// Shows that flushes fail, without a sync, when the map was refused; and work again after a
-/// reset at which it was not.
+/// Shows that flushes fail without a sync while the map is refused, and succeed after a reset whose
+/// map is accepted.
 #[test]
 fn refused_map_fails_every_flush_until_the_next_start() {
     let host = Host::new();
@@ -451,7 +461,8 @@ fn refused_map_fails_every_flush_until_the_next_start() {
     guest.power_off();
 }
 
-/// Q4: shows that a refusal for overlap means "still mapped" when the memory table shows the file.
+/// Q4: shows that flushes succeed after a map that was refused as an overlap, if the memory table
+/// shows the file.
 #[test]
 fn q4_refused_overlap_with_the_file_in_the_table_is_alive() {
     let host = Host::new();
@@ -464,12 +475,13 @@ fn q4_refused_overlap_with_the_file_in_the_table_is_alive() {
     guest.power_off();
 }
 
-/// Shows that a refusal is a failure when no table shows the file.
+/// Shows that flushes fail after a map that was refused as an overlap, if the memory table does not
+/// show the file.
 #[test]
 fn refused_overlap_without_the_file_in_the_table_fails() {
     let host = Host::new();
     let mut guest = host.boot();
-    // Behind the answer to the first map.
+    // A flush first: it is answered after the daemon has read the ack of the first map.
     assert_eq!(guest.driver.flush_and_wait(), Answer::OK);
     guest.vmm.hide_maps_at_start(false);
     guest.vmm.stop();
@@ -478,7 +490,7 @@ fn refused_overlap_without_the_file_in_the_table_fails() {
     guest.power_off();
 }
 
-/// Shows that flushes stay in the ring until the window is up, then are answered.
+/// Shows that flushes stay in the ring until the window is mapped, and are answered then.
 #[test]
 fn flushes_offered_before_the_start_wait_for_the_window() {
     let host = Host::new();
@@ -492,7 +504,8 @@ fn flushes_offered_before_the_start_wait_for_the_window() {
     guest.power_off();
 }
 
-/// Shows that a memory table without the rings harms nobody but that session's guest.
+/// Shows that a memory table without the rings fails only that session, and that the ring works
+/// again when a table has its memory.
 #[test]
 fn memory_table_without_the_rings() {
     let host = Host::new();
@@ -503,7 +516,7 @@ fn memory_table_without_the_rings() {
     drop(guest.vmm);
     let _ = guest.session.ended();
 
-    // The same while the device runs: its ring can't be read until the memory is back.
+    // While the device runs: its ring can't be read until a table has the ring's memory again.
     let mut guest = host.plug_with(DriverOptions::default(), VmmOptions::default(), two());
     guest.start();
     guest.vmm.wait_live(1);
@@ -518,9 +531,10 @@ fn memory_table_without_the_rings() {
     guest.power_off();
 }
 
-/// Shows that a front-end which goes in the middle of anything ends the session well.
+/// Shows that the session ends without an error, and the next one works, if the front-end closes
+/// the connection at any step.
 #[test]
-fn front_end_that_goes_at_any_step() {
+fn front_end_that_closes_at_any_step() {
     let host = Host::new();
     drop(std::os::unix::net::UnixStream::connect(host.socket()).unwrap());
     host.serve().ended().unwrap();

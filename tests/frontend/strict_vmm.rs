@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The strict front-end is itself tested: for each of QEMU's rules, a back-end that breaks it.
+//! Tests of the strict front-end of `testkit`: for each rule of QEMU (docs/front-ends.md), a
+//! back-end that breaks it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -20,7 +21,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 const PAGE: u64 = 4096;
 const WINDOW: u64 = 4 << 20;
 
-/// A strict front-end with a back-end without manners. The front-end goes first.
+/// A strict front-end, connected to a back-end that breaks rules. The front-end is dropped first.
 struct Bench {
     vmm: StrictVmm,
     driver: Driver,
@@ -64,7 +65,8 @@ fn assert_refused(vmm: &StrictVmm, words: &[&str]) {
     assert!(hit, "expected {words:?} in {refused:?}");
 }
 
-/// Shows that maps and unmaps that keep the rules pass, and reach the back-end's file.
+/// Shows that maps and unmaps that keep the rules are accepted, and that stores reach the
+/// back-end's file.
 #[test]
 fn a_well_behaved_back_end_passes() {
     let b = plain();
@@ -76,7 +78,7 @@ fn a_well_behaved_back_end_passes() {
     assert!(b.vmm.refused().is_empty());
 }
 
-/// Q1: shows that a map before the first start is seen.
+/// Q1: shows that a map before the first start is a violation.
 #[test]
 fn q1_map_before_the_start_is_a_segfault() {
     let b = bench(Protocol::empty(), 1);
@@ -84,7 +86,7 @@ fn q1_map_before_the_start_is_a_segfault() {
     assert_violation(&b.vmm, &["Q1", "QEMU would segfault"]);
 }
 
-/// Q1: shows that an unmap after the stop is seen.
+/// Q1: shows that an unmap after the stop is a violation.
 #[test]
 fn q1_unmap_after_the_stop_is_a_segfault() {
     let mut b = plain();
@@ -94,7 +96,7 @@ fn q1_unmap_after_the_stop_is_a_segfault() {
     assert_violation(&b.vmm, &["Q1", "QEMU would segfault", "UNMAP"]);
 }
 
-/// Shows that a broken rule which nobody looked at fails the test when the front-end goes.
+/// Shows that the front-end panics on drop if it has a violation that the test has not taken.
 #[test]
 #[should_panic(expected = "QEMU would segfault")]
 fn a_violation_that_is_not_looked_at_panics_on_drop() {
@@ -102,7 +104,7 @@ fn a_violation_that_is_not_looked_at_panics_on_drop() {
     b.bad.map(&b.file, 0, 0, PAGE).unwrap_err();
 }
 
-/// Q2: shows that the map which makes 513 regions is seen, and that 512 pass.
+/// Q2: shows that the map of the 513rd region is a violation, and that 512 regions are accepted.
 #[test]
 fn q2_more_than_512_regions_is_an_abort() {
     let mut b = bench(Protocol::CONFIGURE_MEM_SLOTS, 2);
@@ -116,10 +118,10 @@ fn q2_more_than_512_regions_is_an_abort() {
     assert_violation(&b.vmm, &["Q2", "QEMU would abort"]);
 }
 
-/// Q3: shows that a back-end which maps under a lock that its memory update needs is seen.
+/// Q3: shows that a map under a lock that the memory update needs is a violation (deadlock).
 #[test]
 fn q3_waiting_for_the_ack_under_the_update_lock_is_a_deadlock() {
-    // Short, since this answer never comes: any limit shows the same.
+    // A short deadline, since the answer never comes.
     let mut b = bench_with(Protocol::empty(), 1, Duration::from_millis(200));
     b.vmm.start(&mut b.driver);
     let held = b.bad.hold_memory_updates();
@@ -128,7 +130,7 @@ fn q3_waiting_for_the_ack_under_the_update_lock_is_a_deadlock() {
     drop(held);
 }
 
-/// Q3: shows that the memory update has been answered when the ack comes.
+/// Q3: shows that the front-end's memory update is answered before its ack comes.
 #[test]
 fn q3_the_memory_update_comes_before_the_ack() {
     let b = plain();
@@ -139,7 +141,8 @@ fn q3_the_memory_update_comes_before_the_ack() {
     assert_eq!(b.vmm.table_updates(), before + 2);
 }
 
-/// Q4: shows that a map over a live one is refused, and the neighbour of a live one is not.
+/// Q4: shows that a map that overlaps a live one is refused, and a map next to a live one is
+/// accepted.
 #[test]
 fn q4_overlap_is_refused() {
     let b = plain();
@@ -152,7 +155,8 @@ fn q4_overlap_is_refused() {
     assert_eq!(b.vmm.live_maps(), 3);
 }
 
-/// Q5: shows that only exactly one earlier map can be unmapped, and nothing past the window mapped.
+/// Q5: shows that an unmap must describe one earlier map exactly, and that a map past the end of
+/// the window is refused.
 #[test]
 fn q5_unmap_of_anything_else_is_refused() {
     let b = plain();
@@ -178,8 +182,8 @@ fn q6_map_past_the_end_of_the_file_is_refused() {
     assert_eq!(b.vmm.live_maps(), 0);
 }
 
-/// Q6: shows that a map which begins at or behind the end of the file is seen: QEMU lets it pass,
-/// and grows an empty file for it.
+/// Q6: shows that a map that begins at or behind the end of the file is a violation. QEMU accepts
+/// it, and extends an empty file for it.
 #[test]
 fn q6_map_behind_the_end_of_the_file_is_seen() {
     for len in [0, PAGE] {
@@ -199,20 +203,20 @@ fn q8_map_from_a_read_only_descriptor_is_refused() {
     assert_refused(&b.vmm, &["Q8", "Permission denied"]);
 }
 
-/// Q10: shows that a pause keeps the maps: one that is sent again meets its own overlap.
+/// Q10: shows that a pause keeps the maps: a map that is sent again is refused as an overlap.
 #[test]
 fn q10_a_pause_keeps_the_maps() {
     let mut b = plain();
     b.bad.map(&b.file, 0, 0, PAGE).unwrap();
     b.vmm.stop();
     b.vmm.start(&mut b.driver);
-    assert!(b.vmm.store(0, b"still here"));
+    assert!(b.vmm.store(0, b"mapped"));
     b.bad.map(&b.file, 0, 0, PAGE).unwrap_err();
     assert_refused(&b.vmm, &["Q4"]);
 }
 
-/// Q10: shows that a reset drops the maps and tells nobody: an unmap finds nothing, the guest
-/// neither.
+/// Q10: shows that a reset drops the maps without a message: an unmap is refused as not found, and
+/// a store of the guest fails.
 #[test]
 fn q10_a_reset_drops_the_maps() {
     let mut b = plain();
@@ -226,7 +230,8 @@ fn q10_a_reset_drops_the_maps() {
     b.bad.map(&b.file, 0, 0, PAGE).unwrap();
 }
 
-/// Q12: shows that a reset with live maps and CONFIGURE_MEM_SLOTS crashes the next start.
+/// Q12: shows that with CONFIGURE_MEM_SLOTS a start after a reset with live maps is a violation
+/// (QEMU would crash).
 #[test]
 fn q12_reset_with_live_maps_and_mem_slots_is_a_segfault() {
     let mut b = bench(Protocol::CONFIGURE_MEM_SLOTS, 1);
@@ -238,7 +243,7 @@ fn q12_reset_with_live_maps_and_mem_slots_is_a_segfault() {
     assert_violation(&b.vmm, &["Q12", "QEMU would segfault"]);
 }
 
-/// Q12: shows that a back-end which unmapped before the reset is safe.
+/// Q12: shows that a start works if the back-end has removed its maps before the reset.
 #[test]
 fn q12_reset_without_live_maps_is_safe() {
     let mut b = bench(Protocol::CONFIGURE_MEM_SLOTS, 1);
@@ -248,8 +253,8 @@ fn q12_reset_without_live_maps_is_safe() {
     b.vmm.reboot(&mut b.driver);
 }
 
-/// Q13: shows that more than 8 regions can't be started without CONFIGURE_MEM_SLOTS, and can with
-/// it.
+/// Q13: shows that a start with more than 8 regions fails without CONFIGURE_MEM_SLOTS, and works
+/// with it.
 #[test]
 fn q13_start_with_more_than_8_regions() {
     for (more, expected) in [(Protocol::empty(), Err(105)), (Protocol::CONFIGURE_MEM_SLOTS, Ok(()))]
@@ -262,10 +267,11 @@ fn q13_start_with_more_than_8_regions() {
     }
 }
 
-/// Q17: shows that with CONFIGURE_MEM_SLOTS a start tells only what has changed: nothing after a
-/// pause, what has come or gone meanwhile else; and without it the whole table each time.
+/// Q17: shows that with CONFIGURE_MEM_SLOTS a start sends only the regions that were added or
+/// removed since the stop, so none after a pause; and that without it a start sends the whole
+/// table.
 #[test]
-fn q17_a_start_tells_what_has_changed() {
+fn q17_a_start_sends_what_has_changed() {
     let mut b = bench(Protocol::CONFIGURE_MEM_SLOTS, 3);
     b.vmm.start(&mut b.driver);
     assert_eq!(b.vmm.memory_messages(), 3, "each region of RAM, once");
@@ -283,7 +289,7 @@ fn q17_a_start_tells_what_has_changed() {
     b.vmm.stop();
     b.vmm.hide_rings(false);
     b.vmm.start(&mut b.driver);
-    assert_eq!(b.vmm.memory_messages(), 6, "a region less, and there again at the start");
+    assert_eq!(b.vmm.memory_messages(), 6, "a region was removed, and added at the start");
 
     let mut b = plain();
     b.bad.map(&b.file, 0, 0, PAGE).unwrap();
@@ -293,20 +299,20 @@ fn q17_a_start_tells_what_has_changed() {
     assert_eq!(b.vmm.memory_messages(), 3);
 }
 
-/// Q12: shows that a start soon after the reset tells of the map's going, and that the next one may
-/// crash again.
+/// Q12: shows that a start right after the reset removes the map's region from the table, and that
+/// a later start is a violation again.
 #[test]
-fn q12_a_start_at_once_tells_that_the_map_is_gone() {
+fn q12_a_start_at_once_removes_the_maps_region() {
     let mut b = bench(Protocol::CONFIGURE_MEM_SLOTS, 1);
     b.vmm.start(&mut b.driver);
     b.vmm.start_at_once(true);
     for _ in 0..3 {
         b.bad.map(&b.file, 0, 0, PAGE).unwrap();
-        let told = b.vmm.memory_messages();
+        let before = b.vmm.memory_messages();
         b.vmm.reset();
         b.driver.reset(b.driver.options());
         b.vmm.start(&mut b.driver);
-        assert_eq!(b.vmm.memory_messages(), told + 1);
+        assert_eq!(b.vmm.memory_messages(), before + 1);
     }
     b.vmm.start_at_once(false);
     b.bad.map(&b.file, 0, 0, PAGE).unwrap();
@@ -316,7 +322,7 @@ fn q12_a_start_at_once_tells_that_the_map_is_gone() {
     assert_violation(&b.vmm, &["Q12", "QEMU would segfault"]);
 }
 
-/// A message of the back-end: header, then the words of its body.
+/// A message of the back-end: a header, then the u64 words of its body.
 fn message(request: u32, flags: u32, body: &[u64]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for word in [request, 1 | flags, body.len() as u32 * 8] {
@@ -330,7 +336,7 @@ const SHMEM_MAP: u32 = 9;
 const NEED_REPLY: u32 = 1 << 3;
 
 /// Shows that a map whose first byte comes alone, with the descriptor, is carried out once the rest
-/// has come, and that nothing else is served until then.
+/// has come.
 #[test]
 fn a_message_in_two_pieces_is_one_message() {
     let mut b = bench(Protocol::REPLY_ACK, 1);
@@ -346,7 +352,7 @@ fn a_message_in_two_pieces_is_one_message() {
     assert_eq!(b.vmm.live_maps(), 1);
 }
 
-/// Shows that a half message, of which the rest never comes, is seen: QEMU would wait for ever.
+/// Shows that a message without its rest is a violation: QEMU would wait for it forever.
 #[test]
 fn half_a_message_is_a_hang() {
     let mut b = bench_with(Protocol::empty(), 1, Duration::from_millis(200));
@@ -373,7 +379,7 @@ fn an_unknown_request_is_skipped() {
     assert_eq!((b.vmm.unknown_requests(), b.vmm.live_maps()), (3, 1));
 }
 
-/// Shows that the window is read and written across maps that lie side by side.
+/// Shows that loads and stores of the window can cross from one map to the next.
 #[test]
 fn loads_and_stores_cross_maps() {
     let b = plain();

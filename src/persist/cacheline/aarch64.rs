@@ -9,17 +9,17 @@ use super::lines;
 /// An instruction that writes a cache line back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Instruction {
-    /// To the point of persistence (FEAT_DPB).
+    /// DC CVAP: writes the line back to the point of persistence (FEAT_DPB).
     Cvap,
-    /// To the point of coherency.
+    /// DC CVAC: writes the line back to the point of coherency.
     Cvac,
 }
 
 impl Instruction {
-    /// From the best to the worst.
+    /// All instructions, in order of preference.
     pub const ALL: [Self; 2] = [Self::Cvap, Self::Cvac];
 
-    /// Whether this processor has it.
+    /// Whether this processor has the instruction.
     pub fn is_here(self) -> bool {
         match self {
             Self::Cvap => is_aarch64_feature_detected!("dpb"),
@@ -34,16 +34,16 @@ impl Instruction {
         }
     }
 
-    /// Starts to write back all lines that hold a byte of the range. They are in memory after the
-    /// next [`fence`] of this thread.
+    /// Starts to write back each line that holds a byte of the range of `bytes` bytes from `from`
+    /// on. The lines are in memory after the next [`fence`] of this thread.
     ///
     /// # Safety
-    /// The processor has the instruction, and all of the range is mapped readable.
+    /// The processor has the instruction, and the whole range is mapped and readable.
     pub unsafe fn write_back(self, from: *const u8, bytes: usize) {
         let lines = lines(from, bytes, line_bytes());
         match self {
-            // SAFETY (both): each line holds a byte of the range. DC CVAP by its encoding:
-            // assemblers want FEAT_DPB for the name.
+            // SAFETY (both): each line holds a byte of the mapped range. DC CVAP is written by its
+            // encoding: the assembler accepts its name only with FEAT_DPB enabled.
             Self::Cvap => lines.for_each(|at| unsafe {
                 asm!("sys #3, c7, c12, #1, {}", in(reg) at, options(nostack, preserves_flags));
             }),
@@ -53,30 +53,30 @@ impl Instruction {
         }
     }
 
-    /// Copies, and writes the lines back: after the next [`fence`] of this thread the copy is in
-    /// memory. (There is no store that is sure to bypass the cache.)
+    /// Copies `bytes` bytes, and writes their lines back. After the next [`fence`] of this thread
+    /// the copy is in memory. (aarch64 has no store that is guaranteed to bypass the cache.)
     ///
     /// # Safety
-    /// The processor has the instruction. `from` is readable and `to` is writable for `bytes`, and
-    /// they do not overlap. Others may change the bytes of both meanwhile (they are guest memory):
-    /// what is copied then is any mixture.
+    /// The processor has the instruction. `from` is readable and `to` is writable for `bytes`
+    /// bytes, and the two ranges do not overlap. The guest may change the bytes of both meanwhile:
+    /// the copy is then a mixture of old and new bytes.
     pub unsafe fn copy(self, to: *mut u8, from: *const u8, bytes: usize) {
-        // SAFETY: the caller's.
+        // SAFETY: the caller guarantees it.
         unsafe { self.copy_and_write_back(to, from, bytes) }
     }
 }
 
-/// The length of the smallest line: CTR_EL0.DminLine is log2 of its words. Linux lets user mode
-/// read that register.
+/// The length in bytes of the smallest data cache line: CTR_EL0.DminLine is log2 of its number of
+/// 4-byte words. Linux lets user mode read that register.
 fn line_bytes() -> usize {
     let ctr: u64;
-    // SAFETY: reads a register.
+    // SAFETY: the instruction only reads a register.
     unsafe { asm!("mrs {}, ctr_el0", out(reg) ctr, options(nomem, nostack, preserves_flags)) }
     4 << (ctr >> 16 & 0xf)
 }
 
 /// Returns once all lines that this thread has written back are in memory.
 pub fn fence() {
-    // SAFETY: a barrier, for all of the system. No `nomem`: stores stay where they are.
+    // SAFETY: a barrier of the whole system. Without `nomem` the compiler moves no store past it.
     unsafe { asm!("dsb sy", options(nostack, preserves_flags)) }
 }

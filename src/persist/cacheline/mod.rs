@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Cache lines: the instructions that write them back, and stores that are written back at once.
-//! Knows no file.
+//! Cache lines: the instructions that write them back, and copies whose lines are written back at
+//! once. Knows no file.
 //!
-//! Lines are written back by the first of these that the processor has: CLWB, CLFLUSHOPT, CLFLUSH
-//! on x86-64; DC CVAP, DC CVAC on aarch64. Nothing is durable before a [`fence`].
+//! Lines are written back by the first of these instructions that the processor has: CLWB,
+//! CLFLUSHOPT, CLFLUSH on x86-64; DC CVAP, DC CVAC on aarch64. No line is durable before a
+//! [`fence`].
 
-#![allow(unsafe_code)] // Instructions, and stores by raw pointer: what each needs is said there.
+#![allow(unsafe_code)] // Inline assembly, intrinsics, and stores by raw pointers.
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
@@ -22,7 +23,8 @@ use x86_64 as arch;
 
 pub use arch::{Instruction, fence};
 
-/// The first address of each line of `line_bytes`, a power of two, that holds a byte of the range.
+/// The first address of each cache line that holds a byte of the range of `bytes` bytes from `from`
+/// on. `line_bytes`, the length of a line, is a power of two.
 #[inline(always)]
 fn lines(from: *const u8, bytes: usize, line_bytes: usize) -> impl Iterator<Item = *const u8> {
     let skipped = from.addr() & (line_bytes - 1);
@@ -31,30 +33,30 @@ fn lines(from: *const u8, bytes: usize, line_bytes: usize) -> impl Iterator<Item
 }
 
 impl Instruction {
-    /// The best that this processor has. None on one that can't write back a line from user mode.
+    /// The first instruction of [`ALL`](Self::ALL) that this processor has. None if it has none.
     pub fn best() -> Option<Self> {
         Self::ALL.into_iter().find(|instruction| instruction.is_here())
     }
 
-    /// Copies, and writes back the lines of the copy.
+    /// Copies `bytes` bytes, and writes back the lines of the copy.
     ///
     /// # Safety
     /// As [`copy`](Self::copy).
     unsafe fn copy_and_write_back(self, to: *mut u8, from: *const u8, bytes: usize) {
-        // SAFETY: the caller's; what is written back was just stored to.
+        // SAFETY: the caller guarantees it; the written-back range is the range stored to.
         unsafe {
             std::ptr::copy_nonoverlapping(from, to, bytes);
             self.write_back(to, bytes);
         }
     }
 
-    /// Clears, and writes the lines back: after the next [`fence`] of this thread the zeros are in
-    /// memory.
+    /// Zeroes `bytes` bytes, and writes their lines back: after the next [`fence`] of this thread
+    /// the zeros are in memory.
     ///
     /// # Safety
-    /// The processor has the instruction, and `to` is writable for `bytes`.
+    /// The processor has the instruction, and `to` is writable for `bytes` bytes.
     pub unsafe fn zero(self, to: *mut u8, bytes: usize) {
-        // SAFETY: the caller's; what is written back was just stored to.
+        // SAFETY: the caller guarantees it; the written-back range is the range stored to.
         unsafe {
             std::ptr::write_bytes(to, 0, bytes);
             self.write_back(to, bytes);
@@ -74,12 +76,12 @@ mod tests {
 
     use super::*;
 
-    /// What this processor lacks can't be forced on it, and must not pass for tested.
+    /// The instructions that this processor has. Each missing one is reported on stderr as skipped.
     fn all_here() -> Vec<Instruction> {
         let (here, missing): (Vec<_>, Vec<_>) =
             Instruction::ALL.into_iter().partition(|instruction| instruction.is_here());
         for instruction in missing {
-            // Not println!: the test runner would swallow it.
+            // Not println!: the test runner captures its output.
             let _ = writeln!(
                 std::io::stderr(),
                 "SKIPPED {instruction}: this processor does not have it"
@@ -89,7 +91,7 @@ mod tests {
         here
     }
 
-    /// Shows: the lines of a range are those that hold a byte of it, each once, in order.
+    /// Shows: lines() returns each line that holds a byte of the range, once, in ascending order.
     #[test]
     fn the_lines_of_a_range() {
         for line in [16, 64, 128] {
@@ -104,14 +106,14 @@ mod tests {
         }
     }
 
-    /// Shows: each instruction, forced, is executed on a range of any shape, and changes no byte.
+    /// Shows: each instruction writes back ranges of any alignment and length, and changes no byte.
     #[test]
     fn each_instruction_writes_back_and_changes_nothing() {
         let byte = |at: usize| (at % 251) as u8;
         let memory: Vec<u8> = (0..64 * 1024).map(byte).collect();
         for instruction in all_here() {
             for (from, bytes) in [(0, 0), (0, 1), (63, 2), (1, 64), (8, 4096), (0, 64 * 1024)] {
-                // SAFETY: inside `memory`, and the instruction is here.
+                // SAFETY: the range is inside `memory`, and the processor has the instruction.
                 unsafe { instruction.write_back(memory[from..].as_ptr(), bytes) };
             }
             fence();
@@ -119,8 +121,8 @@ mod tests {
         }
     }
 
-    /// Shows: each instruction's copies and zeros land where they belong, at odd places and of odd
-    /// lengths, and nothing beside.
+    /// Shows: each instruction's copies and zeros change exactly their range, at any alignment and
+    /// length.
     #[test]
     fn copies_and_zeros_are_exact() {
         let source: Vec<u8> = (0..16_384).map(|at| (at % 253 + 1) as u8).collect();
@@ -133,7 +135,7 @@ mod tests {
                 };
                 fence();
                 assert_eq!(memory[to..to + bytes], source[from..from + bytes], "{to} {bytes}");
-                // SAFETY: the same range.
+                // SAFETY: the range of the copy.
                 unsafe { instruction.zero(memory[to..].as_mut_ptr(), bytes) };
                 fence();
                 let expected = |at: usize| if (to..to + bytes).contains(&at) { 0 } else { 0xff };

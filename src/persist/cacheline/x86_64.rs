@@ -13,37 +13,39 @@ use super::lines;
 /// An instruction that writes a cache line back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Instruction {
-    /// Writes back and may keep the line. Ordered by [`fence`] only.
+    /// Writes the line back, and may keep it in the cache. Ordered by [`fence`] only.
     Clwb,
-    /// Writes back and drops the line. Ordered by [`fence`] only.
+    /// Writes the line back, and drops it from the cache. Ordered by [`fence`] only.
     Clflushopt,
-    /// Writes back and drops the line, one after the other.
+    /// Writes the line back, and drops it from the cache. Executed one at a time, in program order.
     Clflush,
 }
 
-/// CPUID leaf 7, EBX.
+/// CPUID leaf 7, EBX: the processor has CLFLUSHOPT.
 const CLFLUSHOPT_BIT: u32 = 1 << 23;
+/// CPUID leaf 7, EBX: the processor has CLWB.
 const CLWB_BIT: u32 = 1 << 24;
-/// CPUID leaf 1, EDX.
+/// CPUID leaf 1, EDX: the processor has CLFLUSH.
 const CLFSH_BIT: u32 = 1 << 19;
 
-/// The same on each processor so far. One that says otherwise has no instruction for us.
+/// The length of a cache line in bytes, on all x86-64 processors so far. On a processor whose CPUID
+/// reports another length no instruction is used.
 const LINE_BYTES: usize = 64;
 
-/// Below this many bytes, stores and a write-back of their lines cost less than stores that bypass
-/// the cache.
+/// A copy of fewer bytes is done by ordinary stores and a write-back of their lines, which takes
+/// less time than stores that bypass the cache.
 const SHORT_BYTES: usize = 256;
 
 struct Processor {
     leaf_7_ebx: u32,
     leaf_1_edx: u32,
-    /// What CLFLUSH writes back.
+    /// The length in bytes of the line that CLFLUSH writes back.
     line_bytes: u32,
 }
 
-#[allow(unused_unsafe)] // CPUID is there on each x86-64; older compilers want it said.
+#[allow(unused_unsafe)] // __cpuid is an unsafe function in older versions of Rust only.
 static PROCESSOR: LazyLock<Processor> = LazyLock::new(|| {
-    // SAFETY (all three): see above.
+    // SAFETY (all three): each x86-64 processor has CPUID.
     let leaf_1 = unsafe { __cpuid(1) };
     let leaves = unsafe { __cpuid(0) }.eax;
     Processor {
@@ -55,10 +57,10 @@ static PROCESSOR: LazyLock<Processor> = LazyLock::new(|| {
 });
 
 impl Instruction {
-    /// From the best to the worst.
+    /// All instructions, in order of preference.
     pub const ALL: [Self; 3] = [Self::Clwb, Self::Clflushopt, Self::Clflush];
 
-    /// Whether this processor has it.
+    /// Whether this processor has the instruction.
     pub fn is_here(self) -> bool {
         let bit = match self {
             Self::Clwb => PROCESSOR.leaf_7_ebx & CLWB_BIT,
@@ -76,16 +78,16 @@ impl Instruction {
         }
     }
 
-    /// Starts to write back all lines that hold a byte of the range. They are in memory after the
-    /// next [`fence`] of this thread.
+    /// Starts to write back each line that holds a byte of the range of `bytes` bytes from `from`
+    /// on. The lines are in memory after the next [`fence`] of this thread.
     ///
     /// # Safety
-    /// The processor has the instruction, and all of the range is mapped readable.
+    /// The processor has the instruction, and the whole range is mapped and readable.
     pub unsafe fn write_back(self, from: *const u8, bytes: usize) {
         let lines = lines(from, bytes, LINE_BYTES);
         match self {
-            // SAFETY (all): each line holds a byte of the range. No instruction changes a byte or a
-            // register, and the compiler may not move stores behind them: no `nomem`.
+            // SAFETY (all): each line holds a byte of the mapped range. No instruction changes a
+            // byte or a register. Without `nomem` the compiler moves no store past them.
             Self::Clwb => lines.for_each(|at| unsafe {
                 asm!("clwb [{}]", in(reg) at, options(nostack, preserves_flags));
             }),
@@ -96,17 +98,17 @@ impl Instruction {
         }
     }
 
-    /// Copies past the cache, or copies and writes the lines back: after the next [`fence`] of this
-    /// thread the copy is in memory.
+    /// Copies `bytes` bytes past the cache, or copies them and writes their lines back. After the
+    /// next [`fence`] of this thread the copy is in memory.
     ///
     /// # Safety
-    /// The processor has the instruction. `from` is readable and `to` is writable for `bytes`, and
-    /// they do not overlap. Others may change the bytes of both meanwhile (they are guest memory):
-    /// what is copied then is any mixture.
+    /// The processor has the instruction. `from` is readable and `to` is writable for `bytes`
+    /// bytes, and the two ranges do not overlap. The guest may change the bytes of both meanwhile:
+    /// the copy is then a mixture of old and new bytes.
     pub unsafe fn copy(self, to: *mut u8, from: *const u8, bytes: usize) {
         let head = if bytes < SHORT_BYTES { bytes } else { to.align_offset(LINE_BYTES) };
         let body = (bytes - head) & !(LINE_BYTES - 1);
-        // SAFETY: the three pieces make up the range, and `body` begins at a line.
+        // SAFETY: the three parts make up the range, and the part of `body` bytes begins at a line.
         unsafe {
             self.copy_and_write_back(to, from, head);
             stream(to.add(head), from.add(head), body);
@@ -116,14 +118,14 @@ impl Instruction {
     }
 }
 
-/// Copies by stores that bypass the cache, line by line: one line is filled at once, or a large
-/// copy takes half as long again.
+/// Copies by stores that bypass the cache, one whole line at a time: four loads, then four stores.
+/// A large copy in another order takes half as long again.
 ///
 /// # Safety
 /// As `copy_nonoverlapping`; `to` and `bytes` are multiples of 64.
 unsafe fn stream(to: *mut u8, from: *const u8, bytes: usize) {
     for at in (0..bytes).step_by(LINE_BYTES) {
-        // SAFETY: inside the range, and `to` is aligned to 16.
+        // SAFETY: the line is inside both ranges, and `to` is aligned to 16 bytes.
         unsafe {
             let (to, from) = (to.add(at).cast::<__m128i>(), from.add(at).cast::<__m128i>());
             let line: [__m128i; 4] = std::array::from_fn(|n| _mm_loadu_si128(from.add(n)));
@@ -134,9 +136,9 @@ unsafe fn stream(to: *mut u8, from: *const u8, bytes: usize) {
     }
 }
 
-/// Returns once all lines that this thread has written back, and all it has stored past the cache,
-/// are in memory (or in what survives a power loss with it: the platform's ADR).
+/// Returns once all lines that this thread has written back, and all its stores past the cache, are
+/// in memory, or in a write queue that survives a power loss (ADR, asynchronous DRAM refresh).
 pub fn fence() {
-    // SAFETY: SFENCE is there on each x86-64 processor.
+    // SAFETY: each x86-64 processor has SFENCE.
     unsafe { _mm_sfence() }
 }

@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 5 of 6: one back-end request on the channel, sent so that no stop can cross it (Q1).
-//! Knows no device, only whether it is started.
+//! Step 5 of 6: back-end requests on the channel, sent so that QEMU never handles one for a stopped
+//! device (docs/front-ends.md Q1). Knows no device, only whether it is started.
 //!
-//! QEMU crashes when it handles SHMEM_MAP or SHMEM_UNMAP for a device that it has stopped, and what
-//! was sent can't be taken back. But QEMU reads a request in one go, in its main loop, with its big
-//! lock held, and a stop needs that lock. So a request goes in two parts:
+//! QEMU crashes when it handles SHMEM_MAP or SHMEM_UNMAP for a device that it has stopped, and a
+//! request that was sent can't be withdrawn. But QEMU's main loop reads and handles a request
+//! without releasing its big lock, and a stop needs that lock. So a request is sent in two parts:
 //!
-//! 1. its first byte, with the descriptor;
-//! 2. when QEMU has read that byte, it is inside its handler and waits there for the rest. If the
-//!    device is still started now, it stays started until the request is done: the rest follows.
-//! 3. If the device was stopped meanwhile, another rest follows, which makes of that byte an
-//!    unknown request without a body: QEMU prints a line, closes the descriptor, and nothing
-//!    happens.
+//! 1. The requesting thread sends the first byte, with the descriptor.
+//! 2. Once QEMU has read that byte, QEMU is inside its handler, holds its big lock, and waits for
+//!    the rest. If the device is still started now, it stays started until the request is done, and
+//!    the requesting thread sends the rest.
+//! 3. If the device was stopped before QEMU read the byte, the requesting thread sends another
+//!    rest, which makes the message an unknown request without a body: QEMU prints a line, closes
+//!    the descriptor, and changes nothing.
 //!
-//! A front-end without such a lock sees an ordinary request in two pieces.
+//! A front-end without such a lock receives an ordinary request in two pieces.
 
 use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
@@ -34,23 +35,27 @@ use crate::support::lock::{Mutex, MutexGuard, Rank, lock};
 use crate::window::MapError;
 use crate::window::channel::raw::unread;
 
-/// Of the vhost-user specification: the header is {request, flags, size of the body}, each an u32
-/// in the host's byte order; the version is in the two lowest bits of the flags.
+/// Flags of a message header (vhost-user specification, "Header"). A header is {request, flags,
+/// size of the body in bytes}, each a u32 in the host's byte order. The version is in the two
+/// lowest bits of the flags.
 const VERSION: u32 = 1;
 const VERSION_MASK: u32 = 3;
 const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
+/// Length of a message header in bytes.
 const HEADER_BYTES: usize = 12;
-/// The body of an ack: a u64, 0 for success.
+/// Length of the body of an ack in bytes: a u64, 0 for success.
 const ACK_BYTES: u32 = 8;
 
-/// What makes an unknown request of any first byte (the known ones are small numbers).
+/// The three higher bytes of a request number that QEMU does not know, whatever its lowest byte is
+/// (known requests are below 256).
 const UNKNOWN: u8 = 0xff;
 
-/// No event tells that the peer has read: we look again and again, at first without a pause, since
-/// QEMU's main loop turns to us within 50 us (median) and stands still from then until we look.
+/// How long the requesting thread polls without a pause whether the peer has read: the kernel has
+/// no event for that. QEMU's main loop reads within 50 us (median), and then stands still until the
+/// window thread sees it.
 const AWAKE: Duration = Duration::from_micros(100);
-/// Later a quarter of the time that we have waited, up to this.
+/// Longest pause between two later polls. The pause is a quarter of the time waited so far.
 const LONGEST_PAUSE: Duration = Duration::from_micros(500);
 
 /// The two requests that QEMU may see only while the device is started.
@@ -72,11 +77,12 @@ fn header(request: [u8; 4], flags: u32, size: u32) -> [u8; HEADER_BYTES] {
     header
 }
 
-/// A complete message, cut behind its first byte.
+/// A complete message, cut after its first byte.
 struct Cut {
     first: [u8; 1],
     rest: Vec<u8>,
-    /// What follows the first byte if the request must not be made.
+    /// The bytes to send after the first byte instead of `rest` if the device was stopped: they
+    /// make the message an unknown request without a body.
     harmless: [u8; HEADER_BYTES - 1],
 }
 
@@ -91,28 +97,29 @@ impl Cut {
     }
 }
 
-/// The back-end channel of a front-end that acks. One request at a time.
+/// The back-end channel of a front-end that acks. One request at a time is under way.
 pub(super) struct CommittedChannel {
     socket: UnixStream,
-    /// Held over the whole round trip. Nothing is taken under it: `started` reads an atomic.
+    /// Held over the whole round trip. No lock is taken under it: `started` reads an atomic.
     turn: Mutex<()>,
     closed: AtomicBool,
 }
 
 impl CommittedChannel {
-    /// The channel over a connected socket that nobody else reads or writes.
+    /// The channel over a connected socket, on which no other code reads or writes.
     pub(super) fn new(socket: UnixStream) -> Self {
         Self { socket, turn: Mutex::ranked(Rank::Channel, ()), closed: AtomicBool::new(false) }
     }
 
-    /// Makes a request of a started device, and waits until the front-end has done it.
+    /// Sends a request of a started device, and waits until the front-end has acked it.
     ///
-    /// Returns at once (with [`MapError::Stopped`]) when `started` becomes false before the request
-    /// is committed: the thread that stops the device may wait for us. From then on no stop can
-    /// come before the ack, and the ack comes after the memory update (Q3).
+    /// If `started` becomes false before QEMU has read the first byte, returns
+    /// [`MapError::Stopped`] at once: the thread that stops the device may wait for this one. After
+    /// QEMU has read the byte, no stop can come before the ack, and the ack comes after the memory
+    /// update (docs/front-ends.md Q3).
     ///
     /// # Errors
-    /// See [`MapError`]; after any of them, the request was not carried out.
+    /// See [`MapError`]. The front-end has not carried out a request that was refused or stopped.
     pub(super) fn request(
         &self,
         request: Request,
@@ -121,22 +128,22 @@ impl CommittedChannel {
         started: &dyn Fn() -> bool,
     ) -> Result<(), MapError> {
         let _turn = self.turn();
-        // Another request may have kept us waiting for long.
+        // The wait for the turn may have been long: the device may be stopped now.
         if !started() {
             return Err(MapError::Stopped);
         }
         let done = self.round_trip(request, body, file, started);
         if let Err(MapError::Broken(_)) = &done {
-            // Nobody knows any more where in the stream the next message begins.
+            // The stream may be in the middle of a message, so the channel can't be used again.
             self.close();
         }
         done
     }
 
-    /// Ends the channel: what waits on it returns [`MapError::Broken`], and so does what comes.
+    /// Closes the channel: waiting and later requests return [`MapError::Broken`].
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);
-        // It fails if the peer has closed it already.
+        // An error: the peer has closed the channel already.
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 
@@ -164,13 +171,15 @@ impl CommittedChannel {
         }
     }
 
-    /// Whether the peer has read all that was sent while the device was started; false as soon as
-    /// it is not started.
+    /// Waits until the peer has read the first byte, and returns true; or returns false as soon as
+    /// the device is not started.
     fn wait_committed(&self, started: &dyn Fn() -> bool) -> io::Result<bool> {
         let began = Instant::now();
         loop {
             let all_read = unread(&self.socket)? == 0;
-            // After `all_read`, never before: a stop between the two would go unseen (Q1).
+            // Read after `all_read`, never before. Otherwise: this thread sees the device started,
+            // the front-end thread stops it, QEMU reads the byte, this thread sees that and sends
+            // the rest to a stopped device (Q1).
             if !started() {
                 return Ok(false);
             }
@@ -190,19 +199,21 @@ impl CommittedChannel {
         }
     }
 
-    /// A peer that has gone without reading leaves what was sent unread for ever.
+    /// Checks that the peer has not closed the channel: unread data of a closed channel stays
+    /// unread.
     fn assert_connected(&self) -> io::Result<()> {
         let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         match recv(self.socket.as_raw_fd(), &mut [0], peek) {
             Err(Errno::EAGAIN) => Ok(()),
             Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-            // It answers what it was not asked.
+            // The peer has sent an ack before it has read the request.
             Ok(_) => Err(io::ErrorKind::InvalidData.into()),
             Err(e) => Err(e.into()),
         }
     }
 
-    /// One byte goes as a whole, so the descriptor goes exactly once.
+    /// Sends the first byte with the descriptor of `file`. One byte is never sent in part, so the
+    /// descriptor is sent exactly once.
     fn send_first(&self, first: &[u8; 1], file: Option<&File>) -> io::Result<()> {
         let fds: Vec<_> = file.iter().map(|file| file.as_raw_fd()).collect();
         let rights = [ControlMessage::ScmRights(&fds)];
@@ -231,7 +242,7 @@ impl CommittedChannel {
             || flags & (VERSION_MASK | REPLY) != VERSION | REPLY
             || size != ACK_BYTES
         {
-            let text = format!("not an ack: {answered:#x} {flags:#x} {size}");
+            let text = format!("not an ack: request {answered}, flags {flags:#x}, {size} bytes");
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));
         }
         Ok(body.try_into().map(u64::from_ne_bytes).unwrap_or(u64::MAX))
@@ -250,7 +261,7 @@ mod tests {
 
     use super::*;
 
-    /// A map of 0x2000 bytes of the file from 0x1000 on, at 0x3000: the body as on the wire.
+    /// The body on the wire of a map of 0x2000 bytes of the file from 0x1000 on, at 0x3000.
     #[rustfmt::skip]
     const BODY: [u8; 40] = [
         0, 0, 0, 0, 0, 0, 0, 0, // shmid, padding
@@ -259,7 +270,7 @@ mod tests {
         0, 0x20, 0, 0, 0, 0, 0, 0, // len
         1, 0, 0, 0, 0, 0, 0, 0, // flags: writable
     ];
-    /// Behind the first byte, what makes nothing of it.
+    /// The bytes after the first byte that make the message an unknown request.
     const HARMLESS: [u8; 11] = [0xff, 0xff, 0xff, 1, 0, 0, 0, 0, 0, 0, 0];
 
     fn body() -> VhostUserMMap {
@@ -289,7 +300,7 @@ mod tests {
         buffer
     }
 
-    /// What one recvmsg gets, as QEMU's first one does.
+    /// The bytes and descriptors of one recvmsg(2), as QEMU's first one.
     fn receive(peer: &UnixStream) -> (Vec<u8>, Vec<i32>) {
         let mut buffer = [0; 64];
         let mut space = nix::cmsg_space!([i32; 8]);
@@ -306,7 +317,7 @@ mod tests {
         (buffer[..bytes].to_vec(), fds)
     }
 
-    /// A request in a thread, with a front-end that the test plays.
+    /// Sends a request from another thread. The test plays the front-end.
     fn ask(
         channel: &Arc<CommittedChannel>,
         request: Request,
@@ -316,8 +327,8 @@ mod tests {
         thread::spawn(move || channel.request(request, &body(), file.as_ref(), &|| true))
     }
 
-    /// Shows: uninterrupted, the bytes are those of the specification, the descriptor comes with
-    /// the first of them alone, and the rest does not come before that is read.
+    /// Shows: without a stop, the message is that of the specification, the descriptor comes with
+    /// the first byte alone, and the rest does not come before the first byte was read.
     #[test]
     fn bytes_on_the_wire() {
         let (channel, mut peer) = pair();
@@ -341,8 +352,8 @@ mod tests {
         assert!(asked.join().unwrap().is_ok());
     }
 
-    /// Q1: shows that a stop before the first byte was read leaves a complete message of which
-    /// nothing comes, at once, and that the channel can be used again.
+    /// Q1: shows that a stop before the peer reads the first byte ends the request at once, with an
+    /// unknown request as message, and that the channel can be used again.
     #[test]
     fn a_stop_before_the_peer_reads() {
         for request in [Request::Map, Request::Unmap] {
@@ -352,7 +363,7 @@ mod tests {
             let started = || looks.fetch_add(1, Ordering::Relaxed) < 3;
             let done = channel.request(request, &body(), file.as_ref(), &started);
             assert!(matches!(done, Err(MapError::Stopped)));
-            assert_eq!(looks.into_inner(), 4, "it sees the stop at the next look");
+            assert_eq!(looks.into_inner(), 4, "the stop is seen at the next poll");
 
             let asked = ask(&channel, Request::Unmap, None);
             assert_eq!(read(&peer, 1), [request as u8]);
@@ -363,12 +374,13 @@ mod tests {
         }
     }
 
-    /// Q1: shows that a stop after the first byte was read leaves a harmless message, too.
+    /// Q1: shows that a stop right after the peer has read the first byte also leads to an unknown
+    /// request.
     #[test]
-    fn a_stop_behind_the_first_byte() {
+    fn a_stop_after_the_first_byte() {
         let (channel, peer) = pair();
         let looks = AtomicUsize::new(0);
-        // The second look comes with the byte unread; the third with it read.
+        // At the second poll the byte is unread; at the third it was read.
         let started = || match looks.fetch_add(1, Ordering::Relaxed) {
             0 => true,
             1 => read(&peer, 1) == [9],
@@ -384,27 +396,27 @@ mod tests {
         assert_eq!(rest, HARMLESS);
     }
 
-    /// Q1: shows that a stop seen by the look which follows the read, and not by the one before, is
-    /// still seen: had it been looked at in the other order, the request would have gone out.
+    /// Q1: shows that the device's state is read after the socket's. The byte is read and the
+    /// device is stopped between two polls: in the other order the request would be sent.
     #[test]
     fn the_look_at_the_device_comes_last() {
         let (channel, peer) = pair();
         let looks = AtomicUsize::new(0);
-        // The byte is read and the device is stopped before the loop sees the byte gone.
+        // The peer reads the byte and the device is stopped before the loop sees the byte read.
         let started = || match looks.fetch_add(1, Ordering::Relaxed) {
             0 => true,
             1 => {
                 read(&peer, 1);
                 false
             }
-            _ => unreachable!("one look was enough"),
+            _ => unreachable!("the stop was seen at the second poll"),
         };
         let done = channel.request(Request::Unmap, &body(), None, &started);
         assert!(matches!(done, Err(MapError::Stopped)));
         assert_eq!(read(&peer, 11), HARMLESS);
     }
 
-    /// Shows: not one byte goes to the front-end of a stopped device.
+    /// Shows: no byte is sent for a stopped device.
     #[test]
     fn a_stopped_device_sends_nothing() {
         let (channel, mut peer) = pair();
@@ -414,7 +426,7 @@ mod tests {
         assert_eq!(peer.read_to_end(&mut Vec::new()).unwrap(), 0);
     }
 
-    /// Shows: a refusal is one, and the channel goes on; what is no ack ends it.
+    /// Shows: after a refusal the channel works on; a reply that is no ack closes it.
     #[test]
     fn answers_are_checked() {
         let (channel, mut peer) = pair();
@@ -443,8 +455,8 @@ mod tests {
         }
     }
 
-    /// Shows: a front-end that goes after any number of bytes, or cuts the line and keeps its end,
-    /// ends the request.
+    /// Shows: a front-end that closes or shuts down the channel ends the request, whatever part of
+    /// it was read.
     #[test]
     fn a_peer_that_goes() {
         for cut_only in [false, true] {
@@ -464,8 +476,7 @@ mod tests {
         }
     }
 
-    /// Shows: close() ends a request that waits for the peer to read, or for its ack, and all
-    /// others.
+    /// Shows: close() ends a request that waits for the peer to read or to ack, and later requests.
     #[test]
     fn close_ends_what_waits() {
         let (channel, peer) = pair();
@@ -475,7 +486,7 @@ mod tests {
             let started = || looked.send(()).is_ok();
             theirs.request(Request::Unmap, &body(), None, &started)
         });
-        // The second look: the byte is sent, and nobody reads it.
+        // At the second poll the byte is sent, and the peer does not read it.
         looks.recv().unwrap();
         looks.recv().unwrap();
         channel.close();
@@ -491,7 +502,7 @@ mod tests {
         assert!(matches!(next, Err(MapError::Broken(_))));
     }
 
-    /// Shows: requests take turns; a stop lets those that wait for their turn go without a byte.
+    /// Shows: of eight threads with a request, one at a time is served.
     #[test]
     fn one_at_a_time() {
         let (channel, mut peer) = pair();

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 5 of 6: gets the back-end channel's socket out of the library, which gives it to nobody.
-//! Knows no request but one that changes nothing.
+//! Step 5 of 6: extracts the back-end channel's socket from the vhost library, whose API does not
+//! give access to it. Knows no request but one that changes nothing.
 //!
-//! The socket is one of ours in `/proc/self/fd`: a connected Unix stream without a name. Which one,
-//! a message tells that the library is made to send: right behind it, this socket alone has
-//! something that the peer has not read yet. And when the library lets go of it, its number is
-//! free.
+//! The socket is one of this process's descriptors in `/proc/self/fd`: a connected Unix stream
+//! socket without a name. It is found by messages that the library is made to send: right after a
+//! message, the channel's socket has data that the peer has not read yet, and the other candidates
+//! have none. As a check, the library's handle is then dropped, which must close one of the
+//! descriptor numbers of the socket that was found.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -24,51 +25,60 @@ use crate::support::fd_table;
 use crate::support::lock::{Mutex, MutexGuard, try_lock};
 use crate::window::channel::raw::{duplicate, unread};
 
-/// Number of volleys that must point at the same socket; each that pointed at another adds one.
+/// Number of volleys by which the best candidate must lead the second best. A volley is a hit for
+/// each candidate that has unread data only after it.
 const ENOUGH: usize = 2;
 
-/// Messages in a volley: of a single one, the peer may have read all before we look.
+/// Number of messages in a volley. After a single message, the peer may have read it before this
+/// thread looks.
 const VOLLEY: usize = 4;
 
-/// Largest number of volleys. A peer that reads none must not make the daemon wait: a socket takes
-/// some 270 small messages (net.core.wmem_default, 212992 bytes; 768 for each).
+/// Largest number of volleys: 192 messages. They fit into the send buffer of a socket whose peer
+/// reads nothing, so no send blocks. The buffer has room for about 270 small messages
+/// (net.core.wmem_default is 212992 bytes, and each message takes 768 bytes).
 const MOST: u32 = 48;
 
-/// Between two volleys, and a little more each time: the peer should have read the first, or the
-/// second says nothing. 0.5 s in all.
+/// Pause after the first volley; the pause after volley n is n times as long, 0.5 s in all. A
+/// volley is useful only if the peer has read the one before.
 const PAUSE: Duration = Duration::from_micros(400);
 
-/// A session holds its turn for 0.5 s at most, unless the front-end reads nothing and has made the
-/// socket's send buffer smaller.
+/// Longest wait for the search of another session. A search takes 0.5 s at most, unless its
+/// front-end reads nothing and has a smaller socket buffer, so that a send blocks.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Why the library keeps its socket.
+/// The socket could not be extracted.
 pub(super) struct Failed {
-    /// The library's channel, unless it was let go of already: then there is none any more.
+    /// The library's channel. None if it was closed already.
     pub(super) library: Option<Backend>,
+    /// The cause, for the log.
     pub(super) why: String,
 }
 
 /// A socket of this process that may be the channel's.
 struct Candidate {
+    /// A duplicate of it.
     copy: UnixStream,
-    /// The numbers that it had before we copied it.
+    /// The descriptor numbers that refer to it, without that of `copy`.
     numbers: Vec<RawFd>,
 }
 
-/// Takes the socket of `library`, which must be the only handle to it. The front-end must be one
-/// that acks, and `harmless` a shared object that it does not know.
+/// Extracts the socket of `library`, which must be the only handle to it. The front-end must be
+/// known to ack; `harmless` is a shared object that it does not know.
+///
+/// # Errors
+/// [`Failed`]: another session's search takes too long, `/proc/self/fd` can't be read, no candidate
+/// leads clearly, or the wrong socket was found.
 pub(super) fn take_over(
     library: Backend,
     harmless: &VhostUserSharedMsg,
 ) -> Result<UnixStream, Failed> {
     let Some(_turn) = turn(PATIENCE) else {
-        let why = "another session does not find its own".to_string();
+        let why = "another session's search for its socket takes too long".to_string();
         return Err(Failed { library: Some(library), why });
     };
 
     let found = candidates().and_then(|mut candidates| {
-        // The messages that follow are not answered.
+        // Without NEED_REPLY, the library does not wait for an ack of the messages that follow.
         library.set_reply_ack_flag(false);
         let found = find(&library, harmless, &candidates);
         library.set_reply_ack_flag(true);
@@ -80,16 +90,16 @@ pub(super) fn take_over(
             drop(library);
             let is_it = inode(&copy)
                 .is_ok_and(|inode| numbers.iter().any(|fd| inode_behind(*fd) != Some(inode)));
-            let why = "a socket that is not the channel's was taken for it".to_string();
+            let why = "the search found a socket that is not the channel's".to_string();
             if is_it { Ok(copy) } else { Err(Failed { library: None, why }) }
         }
     }
 }
 
-/// Two sessions at a time would take each other's copies for sockets. None if another session held
-/// its turn for `patience`.
+/// The lock that permits one search at a time: two sessions would take each other's copies for
+/// candidates. None if another session holds it for longer than `patience`.
 fn turn(patience: Duration) -> Option<MutexGuard<'static, ()>> {
-    // A leaf.
+    // Of rank `Rank::Leaf`.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let deadline = Instant::now() + patience;
     loop {
@@ -100,13 +110,14 @@ fn turn(patience: Duration) -> Option<MutexGuard<'static, ()>> {
     }
 }
 
-/// The inode of the socket that the library's messages go out on.
+/// The inode of the socket on which the library sends its messages.
 fn find(
     library: &Backend,
     harmless: &VhostUserSharedMsg,
     candidates: &BTreeMap<u64, Candidate>,
 ) -> io::Result<u64> {
-    // The newest first: the peer may read before we have looked at all of them.
+    // The newest sockets first, since the channel is new: the peer may read the messages before
+    // this thread has looked at all candidates.
     let mut ranking: Vec<_> = candidates.iter().rev().map(|(inode, c)| (0, *inode, c)).collect();
     for round in 1..=MOST {
         let quiet: Vec<bool> = ranking.iter().map(|(.., c)| !has_unread(&c.copy)).collect();
@@ -118,7 +129,8 @@ fn find(
                 *hits += usize::from(quiet && has_unread(&c.copy));
             }
             ranking.sort_by_key(|(hits, ..)| Reverse(*hits));
-            // Other sessions of this process, if there are any, are at work, too.
+            // Sockets of other sessions may have had unread data by chance: the best candidate must
+            // lead the second best.
             let second = ranking.get(1).map_or(0, |(hits, ..)| *hits);
             if let Some((hits, inode, _)) = ranking.first()
                 && *hits >= ENOUGH + second
@@ -128,15 +140,15 @@ fn find(
         }
         thread::sleep(PAUSE * round);
     }
-    let text = format!("not found among {} sockets", candidates.len());
+    let text = format!("the channel's socket was not found among {} sockets", candidates.len());
     Err(io::Error::new(io::ErrorKind::NotFound, text))
 }
 
-/// Every connected Unix stream socket without names, by its inode.
+/// The connected Unix stream sockets of this process whose both ends have no name, by inode.
 fn candidates() -> io::Result<BTreeMap<u64, Candidate>> {
     let mut found: BTreeMap<u64, Candidate> = BTreeMap::new();
     for fd in fd_table::numbers()? {
-        // Other threads open and close theirs meanwhile.
+        // An error: another thread has closed the descriptor meanwhile.
         let Ok(copy) = duplicate(fd).map(UnixStream::from) else { continue };
         let Ok(inode) = inode(&copy) else { continue };
         if !may_be_a_channel(&copy) {
@@ -149,7 +161,7 @@ fn candidates() -> io::Result<BTreeMap<u64, Candidate>> {
 
 fn may_be_a_channel(socket: &UnixStream) -> bool {
     let unnamed = |name: io::Result<std::os::unix::net::SocketAddr>| {
-        // An error: not a Unix socket, or not connected.
+        // An error: the descriptor is no Unix socket, or is not connected.
         name.is_ok_and(|name| name.is_unnamed())
     };
     unnamed(socket.local_addr())
@@ -186,12 +198,13 @@ mod tests {
         (library, theirs, inode)
     }
 
-    /// A front-end that reads whatever comes.
+    /// A front-end that reads all messages. Returns the number of bytes that it has read.
     fn reads(mut peer: UnixStream) -> thread::JoinHandle<usize> {
         thread::spawn(move || peer.read_to_end(&mut Vec::new()).unwrap())
     }
 
-    /// Shows: the right socket is found, also while others are made, used and closed all the time.
+    /// Shows: the channel's socket is found, also while another thread creates, uses and closes
+    /// sockets.
     #[test]
     fn finds_the_socket_among_busy_ones() {
         let over = Arc::new(AtomicBool::new(false));
@@ -218,7 +231,8 @@ mod tests {
             let socket = socket.unwrap_or_else(|failed| panic!("{}", failed.why));
             assert_eq!(inode(&socket).unwrap(), expected);
             drop(socket);
-            // Nobody else has it any more, and the messages were whole (header 12, body 16).
+            // The peer has seen the end of the stream, so no other descriptor of the socket is
+            // open. Each message was complete: a header of 12 bytes and a body of 16.
             let bytes = peer.join().unwrap();
             assert!(bytes >= ENOUGH * VOLLEY * 28 && bytes.is_multiple_of(28), "{bytes}");
         }
@@ -226,12 +240,13 @@ mod tests {
         busy.into_iter().for_each(|thread| thread.join().unwrap());
     }
 
-    /// Shows: a front-end that does not read, or is gone, leaves the library its socket.
+    /// Shows: if the front-end does not read, or has closed the channel, the library's channel is
+    /// returned.
     #[test]
     fn gives_the_channel_back() {
         let (library, peer, _) = library();
         let failed = take_over(library, &VhostUserSharedMsg::default()).unwrap_err();
-        let library = failed.library.expect("the library's channel is given back");
+        let library = failed.library.expect("the library's channel is returned");
         drop(peer);
         let failed = take_over(library, &VhostUserSharedMsg::default()).unwrap_err();
         assert!(failed.library.is_some());
@@ -246,7 +261,7 @@ mod tests {
         assert!(turn(PATIENCE).is_some());
     }
 
-    /// Shows: a channel that somebody else has a handle to, too, is not taken.
+    /// Shows: a channel with a second handle in the library is not extracted.
     #[test]
     fn the_only_handle_is_needed() {
         let (library, peer, _) = library();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 5 of 6: the mapper that a front-end carries out: SHMEM_MAP and SHMEM_UNMAP on the back-end
-//! channel. Knows no device, only whether it is started.
+//! Step 5 of 6: the mapper that sends SHMEM_MAP and SHMEM_UNMAP on the back-end channel. Knows no
+//! device, only whether it is started.
 
 mod committed;
 mod extract_socket;
@@ -25,16 +25,17 @@ use super::channel::extract_socket::take_over;
 use super::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
 use crate::support::lock::{Condvar, Mutex, MutexGuard, lock};
 
-/// The region's id; both virtio-pmem and virtio-fs have only region 0.
+/// The id of the shared memory region: the window of virtio-pmem and of virtio-fs is region 0.
 const SHMID: u8 = 0;
 
-/// No descriptor: the kernel refuses to send it, and with it the message.
+/// No descriptor: the kernel refuses to send it, and with it the whole message.
 const NO_FD: RawFd = -1;
 
-/// The UUID of a shared object that nobody adds.
+/// The UUID of a shared object that no device adds.
 const UNKNOWN_OBJECT: &[u8; 16] = b"vhost-user-dax\0?";
 
-/// How soon a request that waits for the answer to our first question sees that the device stopped.
+/// Interval at which a request that waits for the probe of the front-end's acks checks whether the
+/// device was stopped.
 const GLANCE: Duration = Duration::from_millis(1);
 
 /// Sends SHMEM_MAP (back-end message 9) and SHMEM_UNMAP (10), and waits for the acks.
@@ -42,46 +43,51 @@ pub struct ShmemMapper {
     shared: Arc<Shared>,
 }
 
-/// Whether an ack from this front-end is one.
+/// Whether the front-end acks back-end requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Acks {
-    /// It answers (REPLY_ACK).
+    /// It acks (protocol feature REPLY_ACK).
     Real,
-    /// It does not, and the library takes each message for done as soon as it is sent.
+    /// It does not ack: the library returns success for each message once it is sent.
     Missing,
-    /// It can't be asked.
+    /// It can't be probed: it lacks protocol feature SHARED_OBJECT, or the channel has failed.
     Unknown,
 }
 
-/// What is shared with the channel's thread, which asks, and may send.
+/// The state that requests share with the channel thread.
 struct Shared {
+    /// Whether the device is started.
     started: Box<dyn Fn() -> bool + Send + Sync>,
-    /// `None` until the front-end has been asked. A leaf; held for moments only.
+    /// `None` until the front-end was probed. Of rank `Rank::Leaf`: held over no blocking call.
     asked: Mutex<Option<Asked>>,
+    /// Notified when the probe or an order is answered, and on close.
     answered: Condvar,
     closed: AtomicBool,
 }
 
+/// The result of the probe.
 #[derive(Clone)]
 struct Asked {
     acks: Acks,
     route: Route,
 }
 
-/// How a request goes.
+/// How requests are sent.
 #[derive(Clone)]
 enum Route {
-    /// No stop can cross it.
+    /// In two parts, so that QEMU handles none for a stopped device (see `committed.rs`).
     Committed(Arc<CommittedChannel>),
-    /// The channel's thread sends by the library, which nothing interrupts. A stop may come between
-    /// that thread's last look and QEMU's reading it.
+    /// By the channel thread through the library, in one part. Race: the channel thread sees the
+    /// device started and sends; then the front-end thread stops the device; then QEMU reads the
+    /// request for a stopped device, and crashes (docs/front-ends.md Q1).
     Library(mpsc::Sender<Order>),
-    /// Not at all.
+    /// Not at all: the channel is closed or lost.
     Lost,
 }
 
 impl Route {
-    /// The library's channel ends with its last order.
+    /// Closes a committed channel. The library's channel closes when the last sender of orders is
+    /// dropped.
     fn close(self) {
         if let Self::Committed(channel) = self {
             channel.close();
@@ -89,24 +95,27 @@ impl Route {
     }
 }
 
-/// A request that the channel's thread sends: a map if there is a file. It may outlast its caller.
+/// A request that the channel thread sends through the library. The calling thread may stop waiting
+/// for it (on close) before it is done.
 struct Order {
     body: VhostUserMMap,
+    /// The file of a map. None for an unmap.
     file: Option<File>,
+    /// Where the channel thread sends the result.
     done: mpsc::Sender<Result<(), MapError>>,
 }
 
 impl ShmemMapper {
-    /// A mapper over the back-end channel, of which `channel` must be the only handle. `started`
-    /// says whether the device is started now; it must be false before the stop is answered. A
-    /// request may outlast a stop and be made after the next start: who minds must say false then,
-    /// too.
+    /// A mapper over the back-end channel; `channel` must be the only handle to it. `started`
+    /// returns whether the device is started now, and must return false before the stop is
+    /// answered. A request that waits during a stop is sent after the next start. If that is wrong
+    /// for the caller, its `started` must return false after the next start too.
     ///
-    /// In a thread of its own, the front-end is asked whether it acks; a map waits for the answer,
-    /// so this is best called long before the first one. The front-end answers only when the
-    /// caller, its message thread, is done (Q3). The thread ends with the channel. A front-end that
-    /// leaves a message unanswered holds only that thread after the session's end, until it closes
-    /// its own end.
+    /// The channel thread, which this starts, probes whether the front-end acks. A map waits for
+    /// the probe, so call this long before the first map. The front-end answers the probe only
+    /// after the caller, the front-end thread, has answered its message (docs/front-ends.md Q3).
+    /// The channel thread ends with the channel. If the front-end leaves a message unanswered, only
+    /// the channel thread stays after the session's end, until the front-end closes its end.
     pub fn new(channel: Backend, started: impl Fn() -> bool + Send + Sync + 'static) -> Self {
         let shared = Arc::new(Shared {
             started: Box::new(started),
@@ -114,7 +123,8 @@ impl ShmemMapper {
             answered: Condvar::new(),
             closed: AtomicBool::new(false),
         });
-        // Not cloned: the thread needs the only handle.
+        // Moved to the thread by a queue, so that the handle is still here if the thread can't be
+        // started. It can't be cloned: the thread needs the only handle.
         let (hand, over) = mpsc::channel();
         let theirs = shared.clone();
         let thread = Builder::new().name("channel".into()).spawn(move || {
@@ -125,33 +135,37 @@ impl ShmemMapper {
         match thread {
             Ok(_) => drop(hand.send(channel)),
             Err(e) => {
-                warn!("the back-end channel can't be used, so nothing is mapped: {e}");
+                warn!("no thread for the back-end channel, so no file can be mapped: {e}");
                 shared.answer(Acks::Unknown, Route::Lost);
             }
         }
         Self { shared }
     }
 
-    /// Finds out whether the front-end answers: the library does not tell. It is asked to forget a
-    /// shared object that never was, which it must refuse; QEMU does so silently, and at any time.
-    /// Blocks like a map, also while the device is not started.
+    /// Whether the front-end acks; the library does not report that. The probe is a
+    /// SHARED_OBJECT_REMOVE of an unknown object, which the front-end must refuse; QEMU does so at
+    /// any time and logs nothing. Waits for the probe, also while the device is not started.
     pub fn probe_acks(&self) -> Acks {
         self.shared.wait(&|| true).map_or(Acks::Unknown, |asked| asked.acks)
     }
 
-    /// The same, but only while the device is started.
+    /// Like [`probe_acks`](Self::probe_acks), but waits only while the device is started.
+    ///
+    /// # Errors
+    /// [`MapError::Stopped`] if the device was stopped; [`MapError::Broken`] after
+    /// [`close`](Self::close).
     pub(super) fn acks(&self) -> Result<Acks, MapError> {
         Ok(self.shared.wait(&*self.shared.started)?.acks)
     }
 
-    /// Whether the device is started, by the session's word. A request is sent only then: this is
-    /// for a thread whose request was not sent, and that waits for the start.
+    /// Whether the device is started, by the session's `started`. A request is sent only then. For
+    /// a thread whose request was not sent because of a stop, and which waits for the start.
     pub(crate) fn is_started(&self) -> bool {
         (self.shared.started)()
     }
 
-    /// The session is over: whatever waits for the front-end returns [`MapError::Broken`], now and
-    /// from now on.
+    /// Closes the channel at the session's end: waiting and later requests return
+    /// [`MapError::Broken`].
     pub fn close(&self) {
         self.shared.close();
     }
@@ -173,14 +187,14 @@ impl ShmemMapper {
 
 impl Drop for ShmemMapper {
     fn drop(&mut self) {
-        // The channel's thread may outlive us.
+        // The channel thread may outlive the mapper.
         self.close();
     }
 }
 
 impl Shared {
-    /// The channel's thread: asks the front-end, takes the channel over if it can, and sends by the
-    /// library if it can't.
+    /// The channel thread: probes the front-end, extracts the channel's socket if it can, and else
+    /// sends requests through the library.
     fn run(&self, library: Backend) {
         let acks = match sort(library.shared_object_remove(&unknown_object())) {
             Ok(()) => Acks::Missing,
@@ -190,7 +204,7 @@ impl Shared {
         let committed = if acks == Acks::Real && !self.is_closed() && knows_shmem(&library) {
             self.commit(library)
         } else {
-            debug!("the library's channel is used as it is (acks: {acks:?})");
+            debug!("maps are sent through the vhost library (acks: {acks:?})");
             Err(Some(library))
         };
         match committed {
@@ -204,14 +218,17 @@ impl Shared {
         }
     }
 
-    /// The channel taken over; the error gives the library's channel back, unless it is lost.
+    /// Extracts the channel's socket.
+    ///
+    /// # Errors
+    /// The library's channel, or None if it was closed.
     fn commit(&self, library: Backend) -> Result<CommittedChannel, Option<Backend>> {
         take_over(library, &unknown_object()).map(CommittedChannel::new).map_err(|failed| {
             if !self.is_closed() {
                 let why = failed.why;
                 warn!(
-                    "the back-end channel's socket can't be had ({why}): a map that a stop \
-                       crosses may kill QEMU"
+                    "the back-end channel's socket can't be extracted from the vhost library \
+                     ({why}): a stop of the device during a map may crash QEMU"
                 );
             }
             failed.library
@@ -220,7 +237,8 @@ impl Shared {
 
     fn answer(&self, acks: Acks, route: Route) {
         let mut asked = self.lock();
-        // Under the lock: a close() that comes later finds the route, one that came before is seen.
+        // Under the lock, so that a close() by another thread either came before, and is seen here,
+        // or comes later, and finds the route.
         let route = if self.is_closed() {
             route.close();
             Route::Lost
@@ -231,20 +249,20 @@ impl Shared {
         self.answered.notify_all();
     }
 
-    /// Sends one order after the other, until the channel is closed.
+    /// Sends orders through the library, one at a time, until all senders of orders are dropped.
     fn send(&self, library: &Backend, orders: mpsc::Receiver<Order>) {
         for Order { body, file, done } in orders {
             let sent = self.send_by(library, &body, file.as_ref());
             let asked = self.lock();
-            // An error: the caller has gone.
+            // An error: the calling thread has stopped waiting.
             let _ = done.send(sent);
             drop(asked);
             self.answered.notify_all();
         }
     }
 
-    /// Looks at the device's state right before the system call: a map must not reach a stopped
-    /// device (Q1), and this order may have waited long for another one.
+    /// Sends one order. Checks the device's state right before the system call: a map must not
+    /// reach a stopped device (docs/front-ends.md Q1), and the order may have waited for others.
     fn send_by(
         &self,
         library: &Backend,
@@ -263,7 +281,7 @@ impl Shared {
         })
     }
 
-    /// Has the channel's thread send a request, and waits for its answer or for the channel's end.
+    /// Passes a request to the channel thread, and waits for its result or for the channel's close.
     fn order(
         &self,
         orders: &mpsc::Sender<Order>,
@@ -272,7 +290,7 @@ impl Shared {
     ) -> Result<(), MapError> {
         let file = file.map(File::try_clone).transpose().map_err(MapError::Broken)?;
         let (done, answer) = mpsc::channel();
-        // An error: the thread has ended, and `done` with it.
+        // An error: the channel thread has ended. Then `done` is dropped, and `answer` reports it.
         let _ = orders.send(Order { body: *body, file, done });
         let mut asked = self.lock();
         loop {
@@ -285,7 +303,7 @@ impl Shared {
         }
     }
 
-    /// Waits for the answer as long as it makes sense.
+    /// Waits for the result of the probe, until the channel is closed or `started` returns false.
     fn wait(&self, started: &dyn Fn() -> bool) -> Result<Asked, MapError> {
         let mut asked = self.lock();
         loop {
@@ -296,7 +314,7 @@ impl Shared {
                 return Ok(asked.clone());
             }
             drop(self.answered.wait_timeout(asked, GLANCE));
-            // Not under our lock, which is a leaf.
+            // Called without the lock: no lock may be taken under a `Rank::Leaf`.
             if !started() {
                 return Err(MapError::Stopped);
             }
@@ -323,7 +341,7 @@ impl Shared {
 }
 
 fn closed() -> MapError {
-    MapError::Broken(io::Error::new(io::ErrorKind::NotConnected, "the session is over"))
+    MapError::Broken(io::Error::new(io::ErrorKind::NotConnected, "the session has ended"))
 }
 
 fn unknown_object() -> VhostUserSharedMsg {
@@ -332,7 +350,8 @@ fn unknown_object() -> VhostUserSharedMsg {
     unknown_object
 }
 
-/// Whether SHMEM was negotiated. Nothing is sent.
+/// Whether protocol feature SHMEM was negotiated. Sends no message: the library checks the feature
+/// first, and the kernel refuses the invalid descriptor.
 fn knows_shmem(library: &Backend) -> bool {
     let asked = library.shmem_map(&VhostUserMMap::default(), &NO_FD);
     !matches!(sort(asked), Err(MapError::Unsupported(_)))
@@ -349,7 +368,8 @@ fn message(at: WindowOffset, from: FileOffset, bytes: WindowBytes) -> VhostUserM
     }
 }
 
-/// The library hides its error in an `io::Error`; one without it is its own "not negotiated".
+/// The result of a library call as a [`MapError`]. The library wraps its errors in an `io::Error`;
+/// its `io::Error` without one of them inside means "feature not negotiated".
 fn sort(result: io::Result<u64>) -> Result<(), MapError> {
     let Err(e) = result else { return Ok(()) };
     Err(match e.get_ref().map(|inner| inner.downcast_ref::<Error>()) {
@@ -390,7 +410,8 @@ mod tests {
     const AT: WindowOffset = WindowOffset(0);
     const BYTES: WindowBytes = WindowBytes(4096);
 
-    /// A front-end of the library's own make: refuses the unknown object, and answers as told.
+    /// A front-end of the vhost library, which refuses the unknown object. Maps and unmaps are
+    /// answered by `answer`.
     struct Front {
         answer: fn() -> io::Result<u64>,
         maps: AtomicUsize,
@@ -408,7 +429,7 @@ mod tests {
         }
     }
 
-    /// What was negotiated.
+    /// The negotiated protocol features: REPLY_ACK, SHARED_OBJECT, SHMEM.
     #[derive(Clone, Copy)]
     struct Negotiated {
         acks: bool,
@@ -418,7 +439,7 @@ mod tests {
 
     const ALL: Negotiated = Negotiated { acks: true, objects: true, shmem: true };
 
-    /// A mapper whose front-end is a thread.
+    /// A mapper, and its front-end, which runs in a thread.
     fn served(has: Negotiated, answer: fn() -> io::Result<u64>) -> (ShmemMapper, Arc<Front>) {
         let front = Arc::new(Front { answer, maps: AtomicUsize::new(0) });
         let mut handler = FrontendReqHandler::new(front.clone()).unwrap();
@@ -426,7 +447,8 @@ mod tests {
         let ours = crate::window::channel::raw::duplicate(handler.get_tx_raw_fd()).unwrap();
         thread::spawn(move || {
             use Error::{Disconnected, PartialMessage, SocketBroken};
-            // The handler keeps our end open, too: it never sees us go.
+            // The handler keeps a duplicate of the mapper's end open, so it never sees the mapper
+            // close the channel.
             while !matches!(
                 handler.handle_request(),
                 Err(Disconnected | PartialMessage | SocketBroken(_))
@@ -447,7 +469,8 @@ mod tests {
         mapper.shared.wait(&|| true).unwrap().route
     }
 
-    /// Shows: with a front-end that can all, requests go the safe way, and its answers arrive.
+    /// Shows: with a front-end that has all three features, requests are sent in two parts, and its
+    /// acks arrive.
     #[test]
     fn requests_are_committed() {
         let (mapper, front) = served(ALL, || Ok(0));
@@ -460,7 +483,8 @@ mod tests {
         assert!(matches!(map(&mapper), Err(MapError::Refused)));
     }
 
-    /// Shows: what a front-end lacks is told as before, and nothing is taken over then.
+    /// Shows: the result of the probe and of a map for a front-end that lacks a feature. Then the
+    /// socket is not extracted.
     #[test]
     fn what_a_front_end_lacks() {
         let (mapper, front) = served(Negotiated { shmem: false, ..ALL }, || Ok(0));
@@ -477,6 +501,7 @@ mod tests {
         map(&mapper).unwrap();
     }
 
+    /// A mapper whose front-end does not answer; the test has the front-end's end of the channel.
     fn deaf(started: bool) -> (ShmemMapper, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let channel = Backend::from_stream(ours);
@@ -486,7 +511,7 @@ mod tests {
         (ShmemMapper::new(channel, move || started), theirs)
     }
 
-    /// Shows: nothing of a map goes to the front-end of a stopped device (Q1).
+    /// Shows: no map or unmap is sent for a stopped device (Q1).
     #[test]
     fn nothing_is_sent_to_a_stopped_device() {
         let (mapper, mut theirs) = deaf(false);
@@ -499,9 +524,9 @@ mod tests {
         assert_eq!(theirs.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
     }
 
-    /// Shows: the same for the library's way, by a look of the thread that sends.
+    /// Shows: the channel thread checks that the device is started before it sends an order.
     #[test]
-    fn the_library_looks_in_the_last_moment() {
+    fn the_channel_thread_checks_the_device_before_an_order() {
         let looks = Arc::new(AtomicUsize::new(0));
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let channel = Backend::from_stream(ours);
@@ -515,9 +540,9 @@ mod tests {
         assert_eq!(theirs.read_to_end(&mut Vec::new()).unwrap(), 0);
     }
 
-    /// Shows: a front-end that never answers the question holds no map beyond the session's end.
+    /// Shows: if the front-end never answers the probe, close() ends a waiting map.
     #[test]
-    fn a_question_without_an_answer() {
+    fn a_probe_without_an_answer() {
         let (mapper, _theirs) = deaf(true);
         let mapper = Arc::new(mapper);
         let waiting = mapper.clone();
@@ -528,8 +553,8 @@ mod tests {
         assert_eq!(mapper.probe_acks(), Acks::Unknown);
     }
 
-    /// Shows: the session's end returns the caller of a request by the library that is never
-    /// answered, and the caller whose request waits behind it.
+    /// Shows: close() ends an order that is sent and never answered, and an order that waits behind
+    /// it.
     #[test]
     fn an_order_without_an_answer() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
@@ -550,13 +575,13 @@ mod tests {
         for asked in [sent, waits] {
             assert!(matches!(asked.join().unwrap(), Err(MapError::Broken(_))));
         }
-        // The answer comes too late: the channel's thread ends, and sends nothing else.
+        // After a late answer the channel thread ends, and sends no other request.
         drop(mapper);
         theirs.write_all(&[0; 20]).unwrap();
         assert_eq!(theirs.read_to_end(&mut Vec::new()).unwrap(), 0);
     }
 
-    /// Shows: after the session's end the channel is closed, whichever of the two came first.
+    /// Shows: after close() maps fail, whether it came before the end of the probe or after it.
     #[test]
     fn close_before_the_answer_and_after_it() {
         for wait in [false, true] {
