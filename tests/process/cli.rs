@@ -194,7 +194,7 @@ fn bad_shares_are_refused() {
     let place = Place::new();
     for (arguments, words) in [
         (&["--window-size", "3M"][..], &["2M or 4M would do"][..]),
-        (&["--window-size", "1G"], &["768M would do", "QEMU dies"]),
+        (&["--window-size", "1G"], &["768M would do", "QEMU aborts"]),
         (&["--window-size", "big"], &["512M or 1G"]),
         (&["--dax", "sometimes"], &["inode", "always", "never"]),
         (&["--mem-slots", "maybe"], &["on", "off"]),
