@@ -57,13 +57,12 @@ const PART: u64 = 16;
 /// | memory regions, including all maps of the VM | 509, or two tables of 32 without memory slots |
 /// | each ring | 7 |
 /// | each slot of the window, if each maps another file | 2 |
-/// | each thread that serves requests: of the pool, of the rings, and the watchdog | 4 |
+/// | each thread that serves requests: of the pool, of the rings, and the watchdog | 4, and 2 for a mapped file |
 pub fn reserved(config: &FsConfig) -> u64 {
     let regions = if config.mem_slots { SLOT_REGIONS } else { 2 * MESSAGE };
     let rings = 1 + u64::from(config.request_queues);
     let slots = config.window.bytes().0 / PMD_BYTES;
-    // Each request may also hold a mapped file that replaces another one, whose descriptors are
-    // still open.
+    // A request may map a file in place of another one, whose descriptors are still open.
     let requests = config.threads as u64 + rings + 1;
     own(config) + MESSAGE + regions + MAPPED_FILE * slots + (REQUEST + MAPPED_FILE) * requests
 }
