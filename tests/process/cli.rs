@@ -204,8 +204,8 @@ fn bad_shares_are_refused() {
         (&["--xattrmap", "foo"], &["--xattrmap", "lacks a field", "':map::user.virtiofs.:'"]),
         (&["--xattrmap", ":all:all:::"], &["--xattrmap", "rule 1", "'all' is no type"]),
         (&["--xattrmap", ":ok:some:::"], &["--xattrmap", "rule 1", "'some' is no scope"]),
-        (&["--xattrmap", ":ok:client:::"], &["--xattrmap", "must take all names"]),
-        (&["--xattrmap", ":ok:server:::"], &["--xattrmap", "must take all names"]),
+        (&["--xattrmap", ":ok:client:::"], &["--xattrmap", "must match all names"]),
+        (&["--xattrmap", ":ok:server:::"], &["--xattrmap", "must match all names"]),
         (&["--posix-acl", "--translate-uid", "map:0:1000:1"], &["--posix-acl", "leave one out"]),
         (&["--translate-uid", "nonsense"], &["--translate-uid", "map:0:100000:65536"]),
         (
