@@ -29,7 +29,7 @@ fn least(window_bytes: u64, extra: &[&str]) -> u64 {
     assert_eq!(line.lines().count(), 1, "{line}");
     assert!(line.contains("--window-size") && line.contains("--thread-pool-size"), "{line}");
     assert!(!socket.exists());
-    let (_, number) = line.split_once("take more than ").unwrap();
+    let (_, number) = line.split_once("use more than ").unwrap();
     number.split(',').next().unwrap().parse::<u64>().unwrap() + 1
 }
 

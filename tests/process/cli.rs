@@ -230,7 +230,7 @@ fn bad_shares_are_refused() {
         ),
         (&["--translate-gid", "forbid-guest:9:4294967295"], &["--translate-gid", "past the last"]),
         (&["--sandbox", "chroot"], &["--sandbox none"]),
-        (&["--rlimit-nofile", "100"], &["take more than"]),
+        (&["--rlimit-nofile", "100"], &["use more than"]),
         (&["--uid-map", "nonsense"], &["--uid-map", "':0:1000:1:'"]),
         (&["--gid-map", ":0:1:"], &["--gid-map", "':0:1000:1:'"]),
         (&["--dax=always", "--window-size=0"], &["--dax=always and --window-size 0"]),
@@ -255,7 +255,7 @@ fn bad_shares_are_refused() {
     place.refuses(&mut command, &["good: Not a directory", "name a directory"]);
     let mut command = Command::new(BINARY);
     command.args(["fs", "--tag", "t", "--shared-dir", "/proc", "--inode-file-handles=mandatory"]);
-    let words = ["--inode-file-handles=mandatory", "no file handles", "take prefer"];
+    let words = ["--inode-file-handles=mandatory", "no file handles", "use prefer"];
     place.refuses(command.arg("--socket-path").arg(place.path("sock")), &words);
     let long = "x".repeat(37);
     let mut command = Command::new(BINARY);
