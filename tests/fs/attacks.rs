@@ -148,7 +148,11 @@ fn each_kind_has_a_length() {
     guest.call(op::SYMLINK, ROOT, &link, ENTRY_OUT).unwrap();
     let ioctl = Arg::new().u64s(&[fh, 0, 0]).u32s(&[0, 0]);
     let pending = guest.send_with(op::IOCTL, node, &[&ioctl.0], 16, &[padding], &[]);
-    assert_eq!(guest.reply(pending), Reply::Error(libc::ENOSYS), "an unsupported request is neither served nor kept");
+    assert_eq!(
+        guest.reply(pending),
+        Reply::Error(libc::ENOSYS),
+        "an unsupported request is neither served nor kept"
+    );
 }
 
 /// Shows: waiting requests of the largest length need little memory of the daemon.

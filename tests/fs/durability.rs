@@ -248,7 +248,11 @@ fn a_loss_that_a_close_has_seen_is_told_to_who_syncs() {
     guest.release(node, fh).unwrap();
     guest.remove(&[(0, RANGE)]).unwrap();
     let late = guest.open(node, libc::O_RDWR).unwrap();
-    assert_eq!(guest.fsync(node, late), Err(libc::EIO), "pages were lost, and no call has reported it");
+    assert_eq!(
+        guest.fsync(node, late),
+        Err(libc::EIO),
+        "pages were lost, and no call has reported it"
+    );
 }
 
 /// docs/durability.md: after a failed sync each sync fails until all processes have closed the
