@@ -434,8 +434,8 @@ impl FsArgs {
         check_rules("--translate-gid", &self.translate_gid)?;
         if !matches!(self.sandbox, Sandbox::None) {
             return Err(
-                "--sandbox: only none is supported; use --sandbox none and run the daemon under systemd's \
-                 ProtectSystem= and BindPaths=, or in a container"
+                "--sandbox: only none is supported; use --sandbox none and run the daemon under \
+                 systemd's ProtectSystem= and BindPaths=, or in a container"
                     .into(),
             );
         }

@@ -65,7 +65,8 @@ pub fn contradiction(matches: &ArgMatches) -> Option<String> {
     }
     let threshold = named.any("dax_threshold") && named.is("dax", "always");
     threshold.then(|| {
-        "--dax-threshold and --dax=always: all files are mapped then; leave one out, or use --dax=inode"
+        "--dax-threshold and --dax=always: all files are mapped then; leave one out, or use \
+         --dax=inode"
             .into()
     })
 }
@@ -81,7 +82,8 @@ pub fn warn_of_idle(matches: &ArgMatches) {
         (
             named.any("allow_mmap")
                 && !(named.is("cache", "never") || named.is("cache", "metadata")),
-            "--allow-mmap does nothing without --cache=never or metadata: the guest may always use mmap",
+            "--allow-mmap does nothing without --cache=never or metadata: the guest may always use \
+             mmap",
         ),
         (
             named.any("writeback") && named.any("readonly"),

@@ -177,7 +177,8 @@ fn the_page_is_what_clap_says() {
     let differs = page.lines().zip(written.lines()).find(|(new, old)| new != old);
     assert!(
         page == written,
-        "docs/options.md differs; run UPDATE=1 cargo test --bin vhost-user-dax options_page\n{differs:?}"
+        "docs/options.md differs; run UPDATE=1 cargo test --bin vhost-user-dax \
+         options_page\n{differs:?}"
     );
 }
 

@@ -70,10 +70,10 @@ impl Piece {
     }
 
     /// Number of bytes up to the first one at which a load by the guest would fault.
-    fn there(&self) -> io::Result<usize> {
+    fn readable_bytes(&self) -> io::Result<usize> {
         match self {
             Self::Memory { bytes, .. } => Ok(*bytes),
-            Self::File(piece) => piece.there(),
+            Self::File(piece) => piece.readable_bytes(),
         }
     }
 }
@@ -177,9 +177,9 @@ impl Buffers {
     fn reach(&self, most: usize) -> io::Result<usize> {
         let mut reach = 0;
         for piece in &self.0 {
-            let there = piece.there()?;
-            reach += there;
-            if there < piece.bytes() || reach >= most {
+            let readable = piece.readable_bytes()?;
+            reach += readable;
+            if readable < piece.bytes() || reach >= most {
                 break;
             }
         }

@@ -57,7 +57,7 @@ const PART: u64 = 16;
 /// | memory regions, including all maps of the VM | 509, or two tables of 32 without memory slots |
 /// | each ring | 7 |
 /// | each slot of the window, if each maps another file | 2 |
-/// | each thread that serves requests: of the pool, of the rings, and the watchdog | 4, and 2 for a mapped file |
+/// | each thread that serves requests: of the pool and the rings, the watchdog | 4, and 2 for a mapped file |
 pub fn reserved(config: &FsConfig) -> u64 {
     let regions = if config.mem_slots { SLOT_REGIONS } else { 2 * MESSAGE };
     let rings = 1 + u64::from(config.request_queues);
@@ -80,9 +80,9 @@ pub fn left_for_guest(files: u64, config: &FsConfig) -> Result<u64, String> {
     let left = files.checked_sub(reserved).filter(|left| *left >= LEAST_FOR_GUEST);
     left.ok_or_else(|| {
         format!(
-            "--rlimit-nofile: {files} descriptors are too few: the daemon may need {reserved} beside the \
-             guest's files; use more than {}, or a smaller --window-size, --thread-pool-size or \
-             --num-request-queues",
+            "--rlimit-nofile: {files} descriptors are too few: the daemon may need {reserved} \
+             beside the guest's files; use more than {}, or a smaller --window-size, \
+             --thread-pool-size or --num-request-queues",
             reserved + LEAST_FOR_GUEST - 1
         )
     })
@@ -129,12 +129,12 @@ pub(crate) struct Descriptors {
 /// Permission to open descriptors. Its drop, at the end of the request, returns them to the count,
 /// whether they were opened or not: open ones are counted in the table.
 #[must_use]
-pub(crate) struct Leave<'a> {
+pub(crate) struct Permit<'a> {
     descriptors: &'a Descriptors,
     count: i64,
 }
 
-impl Drop for Leave<'_> {
+impl Drop for Permit<'_> {
     fn drop(&mut self) {
         self.descriptors.promised.fetch_sub(self.count, Ordering::SeqCst);
     }
@@ -183,7 +183,7 @@ impl Descriptors {
     ///
     /// # Errors
     /// ENFILE if none is left.
-    pub(crate) fn ask(&self, want: Want) -> io::Result<Leave<'_>> {
+    pub(crate) fn ask(&self, want: Want) -> io::Result<Permit<'_>> {
         let (count, kept) = match want {
             Want::Keep(count) => (count as i64, self.kept),
             Want::Inode => (1, self.kept),
@@ -192,19 +192,19 @@ impl Descriptors {
         // First added to `promised`, then subtracted from `left`: a thread that counts in between
         // sees at least one of the two.
         self.promised.fetch_add(count, Ordering::SeqCst);
-        let leave = Leave { descriptors: self, count };
-        let Some(table) = &self.table else { return Ok(leave) };
+        let permit = Permit { descriptors: self, count };
+        let Some(table) = &self.table else { return Ok(permit) };
         let left = self.left.fetch_sub(count, Ordering::SeqCst) - count;
-        let given = left >= kept || self.count_anew(table) >= kept;
+        let given = left >= kept || self.recount(table) >= kept;
         // The result is not used for inodes held by handles. It is still counted: another file
         // system in the share may have no handles, and hold descriptors.
         let given = given || (self.by_handle && want == Want::Inode);
-        if given { Ok(leave) } else { Err(Errno::ENFILE.into()) }
+        if given { Ok(permit) } else { Err(Errno::ENFILE.into()) }
     }
 
     /// Counts again. Returns the number of descriptors left, without the promised ones.
-    fn count_anew(&self, table: &File) -> i64 {
-        let mut said = lock(&self.counting);
+    fn recount(&self, table: &File) -> i64 {
+        let mut warned = lock(&self.counting);
         let before = self.left.load(Ordering::SeqCst);
         // `promised` is read before the table: a descriptor opened in between counts twice. In the
         // opposite order it would not count at all.
@@ -212,7 +212,7 @@ impl Descriptors {
         let own = self.own.load(Ordering::Relaxed) + self.not_the_guests();
         let used = count(table).saturating_sub(own) as i64;
         let left = self.most - used - promised;
-        if used >= self.most / 5 * 4 && !std::mem::replace(&mut *said, true) {
+        if used >= self.most / 5 * 4 && !std::mem::replace(&mut *warned, true) {
             self.warn(used);
         }
         // Bounded, so that the next count is not late for the warning.
@@ -230,13 +230,13 @@ impl Descriptors {
                 ", or use --inode-file-handles=prefer, which holds a descriptor for open files only"
             }
             (false, true) => {
-                ", or let inodes be held by file handles: that needs CAP_DAC_READ_SEARCH, and a file \
-                 system with file handles"
+                ", or let inodes be held by file handles: that needs CAP_DAC_READ_SEARCH, and a \
+                 file system with file handles"
             }
         };
         warn!(
-            "the guest has {used} of the {most} descriptors that it may have; at the limit it can open and \
-             create no files (ENFILE): raise --rlimit-nofile{instead}"
+            "the guest has {used} of the {most} descriptors that it may have; at the limit it can \
+             open and create no files (ENFILE): raise --rlimit-nofile{instead}"
         );
     }
 }
@@ -254,8 +254,12 @@ pub(crate) fn handles_work(dir: &Path) -> io::Result<()> {
 
 /// Number of open descriptors of the process.
 fn count(table: &File) -> u64 {
-    let told = table.metadata().map_or(0, |table| table.len());
-    if told > 0 { told } else { fs::read_dir("/proc/self/fd").map_or(0, |all| all.count() as u64) }
+    let length = table.metadata().map_or(0, |table| table.len());
+    if length > 0 {
+        length
+    } else {
+        fs::read_dir("/proc/self/fd").map_or(0, |all| all.count() as u64)
+    }
 }
 
 #[cfg(test)]
@@ -295,11 +299,11 @@ mod tests {
     /// Shows: permissions are given while a descriptor is left beside the promised ones; the last
     /// ones are given only for a moment; a permission counts no more when its request ends.
     #[test]
-    fn leave_is_given_while_there_is_any() {
+    fn permits_are_given_while_descriptors_are_left() {
         let descriptors = limited(1000);
         let mut given = Vec::new();
-        while let Ok(leave) = descriptors.ask(Want::Keep(2)) {
-            given.push(leave);
+        while let Ok(permit) = descriptors.ask(Want::Keep(2)) {
+            given.push(permit);
         }
         let used = count(descriptors.table.as_ref().unwrap());
         assert!(given.len() as u64 * 2 + used <= 1000 + 64, "{} given, {used} used", given.len());

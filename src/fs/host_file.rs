@@ -154,7 +154,7 @@ where
         if attr.mode & libc::S_IFMT != libc::S_IFREG || !known(attr.ino) {
             return Ok(None);
         }
-        let _leave = self.descriptors.ask(Want::Moment)?;
+        let _permit = self.descriptors.ask(Want::Moment)?;
         // Files of two devices may have this inode number. O_PATH: such a descriptor can't read,
         // write or block.
         let flags = libc::O_PATH.cast_unsigned();

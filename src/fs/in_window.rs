@@ -69,7 +69,7 @@ impl FilePiece {
 
     /// Number of its bytes up to the end of the file's last page: a load through the window behind
     /// that page would fault.
-    pub(super) fn there(&self) -> io::Result<usize> {
+    pub(super) fn readable_bytes(&self) -> io::Result<usize> {
         let end = self.space.source().file_bytes()?.next_multiple_of(PAGE_BYTES);
         let left = usize::try_from(end.saturating_sub(self.from.0)).unwrap_or(usize::MAX);
         Ok(left.min(self.bytes))

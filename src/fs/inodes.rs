@@ -109,9 +109,9 @@ impl Inodes {
 
     fn warn(&self) {
         warn!(
-            "the guest knows 80 % of the {} inodes that it may know, which need 1/{PART} of the daemon's \
-             memory ({}); at 100 % look-ups and new files fail with ENFILE: \
-             'echo 2 > /proc/sys/vm/drop_caches' in the guest makes it forget unused inodes",
+            "the guest knows 80 % of the {} inodes that it may know, which need 1/{PART} of the \
+             daemon's memory ({}); at 100 % look-ups and new files fail with ENFILE: 'echo 2 > \
+             /proc/sys/vm/drop_caches' in the guest makes it forget unused inodes",
             self.most,
             Size(memory_bytes())
         );

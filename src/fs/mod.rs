@@ -163,8 +163,8 @@ impl Fs {
         }
         if passthrough.writeback && dax.is_some() {
             warn!(
-                "--writeback has no effect for a guest that maps files: it would not see the times of \
-                 its stores through the window"
+                "--writeback has no effect for a guest that maps files: it would not see the times \
+                 of its stores through the window"
             );
         }
         let flags =
@@ -441,7 +441,8 @@ impl Device for Fs {
         let window = self.dax.as_ref().map_or(String::from("none"), |dax| {
             let counters = dax.engine().counters().snapshot();
             format!(
-                "grants={} refused={} removals={} 2M-entries={} 4K-entries={} file-ends=passthrough",
+                "grants={} refused={} removals={} 2M-entries={} 4K-entries={} \
+                 file-ends=passthrough",
                 counters.grants,
                 counters.grants_failed,
                 dax.removals.get(),
@@ -450,7 +451,8 @@ impl Device for Fs {
             )
         });
         info!(
-            "session ended: requests={requests} errors={errors} malformed={malformed}; window: {window}"
+            "session ended: requests={requests} errors={errors} malformed={malformed}; window: \
+             {window}"
         );
     }
 

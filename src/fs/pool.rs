@@ -231,8 +231,9 @@ fn can_own_directory() -> io::Result<()> {
     let tried = Builder::new().name("fuse".into()).spawn(own_directory)?;
     let refused = |e| {
         io::Error::other(format!(
-            "no thread can have an umask and a working directory of its own (unshare(CLONE_FS): {e}); let \
-             the filter of system calls (the container's, or systemd's SystemCallFilter=) permit unshare"
+            "no thread can have an umask and a working directory of its own (unshare(CLONE_FS): \
+             {e}); let the filter of system calls (the container's, or systemd's \
+             SystemCallFilter=) permit unshare"
         ))
     };
     tried.join().unwrap_or_else(|_| Err(Errno::EIO.into())).map_err(refused)

@@ -191,7 +191,7 @@ fn chains_that_are_too_long() {
 /// Shows: with translated ids a guest creates no file that the host's root owns. Id -1 is invalid,
 /// and creates nothing.
 #[test]
-fn nobody_is_not_root() {
+fn an_invalid_id_is_not_root() {
     let rule = "map:0:100000:65536";
     let host = with(&["--translate-uid", rule, "--translate-gid", rule]);
     let mut guest = host.boot();
@@ -209,7 +209,7 @@ fn nobody_is_not_root() {
 /// Shows: id -1 is refused in each request that creates a file or sets an owner, with and without
 /// translation; it is accepted in requests in which Linux sends it because ids don't matter.
 #[test]
-fn nobody_owns_nothing() {
+fn an_invalid_id_owns_nothing() {
     const FATTR_UID: u32 = 1 << 1;
     const FATTR_GID: u32 = 1 << 2;
     const NOBODY: u32 = u32::MAX;
@@ -400,7 +400,7 @@ fn files_that_must_not_be_written() {
 /// Shows: a file of another user, without permissions for others, is mapped if the daemon runs as
 /// root.
 #[test]
-fn a_file_of_somebody_elses() {
+fn a_file_of_another_user() {
     let host = with(&[]);
     host.put("f", &[b'o'; 5000]);
     std::os::unix::fs::chown(host.path("f"), Some(1000), Some(1000)).unwrap();
@@ -511,7 +511,7 @@ fn a_flood_of_inits() {
 
 /// Shows: a full stderr that no process reads delays neither requests nor the daemon's end.
 #[test]
-fn a_log_that_nobody_reads() {
+fn a_full_stderr_delays_no_request() {
     let host = FsHost::with(FsOptions {
         read_log: false,
         extra: vec!["--log-level=debug".into()],

@@ -57,7 +57,7 @@ fn unlease(file: &File) {
 
 /// Must hold: maps of files under a lease of a host process do not delay a LOOKUP of another file.
 #[test]
-fn leases_and_maps_hold_up_nobody() {
+fn leases_and_maps_delay_no_lookup() {
     let host = with(&["--thread-pool-size", "4"]);
     (0..8).for_each(|i| host.put(&format!("leased{i}"), &[1; 5000]));
     host.put("other", b"other");
@@ -867,7 +867,7 @@ type SendAbout<'a> = &'a dyn Fn(&mut FsGuest, u64) -> Pending;
 /// Must hold: each request that opens a file waits for a lease and then succeeds, and does not
 /// delay an OPEN of another file.
 #[test]
-fn all_that_waits_for_a_lease() {
+fn each_request_that_waits_for_a_lease() {
     let trunc = libc::O_RDWR | libc::O_TRUNC;
     let sends: [(&str, SendAbout<'_>); 4] = [
         ("CREATE", &|guest, _| {

@@ -164,7 +164,7 @@ fn a_file_into_its_own_window() {
 /// Shows that a buffer in a part of the window without a grant gets an errno and changes no file,
 /// also if a granted part comes before it.
 #[test]
-fn a_part_that_nobody_granted() {
+fn a_part_without_a_grant() {
     each_way(|mut b| {
         let places = [
             FsGuest::in_window(0),

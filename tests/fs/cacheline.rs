@@ -35,9 +35,9 @@ fn mapped(host: &FsHost) -> (FsGuest, u64, u64) {
 /// Shows: a WRITE to a range granted for writing is a store of the daemon: no write(2), the bytes
 /// are in the file and in the window at once, and mtime is new. Any other WRITE is a write(2).
 #[test]
-fn writes_go_past_the_cache_where_blocks_are_sure() {
+fn writes_to_granted_ranges_go_past_the_cache() {
     if !Strace::is_here() {
-        return skip("writes_go_past_the_cache_where_blocks_are_sure", "no strace");
+        return skip("writes_to_granted_ranges_go_past_the_cache", "no strace");
     }
     let host = in_memory();
     let (mut guest, node, fh) = mapped(&host);

@@ -139,7 +139,7 @@ fn a_grant_outlives_growth() {
             assert_eq!(guest.write(node, fh, at, &more), Ok(part as u32));
             expected.extend_from_slice(&more);
         }
-        let seen = window(&guest, 4 * RANGE, end.min(RANGE)).expect("the grant is gone");
+        let seen = window(&guest, 4 * RANGE, end.min(RANGE)).expect("the grant was removed");
         assert!(seen == expected[..end.min(RANGE) as usize], "at {end}");
         assert!(guest.vmm.mapped_bytes() <= RANGE, "mapped without a grant at {end}");
     }
@@ -174,7 +174,7 @@ fn grants_outlive_a_truncation() {
         let mut expected = pattern(cut);
         expected.resize(all as usize, 0);
         expected[all as usize - last.len()..].copy_from_slice(last);
-        let seen = window(&guest, 0, all).unwrap_or_else(|| panic!("a grant is gone at {cut}"));
+        let seen = window(&guest, 0, all).unwrap_or_else(|| panic!("a grant was removed at {cut}"));
         assert!(seen == expected, "the window after a cut at {cut}");
         assert!(host.get("file") == expected, "the file after a cut at {cut}");
         assert!(guest.vmm.store(RANGE, b"x"));

@@ -211,14 +211,14 @@ fn a_loss_by_any_name_is_remembered() {
 /// and unmaps; another program opens the file and syncs it. One of them must get the error (Linux
 /// reports it to the first one).
 #[test]
-fn a_loss_that_a_close_has_seen_is_told_to_who_syncs() {
+fn a_loss_that_a_close_has_met_is_reported_to_a_sync() {
     let script = "mkdir \"$SHARE.t\" && mount -t tmpfs -o size=24M tmpfs \"$SHARE.t\" \
         && truncate -s 128M \"$SHARE.t/img\" \
         && mkfs.ext4 -q -F -O ^has_journal -E lazy_itable_init=0 \"$SHARE.t/img\" \
         && mount -o loop \"$SHARE.t/img\" \"$SHARE\"";
     let options = FsOptions { below: std::env::temp_dir(), ..FsOptions::default() };
     let Some(host) = FsHost::with_mounts(options, script) else {
-        return skip("a_loss_that_a_close_has_seen_is_told_to_who_syncs", "no mounts");
+        return skip("a_loss_that_a_close_has_met_is_reported_to_a_sync", "no mounts");
     };
     // The first half is written to the disk.
     let file = File::create(host.path("file")).unwrap();

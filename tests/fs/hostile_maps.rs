@@ -243,7 +243,7 @@ fn removals_that_are_refused() {
 
 /// Shows that the removal of a range without a grant changes nothing. It may succeed.
 #[test]
-fn removals_of_what_is_not_there() {
+fn removals_without_a_grant() {
     let mut b = bench();
     b.guest.setup(b.other, 0, RANGE, BOTH, 4 * RANGE).unwrap();
     for range in [(0, RANGE), (WINDOW - RANGE, RANGE), (RANGE, 3 * RANGE), (5 * RANGE, RANGE)] {
@@ -268,7 +268,7 @@ fn a_bad_removal_beside_good_ones() {
     }
     let result = guest.remove(&[(0, RANGE), (WINDOW, RANGE), (RANGE, RANGE)]);
     assert!(result.is_err());
-    assert_eq!(guest.vmm.fetch(2 * RANGE, 4).unwrap(), b"gggg", "the third one is gone");
+    assert_eq!(guest.vmm.fetch(2 * RANGE, 4).unwrap(), b"gggg", "the third grant was removed");
     let _ = guest.remove(&[(0, RANGE)]);
     let _ = guest.remove(&[(RANGE, RANGE)]);
     guest.remove(&[(2 * RANGE, RANGE)]).unwrap();
@@ -278,7 +278,7 @@ fn a_bad_removal_beside_good_ones() {
 
 /// Shows that 256 ranges, the largest number, can be removed by one request.
 #[test]
-fn as_many_removals_as_may_be() {
+fn the_largest_number_of_removals() {
     let mut b = bench_with(FsOptions { window_bytes: 256 * RANGE, ..FsOptions::default() });
     std::fs::File::create(b.host.path("large")).unwrap().set_len(256 * RANGE).unwrap();
     let node = b.guest.node("large");

@@ -47,7 +47,7 @@ fn one_of_each(host: &FsHost, guest: &mut FsGuest, name: &str) {
 
 /// Shows the reply to each request and its effect on the host, on two request queues.
 #[test]
-fn every_request_does_what_it_says() {
+fn each_request_once() {
     let host = FsHost::with(FsOptions { request_queues: 2, ..FsOptions::default() });
     let mut guest = host.boot();
     one_of_each(&host, &mut guest, "first");

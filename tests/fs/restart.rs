@@ -93,9 +93,9 @@ fn init_while_the_device_still_forgets() {
 /// Shows: a DESTROY of the last driver that still runs when the new driver mounts neither unmounts,
 /// nor closes files, nor removes maps of the new driver.
 #[test]
-fn an_old_destroy_is_nothing_to_the_new_driver() {
+fn a_late_destroy_does_not_touch_the_new_driver() {
     if !Strace::is_here() {
-        return skip("an_old_destroy_is_nothing_to_the_new_driver", "no strace");
+        return skip("a_late_destroy_does_not_touch_the_new_driver", "no strace");
     }
     let host = host();
     let mut guest = host.boot();

@@ -175,7 +175,7 @@ fn maps_that_meet_a_stop() {
 /// Shows that after a reset no range counts as mapped: each can be granted again, and then shows
 /// its file. (Without memory slots: with them QEMU crashes, whatever the back-end does.)
 #[test]
-fn maps_are_gone_after_a_reset() {
+fn no_map_stays_after_a_reset() {
     let host = FsHost::with(FsOptions { mem_slots: false, ..FsOptions::default() });
     host.put("other", &vec![b'o'; RANGE as usize]);
     let (mut guest, mut node, _fh) = dirty_guest(&host);

@@ -140,7 +140,7 @@ fn a_close_and_a_sync_have_new_times() {
 /// Shows: a store changes the times though the host's kernel has written its page out before the
 /// close.
 #[test]
-fn a_store_that_was_written_back_is_told_of() {
+fn a_store_that_was_written_out_has_new_times() {
     everywhere(|fixture| {
         fixture.store();
         fixture.flush();

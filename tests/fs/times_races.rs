@@ -69,7 +69,7 @@ fn beside_stores<T>(guest: &mut FsGuest, work: impl FnOnce(&mut FsGuest) -> T) -
 /// One processor of the guest sets mtime while another one stores. A store after the reply changes
 /// mtime at the next close.
 #[test]
-fn a_store_behind_utimens_that_met_stores_is_told_of() {
+fn a_store_after_utimens_beside_stores_has_new_times() {
     let host = FsHost::on_a_disk();
     let (mut guest, node, fh) = host.boot_with_stored_file();
     let mut stale = Vec::new();
@@ -91,7 +91,7 @@ fn a_store_behind_utimens_that_met_stores_is_told_of() {
 /// One processor of the guest closes the file while another one stores. A store after the reply
 /// changes mtime at the next close.
 #[test]
-fn a_store_behind_a_close_that_met_stores_is_told_of() {
+fn a_store_after_a_close_beside_stores_has_new_times() {
     let host = FsHost::on_a_disk();
     let (mut guest, node, fh) = host.boot_with_stored_file();
     let mut stale = Vec::new();
@@ -114,9 +114,9 @@ fn a_store_behind_a_close_that_met_stores_is_told_of() {
 /// A close waits for the disk. A stat at the same time does not wait for pages under writeback, and
 /// the next driver's start does not wait either.
 #[test]
-fn nobody_waits_behind_a_slow_close() {
+fn no_request_waits_for_a_slow_close() {
     if !Strace::is_here() {
-        return skip("nobody_waits_behind_a_slow_close", "no strace");
+        return skip("no_request_waits_for_a_slow_close", "no strace");
     }
     for reset in [false, true] {
         let host = FsHost::with(FsOptions {

@@ -144,7 +144,7 @@ const CHANGES: [Change; 9] = [
 /// Shows: after each change by the node id without a map, the window maps the file exactly up to
 /// its end when the reply comes, and each range granted for writing has blocks.
 #[test]
-fn a_change_by_the_other_number() {
+fn a_change_by_the_other_node_id() {
     let Some(mut fixture) = Fixture::new(FsOptions::default()) else { return };
     for (i, (what, change, bytes)) in CHANGES.into_iter().enumerate() {
         for mapped_by in [0, 1] {
@@ -171,7 +171,7 @@ fn a_change_by_the_other_number() {
 /// Shows: a truncation by the other node id removes the map first: if the front-end keeps the map,
 /// the file keeps its length.
 #[test]
-fn a_truncation_by_the_other_number_waits_for_the_window() {
+fn a_truncation_by_the_other_node_id_waits_for_the_window() {
     let Some(mut fixture) = Fixture::new(FsOptions::default()) else { return };
     let (real, [one, other]) = fixture.file("file");
     fixture.guest.setup(one, 0, BYTES, BOTH, 0).unwrap();
@@ -183,7 +183,7 @@ fn a_truncation_by_the_other_number_waits_for_the_window() {
 /// Shows: growth by the other node id allocates blocks for the ranges granted for writing before
 /// its reply.
 #[test]
-fn growth_by_the_other_number_has_blocks() {
+fn growth_by_the_other_node_id_has_blocks() {
     let Some(mut fixture) = Fixture::new(FsOptions::default()) else { return };
     let (real, [one, other]) = fixture.file("file");
     real.set_len(100).unwrap();
@@ -196,7 +196,7 @@ fn growth_by_the_other_number_has_blocks() {
 /// Shows: grants by both node ids, removed in either order and made again, belong to one address
 /// space: a change by either node id shortens both maps.
 #[test]
-fn one_number_goes_then_the_other() {
+fn grants_by_both_node_ids_are_removed() {
     let Some(mut fixture) = Fixture::new(FsOptions::default()) else { return };
     for (round, first) in [0, 1, 0, 1].into_iter().enumerate() {
         let (_, numbers) = fixture.file(&format!("file{round}"));
@@ -268,7 +268,7 @@ fn one_inode_number_on_two_devices() {
 /// Shows: a file that was mapped by a node id which the guest then forgot is found by its new node
 /// id, and the forgotten one maps nothing.
 #[test]
-fn a_forgotten_number() {
+fn a_forgotten_node_id() {
     let host = FsHost::new();
     host.put("file", &vec![1; BYTES as usize]);
     let mut guest = host.boot();
@@ -290,7 +290,7 @@ fn a_forgotten_number() {
 /// Shows: a guest that repeats look-ups, maps and FORGETs, and removes no map, makes the daemon
 /// hold no more descriptors and memory than after the first few.
 #[test]
-fn maps_of_forgotten_numbers_do_not_add_up() {
+fn maps_of_forgotten_node_ids_do_not_add_up() {
     let host = FsHost::new();
     (0..4).for_each(|i| host.put(&format!("file{i}"), &[1; 5000]));
     let mut guest = host.boot();

@@ -273,7 +273,7 @@ fn bad_shares_are_refused() {
 
 /// Shows: options of virtiofsd without an effect are accepted, as by virtiofsd, with a warning.
 #[test]
-fn idle_options_are_told_of() {
+fn idle_options_are_logged() {
     let place = Place::new();
     for (arguments, words) in [
         (&["--writeback", "--cache=never"][..], "--writeback does nothing with --cache=never"),
@@ -289,7 +289,7 @@ fn idle_options_are_told_of() {
 
 /// Shows: at start the log has a line about the window of a share, or about the reason for none.
 #[test]
-fn a_share_says_what_is_in_force() {
+fn a_share_logs_its_window() {
     let place = Place::new();
     for (arguments, words) in [
         (&["--window-size", "0"][..], "no window: every access is a request"),
@@ -639,8 +639,8 @@ fn versions_and_repeated_options() {
 /// Shows: if a limit is too low or a capability is missing, one line names the option and a valid
 /// value.
 #[test]
-fn options_that_want_more_than_one_may() {
-    let name = "options_that_want_more_than_one_may";
+fn options_beyond_a_limit_or_capability() {
+    let name = "options_beyond_a_limit_or_capability";
     if !is_root() {
         return skip(name, "not root, so has no capability to drop");
     }

@@ -253,9 +253,9 @@ fn only_its_user_and_its_group_may_connect() {
 /// Shows: other users can connect at no moment: the umask is set before the bind, and not changed
 /// in between.
 #[test]
-fn the_socket_is_never_wider() {
+fn the_mode_of_the_socket_is_never_wider() {
     if !Strace::is_here() {
-        return skip("the_socket_is_never_wider", "no strace");
+        return skip("the_mode_of_the_socket_is_never_wider", "no strace");
     }
     let place = Place::new();
     let trace = place.path("trace");
@@ -345,7 +345,7 @@ fn the_next_socket_is_left_alone() {
 /// Shows: the lock beside a socket is removed at the end of the start, and an empty one of a killed
 /// daemon is taken over. A lock file with content, or another kind of file, is refused and named.
 #[test]
-fn a_left_lock_is_no_obstacle() {
+fn a_left_lock_is_taken_over() {
     let place = Place::new();
     let file = place.file("file");
     File::create(place.path("sock.lock")).unwrap();
@@ -366,7 +366,7 @@ fn a_left_lock_is_no_obstacle() {
 /// Shows: if another process holds the lock beside the socket, a start ends with one line and code
 /// 2, or at SIGTERM with code 0. No file is created in both cases.
 #[test]
-fn a_lock_that_is_kept_holds_no_start_for_ever() {
+fn a_held_lock_ends_a_start() {
     let place = Place::new();
     let file = place.file("file");
     let _held = place.held_lock();
@@ -392,7 +392,7 @@ fn a_lock_that_is_kept_holds_no_start_for_ever() {
 /// Shows: if another process holds that lock, a daemon still ends: the socket stays, and a line
 /// names the reason.
 #[test]
-fn a_lock_that_is_kept_holds_no_end_up() {
+fn a_held_lock_delays_no_end() {
     let place = Place::new();
     let file = place.file("file");
     for sigterm in [true, false] {
@@ -528,9 +528,9 @@ fn a_signal_breaks_off_an_allocation() {
 
 /// Shows: an unfinished file of a killed daemon is never used, with --size and without it.
 #[test]
-fn an_unfinished_file_is_not_taken_for_whole() {
+fn an_unfinished_file_is_refused() {
     if !Strace::is_here() {
-        return skip("an_unfinished_file_is_not_taken_for_whole", "no strace");
+        return skip("an_unfinished_file_is_refused", "no strace");
     }
     let place = Place::new();
     let mut daemon = in_the_middle_of_allocating(&place);
@@ -564,7 +564,7 @@ fn a_front_end_may_come_early() {
 
 /// Shows: SIGHUP does not end the daemon.
 #[test]
-fn a_terminal_that_goes_takes_no_daemon_along() {
+fn sighup_ends_no_daemon() {
     let place = Place::new();
     let mut daemon = Daemon::waiting(&mut place.pmem(&place.file("file")));
     daemon.signal(Signal::SIGHUP);
@@ -682,7 +682,7 @@ fn a_lack_of_descriptors_is_waited_out() {
 /// Shows: the log has a line about each front-end that connects while another one is served. It is
 /// not accepted before the other one has hung up.
 #[test]
-fn who_waits_is_told_of() {
+fn waiting_front_ends_are_logged() {
     let place = Place::new();
     let mut command = place.pmem(&place.file("file"));
     let mut daemon = Daemon::waiting(command.arg("--keep-listening"));

@@ -47,7 +47,7 @@ where
         nodeid: u64,
         args: &mut Args<'_>,
     ) -> io::Result<Reply> {
-        let dax = self.dax.as_deref().filter(|dax| dax.is_there()).ok_or(Errno::ENOSYS)?;
+        let dax = self.dax.as_deref().filter(|dax| dax.can_map()).ok_or(Errno::ENOSYS)?;
         let asked: fuse::SetupmappingIn = args.take()?;
         // `fh` is always -1: the node id identifies the file.
         let is_current = || self.lives.is_mounted(life);
@@ -61,7 +61,7 @@ where
     }
 
     pub(in crate::fs) fn remove_mapping(&self, args: &mut Args<'_>) -> io::Result<Reply> {
-        let dax = self.dax.as_deref().filter(|dax| dax.is_there()).ok_or(Errno::ENOSYS)?;
+        let dax = self.dax.as_deref().filter(|dax| dax.can_map()).ok_or(Errno::ENOSYS)?;
         let fuse::RemovemappingIn { count } = args.take()?;
         if count > MAX_REMOVALS {
             return Err(invalid());

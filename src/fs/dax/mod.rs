@@ -132,8 +132,8 @@ impl Dax {
     }
 
     /// Whether the front-end can show a window. May block on the front-end.
-    pub(crate) fn is_there(&self) -> bool {
-        self.current.get().is_some_and(|window| window.is_there())
+    pub(crate) fn can_map(&self) -> bool {
+        self.current.get().is_some_and(|window| window.can_map())
     }
 
     /// Guest physical address and length of the window, if the address is known.
@@ -184,7 +184,7 @@ impl Dax {
         if let Some(window) = self.current.get() {
             window.reset();
         }
-        self.take_away_all(|| self.engine.reset());
+        self.drop_grants(|| self.engine.reset());
         self.clear_nodes();
     }
 
@@ -205,7 +205,7 @@ impl Dax {
     /// Revokes all grants at an INIT or DESTROY, unless a new driver has started meanwhile.
     /// `is_current` is called while no other thread can grant.
     pub(crate) fn release_all(&self, is_current: impl Fn() -> bool) {
-        self.take_away_all(|| {
+        self.drop_grants(|| {
             if let Err(e) = self.engine.revoke_all(&is_current)
                 && is_current()
             {
@@ -215,11 +215,11 @@ impl Dax {
         });
     }
 
-    /// Calls `take_away`, which drops all grants, and settles the times of files that had write
+    /// Calls `revoke`, which drops all grants, and settles the times of files that had write
     /// grants.
-    fn take_away_all(&self, take_away: impl FnOnce()) {
+    fn drop_grants(&self, revoke: impl FnOnce()) {
         let written = self.engine.written_in(&[self.engine.whole()]);
-        take_away();
+        revoke();
         self.removed(&written);
         // Does not wait for the disk: the start of the next driver waits for this thread.
         self.settle_all(Occasion::End);

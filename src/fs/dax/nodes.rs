@@ -242,8 +242,8 @@ impl Nodes {
             && let Some(held_back) = self.unwatched.admit(Instant::now())
         {
             warn!(
-                "a file can't be watched ({e}): if it is made shorter on the host while the guest has it \
-                 mapped, the VM may die; raise fs.inotify.max_user_watches{held_back}"
+                "a file can't be watched ({e}): if it is made shorter on the host while the guest \
+                 has it mapped, the VM may die; raise fs.inotify.max_user_watches{held_back}"
             );
         }
         watching.ok()
@@ -260,7 +260,7 @@ impl Nodes {
         for Entry { node, .. } in idle {
             if node.space.has_failed() {
                 // The node's own note of the loss is dropped with it.
-                node.times.has_lost();
+                node.times.note_loss();
             }
         }
     }

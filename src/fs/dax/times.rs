@@ -316,7 +316,7 @@ impl Times {
     }
 
     /// Notes that data of the file was lost and not reported to the guest.
-    pub(crate) fn has_lost(&self) {
+    pub(crate) fn note_loss(&self) {
         self.losses.note(self.id);
     }
 
@@ -324,7 +324,7 @@ impl Times {
     fn note(&self, engine: &Engine, space: &Space, done: io::Result<()>) {
         match done {
             Err(e) if is_loss(&e) => {
-                self.has_lost();
+                self.note_loss();
                 engine.lost(space, e);
             }
             Err(e) => debug!("pages can't be written out: {e}"),

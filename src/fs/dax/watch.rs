@@ -100,8 +100,8 @@ impl Drop for Watching {
 fn no_instance(errno: Errno) -> io::Error {
     let advice = match errno {
         Errno::EMFILE => {
-            "this user's inotify instances are used up: raise the sysctl fs.inotify.max_user_instances, or \
-             use --window-size 0"
+            "this user's inotify instances are used up: raise the sysctl \
+             fs.inotify.max_user_instances, or use --window-size 0"
         }
         _ => "inotify can't be used, which a window needs: use --window-size 0",
     };

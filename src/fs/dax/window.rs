@@ -57,7 +57,7 @@ pub(crate) struct FsWindow {
     /// Number of the VM's memory regions.
     regions: Arc<AtomicUsize>,
     /// The warning that not all maps fit has been logged.
-    said_full: AtomicBool,
+    warned_full: AtomicBool,
 }
 
 impl FsWindow {
@@ -83,7 +83,7 @@ impl FsWindow {
             changed: Condvar::new(),
             base,
             regions,
-            said_full: AtomicBool::new(false),
+            warned_full: AtomicBool::new(false),
         }
     }
 
@@ -93,7 +93,7 @@ impl FsWindow {
 
     /// Whether the front-end can map. It needs the region, a back-end channel, and acks, without
     /// which a refused map looks like a made one. May block on the front-end.
-    pub(crate) fn is_there(&self) -> bool {
+    pub(crate) fn can_map(&self) -> bool {
         if !self.has_region.load(Ordering::Relaxed) {
             return false;
         }
@@ -160,7 +160,7 @@ impl FsWindow {
         let found = look.through(mem);
         let others = self.with_base(|state| state.locator.table(mem, found));
         let most = MOST_REGIONS.saturating_sub(others).min(self.most_maps);
-        if most < self.most_maps && !self.said_full.swap(true, Ordering::Relaxed) {
+        if most < self.most_maps && !self.warned_full.swap(true, Ordering::Relaxed) {
             warn!(
                 "the VM has {others} other memory regions: {most} maps are left for this window, \
                  which may need {}; use a smaller window here or in other devices",

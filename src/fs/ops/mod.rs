@@ -53,8 +53,8 @@ where
         let operation = || {
             // Before a file is created: without a descriptor for it the creation could not be
             // undone.
-            let leave = descriptors_for(opcode).map(|want| self.descriptors.ask(want));
-            let _leave = leave.transpose()?;
+            let permit = descriptors_for(opcode).map(|want| self.descriptors.ask(want));
+            let _permit = permit.transpose()?;
             self.operation(opcode, message, room)
         };
         match blocking {

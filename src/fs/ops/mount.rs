@@ -92,8 +92,8 @@ where
     }
 
     fn dax_options(&self) -> u64 {
-        let there = self.dax.as_deref().is_some_and(Dax::is_there);
-        if there { MAP_ALIGNMENT | HAS_INODE_DAX } else { 0 }
+        let can_map = self.dax.as_deref().is_some_and(Dax::can_map);
+        if can_map { MAP_ALIGNMENT | HAS_INODE_DAX } else { 0 }
     }
 
     /// Drops what the guest has mounted and opened in `life`, and ends `life`. Returns the next

@@ -88,8 +88,8 @@ where
     /// The attributes of an entry. Only its name and inode number if no descriptor is left, or the
     /// guest knows the largest number of inodes: the guest needs the names to remove files.
     fn entry_plus(&self, ctx: Context, parent: u64, entry: &DirEntry<'_>) -> io::Result<EntryOut> {
-        let leave = self.descriptors.ask(Want::Inode);
-        if leave.is_err() || matches!(entry.name.to_bytes(), b"." | b"..") {
+        let permit = self.descriptors.ask(Want::Inode);
+        if permit.is_err() || matches!(entry.name.to_bytes(), b"." | b"..") {
             return Ok(name_only(entry));
         }
         let found = self.fs.lookup(ctx, parent, entry.name)?;
