@@ -659,7 +659,7 @@ fn options_beyond_a_limit_or_capability() {
     );
     place.refuses(
         &mut without("dac_read_search", &["--inode-file-handles=mandatory"]),
-        &["--inode-file-handles=mandatory", "CAP_DAC_READ_SEARCH", "take prefer"],
+        &["--inode-file-handles=mandatory", "CAP_DAC_READ_SEARCH", "use prefer"],
     );
     let daemon = place.start(&mut without("dac_read_search", &["--window-size", "0"]));
     let warned: Vec<_> = daemon.said.lines().filter(|line| line.contains("warn:")).collect();
