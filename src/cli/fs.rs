@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The command line of `vhost-user-dax fs`. Options that virtiofsd has, too, have its names and its
+//! The command line of `vhost-user-dax fs`. Options that virtiofsd also has keep its names and its
 //! meaning.
 
 use std::path::PathBuf;
@@ -31,7 +31,7 @@ pub const CAPABILITIES: &str = r#"{"type": "fs", "features": ["separate-options"
 enum Dax {
     /// files larger than --dax-threshold
     Inode,
-    /// all files; the daemon does not start where there can be no window
+    /// all files; the daemon does not start if it can't have a window
     Always,
     /// no file: there is no window
     Never,
@@ -42,10 +42,10 @@ enum Dax {
 enum FileHandles {
     /// one descriptor for each inode; 2 times the LOOKUPs and 3 times the GETATTRs per second
     Never,
-    /// file handles where the file system and CAP_DAC_READ_SEARCH allow them, else as `never`
+    /// file handles if the file system and CAP_DAC_READ_SEARCH allow them, else as `never`
     #[value(alias = "fallback")]
     Prefer,
-    /// file handles; the daemon does not start where there are none
+    /// file handles; the daemon does not start if they can't be used
     Mandatory,
 }
 
@@ -70,7 +70,7 @@ pub struct FsArgs {
     #[arg(long, value_name = "NAME", required_unless_present = "print_capabilities")]
     tag: Option<Tag>,
 
-    /// Size of the window: how much of the files the guest can have mapped at once; 0: no window
+    /// Size of the window: largest length of all file ranges mapped at one time; 0: no window
     ///
     /// A multiple of 2 MiB, at most 768M. QEMU 11.1 ends at the 513th memory region of a VM, and
     /// each 2 MiB that is mapped is one region, so the windows of all fs devices of a VM should
@@ -79,7 +79,7 @@ pub struct FsArgs {
     #[arg(long, value_name = "SIZE", default_value = "256M", help_heading = "Window")]
     window_size: WindowSize,
 
-    /// Files that the guest maps, where its mount leaves the choice to the daemon
+    /// Files that the guest maps, if its mount leaves the choice to the daemon
     ///
     /// A mount with `-o dax=inode`, or without the option dax, leaves the choice to the daemon. A
     /// mount with `-o dax` or `-o dax=always` maps all files, a mount with `-o dax=never` none.
@@ -112,30 +112,29 @@ pub struct FsArgs {
     #[arg(long, value_name = "N", default_value_t = DEFAULT_THREADS)]
     thread_pool_size: usize,
 
-    /// Refuse every change of the share; there is no window then
+    /// Refuse each change of the share; there is no window then
     ///
-    /// QEMU maps a window writable always, so a window can't be read-only.
+    /// QEMU maps a window always for writing, so a window can't be read-only.
     #[arg(long)]
     readonly: bool,
 
     /// What the guest may cache of names, attributes and data: auto, always, never or metadata
     ///
     /// `auto`: names and attributes for 1 second, data until the next open. `always`: names and
-    /// attributes for 1 day, data for as long as the guest likes. `never`: nothing. `metadata`:
-    /// names and attributes for 1 day, no data. Attributes of files that the guest may map are not
-    /// cached with any policy: a store through the window changes times and blocks without a
-    /// request.
+    /// attributes for 1 day, data without a limit. `never`: nothing. `metadata`: names and
+    /// attributes for 1 day, no data. Attributes of files that the guest may map are not cached
+    /// with any policy: a store through the window changes times and blocks without a request.
     #[arg(long, value_name = "POLICY", default_value = "auto", value_parser = cache_policy)]
     cache: CachePolicy,
 
     /// Let the guest collect writes in its page cache; only without a window
     ///
-    /// A guest with a window is not offered it: such a guest keeps mtime by itself, and would not
-    /// see mtime move with stores through the window.
+    /// A guest with a window is not offered this: such a guest keeps mtime itself, and would not
+    /// see an mtime that was changed by stores through the window.
     #[arg(long)]
     writeback: bool,
 
-    /// Open a file with O_DIRECT where the guest asks for it
+    /// Open a file with O_DIRECT if the guest requests it
     #[arg(long)]
     allow_direct_io: bool,
 
@@ -153,9 +152,9 @@ pub struct FsArgs {
 
     /// Extended attributes
     ///
-    /// The guest's root can set trusted.* and security.* (file capabilities, labels) on the host's
-    /// files then, and the host's kernel honours them. --xattrmap ':map::user.virtiofs.:' keeps all
-    /// names below user. on the host.
+    /// The guest's root can then set trusted.* and security.* (file capabilities, labels) on the
+    /// host's files, and the host's kernel honours them. --xattrmap ':map::user.virtiofs.:' keeps
+    /// all names below user. on the host.
     #[arg(long, help_heading = "Attributes and owners")]
     xattr: bool,
 
@@ -169,8 +168,8 @@ pub struct FsArgs {
     /// POSIX ACLs: never, auto or always; --posix-acl alone is always; implies --xattr
     ///
     /// `auto`: if the guest's kernel supports them. `always`: a guest whose kernel does not support
-    /// them can't mount. ACLs are not translated: --translate-uid and --translate-gid are refused
-    /// beside them.
+    /// them can't mount. ACLs are not translated, so --translate-uid and --translate-gid are
+    /// refused together with this option.
     #[arg(long, value_name = "MODE", require_equals = true, num_args = 0..=1, default_value = "never",
           default_missing_value = "always", help_heading = "Attributes and owners")]
     posix_acl: NegotiationMode,
@@ -187,8 +186,9 @@ pub struct FsArgs {
     /// Clear setuid and setgid bits on the host at a write (FUSE_HANDLE_KILLPRIV_V2); only without
     /// a window
     ///
-    /// Beside a window it has no effect, and a line at start says so: the guest clears the bits by
-    /// requests, since a store through the window makes no request at which the daemon could.
+    /// With a window this has no effect, and a warning is logged at start: the guest clears the
+    /// bits by requests, since a store through the window makes no request at which the daemon
+    /// could.
     #[arg(long, overrides_with = "no_killpriv_v2", help_heading = "Attributes and owners")]
     killpriv_v2: bool,
 
@@ -214,8 +214,8 @@ pub struct FsArgs {
 
     /// Not as root: user ids of a user namespace that the daemon enters; there is no window then
     ///
-    /// The form is `:INSIDE:OUTSIDE:COUNT:`, as for virtiofsd. More ids than the daemon's own one
-    /// take newuidmap (Debian package uidmap) and a range in /etc/subuid. Can be given several
+    /// The form is `:INSIDE:OUTSIDE:COUNT:`, as for virtiofsd. A map of other ids than the daemon's
+    /// own needs newuidmap (Debian package uidmap) and a range in /etc/subuid. Can be given several
     /// times.
     #[arg(long, value_name = "MAP", value_parser = user_map::<UidMap>,
           help_heading = "Attributes and owners")]
@@ -223,7 +223,7 @@ pub struct FsArgs {
 
     /// Not as root: group ids of a user namespace that the daemon enters; there is no window then
     ///
-    /// The form is that of --uid-map, and the range stands in /etc/subgid.
+    /// The form is that of --uid-map. The range is in /etc/subgid.
     #[arg(long, value_name = "MAP", value_parser = user_map::<GidMap>,
           help_heading = "Attributes and owners")]
     gid_map: Vec<GidMap>,
@@ -238,19 +238,21 @@ pub struct FsArgs {
     /// How the daemon holds the inodes that the guest knows
     ///
     /// With file handles only open files hold descriptors, so a share may have more files than the
-    /// daemon may have descriptors. Where `prefer` finds no file handles, a line at start says so.
+    /// daemon may have descriptors. If `prefer` can't use file handles, a warning is logged at
+    /// start.
     #[arg(long, value_name = "MODE", require_equals = true, default_value = "prefer")]
     inode_file_handles: FileHandles,
 
-    /// Open a file with O_NOATIME where the guest asks for it
+    /// Open a file with O_NOATIME if the guest requests it
     #[arg(long)]
     preserve_noatime: bool,
 
     /// Number of descriptors that the daemon may have open (RLIMIT_NOFILE)
     ///
-    /// Unless set: 1,000,000, or the hard limit where that is lower. 0 leaves the soft limit as it
-    /// is. With the defaults of all other options 2,525 is the least; the line that refuses a lower
-    /// number says what would do. A smaller window and fewer threads need fewer descriptors.
+    /// Unless set: 1,000,000, or the hard limit if that is lower. 0 leaves the soft limit as it is.
+    /// With the defaults of all other options 2,525 is the smallest number; the error for a smaller
+    /// one names a number that is enough. A smaller window and fewer threads need fewer
+    /// descriptors.
     #[arg(long, value_name = "N")]
     rlimit_nofile: Option<u64>,
 }
@@ -269,7 +271,7 @@ Example:
 
 The window needs QEMU 11.1 or newer, Linux 6.9 or newer on the host, and root.
 Without a window: -device vhost-user-fs-pci,chardev=c0,tag=share, or cloud-hypervisor's --fs.
-Exit codes: 0 the VM has gone, or SIGTERM or SIGINT came; 1 the session failed, or the system
+Exit codes: 0 the VM has ended, or SIGTERM or SIGINT came; 1 the session failed, or the system
 refused a thread or a system call at start; 2 a bad option.";
 
 fn cache_policy(text: &str) -> Result<CachePolicy, &'static str> {
@@ -296,17 +298,19 @@ fn xattrmap(text: &str) -> Result<XattrMap, String> {
         let at = e.rule.map_or_else(String::new, |rule| format!("rule {rule}: "));
         let what = match e.cause {
             ErrorKind::InvalidScope { got, .. } => {
-                format!("'{got}' is no scope, which is all, server or client")
+                format!("'{got}' is no scope; the scopes are all, server and client")
             }
             ErrorKind::InvalidType { got, .. } => {
-                format!("'{got}' is no type, which is prefix, ok, bad, unsupported or map")
+                format!("'{got}' is no type; the types are prefix, ok, bad, unsupported and map")
             }
-            ErrorKind::InvalidDelimiter => "it does not begin and end with one delimiter".into(),
+            ErrorKind::InvalidDelimiter => {
+                "it does not begin and end with the same delimiter".into()
+            }
             ErrorKind::IncompleteRule => "it lacks a field".into(),
             ErrorKind::MapRuleViolation => "a map rule must be the only one, and the last".into(),
-            ErrorKind::NoRulesProvided => "there is no rule".into(),
+            ErrorKind::NoRulesProvided => "it has no rule".into(),
             ErrorKind::UnterminatedMapping => {
-                "the last rule must take all names, as ':ok:all:::' does".into()
+                "the last rule must match all names, as ':ok:all:::' does".into()
             }
         };
         format!("{at}{what}; write rules like ':map::user.virtiofs.:'")
@@ -318,7 +322,7 @@ fn limit_descriptors(wanted: Option<u64>) -> Result<u64, String> {
     let hard = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(_, hard)| hard);
     setup_rlimit_nofile(wanted).map_err(|e| match wanted {
         Some(wanted) if e.starts_with(NOT_PERMITTED) => format!(
-            "--rlimit-nofile {wanted}: more than the hard limit of {hard} descriptors takes \
+            "--rlimit-nofile {wanted}: more than the hard limit of {hard} descriptors needs \
              CAP_SYS_RESOURCE; take at most {hard}, or 0, which leaves the limit as it is"
         ),
         _ => format!("--rlimit-nofile: {e}; take a smaller number, or 0"),
@@ -329,7 +333,8 @@ fn limit_descriptors(wanted: Option<u64>) -> Result<u64, String> {
 /// error follows them.
 const NOT_PERMITTED: &str = "Failed to increase the limit";
 
-/// The range of ids that a rule translates on one side: first id and number of ids.
+/// First id and number of ids of the range that a rule translates on one side. None if it
+/// translates none there.
 type Ids = Option<(u32, u32)>;
 
 /// The ranges of the guest's and of the host's ids that no other rule may translate.
@@ -387,16 +392,16 @@ fn check_rules(option: &str, rules: &[IdMap]) -> Result<(), String> {
         IdMap::ForbidGuest { from_guest: one, count } => one.checked_add(count).is_some(),
     };
     match rules.iter().find(|rule| !ends(rule)) {
-        Some(rule) => Err(format!(
-            "{option} {rule}: goes past the last id, 4294967294; take a smaller number"
-        )),
+        Some(rule) => {
+            Err(format!("{option} {rule}: goes past the last id, 4294967294; use smaller numbers"))
+        }
         // The sums in check_overlaps do not overflow: the rules passed the check above.
         None => check_overlaps(option, rules),
     }
 }
 
 impl FsArgs {
-    /// None if a required option is missing; clap refuses that command line before.
+    /// None if a required option is missing; clap has refused such a command line before.
     pub fn config(self) -> Option<Result<FsRunConfig, DaemonError>> {
         let socket = self.common.socket()?;
         let keep_listening = self.common.keep_listening;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The command line: arguments to settings, errors to one line.
+//! The command line: options become a configuration, errors become one line on stderr.
 
 mod fs;
 mod option_pairs;
@@ -26,10 +26,10 @@ pub use fs::FsArgs;
 pub use option_pairs::{contradiction, warn_of_idle};
 pub use pmem::PmemArgs;
 
-/// The exit code for a bad option.
+/// Exit code for a bad option.
 pub const EXIT_USAGE: u8 = 2;
 
-/// The exit code for everything else that fails.
+/// Exit code for all other failures.
 pub const EXIT_FAILURE: u8 = 1;
 
 /// Maps host files into virtual machines (vhost-user, virtio-pmem, virtio-fs with a DAX window)
@@ -50,7 +50,7 @@ pub enum Command {
 }
 
 impl Command {
-    /// The options of both devices, and what `--print-capabilities` prints.
+    /// The options of both commands, and the JSON line of `--print-capabilities`.
     pub fn common(&self) -> (&Common, &'static str) {
         match self {
             Self::Pmem(args) => (&args.common, pmem::CAPABILITIES),
@@ -86,26 +86,26 @@ pub struct Common {
 
     /// Method by which the guest's stores become durable
     ///
-    /// The daemon finds out at start on what the file or the share lies, and logs one line with the
-    /// method and what it is worth at a power loss.
+    /// At start the daemon detects on what kind of storage the file or the share lies. It logs one
+    /// line with the method, and with what that method guarantees at a power loss.
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub persist: Persist,
 
     #[command(flatten)]
     pub sandbox: sandbox::SandboxArgs,
 
-    /// Wait for the next VM when one has gone, instead of exiting
+    /// When a VM has ended, wait for the next one instead of exiting
     ///
-    /// One VM is served at a time. A front-end that connects meanwhile waits, and a line of the log
-    /// says so. If a front-end can't be served for lack of descriptors or memory, the daemon tries
-    /// again.
+    /// One VM is served at a time. A front-end that connects meanwhile waits, and the log has a
+    /// line about it. If a front-end can't be served for lack of descriptors or memory, the daemon
+    /// tries again.
     #[arg(long)]
     pub keep_listening: bool,
 
     /// Least severe level of the lines on stderr: off, error, warn, info, debug or trace
     ///
-    /// The environment variable RUST_LOG overrides it. With `off` one line is left: the reason for
-    /// which the daemon ends.
+    /// The environment variable RUST_LOG overrides it. With `off` one line is still printed: the
+    /// reason for which the daemon ends.
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = log_level)]
     pub log_level: LevelFilter,
 
@@ -123,7 +123,8 @@ fn log_level(text: &str) -> Result<LevelFilter, &'static str> {
 }
 
 impl Common {
-    /// None if both --fd and --socket-path are missing; clap refuses that command line before.
+    /// None if both --fd and --socket-path are missing; clap has refused such a command line
+    /// before.
     pub fn socket(&self) -> Option<SocketSpec> {
         match (self.fd, &self.socket_path) {
             (Some(fd), _) => Some(SocketSpec::Fd(fd)),
@@ -140,7 +141,8 @@ impl Common {
 pub enum Persist {
     /// cache lines on a device-DAX node, fdatasync on everything else
     Auto,
-    /// fdatasync, for an fsync on a share fsync; refused on a device-DAX node, which has none
+    /// fdatasync, or fsync for an fsync of the guest on a share; refused on a device-DAX node,
+    /// which supports neither
     Sync,
     /// the daemon writes CPU cache lines back (CLWB, CLFLUSHOPT or CLFLUSH) and fences; only for
     /// files on a DAX file system, on a device-DAX node or in memory; refused in the page cache of
@@ -167,7 +169,7 @@ pub enum OnOff {
     Off,
 }
 
-/// The arguments, and the matches that tell which options the command line names.
+/// Parses the arguments. The matches contain which options the command line has.
 pub fn parse() -> Result<(Command, ArgMatches), clap::Error> {
     let matches = Cli::command().try_get_matches()?;
     Ok((Cli::from_arg_matches(&matches)?.command, matches))
@@ -194,12 +196,12 @@ pub fn usage_error(e: &clap::Error) -> ExitCode {
     ExitCode::from(EXIT_USAGE)
 }
 
-/// Prints what was asked for on stdout.
+/// Prints a line on stdout that the user has requested.
 pub fn print_line(line: &str) -> ExitCode {
     printed(writeln!(io::stdout(), "{line}"))
 }
 
-/// The exit code of what goes to stdout.
+/// Exit code after a write to stdout.
 fn printed(written: io::Result<()>) -> ExitCode {
     match written.and_then(|()| io::stdout().flush()) {
         Ok(()) => ExitCode::SUCCESS,

@@ -23,7 +23,7 @@ impl Named<'_> {
         self.any(id) && given.is_some_and(|given| given.eq_ignore_ascii_case(value))
     }
 
-    /// The command line asks for a window of at least 2 MiB.
+    /// Whether the command line has a window size of at least 2 MiB.
     fn window(&self) -> bool {
         self.any("window_size") && !self.window_of_none()
     }
@@ -32,7 +32,7 @@ impl Named<'_> {
         self.0.get_one::<WindowSize>("window_size") == Some(&WindowSize::NONE)
     }
 
-    /// The option that takes the window away, as the user wrote it.
+    /// The option by which there is no window, as the user wrote it.
     fn without_window(&self) -> Option<&'static str> {
         [
             (self.window_of_none(), "--window-size 0"),
@@ -65,7 +65,8 @@ pub fn contradiction(matches: &ArgMatches) -> Option<String> {
     }
     let threshold = named.any("dax_threshold") && named.is("dax", "always");
     threshold.then(|| {
-        "--dax-threshold and --dax=always: all files are mapped then; leave one out, or take --dax=inode"
+        "--dax-threshold and --dax=always: all files are mapped then; leave one out, or use \
+         --dax=inode"
             .into()
     })
 }
@@ -81,7 +82,8 @@ pub fn warn_of_idle(matches: &ArgMatches) {
         (
             named.any("allow_mmap")
                 && !(named.is("cache", "never") || named.is("cache", "metadata")),
-            "--allow-mmap does nothing without --cache=never or metadata: the guest always may",
+            "--allow-mmap does nothing without --cache=never or metadata: the guest may always use \
+             mmap",
         ),
         (
             named.any("writeback") && named.any("readonly"),

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! docs/options.md, printed from clap's definitions. The test fails if the page differs;
-//! `UPDATE=1 cargo test --bin vhost-user-dax options_page` writes the page anew. tests/docs.rs runs
-//! each example of the page with the real program.
+//! Generates docs/options.md from clap's definitions. The test fails if the page differs; `UPDATE=1
+//! cargo test --bin vhost-user-dax options_page` writes the page again. tests/docs.rs runs each
+//! example of the page with the real program.
 
 use std::fmt::Write;
 use std::{env, fs};
@@ -13,13 +13,13 @@ use super::*;
 
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/options.md");
 
-/// The command lines to which the page adds the examples.
+/// The command lines to which the examples of the page are appended.
 const LINES: [(&str, &str); 2] = [
     ("fs", "vhost-user-dax fs --socket-path /run/fs0.sock --shared-dir /srv/share --tag share"),
     ("pmem", "vhost-user-dax pmem --socket-path /run/pmem0.sock --file /srv/pmem0.img --size 1G"),
 ];
 
-/// Each option by its id, with an example.
+/// The example of each option, by the option's id.
 #[rustfmt::skip]
 const EXAMPLES: [(&str, &[(&str, &str)]); 3] = [
     ("both", &[
@@ -76,10 +76,10 @@ const HEAD: &str = "\
 # Options
 
 This page has all options of the two commands `vhost-user-dax fs` (a host directory as a virtio-fs
-device) and `vhost-user-dax pmem` (a host file as a virtio-pmem device), for users who look one up.
+device) and `vhost-user-dax pmem` (a host file as a virtio-pmem device).
 `vhost-user-dax fs --help` and `vhost-user-dax pmem --help` print the same text.
 
-- A value follows after a blank or after `=`. Where the heading has a `=`, only `=` will do.
+- A value follows after a blank or after `=`. If the heading has a `=`, only `=` is accepted.
 - A size is a number and a unit: `64K`, `512M`, `1G`, `1T`, in powers of 1024. Without a unit it is
   in bytes.
 - If an option is given several times, the last one counts, as with virtiofsd. The rules of
@@ -114,7 +114,7 @@ fn page() -> String {
             .get_arguments()
             .filter(|arg| !arg.is_hide_set() && is_common(arg) == (part == "both"))
             .collect();
-        // clap's own pages print the options without a heading first, too.
+        // clap's help pages also print the options without a heading first.
         args.sort_by_key(|arg| arg.get_help_heading().is_some());
         let of = if part == "both" { "both commands".into() } else { format!("`{part}`") };
         writeln!(page, "\n## Options of {of}").unwrap();
@@ -156,7 +156,7 @@ fn option(page: &mut String, arg: &Arg, example: &str) {
         writeln!(page, "\n{long}").unwrap();
     }
     let mut values = arg.get_possible_values();
-    // A switch has none; clap answers true and false.
+    // For a switch clap returns the values true and false, which it does not accept.
     values.retain(|_| arg.get_action().takes_values());
     if !values.is_empty() {
         page.push('\n');
@@ -166,7 +166,7 @@ fn option(page: &mut String, arg: &Arg, example: &str) {
     }
 }
 
-/// Shows: docs/options.md is what clap says.
+/// Shows: docs/options.md is generated from clap's definitions.
 #[test]
 fn the_page_is_what_clap_says() {
     let page = page();
@@ -177,7 +177,8 @@ fn the_page_is_what_clap_says() {
     let differs = page.lines().zip(written.lines()).find(|(new, old)| new != old);
     assert!(
         page == written,
-        "docs/options.md differs; run UPDATE=1 cargo test --bin vhost-user-dax options_page\n{differs:?}"
+        "docs/options.md differs; run UPDATE=1 cargo test --bin vhost-user-dax \
+         options_page\n{differs:?}"
     );
 }
 

@@ -22,7 +22,7 @@ pub struct PmemArgs {
     #[command(flatten)]
     pub common: Common,
 
-    /// Host file, or device-DAX node, that is served; required
+    /// Host file or device-DAX node that is served; required
     ///
     /// Its size must be a multiple of 2 MiB. It must be neither the socket nor the socket's lock
     /// file (the path of the socket with .lock behind it). The daemon locks the file: one file
@@ -40,15 +40,15 @@ pub struct PmemArgs {
 
     /// Create the file without disk blocks, and accept holes in an existing file without a warning
     ///
-    /// A store of the guest to a hole takes a block. If the disk is full, that store is a SIGBUS in
-    /// QEMU, and the VM is lost. Without --sparse a new file has no holes, and an existing file with
-    /// holes is served with a warning.
+    /// A store of the guest to a hole needs a block. If the disk is full, that store is a SIGBUS in
+    /// QEMU, and the VM is lost. Without --sparse a new file has no holes, and an existing file
+    /// with holes is served with a warning.
     #[arg(long)]
     sparse: bool,
 
     /// Protocol feature CONFIGURE_MEM_SLOTS: the front-end sends its memory table region by region
     ///
-    /// In a VM that also has an fs device, `on` for both devices lets pauses work; start QEMU with
+    /// In a VM that also has an fs device, pauses work with `on` for both devices; start QEMU with
     /// `-action reboot=shutdown` then. docs/front-ends.md has a table of what each value survives.
     #[arg(long, value_name = "on|off", default_value = "off")]
     mem_slots: OnOff,
@@ -67,14 +67,14 @@ Example:
   guest# mkfs.ext4 -b 4096 /dev/pmem0 && mount -o dax /dev/pmem0 /mnt
 
 QEMU must be 11.1 or newer, and Linux in the guest 6.9 or newer.
-Exit codes: 0 the VM has gone, or SIGTERM or SIGINT came; 1 the session failed, or the system
+Exit codes: 0 the VM has ended, or SIGTERM or SIGINT came; 1 the session failed, or the system
 refused a thread or a system call at start; 2 a bad option.";
 
 /// `{"type": ...}` of QEMU's back-end program conventions (docs/interop/vhost-user.json).
 pub const CAPABILITIES: &str = r#"{"type": "pmem", "features": []}"#;
 
 impl PmemArgs {
-    /// None if a required option is missing; clap refuses that command line before.
+    /// None if a required option is missing; clap has refused such a command line before.
     pub fn config(self) -> Option<PmemConfig> {
         let socket = self.common.socket()?;
         let file = PmemFileSpec { path: self.file?, size: self.size, sparse: self.sparse };

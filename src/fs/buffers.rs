@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The buffers of one request as ends of file I/O: between guest memory and a file nothing is
-//! copied.
+//! The buffers of one READ or WRITE. Each is passed to readv or writev where it lies in guest
+//! memory, without a copy.
 //!
-//! A buffer may lie in our own window (`in_window`). All buffers of such a request go through one
-//! that is ours and lies at a page's start, so that a descriptor with O_DIRECT takes it.
+//! A buffer may lie in the window of this device (`in_window`). The request is then copied through
+//! a page-aligned buffer of the daemon, which also meets the alignment rules of O_DIRECT.
 //!
-//! A buffer may lie in another device's window. Only system calls touch it, which say EFAULT where
-//! the page is gone.
+//! A buffer may lie in the window of another device. Only system calls access such bytes: they
+//! return EFAULT for a page that is not mapped.
 
-#![allow(unsafe_code)] // readv and writev take raw pointers; see the two places below.
+#![allow(unsafe_code)] // readv and writev take raw pointers.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -36,15 +36,13 @@ use super::in_window::FilePiece;
 use super::message::MAX_DATA_BYTES;
 use super::serve::Blocking;
 
-/// IOV_MAX.
+/// Largest number of iovecs in one system call: IOV_MAX of Linux.
 const MAX_IOVECS: usize = 1024;
 
-/// The most that is copied at once where a buffer lies in the window: all that one request may
-/// move.
+/// Largest number of bytes in one copy for a buffer in the window: the most that one request moves.
 const BOUNCE_BYTES: usize = MAX_DATA_BYTES as usize;
 
-/// What O_DIRECT wants the place, the offset and the length of a buffer to be a multiple of, at
-/// most.
+/// Alignment of address, offset and length, in bytes, that satisfies O_DIRECT on each file system.
 const ALIGN: usize = PAGE_BYTES as usize;
 
 #[derive(Clone)]
@@ -71,24 +69,24 @@ impl Piece {
         }
     }
 
-    /// How many of its bytes a load by the guest would find.
-    fn there(&self) -> io::Result<usize> {
+    /// Number of bytes up to the first one at which a load by the guest would fault.
+    fn readable_bytes(&self) -> io::Result<usize> {
         match self {
             Self::Memory { bytes, .. } => Ok(*bytes),
-            Self::File(piece) => piece.there(),
+            Self::File(piece) => piece.readable_bytes(),
         }
     }
 }
 
-/// The buffers of one direction of a request.
+/// The buffers of one request in one direction, without the bytes that were moved already.
 pub(crate) struct Buffers(VecDeque<Piece>);
 
 impl Buffers {
-    /// Finds out what `segments` are, but for their first `skip` bytes. Where they lie in the
-    /// window this waits for the window's turn: never call it with a hand in guest memory.
+    /// Locates `segments`, without their first `skip` bytes. For segments in the window this takes
+    /// the window's checkout, so the caller must not have pinned the request.
     ///
     /// # Errors
-    /// EFAULT for a part of the window where nothing is granted.
+    /// EFAULT for a part of the window where no range is granted.
     pub(crate) fn find(
         segments: &[Segment],
         skip: usize,
@@ -108,7 +106,7 @@ impl Buffers {
         Ok(buffers)
     }
 
-    /// How many bytes there are.
+    /// Number of bytes left.
     pub(crate) fn bytes(&self) -> usize {
         self.0.iter().map(Piece::bytes).sum()
     }
@@ -124,8 +122,7 @@ impl Buffers {
         }
     }
 
-    /// The memory pieces from the front on, at most `most` bytes of them, up to the first piece of
-    /// a file.
+    /// The slices of guest memory up to the first piece in the window: at most `most` bytes.
     fn memory<'m>(
         &self,
         mem: &'m GuestMemoryMmap,
@@ -147,10 +144,9 @@ impl Buffers {
         Ok(slices)
     }
 
-    /// Lets `call` move bytes between a file and the front of the buffers, at most `most` of them,
-    /// up to the first piece of a file. `call` makes one system call with the iovecs. It may do
-    /// nothing else with them: the guest may change these bytes at any time, and only the kernel may
-    /// read or write them.
+    /// Passes the front of the buffers to `call` as iovecs: at most `most` bytes, up to the first
+    /// piece in the window. `call` makes one system call with them and no other access: the guest
+    /// may change these bytes at any time, so only the kernel may read or write them.
     fn with_iovecs(
         &self,
         mem: &GuestMemoryMmap,
@@ -158,7 +154,7 @@ impl Buffers {
         call: impl FnOnce(&[libc::iovec]) -> io::Result<usize>,
     ) -> io::Result<usize> {
         let slices = self.memory(mem, most)?;
-        // Until the call is over.
+        // The guards keep the memory mapped until the call returns.
         let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
         let iovec = |guard: &PtrGuardMut| libc::iovec {
             iov_base: guard.as_ptr().cast(),
@@ -168,22 +164,22 @@ impl Buffers {
         call(&iovecs)
     }
 
-    /// Whether some of them lie in the window.
+    /// Whether a piece lies in the window.
     fn in_window(&self) -> bool {
         self.0.iter().any(|piece| matches!(piece, Piece::File(_)))
     }
 
-    /// How many of the first `most` bytes come before the end of a file that shows through the
-    /// window.
+    /// Number of the first `most` bytes that a load by the guest could read: up to the last page of
+    /// a file that the window shows.
     ///
     /// # Errors
-    /// EFAULT if it is none.
+    /// EFAULT if that is 0.
     fn reach(&self, most: usize) -> io::Result<usize> {
         let mut reach = 0;
         for piece in &self.0 {
-            let there = piece.there()?;
-            reach += there;
-            if there < piece.bytes() || reach >= most {
+            let readable = piece.readable_bytes()?;
+            reach += readable;
+            if readable < piece.bytes() || reach >= most {
                 break;
             }
         }
@@ -224,7 +220,7 @@ impl Buffers {
     }
 }
 
-/// Memory of ours that begins at a page's start.
+/// A page-aligned buffer of the daemon.
 struct Bounce {
     bytes: Vec<u8>,
     start: usize,
@@ -237,7 +233,7 @@ impl Bounce {
         Self { bytes, start }
     }
 
-    /// Its first `bytes`.
+    /// Its first `bytes` bytes.
     fn first(&mut self, bytes: usize) -> &mut [u8] {
         self.bytes.get_mut(self.start..self.start + bytes).unwrap_or_default()
     }
@@ -247,14 +243,15 @@ fn iovec(bytes: &mut [u8]) -> libc::iovec {
     libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
 }
 
-/// An offset that the kernel takes for one (-1 would mean "where the file's own position is").
+/// An offset for preadv2(2) and pwritev2(2), which read -1 as "at the file's own position".
 fn file_offset(off: u64, done: usize) -> io::Result<i64> {
     let off = off.checked_add(done as u64).and_then(|off| i64::try_from(off).ok());
     off.ok_or_else(|| Errno::EINVAL.into())
 }
 
-/// Takes steps, each told how many bytes are left and where in the file they belong, until all is
-/// done or one does nothing. An error counts only where nothing was done before it.
+/// Calls `step` with the number of bytes left and their offset in the file, until no byte is left
+/// or a step moves none. Returns the number of bytes moved; an error only if no step before it
+/// moved any.
 fn step_by_step(
     count: usize,
     off: u64,
@@ -272,19 +269,20 @@ fn step_by_step(
     Ok(done)
 }
 
-/// Buffers that a READ fills.
+/// The buffers that a READ fills.
 pub(crate) struct GuestWriter<'m> {
-    /// For system calls only.
+    /// All of guest memory, other devices' windows included: for system calls only.
     pub(crate) mem: &'m GuestMemoryMmap,
+    /// Guest RAM, which the daemon may load from and store to.
     pub(crate) ram: &'m GuestMemoryMmap,
     pub(crate) buffers: Buffers,
     pub(crate) blocking: Blocking,
-    /// Set where it would have to wait for a disk, and must not.
+    /// Set if the READ would have to wait for a disk and `blocking` forbids that.
     pub(crate) would_wait: &'m Cell<bool>,
 }
 
 impl GuestWriter<'_> {
-    /// One step: some bytes of `file` from `off` on into the front of the buffers.
+    /// One step of a READ: fills the front of the buffers from `file` at `off`.
     fn step(
         &mut self,
         file: &File,
@@ -314,11 +312,12 @@ impl GuestWriter<'_> {
         flags: Option<ReadvFlags>,
     ) -> io::Result<usize> {
         let reach = self.buffers.reach(count)?;
-        // To a page's end, as O_DIRECT wants it: what is too much stays here.
+        // The read ends at a page's end, as O_DIRECT needs it. The bytes behind `reach` are
+        // dropped.
         let whole = reach.next_multiple_of(ALIGN);
         let mut bounce = Bounce::new(whole);
         let iovecs = [iovec(bounce.first(whole))];
-        // SAFETY: `bounce` is ours, outlives the call, and is not looked at meanwhile.
+        // SAFETY: this thread owns `bounce`, which outlives the call and is not accessed during it.
         let read = self
             .read(flags, |flags| unsafe { oslib::readv_at(file.as_fd(), &iovecs, off, flags) })?;
         let read = read.min(reach);
@@ -337,7 +336,8 @@ impl GuestWriter<'_> {
         }
     }
 
-    /// Reads what needs no waiting for; where the file system can't tell what does, all.
+    /// Reads only bytes that are cached. Reads without that limit if the file system has no
+    /// RWF_NOWAIT.
     fn read_now(
         &self,
         flags: Option<ReadvFlags>,
@@ -368,13 +368,14 @@ impl ZeroCopyWriter for GuestWriter<'_> {
     }
 }
 
-/// Buffers that a WRITE takes from.
+/// The buffers that a WRITE takes its bytes from.
 pub(crate) struct GuestReader<'m> {
-    /// For system calls only.
+    /// All of guest memory, other devices' windows included: for system calls only.
     pub(crate) mem: &'m GuestMemoryMmap,
+    /// Guest RAM, which the daemon may load from and store to.
     pub(crate) ram: &'m GuestMemoryMmap,
     pub(crate) buffers: Buffers,
-    /// The file's memory, if all of it is to be stored there (behaviour 13).
+    /// The file's memory, if the bytes are stored there past the processor's cache (behaviour 13).
     pub(crate) past_cache: Option<&'m Direct>,
 }
 
@@ -391,7 +392,7 @@ impl GuestReader<'_> {
             let mut bounce = Bounce::new(reach);
             self.buffers.gather(self.ram, bounce.first(reach))?;
             let iovecs = [iovec(bounce.first(reach))];
-            // SAFETY: `bounce` is ours, and outlives the call.
+            // SAFETY: this thread owns `bounce`, which outlives the call.
             unsafe { oslib::writev_at(file.as_fd(), &iovecs, off, flags)? }
         } else {
             if let Some(direct) = self.past_cache
@@ -400,7 +401,7 @@ impl GuestReader<'_> {
                 return self.store(direct, &slices, file, off);
             }
             self.buffers.with_iovecs(self.mem, count, |iovecs| {
-                // SAFETY: as in GuestWriter; the kernel only reads from them.
+                // SAFETY: as in GuestWriter::step(); the kernel only reads from the slices.
                 unsafe { oslib::writev_at(file.as_fd(), iovecs, off, flags) }
             })?
         };
@@ -408,8 +409,8 @@ impl GuestReader<'_> {
         Ok(done)
     }
 
-    /// Stores the front of the buffers past the cache, as a write of `file` would, which notes the
-    /// time.
+    /// Stores the front of the buffers to the file's memory, past the processor's cache. Sets the
+    /// file's mtime and ctime, as a write would.
     fn store(
         &mut self,
         direct: &Direct,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The settings of `vhost-user-dax fs`, each of them checked.
+//! The settings of `vhost-user-dax fs`. Their types hold checked values only.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -21,19 +21,20 @@ use crate::window::WindowBytes;
 /// Bytes of the tag in the config space (virtio 1.4 section 5.11.4).
 pub const TAG_BYTES: usize = 36;
 
-/// The most slots of 2 MiB in a window. QEMU 11.1 dies of the 513th map or memory region of a VM
-/// (Q2), and from some 384 on each further map takes tens of milliseconds.
+/// Largest number of 2 MiB slots in a window. QEMU 11.1 aborts at the 513th map or memory region of
+/// a VM (Q2), and from about 384 on each further map takes tens of milliseconds.
 pub const MAX_SLOTS: u64 = 384;
 
-/// A file of up to this size is one READ: a map, which takes the front-end longer, does not pay.
+/// Default of `--dax-threshold`, in bytes. A file of at most this length is read by one READ, which
+/// takes the front-end less time than a map.
 pub const DEFAULT_DAX_THRESHOLD: Size = Size(1 << 20);
 
-/// The name by which a guest mounts the share.
+/// The name by which a guest mounts the share: 1 to [`TAG_BYTES`] bytes, none of them 0.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tag(String);
 
 impl Tag {
-    /// As in the config space: padded with zeros, and not terminated if it is full.
+    /// The tag as in the config space: padded with zeros; a tag of 36 bytes has no final zero.
     pub(crate) fn padded(&self) -> [u8; TAG_BYTES] {
         let mut padded = [0; TAG_BYTES];
         for (to, from) in padded.iter_mut().zip(self.0.bytes()) {
@@ -49,7 +50,7 @@ impl fmt::Display for Tag {
     }
 }
 
-/// Why a tag can't be one.
+/// The text is no valid tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error("a tag has 1 to {TAG_BYTES} bytes, none of them 0")]
 pub struct BadTag;
@@ -63,7 +64,7 @@ impl FromStr for Tag {
     }
 }
 
-/// The length of a DAX window: none at all, or a multiple of 2 MiB that QEMU survives.
+/// Length of a DAX window: 0, or a multiple of 2 MiB up to [`MAX_SLOTS`] slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WindowSize(u64);
 
@@ -71,7 +72,7 @@ impl WindowSize {
     /// No window.
     pub const NONE: Self = Self(0);
 
-    /// The length.
+    /// The length, in bytes.
     pub fn bytes(self) -> WindowBytes {
         WindowBytes(self.0)
     }
@@ -80,17 +81,18 @@ impl WindowSize {
 /// Why a window can't have this length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum WindowSizeError {
-    /// Not a size at all, or not whole slots of 2 MiB.
+    /// The text is no size, or the size is no multiple of 2 MiB.
     #[error(transparent)]
     Size(#[from] SizeError),
-    /// Too many slots.
+    /// More than [`MAX_SLOTS`] slots.
     #[error(
-        "{asked} is more than {MAX_SLOTS} slots of 2 MiB, and QEMU dies of too many maps; {most} would do"
+        "{asked} is more than {MAX_SLOTS} slots of 2 MiB, and QEMU aborts at too many maps; {most} \
+         would do"
     )]
     TooLarge {
-        /// What was asked for.
+        /// The requested length.
         asked: Size,
-        /// The largest that would do.
+        /// The largest length that is accepted.
         most: Size,
     },
 }
@@ -117,15 +119,15 @@ impl fmt::Display for WindowSize {
     }
 }
 
-/// Which files are mapped where the guest leaves that to us (a mount with `-o dax=inode`, or with
-/// no word about it).
+/// Which files are mapped if the guest leaves the choice to the daemon (a mount with `-o
+/// dax=inode`, or without a dax option).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DaxPolicy {
-    /// No window at all.
+    /// None: the share has no window.
     Never,
-    /// Those that are larger than this many bytes.
+    /// Files longer than this number of bytes.
     Inode(u64),
-    /// All.
+    /// All files.
     Always,
 }
 
@@ -139,9 +141,9 @@ impl DaxPolicy {
     }
 }
 
-/// What a device serves, and how. The names are virtiofsd's where the meaning is the same.
+/// Settings of one share. Where an option has virtiofsd's meaning, it has virtiofsd's name.
 #[derive(Debug, Clone)]
-#[allow(missing_docs)] // The command line's help says it.
+#[allow(missing_docs)] // See the help text of the option of each field (`cli/fs.rs`).
 pub struct FsConfig {
     pub shared_dir: PathBuf,
     pub tag: Tag,
@@ -165,12 +167,12 @@ pub struct FsConfig {
     pub announce_submounts: bool,
     pub inode_file_handles: InodeFileHandlesMode,
     pub preserve_noatime: bool,
-    /// Where one of the two is given, the daemon enters a user namespace.
+    /// With a map here or in `gid_map` the daemon enters a user namespace.
     pub uid_map: Vec<UidMap>,
     pub gid_map: Vec<GidMap>,
     pub translate_uid: Vec<IdMap>,
     pub translate_gid: Vec<IdMap>,
-    /// How many descriptors the guest may make us open.
+    /// Largest number of descriptors that the daemon opens for the guest.
     pub guest_fds: u64,
     /// What makes the window's private mount.
     pub mounter: Mounter,
@@ -184,7 +186,7 @@ impl FsConfig {
         self.window != WindowSize::NONE && self.dax != DaxPolicy::Never && !self.readonly
     }
 
-    /// The settings of a command line that names nothing but these.
+    /// The settings of a command line that has only these three options.
     pub fn new(shared_dir: PathBuf, tag: Tag, window: WindowSize) -> Self {
         Self {
             shared_dir,
@@ -220,7 +222,8 @@ impl FsConfig {
     }
 }
 
-/// The most threads that requests run in: more than a ring of QEMU's default length holds requests.
+/// Default of `--thread-pool-size`: number of threads in the pool. A ring of QEMU's default length
+/// holds 128 requests.
 pub const DEFAULT_THREADS: usize = 256;
 
 #[cfg(test)]
@@ -236,7 +239,7 @@ mod tests {
         }
     }
 
-    /// Shows: a window that QEMU would not survive is refused with the size that would do.
+    /// Shows: a window that is too large for QEMU is refused, and the error names a size that fits.
     #[test]
     fn window_sizes() {
         assert_eq!("0".parse(), Ok(WindowSize::NONE));

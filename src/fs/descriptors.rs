@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Descriptors: how many the daemon keeps for itself, so that no guest can take the last one, and a
-//! count of the guest's own, so that what can't be finished for want of one is not begun.
+//! File descriptors: how many the daemon reserves for itself, so that a guest can't use the last
+//! one, and a count of the guest's descriptors, so that no operation begins that would fail halfway
+//! without a descriptor.
 
 use std::fs::File;
 use std::io;
@@ -21,47 +22,48 @@ use crate::support::units::PMD_BYTES;
 use super::config::FsConfig;
 use super::dax::Dax;
 
-/// Standard streams, the listening socket, the connection and the back-end channel with their
-/// copies, signals, the private mount (5), inotify, the file system's own (5), a look at /proc, and
-/// room for mounts in the share, each of which holds one where inodes are held by handles.
+/// Number of descriptors of the daemon itself: standard streams, the listening socket, the
+/// connection and the back-end channel with their copies, signals, the private mount (5), inotify,
+/// the passthrough file system (5), reads of /proc, and room for file systems mounted in the share,
+/// each of which holds a descriptor if inodes are held by handles.
 const OWN: u64 = 96;
-/// vhost's MAX_ATTACHED_FD_ENTRIES: what one message may bring, while what it replaces is still
-/// held.
+/// Largest number of descriptors in one vhost-user message: vhost's MAX_ATTACHED_FD_ENTRIES. They
+/// come in addition to the descriptors that they replace, which are still open.
 const MESSAGE: u64 = 32;
-/// vhost-user-backend's MAX_MEM_SLOTS: each memory region holds one, maps that come back among
-/// them.
+/// Largest number of memory regions with memory slots: vhost-user-backend's MAX_MEM_SLOTS. Each
+/// region holds a descriptor, also one that shows a map of the window.
 const SLOT_REGIONS: u64 = 509;
-/// Kick, call and error, the epoll instance, the two ends of the exit event, and a kick being
-/// replaced.
+/// Number of descriptors of one ring: kick, call, error, epoll, two ends of the exit event, and a
+/// new kick while the old one is open.
 const RING: u64 = 7;
-/// A file that is mapped, and the one that claims to be longer.
+/// Number of descriptors of a mapped file: the file, and its passthrough file.
 const MAPPED_FILE: u64 = 2;
-/// What one request holds while it runs, and no limit of the guest's counts: directories (2), a
-/// file that is looked up, one that is made.
+/// Number of descriptors that a running request holds and that the guest's limit does not count:
+/// directories (2), a file that is looked up, a file that is created.
 const REQUEST: u64 = 4;
-/// Fewer than these for the guest's files are of no use.
+/// Smallest useful number of descriptors for the guest's files.
 const LEAST_FOR_GUEST: u64 = 64;
-/// Number of the guest's descriptors that are kept for requests by which it frees descriptors, such
-/// as OPENDIR of a directory that is to be emptied.
+/// Number of the guest's descriptors that are reserved for requests that lead to free descriptors,
+/// such as OPENDIR of a directory that the guest will empty.
 const KEPT: u64 = 32;
-/// The guest's descriptors are counted anew when this part of them may have been taken.
+/// Divisor: the guest's descriptors are counted again after this part of them was given out.
 const PART: u64 = 16;
 
-/// How many descriptors may be needed at once for anything but the guest's files and inodes.
+/// Number of descriptors that the daemon may need at once, without the guest's files and inodes.
 ///
-/// | for | how many |
+/// | for | number |
 /// |---|---|
 /// | the daemon itself | 96 |
-/// | a message in flight | 32 |
-/// | memory regions, all maps of the VM among them | 509, or two tables of 32 without memory slots |
+/// | a vhost-user message | 32 |
+/// | memory regions, including all maps of the VM | 509, or two tables of 32 without memory slots |
 /// | each ring | 7 |
-/// | each slot of the window, of another file each | 2 |
-/// | each request that is served: by the pool, the rings' threads and the relief | 4 |
+/// | each slot of the window, if each maps another file | 2 |
+/// | each thread that serves requests: of the pool and the rings, the watchdog | 4, and 2 for a mapped file |
 pub fn reserved(config: &FsConfig) -> u64 {
     let regions = if config.mem_slots { SLOT_REGIONS } else { 2 * MESSAGE };
     let rings = 1 + u64::from(config.request_queues);
     let slots = config.window.bytes().0 / PMD_BYTES;
-    // One more of each for a file that takes another one's place.
+    // A request may map a file in place of another one, whose descriptors are still open.
     let requests = config.threads as u64 + rings + 1;
     own(config) + MESSAGE + regions + MAPPED_FILE * slots + (REQUEST + MAPPED_FILE) * requests
 }
@@ -76,76 +78,81 @@ fn own(config: &FsConfig) -> u64 {
     OWN + RING * (1 + u64::from(config.request_queues))
 }
 
-/// How many of `files` descriptors are left for the guest.
+/// Number of descriptors left for the guest, of a limit of `files`.
 ///
 /// # Errors
-/// A line that says what would do.
+/// A text for the user, with a limit that is enough.
 pub fn left_for_guest(files: u64, config: &FsConfig) -> Result<u64, String> {
     let reserved = reserved(config);
     let left = files.checked_sub(reserved).filter(|left| *left >= LEAST_FOR_GUEST);
     left.ok_or_else(|| {
         format!(
-            "--rlimit-nofile: {files} descriptors are too few: {reserved} may be needed beside the guest's \
-             files; take more than {}, or a smaller --window-size, --thread-pool-size or \
-             --num-request-queues",
+            "--rlimit-nofile: {files} descriptors are too few: the daemon may need {reserved} \
+             beside the guest's files; use more than {}, or a smaller --window-size, \
+             --thread-pool-size or --num-request-queues",
             reserved + LEAST_FOR_GUEST - 1
         )
     })
 }
 
-/// What a request wants a descriptor for.
+/// For what a request needs descriptors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Want {
-    /// One for an inode, and nothing is begun that could stay half done.
+    /// One for a looked-up inode; without it the request fails and leaves nothing behind.
     Inode,
-    /// This number of descriptors, for as long as the guest likes.
+    /// This number of descriptors, until the guest releases them.
     Keep(u64),
-    /// One that is needed for a moment, or to get rid of others.
+    /// One during the request, or one that the guest needs to free others.
     Moment,
 }
 
-/// The guest's descriptors.
+/// Counts the guest's descriptors.
 pub(crate) struct Descriptors {
+    /// Largest number of descriptors of the guest.
     most: i64,
+    /// Number of them that only [`Want::Moment`] may use.
     kept: i64,
     /// Inodes of the share's file system are held by file handles.
     by_handle: bool,
+    /// File handles were configured, whether or not they can be used.
     asked_for_handles: bool,
-    /// Tells how many there are: its length is their number, since Linux 6.2.
+    /// The directory `/proc/self/fd`. Since Linux 6.2 its length is the number of descriptors.
     table: Option<File>,
-    /// Those of the daemon itself.
+    /// Number of the daemon's own descriptors, as counted when the guest held none.
     own: AtomicU64,
+    /// Upper bound of `own`.
     most_own: u64,
-    /// Memory regions.
+    /// Number of the VM's memory regions.
     regions: Arc<AtomicUsize>,
     dax: Option<Arc<Dax>>,
-    /// How many may be taken before they are counted anew.
+    /// Number of descriptors that may be given out before they are counted again.
     left: AtomicI64,
-    /// What running requests were allowed to take.
+    /// Number of descriptors that running requests may open.
     promised: AtomicI64,
-    /// Held by who counts: whether it was said that there are few left.
+    /// Held while descriptors are counted. Whether the log has the warning of few descriptors left.
     counting: Mutex<bool>,
 }
 
-/// Leave to take descriptors; given back, taken or not, when the request is done.
+/// Permission to open descriptors. Its drop, at the end of the request, returns them to the count,
+/// whether they were opened or not: open ones are counted in the table.
 #[must_use]
-pub(crate) struct Leave<'a> {
+pub(crate) struct Permit<'a> {
     descriptors: &'a Descriptors,
     count: i64,
 }
 
-impl Drop for Leave<'_> {
+impl Drop for Permit<'_> {
     fn drop(&mut self) {
         self.descriptors.promised.fetch_sub(self.count, Ordering::SeqCst);
     }
 }
 
 impl Descriptors {
-    /// Of a device whose memory regions are counted in `regions`.
+    /// Creates the count of a device. `regions`: number of the VM's memory regions.
     pub(crate) fn new(config: &FsConfig, dax: Option<Arc<Dax>>, regions: Arc<AtomicUsize>) -> Self {
         let most = i64::try_from(config.guest_fds).unwrap_or(i64::MAX);
         let asked_for_handles = config.inode_file_handles != InodeFileHandlesMode::Never;
-        // Without a limit there is nothing to count.
+        // Without a limit nothing is counted.
         let table = fd_table::open().ok().filter(|_| most < i64::MAX);
         Self {
             most,
@@ -163,7 +170,8 @@ impl Descriptors {
         }
     }
 
-    /// The guest has begun anew and holds nothing: what is open now is the daemon's.
+    /// The guest holds no descriptor after an INIT or DESTROY: all open descriptors are the
+    /// daemon's.
     pub(crate) fn guest_has_none(&self) {
         if let Some(table) = &self.table {
             let own = count(table).saturating_sub(self.not_the_guests());
@@ -172,49 +180,51 @@ impl Descriptors {
         }
     }
 
-    /// Regions and mapped files.
+    /// Number of descriptors of memory regions and mapped files.
     fn not_the_guests(&self) -> u64 {
         let files = self.dax.as_ref().map_or(0, |dax| dax.files()) as u64;
         self.regions.load(Ordering::Relaxed) as u64 + MAPPED_FILE * files
     }
 
-    /// Leave to take descriptors. Only with it is anything begun that must not be left half done.
+    /// Permission to open descriptors, before any part of the operation is done.
     ///
     /// # Errors
-    /// ENFILE.
-    pub(crate) fn ask(&self, want: Want) -> io::Result<Leave<'_>> {
+    /// ENFILE if none is left.
+    pub(crate) fn ask(&self, want: Want) -> io::Result<Permit<'_>> {
         let (count, kept) = match want {
             Want::Keep(count) => (count as i64, self.kept),
             Want::Inode => (1, self.kept),
             Want::Moment => (1, 0),
         };
-        // Promised first, and taken off what is left then: whoever counts meanwhile sees one or
-        // both.
+        // First added to `promised`, then subtracted from `left`: a thread that counts in between
+        // sees at least one of the two.
         self.promised.fetch_add(count, Ordering::SeqCst);
-        let leave = Leave { descriptors: self, count };
-        let Some(table) = &self.table else { return Ok(leave) };
+        let permit = Permit { descriptors: self, count };
+        let Some(table) = &self.table else { return Ok(permit) };
         let left = self.left.fetch_sub(count, Ordering::SeqCst) - count;
-        let given = left >= kept || self.count_anew(table) >= kept;
-        // Counted all the same: some file system in the share may have no handles.
+        let given = left >= kept || self.recount(table) >= kept;
+        // The result is not used for inodes held by handles. It is still counted: another file
+        // system in the share may have no handles, and hold descriptors.
         let given = given || (self.by_handle && want == Want::Inode);
-        if given { Ok(leave) } else { Err(Errno::ENFILE.into()) }
+        if given { Ok(permit) } else { Err(Errno::ENFILE.into()) }
     }
 
-    /// How many are left beside those that are promised.
-    fn count_anew(&self, table: &File) -> i64 {
-        let mut said = lock(&self.counting);
+    /// Counts again. Returns the number of descriptors left, without the promised ones.
+    fn recount(&self, table: &File) -> i64 {
+        let mut warned = lock(&self.counting);
         let before = self.left.load(Ordering::SeqCst);
-        // In this order: what is opened in between counts twice, and not at all in the other one.
+        // `promised` is read before the table: a descriptor opened in between counts twice. In the
+        // opposite order it would not count at all.
         let promised = self.promised.load(Ordering::SeqCst);
         let own = self.own.load(Ordering::Relaxed) + self.not_the_guests();
         let used = count(table).saturating_sub(own) as i64;
         let left = self.most - used - promised;
-        if used >= self.most / 5 * 4 && !std::mem::replace(&mut *said, true) {
+        if used >= self.most / 5 * 4 && !std::mem::replace(&mut *warned, true) {
             self.warn(used);
         }
-        // Never far ahead, so that the warning comes when it is due.
+        // Bounded, so that the next count is not late for the warning.
         let now = left.min((self.most / PART as i64).max(KEPT as i64));
-        // Not stored: others may have taken off it since.
+        // Added, not stored: another thread in ask() may have subtracted since `before` was read.
         self.left.fetch_add(now - before, Ordering::SeqCst);
         left
     }
@@ -224,34 +234,35 @@ impl Descriptors {
         let instead = match (self.by_handle, self.asked_for_handles) {
             (true, _) => "",
             (false, false) => {
-                ", or take --inode-file-handles=prefer, which holds none for a file that is not open"
+                ", or use --inode-file-handles=prefer, which holds a descriptor for open files only"
             }
             (false, true) => {
-                ", or have inodes held by file handles: that wants CAP_DAC_READ_SEARCH, and a file system \
-                 that has them"
+                ", or let inodes be held by file handles: that needs CAP_DAC_READ_SEARCH, and a \
+                 file system with file handles"
             }
         };
         warn!(
-            "the guest has {used} of the {most} descriptors that it may have; without more it can open and \
-             make no files soon (ENFILE): raise --rlimit-nofile{instead}"
+            "the guest has {used} of the {most} descriptors that it may have; at the limit it can \
+             open and create no files (ENFILE): raise --rlimit-nofile{instead}"
         );
     }
 }
 
-/// Whether the file system has file handles, and we may open them: as the library finds out.
+/// Whether the file system of `dir` has file handles and the daemon may open them, tested as
+/// virtiofsd does.
 ///
 /// # Errors
-/// The system's, where not.
+/// Those of name_to_handle_at(2) and open_by_handle_at(2).
 pub(crate) fn handles_work(dir: &Path) -> io::Result<()> {
     let (dir, mut handle, mut mount) = (File::open(dir)?, CFileHandle::default(), 0);
     name_to_handle_at(&dir, c"", &mut handle, &mut mount, libc::AT_EMPTY_PATH)?;
     open_by_handle_at(&dir, &handle, libc::O_PATH).map(drop)
 }
 
-/// How many descriptors the process has.
+/// Number of open descriptors of the process.
 fn count(table: &File) -> u64 {
-    let told = table.metadata().map_or(0, |table| table.len());
-    if told > 0 { told } else { fd_table::numbers().map_or(0, |all| all.len() as u64) }
+    let length = table.metadata().map_or(0, |table| table.len());
+    if length > 0 { length } else { fd_table::numbers().map_or(0, |all| all.len() as u64) }
 }
 
 #[cfg(test)]
@@ -264,8 +275,8 @@ mod tests {
         FsConfig { threads, ..FsConfig::new("/".into(), "t".parse().unwrap(), window) }
     }
 
-    /// Shows: a larger window, more threads and more rings want more; what is too few names a
-    /// number that will do.
+    /// Shows: a larger window, more threads and more rings need more descriptors; the error for a
+    /// limit that is too low names one that is enough.
     #[test]
     fn what_is_reserved() {
         let small = config("64M", 4);
@@ -283,19 +294,19 @@ mod tests {
     fn limited(most: u64) -> Descriptors {
         let config = FsConfig { guest_fds: most, ..config("0", 4) };
         let descriptors = Descriptors::new(&config, None, Arc::default());
-        // Tests beside us open files, too.
+        // Other tests of this process open files, too.
         descriptors.own.store(0, Ordering::Relaxed);
         descriptors
     }
 
-    /// Shows: leave is given as long as there is one left beside what others were promised, the
-    /// last ones only for a moment; and it counts no more when the request is done.
+    /// Shows: permissions are given while a descriptor is left beside the promised ones; the last
+    /// ones are given only for a moment; a permission counts no more when its request ends.
     #[test]
-    fn leave_is_given_while_there_is_any() {
+    fn permits_are_given_while_descriptors_are_left() {
         let descriptors = limited(1000);
         let mut given = Vec::new();
-        while let Ok(leave) = descriptors.ask(Want::Keep(2)) {
-            given.push(leave);
+        while let Ok(permit) = descriptors.ask(Want::Keep(2)) {
+            given.push(permit);
         }
         let used = count(descriptors.table.as_ref().unwrap());
         assert!(given.len() as u64 * 2 + used <= 1000 + 64, "{} given, {used} used", given.len());

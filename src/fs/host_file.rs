@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The file of the host that a request is about: which it is, and how to get at it. The guest's
-//! numbers do not say which: the file system gives one file a number for each mount that leads to it
-//! (a bind mount in the share), and a new one after a FORGET. What counts is the inode
-//! ([`FileId`]).
+//! Identifies the host file that a request is about. The guest's node id does not: virtiofsd's file
+//! system gives a file one node id for each mount that leads to it (a bind mount in the share), and
+//! a new one after a FORGET. The inode on the host does ([`FileId`]).
 
 use std::cell::Cell;
 use std::fs::File;
@@ -18,31 +17,31 @@ use crate::support::file_id::FileId;
 use super::descriptors::Want;
 use super::server::Server;
 
-/// Finds out which file it is, if its inode number is one of those that the argument holds for.
-/// None: it is none of them.
+/// Returns the id of the file, if its inode number satisfies the argument; else None. May open the
+/// file.
 pub(crate) type Ask<'a> = dyn Fn(&dyn Fn(u64) -> bool) -> io::Result<Option<FileId>> + 'a;
 
-/// A file as a request names it: the guest's number, and what else tells.
+/// The file of a request: the guest's node id, and how to find out the file's id.
 #[derive(Clone, Copy)]
 pub(crate) struct Subject<'a> {
     pub(crate) nodeid: u64,
     pub(crate) file: Which<'a>,
 }
 
-/// How a file is known.
+/// How the id of a file is found.
 #[derive(Clone, Copy)]
 pub(crate) enum Which<'a> {
-    /// It is open; None: the handle is none of an open file, and whatever the request wants fails.
+    /// The file is open. None for a handle of no open file: the request will fail.
     Open(Option<FileId>),
-    /// The file system must be asked.
+    /// By system calls of the given function.
     Ask(&'a Ask<'a>),
 }
 
 impl Subject<'_> {
-    /// The file, if its inode number is `known`.
+    /// The id of the file. None for a file that is not open and whose inode number is not `known`.
     ///
     /// # Errors
-    /// The file system's.
+    /// Errors of `Which::Ask`: of statx(2) and open(2).
     pub(crate) fn find(&self, known: &dyn Fn(u64) -> bool) -> io::Result<Option<FileId>> {
         match self.file {
             Which::Open(file) => Ok(file),
@@ -51,7 +50,8 @@ impl Subject<'_> {
     }
 }
 
-/// Stands where a READ's buffers do, and does something with the file that the READ would read.
+/// Takes the place of a READ's buffers. virtiofsd's file system passes it the file that the READ
+/// would read, and it passes the file on to a closure.
 struct InPlaceOfARead<'a, W>(&'a Cell<Option<W>>);
 
 impl<W: FnOnce(&File)> ZeroCopyWriter for InPlaceOfARead<'_, W> {
@@ -69,7 +69,7 @@ impl<W: FnOnce(&File)> ZeroCopyWriter for InPlaceOfARead<'_, W> {
     }
 }
 
-/// A file that was opened, and what was seen of it.
+/// A file that was opened, and the result of `look` in [`Server::open_now`].
 pub(crate) struct Opened<T> {
     pub(crate) handle: u64,
     pub(crate) options: OpenOptions,
@@ -80,11 +80,11 @@ impl<F> Server<F>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
 {
-    /// Does something with the file behind a handle: the file system shows it to whoever reads from
-    /// it.
+    /// Calls `work` with the file of a handle. virtiofsd's file system gives access to the file
+    /// only by a READ, so this makes a READ without data ([`InPlaceOfARead`]).
     ///
     /// # Errors
-    /// EBADF where there is none, and those of `work`.
+    /// EBADF for a handle of no open file, and those of `work`.
     pub(crate) fn with_file<T>(
         &self,
         ctx: Context,
@@ -99,11 +99,11 @@ where
         done
     }
 
-    /// Opens the file of an inode, lets `look` look at it, and closes it again if that fails. A
-    /// lease of a host process is not waited for: see `ops::leases`.
+    /// Opens the file of an inode and calls `look` with it. Closes the file again if `look` fails.
+    /// Does not wait for a lease of a host process: see `ops::leases`.
     ///
     /// # Errors
-    /// EAGAIN where a lease is in the way.
+    /// EAGAIN if a lease is in the way; those of the open and of `look`.
     pub(crate) fn open_now<T>(
         &self,
         ctx: Context,
@@ -130,8 +130,8 @@ where
         }
     }
 
-    /// The file of an inode, readable and writable: QEMU wants it so, also for a guest that only
-    /// reads (Q7, Q8). The file system gives it to whoever reads from it.
+    /// Opens the file of an inode for reading and writing: QEMU needs such a descriptor for each
+    /// map, also if the guest only reads (Q7, Q8).
     pub(crate) fn writable_file(&self, ctx: Context, nodeid: u64) -> io::Result<File> {
         let flags = libc::O_RDWR.cast_unsigned();
         let opened = self.open_now(ctx, nodeid, false, flags, File::try_clone)?;
@@ -139,11 +139,11 @@ where
         Ok(opened.seen)
     }
 
-    /// The file of an inode that the guest knows and need not have open: mostly one look at its
-    /// number is enough, since it is not `known`.
+    /// The id of the file of an inode, which need not be open. None for a file whose inode number
+    /// is not `known`: then its attributes are enough, as in most cases.
     ///
     /// # Errors
-    /// The file system's.
+    /// ENFILE, and those of statx(2) and open(2).
     pub(crate) fn identify(
         &self,
         ctx: Context,
@@ -154,8 +154,9 @@ where
         if attr.mode & libc::S_IFMT != libc::S_IFREG || !known(attr.ino) {
             return Ok(None);
         }
-        let _leave = self.descriptors.ask(Want::Moment)?;
-        // Two devices may have it: open it, but for nothing that could do anything to it.
+        let _permit = self.descriptors.ask(Want::Moment)?;
+        // Files of two devices may have this inode number. O_PATH: such a descriptor can't read,
+        // write or block.
         let flags = libc::O_PATH.cast_unsigned();
         let (handle, _) = self.fs.open(ctx, nodeid, false, flags)?;
         let handle = handle.ok_or(Errno::EBADF)?;
@@ -164,7 +165,7 @@ where
         found.map(Some)
     }
 
-    /// A file that is named by an open handle.
+    /// The subject of a request with an open handle.
     pub(crate) fn open_file(&self, nodeid: u64, handle: u64) -> Subject<'static> {
         Subject { nodeid, file: Which::Open(self.opened.file(nodeid, handle)) }
     }

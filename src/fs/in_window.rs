@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Buffers that lie in our own window (O_DIRECT into or from a DAX mapping). Their bytes are a
-//! file's, and are reached through that file: the memory table need not list the range, and a page
-//! behind the end of the file can't hurt this process.
+//! Buffers that lie in the window of this device (O_DIRECT to or from a DAX mapping). Their bytes
+//! are read and written by system calls on the granted file. So the memory table need not contain
+//! the range, and a page behind the file's end raises no SIGBUS in the daemon.
 
 use std::io;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::support::units::PAGE_BYTES;
 use crate::window::locate::WindowLocation;
 use crate::window::{FileOffset, FileRange, WindowOffset};
 
-/// A part of a buffer that shows a piece of one file.
+/// A part of a buffer that maps a range of one file.
 #[derive(Clone)]
 pub(super) struct FilePiece {
     space: Arc<Space>,
@@ -23,10 +23,10 @@ pub(super) struct FilePiece {
     pub(super) bytes: usize,
 }
 
-/// Where in the window `segment` begins. None if it is not in it.
+/// Offset of `segment` in the window. None for a segment outside of the window.
 ///
 /// # Errors
-/// EFAULT if it is in it in part.
+/// EFAULT for a segment that lies only partly in the window.
 fn offset_in(window: WindowLocation, segment: Segment) -> io::Result<Option<WindowOffset>> {
     let (start, bytes) = (segment.at.0, u64::from(segment.bytes));
     let end = start.checked_add(bytes).ok_or(Errno::EFAULT)?;
@@ -41,10 +41,10 @@ fn offset_in(window: WindowLocation, segment: Segment) -> io::Result<Option<Wind
 }
 
 impl FilePiece {
-    /// What `segment` shows, if it lies in the window.
+    /// The file ranges that `segment` maps. None for a segment outside of the window.
     ///
     /// # Errors
-    /// EFAULT for a part of the window where nothing is granted.
+    /// EFAULT for a part of the window where no range is granted.
     pub(super) fn all_of(
         segment: Segment,
         (window, engine): (WindowLocation, &Engine),
@@ -67,15 +67,16 @@ impl FilePiece {
         self.bytes -= n;
     }
 
-    /// How many of its bytes a load through the window would find: to the end of the file's last
-    /// page.
-    pub(super) fn there(&self) -> io::Result<usize> {
+    /// Number of its bytes up to the end of the file's last page: a load through the window behind
+    /// that page would fault.
+    pub(super) fn readable_bytes(&self) -> io::Result<usize> {
         let end = self.space.source().file_bytes()?.next_multiple_of(PAGE_BYTES);
         let left = usize::try_from(end.saturating_sub(self.from.0)).unwrap_or(usize::MAX);
         Ok(left.min(self.bytes))
     }
 
-    /// Loads what the window shows: behind the end of the file, zeros.
+    /// Reads the file's bytes into `to`. Bytes behind the end of the file stay as they are: the
+    /// caller passes zeros, which a load through the window would read.
     pub(super) fn load(&self, to: &mut [u8]) -> io::Result<()> {
         let mut done = 0;
         while let Some(rest) = to.get_mut(done..).filter(|rest| !rest.is_empty()) {
@@ -87,12 +88,13 @@ impl FilePiece {
         Ok(())
     }
 
-    /// Stores as the window would: what lies behind the end of the file is lost, and makes it no
-    /// longer.
+    /// Writes `bytes` to the file. As with stores through the window, bytes behind the end of the
+    /// file are dropped, and the file does not grow.
     ///
     /// # Errors
-    /// EFAULT while the file is being made shorter. This does not wait for that, which may wait for
-    /// the front-end, and that for the stop of a ring that this request holds up.
+    /// EFAULT while another thread makes the file shorter. This thread must not wait for that
+    /// thread: it may wait for the front-end, the front-end for the stop of a ring, and the stop
+    /// for this request, which is pinned.
     pub(super) fn store(&self, bytes: &[u8]) -> io::Result<()> {
         let source = self.space.source();
         let _stays = self.space.keep_length().ok_or(Errno::EFAULT)?;

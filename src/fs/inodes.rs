@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The inodes that the guest knows, and a limit of their number. virtiofsd's file system keeps each
-//! inode in memory until the guest forgets it, and a guest may forget none. Knows no file.
+//! Counts the inodes that the guest knows, and limits their number. virtiofsd's file system keeps
+//! each inode in memory until the guest forgets it, and a hostile guest forgets none. Knows no
+//! file.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -16,38 +17,39 @@ use nix::sys::resource::{Resource, getrlimit};
 use crate::support::lock::{Mutex, lock};
 use crate::support::size::Size;
 
-/// The part of the daemon's memory that the guest's inodes may take: 1/8. (A Linux guest takes more
-/// memory for an inode than the daemon does, so a guest that has at most 1/8 of the host's memory
-/// never meets the limit.)
+/// Divisor: this part of the daemon's memory may be used for the guest's inodes. One eighth. (A
+/// Linux guest needs more memory for an inode than the daemon, so a guest with at most 1/8 of the
+/// host's memory does not reach the limit.)
 const PART: u64 = 8;
 
-/// Bytes of the daemon's memory for each inode: 640 in virtiofsd's file system (measured with file
-/// handles, which take the most), and 64 here.
+/// Memory of the daemon for one inode, in bytes: 640 in virtiofsd's file system (measured with file
+/// handles, the most expensive case), and 64 here.
 const INODE_BYTES: u64 = 704;
 
-/// The least limit, however little memory there is.
+/// Smallest limit, in inodes.
 const LEAST: u64 = 1 << 12;
 
-/// What is taken for the host's memory where the host does not tell.
+/// Assumed size of the host's memory, in bytes, if /proc/meminfo can't be read.
 const UNKNOWN_BYTES: u64 = 1 << 30;
 
 #[derive(Default)]
 struct Known {
-    /// The number of look-ups of each inode that the guest has not forgotten.
+    /// Number of look-ups of each inode that the guest has not forgotten.
     lookups: HashMap<u64, u64>,
-    /// The number of inodes for which there must be room.
+    /// Number of inodes for which room is reserved.
     reserved: usize,
     warned: bool,
 }
 
 /// The inodes that the guest knows.
 pub(crate) struct Inodes {
-    /// A leaf.
+    /// A leaf: no other lock is taken under it.
     known: Mutex<Known>,
+    /// Largest number of inodes.
     most: usize,
 }
 
-/// Room for one inode that is about to be made.
+/// Reserved room for one inode that a request is about to create.
 pub(crate) struct Room<'a>(&'a Inodes);
 
 impl Drop for Room<'_> {
@@ -68,10 +70,10 @@ impl Inodes {
         Self { known: Mutex::default(), most }
     }
 
-    /// Room for one inode more.
+    /// Reserves room for one more inode.
     ///
     /// # Errors
-    /// ENFILE.
+    /// ENFILE at the limit.
     pub(crate) fn reserve(&self) -> io::Result<Room<'_>> {
         let mut known = lock(&self.known);
         self.check(&known)?;
@@ -79,11 +81,11 @@ impl Inodes {
         Ok(Room(self))
     }
 
-    /// Counts a look-up of which the guest is about to hear. A new inode needs `room`, or takes what
-    /// is left.
+    /// Counts a look-up that the reply will report to the guest. Room for a new inode is taken from
+    /// `room`, or from the unreserved rest.
     ///
     /// # Errors
-    /// ENFILE for a new inode.
+    /// ENFILE for a new inode at the limit.
     pub(crate) fn count(&self, nodeid: u64, room: Option<Room<'_>>) -> io::Result<()> {
         let mut known = lock(&self.known);
         if room.is_none() && !known.lookups.contains_key(&nodeid) {
@@ -93,7 +95,7 @@ impl Inodes {
         *lookups = lookups.saturating_add(1);
         let due = !known.warned && known.lookups.len() >= self.most / 5 * 4;
         known.warned |= due;
-        drop(known); // Before `room`.
+        drop(known); // Before `room`, whose drop takes the lock.
         if due {
             self.warn();
         }
@@ -107,9 +109,9 @@ impl Inodes {
 
     fn warn(&self) {
         warn!(
-            "the guest knows 80 % of the {} inodes that it may know, which take 1/{PART} of the memory that \
-             the daemon may have ({}); beyond that it can look up and make no files (ENFILE): \
-             'echo 2 > /proc/sys/vm/drop_caches' in the guest makes it forget them",
+            "the guest knows 80 % of the {} inodes that it may know, which need 1/{PART} of the \
+             daemon's memory ({}); at 100 % look-ups and new files fail with ENFILE: 'echo 2 > \
+             /proc/sys/vm/drop_caches' in the guest makes it forget unused inodes",
             self.most,
             Size(memory_bytes())
         );
@@ -127,13 +129,13 @@ impl Inodes {
         }
     }
 
-    /// The guest knows none any more.
+    /// The guest has unmounted: it knows no inode.
     pub(crate) fn clear(&self) {
         lock(&self.known).lookups = HashMap::new();
     }
 }
 
-/// The memory that the daemon may have: the host's, or less by a limit of the process or of its
+/// Size of the daemon's memory, in bytes: the host's, or the smallest limit of the process and its
 /// control groups.
 fn memory_bytes() -> u64 {
     let limit = |of| getrlimit(of).map_or(u64::MAX, |(soft, _)| soft);
@@ -148,7 +150,8 @@ fn host_bytes() -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// The least `memory.max` from the process's control group up. None where there is no limit.
+/// Smallest `memory.max` of the process's control group and its ancestors, in bytes. None without a
+/// limit.
 fn cgroup_bytes() -> Option<u64> {
     let root = Path::new("/sys/fs/cgroup");
     let groups = read_to_string("/proc/self/cgroup").ok()?;
@@ -169,8 +172,8 @@ mod tests {
         (inodes, next)
     }
 
-    /// Shows: at the limit a new inode is refused and a known one is not; each look-up must be
-    /// forgotten before there is room again.
+    /// Shows: at the limit a look-up of a new inode is refused and one of a known inode is not; an
+    /// inode frees its room when all its look-ups are forgotten.
     #[test]
     fn the_limit() {
         let (inodes, next) = full();
@@ -185,7 +188,7 @@ mod tests {
         inodes.count(2, None).unwrap();
     }
 
-    /// Shows: room that is reserved is nobody else's, and is given back if it is not used.
+    /// Shows: other look-ups can't take reserved room, and unused room is returned.
     #[test]
     fn room_is_reserved() {
         let (inodes, next) = full();
@@ -199,7 +202,7 @@ mod tests {
         assert_eq!(lock(&inodes.known).reserved, 0);
     }
 
-    /// Shows: this host tells its memory.
+    /// Shows: the size of this host's memory is found.
     #[test]
     fn memory() {
         assert!(memory_bytes() > 1 << 24, "{}", memory_bytes());

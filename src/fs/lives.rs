@@ -1,24 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which driver a request is of, and whether that one has mounted. What is left of an earlier one
-//! must not unmount, nor mount, what a later one has.
+//! The life of a driver: which life a request belongs to, and whether the driver has mounted in it.
+//! A late request of an ended life must neither mount nor unmount in a later one.
 
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use crate::support::lock::{Mutex, Rank, lock};
 
-/// What one driver has mounted, or is about to: a life ends with a reset of the device, with
-/// DESTROY, and with an INIT that finds something mounted.
+/// Number of one life. A life ends at a reset of the device, at DESTROY, and at an INIT of a driver
+/// that has mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Life(u64);
 
+/// Bit of `Lives::state`.
 const MOUNTED: u64 = 1;
 
-/// The device's.
+/// The lives of one device.
 pub(crate) struct Lives {
-    /// The current life, times two, and whether it has mounted.
+    /// Twice the number of the current life; bit 0 is [`MOUNTED`].
     state: AtomicU64,
-    /// Held while what belongs to the current life is thrown away: files are closed under it.
+    /// Held while the state of the current life is dropped, which closes files.
     turn: Mutex<()>,
 }
 
@@ -29,43 +30,44 @@ impl Default for Lives {
 }
 
 impl Lives {
-    /// The current one.
+    /// The current life.
     pub(crate) fn current(&self) -> Life {
         Life(self.state.load(SeqCst) & !MOUNTED)
     }
 
-    /// Whether it is still the current one.
+    /// Whether `life` is the current life.
     pub(crate) fn is_current(&self, life: Life) -> bool {
         self.current() == life
     }
 
-    /// Whether it is, and has mounted.
+    /// Whether `life` is the current life and the driver has mounted in it.
     pub(crate) fn is_mounted(&self, life: Life) -> bool {
         self.state.load(SeqCst) == life.0 | MOUNTED
     }
 
-    /// It has mounted. Nothing happens if it is over.
+    /// The driver has mounted in `life`. Does nothing if `life` has ended.
     pub(crate) fn mount(&self, life: Life) {
         let _ = self.state.compare_exchange(life.0, life.0 | MOUNTED, SeqCst, SeqCst);
     }
 
-    /// The last one is over: what it still does alone has ended when this returns.
+    /// Ends the current life at a reset. On return no [`while_current`](Self::while_current) of it
+    /// still runs.
     pub(crate) fn begin(&self) {
         let next = |state: u64| Some((state & !MOUNTED).wrapping_add(2));
         let _ = self.state.fetch_update(SeqCst, SeqCst, next);
         drop(lock(&self.turn));
     }
 
-    /// What was mounted is over: no request of `life` changes anything from now on. Returns the
-    /// life that follows; none if `life` was over already.
+    /// Ends `life` at an INIT or DESTROY: no later request of `life` changes anything. Returns the
+    /// life that follows. None if `life` had ended before.
     pub(crate) fn unmount(&self, life: Life) -> Option<Life> {
         let next = Life(life.0.wrapping_add(2));
         let end = |state: u64| (state & !MOUNTED == life.0).then_some(next.0);
         self.state.fetch_update(SeqCst, SeqCst, end).ok().map(|_| next)
     }
 
-    /// Does `work` with no other life beginning or being thrown away meanwhile. None, and nothing is
-    /// done, if `life` is over.
+    /// Runs `work` while no life begins and no other thread drops a life's state. None if `life`
+    /// has ended; `work` does not run then.
     pub(crate) fn while_current<T>(&self, life: Life, work: impl FnOnce() -> T) -> Option<T> {
         let _turn = lock(&self.turn);
         self.is_current(life).then(work)
@@ -76,7 +78,7 @@ impl Lives {
 mod tests {
     use super::*;
 
-    /// Shows: a life that is over neither mounts nor unmounts, nor throws anything away.
+    /// Shows: a request of an ended life neither mounts, nor unmounts, nor drops any state.
     #[test]
     fn a_life_that_is_over_changes_nothing() {
         let lives = Lives::default();
@@ -88,9 +90,9 @@ mod tests {
         let second = lives.current();
         assert!(!lives.is_current(first) && !lives.is_mounted(first));
         lives.mount(first);
-        assert!(!lives.is_mounted(second), "mounted by another driver");
+        assert!(!lives.is_mounted(second), "mounted by an ended life");
         lives.mount(second);
-        assert_eq!(lives.unmount(first), None, "another driver's");
+        assert_eq!(lives.unmount(first), None, "unmounted by an ended life");
         assert!(lives.is_mounted(second));
         let third = lives.unmount(second).unwrap();
         assert!(lives.is_current(third) && !lives.is_mounted(second) && !lives.is_mounted(third));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! FUSE messages (include/uapi/linux/fuse.h): what the guest wrote is checked here, once. Knows no
-//! file and no ring.
+//! FUSE messages (include/uapi/linux/fuse.h). Checks what the guest wrote, once, on a copy. Knows
+//! no file and no ring.
 
 use std::ffi::CStr;
 use std::io;
@@ -20,50 +20,53 @@ use crate::device::request::{Header, Request};
 
 use super::lives::Life;
 
-/// `max_write`, and the most that one READ brings: what virtiofsd takes, too.
+/// Largest number of data bytes of one READ or WRITE (`max_write` of INIT); the value of virtiofsd.
 pub(crate) const MAX_DATA_BYTES: u32 = 1 << 20;
 
-/// The most that comes before the data of a request.
+/// Largest number of bytes before the data of a WRITE: headers and structures.
 const MAX_HEAD_BYTES: u32 = 4096;
 
-/// PATH_MAX of Linux, which is the most that a name can have here (FUSE_NAME_MAX), and a link's
-/// target.
+/// Largest length of a name (FUSE_NAME_MAX) and of a link's target, in bytes: PATH_MAX of Linux.
 const PATH_BYTES: usize = 4096;
 
-/// XATTR_NAME_MAX and XATTR_SIZE_MAX of Linux.
+/// Largest length of an extended attribute, in bytes: XATTR_NAME_MAX + 1 and XATTR_SIZE_MAX of
+/// Linux.
 const XATTR_BYTES: usize = 256 + (64 << 10);
 
-/// Security context and groups, behind the names of a request that makes something.
+/// Largest length of the extensions of a request that creates an inode, in bytes: a security
+/// context and supplementary groups.
 const EXTENSIONS_BYTES: usize = XATTR_BYTES + 4096;
 
-/// Any structure of arguments.
+/// Upper bound of the structures behind a request's header, in bytes.
 const STRUCT_BYTES: usize = 128;
 
-/// The most entries of one BATCH_FORGET: a virtio-fs driver of Linux sends none at all.
+/// Largest number of entries in one BATCH_FORGET. The virtio-fs driver of Linux sends no
+/// BATCH_FORGET.
 const MAX_FORGETS: usize = 4096;
 
-/// Bytes of the header that each request begins with.
+/// Length of a request's header (fuse_in_header), in bytes.
 pub(crate) const IN_HEADER_BYTES: usize = size_of::<InHeader>();
 
-/// Bytes of the header that each reply begins with.
+/// Length of a reply's header (fuse_out_header), in bytes.
 pub(crate) const OUT_HEADER_BYTES: usize = size_of::<OutHeader>();
 
-/// FUSE_EXT_GROUPS; smaller types are the number of security contexts (FUSE_MAX_NR_SECCTX is 31).
+/// Extension type FUSE_EXT_GROUPS. A smaller type is the number of security contexts in the
+/// extension (FUSE_MAX_NR_SECCTX is 31).
 const EXT_GROUPS: u32 = 32;
 
-/// NGROUPS_MAX of Linux.
+/// Largest number of supplementary groups: NGROUPS_MAX of Linux.
 const MAX_GROUPS: u32 = 65536;
 
-/// So much of a request is copied before its length is known.
+/// Number of bytes that are copied before the length of the request is known.
 const SHORT_BYTES: usize = 256;
 
-/// The error that a malformed request gets.
+/// The error of a malformed request: EINVAL.
 pub(crate) fn invalid() -> io::Error {
     Errno::EINVAL.into()
 }
 
-/// An id that something is done as, or given to. -1 is nobody: the system's calls take it for "as
-/// it was", which here is the host's root.
+/// Checks a user or group id of the guest. The host's system calls read -1 as "do not change", and
+/// the unchanged id would be that of the daemon, often root.
 ///
 /// # Errors
 /// EINVAL for -1.
@@ -71,14 +74,18 @@ pub(crate) fn valid_id<I: Id<Inner = u32>>(id: I) -> io::Result<I> {
     if id.into_inner() == u32::MAX { Err(invalid()) } else { Ok(id) }
 }
 
-/// A structure, from its bytes.
+/// Reads a structure from the front of `bytes`. None if `bytes` is too short.
 pub(crate) fn object<T: ByteValued + Default>(bytes: &[u8]) -> Option<T> {
     let mut object = T::default();
     object.as_mut_slice().copy_from_slice(bytes.get(..size_of::<T>())?);
     Some(object)
 }
 
-/// How many bytes a request has, by its header; an error if that can't be.
+/// The length of a request by its header, in bytes. `readable`: number of bytes in its buffers.
+///
+/// # Errors
+/// EINVAL for a length that is smaller than the header, larger than `readable`, or larger than
+/// any request.
 pub(crate) fn request_bytes(header: &InHeader, readable: usize) -> io::Result<usize> {
     let bytes = header.len as usize;
     let possible = (IN_HEADER_BYTES..=readable).contains(&bytes)
@@ -86,9 +93,9 @@ pub(crate) fn request_bytes(header: &InHeader, readable: usize) -> io::Result<us
     if possible { Ok(bytes) } else { Err(invalid()) }
 }
 
-/// The most that may follow the header of a request, but for the data of a WRITE: so much may wait
-/// in our memory for each descriptor of a ring. None for a request that is not served, of which
-/// nothing is kept.
+/// Largest number of bytes behind the header of a request, without the data of a WRITE. The daemon
+/// may hold this number of bytes in memory for each descriptor of a ring. None for an operation
+/// that is not supported: only the header of such a request is copied.
 pub(crate) fn most_args(opcode: Option<Opcode>) -> Option<usize> {
     use Opcode::*;
     let most = match opcode? {
@@ -101,12 +108,12 @@ pub(crate) fn most_args(opcode: Option<Opcode>) -> Option<usize> {
     Some(most + STRUCT_BYTES)
 }
 
-/// What a guest is told that sends more: E2BIG where Linux would say it.
+/// The error of a request with more bytes: E2BIG for SETXATTR, as from Linux.
 pub(crate) fn too_much(opcode: Option<Opcode>) -> Errno {
     if matches!(opcode, Some(Opcode::Setxattr)) { Errno::E2BIG } else { Errno::EINVAL }
 }
 
-/// What follows the header of a request: structures, then names.
+/// The part of a request behind its header: structures, then names.
 pub(crate) struct Args<'a>(&'a [u8]);
 
 impl<'a> Args<'a> {
@@ -114,7 +121,10 @@ impl<'a> Args<'a> {
         Self(bytes)
     }
 
-    /// The next structure.
+    /// Removes the next structure from the front.
+    ///
+    /// # Errors
+    /// EINVAL if too few bytes are left.
     pub(crate) fn take<T: ByteValued + Default>(&mut self) -> io::Result<T> {
         let (object, rest) =
             object(self.0).zip(self.0.get(size_of::<T>()..)).ok_or_else(invalid)?;
@@ -122,15 +132,21 @@ impl<'a> Args<'a> {
         Ok(object)
     }
 
-    /// The next string, up to its NUL.
+    /// Removes the next string, up to its NUL, from the front.
+    ///
+    /// # Errors
+    /// EINVAL if no NUL is left.
     pub(crate) fn string(&mut self) -> io::Result<&'a CStr> {
         let string = CStr::from_bytes_until_nul(self.0).map_err(|_| invalid())?;
         self.0 = self.0.get(string.to_bytes_with_nul().len()..).unwrap_or_default();
         Ok(string)
     }
 
-    /// The next string, which must be the name of an entry of a directory: one that would lead out
-    /// of it is refused here, whatever is done with it later.
+    /// Removes the next string, which must be the name of a directory entry.
+    ///
+    /// # Errors
+    /// EINVAL for an empty name, "." or "..", and for a name with a slash: none may lead out of
+    /// the directory.
     pub(crate) fn name(&mut self) -> io::Result<&'a CStr> {
         let name = self.string()?;
         match name.to_bytes() {
@@ -140,13 +156,16 @@ impl<'a> Args<'a> {
         }
     }
 
-    /// All that is left.
+    /// Removes and returns all remaining bytes.
     pub(crate) fn rest(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.0)
     }
 
-    /// The extensions of a request that makes something (FUSE_SECURITY_CTX,
+    /// Removes the extensions of a request that creates an inode (FUSE_SECURITY_CTX,
     /// FUSE_CREATE_SUPP_GROUP).
+    ///
+    /// # Errors
+    /// EINVAL for an extension that INIT did not enable, that is there twice or has a wrong size.
     pub(crate) fn extensions(&mut self, secctx: bool, groups: bool) -> io::Result<Extensions> {
         let mut found = Extensions::default();
         if !secctx && !groups {
@@ -190,7 +209,7 @@ impl<'a> Args<'a> {
                 let secctx = value.ok_or_else(invalid)?.to_vec();
                 Ok(Some(SecContext { name, secctx }))
             }
-            // Linux sends one.
+            // Linux sends at most one security context.
             _ => Err(invalid()),
         }
     }
@@ -207,52 +226,56 @@ impl<'a> Args<'a> {
     }
 }
 
-/// What a request is answered with, but for its header.
+/// The reply to a request, without its header.
 pub(crate) enum Reply {
-    /// Nothing at all: FORGET and its like.
+    /// No reply: FORGET, BATCH_FORGET and INTERRUPT.
     None,
-    /// These bytes.
+    /// A reply of these bytes.
     Bytes(Vec<u8>),
-    /// That many bytes, which are in the guest's memory already.
+    /// A reply of this number of bytes, which are in guest memory already.
     Data(u32),
 }
 
 impl Reply {
-    /// Success, and nothing to add.
+    /// Success, with an empty reply.
     pub(crate) const DONE: io::Result<Self> = Ok(Self::Bytes(Vec::new()));
 
-    /// One structure.
+    /// A reply of one structure.
     pub(crate) fn object<T: ByteValued>(object: T) -> Self {
         Self::Bytes(object.as_slice().to_vec())
     }
 }
 
-/// The head of a message, copied out of the guest's memory: what it says can't change any more.
+/// The head of a message, copied out of guest memory, so that the guest can't change it later.
 pub(crate) struct Message {
     pub(crate) header: InHeader,
-    /// The header and what follows it, of a WRITE without its data. Empty if there is a fault.
+    /// The header and the bytes behind it, without the data of a WRITE. Empty if `fault` is set.
     copied: Vec<u8>,
-    /// How many bytes the whole request has.
+    /// Length of the whole request, in bytes.
     pub(crate) bytes: usize,
-    /// Of the driver that sent it.
+    /// The life of the driver that sent the request.
     pub(crate) life: Life,
-    /// It lies about its length, or is longer than such a request can be.
+    /// The error to answer with, if the length is wrong or the request too long.
     pub(crate) fault: Option<Errno>,
 }
 
 impl Message {
-    /// Reads it. Called while the ring is kept from being stopped: what is read later might be
-    /// another driver's memory by then; and so `life` is that of the driver which sent it.
+    /// Copies the head of `request`. The caller keeps the ring from being stopped meanwhile: later
+    /// the memory may belong to another driver, and `life` would be wrong.
+    ///
+    /// # Errors
+    /// [`Unanswerable`] for a chain without a FUSE header, or without room for that of the reply.
     pub(crate) fn read(request: &Request, life: Life) -> Result<Self, Unanswerable> {
         let chain = request.chain().map_err(|_| Unanswerable)?;
         let ram = request.ram();
         let room = bytes_of(chain.writable());
-        // The head of a reply goes to the first buffers.
+        // The header of the reply is written to the first writable buffers.
         if !in_ram(&ram, chain.writable(), OUT_HEADER_BYTES) {
             return Err(Unanswerable);
         }
         let readable = bytes_of(chain.readable());
-        // Most requests are short, and copied at once; what is none of it may lie in the window.
+        // Most requests are shorter than SHORT_BYTES. Bytes behind the header may lie in the
+        // window, where copy_in() fails.
         let begin = copy_in(&ram, chain.readable(), SHORT_BYTES.min(readable))
             .or_else(|_| copy_in(&ram, chain.readable(), IN_HEADER_BYTES));
         let begin = begin.map_err(|_| Unanswerable)?;
@@ -281,7 +304,7 @@ impl Message {
         Self { header, copied: Vec::new(), bytes: 0, life, fault: Some(fault) }
     }
 
-    /// What follows the header; of a WRITE without its data.
+    /// The bytes behind the header, without the data of a WRITE.
     pub(crate) fn args(&self) -> &[u8] {
         self.copied.get(IN_HEADER_BYTES..).unwrap_or_default()
     }
@@ -299,7 +322,7 @@ impl Message {
     }
 }
 
-/// How many bytes a request has, and how many of them are kept until it is served.
+/// Length of a request, and the length of its head, which is copied; both in bytes.
 fn extent(header: &InHeader, readable: usize) -> Result<(usize, usize), Errno> {
     let bytes = request_bytes(header, readable).map_err(|_| Errno::EINVAL)?;
     let opcode = Opcode::try_from(header.opcode).ok();
@@ -317,7 +340,7 @@ fn bytes_of(segments: &[Segment]) -> usize {
     segments.iter().map(|segment| segment.bytes as usize).sum()
 }
 
-/// Whether the first `bytes` of `segments` are RAM, as far as they go.
+/// Whether the first `bytes` bytes of `segments`, or all bytes if they are fewer, lie in RAM.
 pub(crate) fn in_ram(ram: &GuestMemoryMmap, segments: &[Segment], bytes: usize) -> bool {
     let mut left = bytes;
     for segment in segments {
@@ -330,7 +353,7 @@ pub(crate) fn in_ram(ram: &GuestMemoryMmap, segments: &[Segment], bytes: usize) 
     true
 }
 
-/// A chain that holds no message: it goes back as it came.
+/// A chain that holds no FUSE message. It is returned to the driver with a used length of 0.
 pub(crate) struct Unanswerable;
 
 pub(crate) fn takes_no_reply(opcode: u32) -> bool {
@@ -341,7 +364,7 @@ pub(crate) fn writable(request: &Request) -> &[Segment] {
     request.chain().map(Chain::writable).unwrap_or_default()
 }
 
-/// The room behind the header of the reply.
+/// Number of bytes that the guest has for the reply behind its header.
 pub(crate) fn room(request: &Request) -> usize {
     bytes_of(writable(request)).saturating_sub(OUT_HEADER_BYTES)
 }
@@ -349,7 +372,7 @@ pub(crate) fn room(request: &Request) -> usize {
 /// Copies the first `most` bytes of `segments` out of guest memory.
 ///
 /// # Errors
-/// EFAULT for what is no RAM: no driver puts the head of a request there.
+/// EFAULT for memory that is no RAM: no driver puts the head of a request there.
 pub(crate) fn copy_in(
     ram: &GuestMemoryMmap,
     segments: &[Segment],
@@ -375,7 +398,7 @@ pub(crate) fn copy_in(
     Ok(bytes)
 }
 
-/// The header of a reply that has `bytes` behind it.
+/// The header of a reply with `bytes` bytes behind it.
 pub(crate) fn out_header(unique: u64, error: i32, bytes: usize) -> Header {
     let len = (OUT_HEADER_BYTES + bytes) as u32;
     let mut header = Header::default();
@@ -391,7 +414,7 @@ mod tests {
         result.err().and_then(|e| e.raw_os_error())
     }
 
-    /// Shows: a name never leads out of its directory, and never runs past the request.
+    /// Shows: a name that leads out of its directory, or has no end in the request, is refused.
     #[test]
     fn names() {
         let name = |bytes| Args::new(bytes).name().map(CStr::to_bytes);
@@ -402,7 +425,7 @@ mod tests {
         }
     }
 
-    /// Shows: structures are taken one behind the other, and a short one is refused.
+    /// Shows: take() removes structures in order, and refuses a short one.
     #[test]
     fn structures() {
         let mut args = Args::new(&[1, 0, 0, 0, 2, 0, 0, 0, 9]);
@@ -412,14 +435,14 @@ mod tests {
         assert_eq!(args.rest(), &[9]);
     }
 
-    /// Shows: a request's own length must be one that it has.
+    /// Shows: a length in the header that the request can't have is refused.
     #[test]
     fn lengths() {
         let of = |len, readable| {
             error_of(request_bytes(&InHeader { len, ..InHeader::default() }, readable))
         };
         assert_eq!(of(40, 40), None);
-        assert_eq!(of(40, 4000), None, "what is behind it is not looked at");
+        assert_eq!(of(40, 4000), None, "bytes behind the request's length are ignored");
         for (len, readable) in
             [(0, 40), (39, 40), (41, 40), (u32::MAX, 1 << 22), (2 << 20, 4 << 20)]
         {
@@ -436,8 +459,7 @@ mod tests {
             .collect()
     }
 
-    /// Shows: groups and security contexts are read, and each way to lie about their size is
-    /// refused.
+    /// Shows: groups and security contexts are read, and each wrong size is refused.
     #[test]
     fn extensions() {
         let mut groups = 2u32.to_ne_bytes().to_vec();

@@ -3,12 +3,13 @@
 //! Step 3 of 6: virtio-fs (virtio 1.4 section 5.11) with a DAX window. Knows no ring and no message
 //! of vhost-user.
 //!
-//! The files are the business of virtiofsd's passthrough file system. Ours are the FUSE messages
-//! (`message`, `server`, `ops`), the way between guest memory and files (`buffers`), the threads
-//! (`pool`), [`descriptors`], and the window: `dax` joins the guest's requests to the engine,
-//! `dax::nodes` knows which file has an address space there (`host_file`: which file that is),
-//! `dax::times` sees to it that stores move a file's times, `dax::window` is what a front-end
-//! shows, and [`passthrough`](crate::passthrough) lets it show the end of a file.
+//! virtiofsd's passthrough file system does the operations on files. This module adds the FUSE
+//! messages (`message`, `server`, `ops`), the copies between guest memory and files (`buffers`),
+//! the threads (`schedule`, `pool`), the count of [`descriptors`], and the window. `dax` sends the
+//! guest's requests to the engine; `dax::nodes` holds the files that have an address space
+//! (`host_file` identifies a file); `dax::times` moves a file's times after stores through the
+//! window; `dax::window` holds the maps of one front-end. [`passthrough`](crate::passthrough) makes
+//! the last 2 MiB of a file mappable as a whole.
 
 mod buffers;
 pub mod config;
@@ -69,48 +70,49 @@ use crate::passthrough::{PassthroughMount, Unavailable};
 
 pub use crate::fs::config::{DaxPolicy, FsConfig, Tag, WindowSize};
 
-/// Bytes of the config space: tag, num_request_queues, and notify_buf_size (which only a device
-/// with a notification queue has; QEMU's config_size=44 asks for it all the same).
+/// Length of the config space, in bytes: tag, num_request_queues, notify_buf_size. Only a device
+/// with a notification queue has notify_buf_size, but QEMU's config_size=44 reads it from each
+/// device.
 const CONFIG_BYTES: usize = 44;
 
-/// Why a device can't be made.
+/// Why no virtio-fs device can be created.
 #[derive(Debug, Error)]
 pub enum FsError {
-    /// The shared directory can't be read.
+    /// The shared directory can't be opened.
     #[error("--shared-dir {path}: {error}; name a directory that the daemon can read", path = .path.display())]
     SharedDir {
-        /// It.
+        /// Value of `--shared-dir`.
         path: PathBuf,
-        /// The system's.
+        /// Error of the open.
         error: io::Error,
     },
-    /// `--dax=always` where no window can be had.
+    /// `--dax=always`, and no private FUSE mount can be made, which a window needs.
     #[error(
-        "--dax=always: {0}; {advice}, or take --dax=inode, which goes without a window where it \
-         must",
+        "--dax=always: {0}; {advice}, or use --dax=inode, which serves the share without a window \
+         if it can't have one",
         advice = .0.advice()
     )]
     NoWindow(Unavailable),
-    /// `--dax=always` on a share that is mounted read-only.
+    /// `--dax=always` on a share that is mounted read-only (Q8).
     #[error(
         "--dax=always: the share is mounted read-only, and a window shows only files that can be \
-         written; take --dax=inode, which goes without a window where it must"
+         opened for writing; use --dax=inode, which serves such a share without a window"
     )]
     ReadOnly,
     /// The shared directory can't be served.
     #[error("--shared-dir: {0}")]
     Share(io::Error),
-    /// `--inode-file-handles=mandatory` where there are none.
+    /// `--inode-file-handles=mandatory`, and file handles can't be used.
     #[error(
-        "--inode-file-handles=mandatory: {}; take prefer, which holds inodes by descriptors where \
-         it must",
+        "--inode-file-handles=mandatory: {}; use prefer, which holds inodes by descriptors if it \
+         can't hold them by file handles",
         no_handles(.0)
     )]
     NoHandles(io::Error),
-    /// `--persist` where that can't be.
+    /// `--persist` does not fit the file system of the share.
     #[error("--shared-dir: {0}")]
     Persist(PersistError),
-    /// No threads.
+    /// A thread of the pool, or inotify, can't be started.
     #[error("can't start: {0}")]
     Start(io::Error),
 }
@@ -122,20 +124,20 @@ pub struct Fs {
     mem_slots: bool,
     window_bytes: WindowBytes,
     dax: Option<Arc<Dax>>,
-    /// How many memory regions the VM has: each holds a descriptor.
+    /// Number of the VM's memory regions. Each region holds one descriptor.
     regions: Arc<AtomicUsize>,
     server: Arc<dyn Serve>,
     pool: Arc<Pool>,
     log_limit: RateLimit,
     closing: AtomicBool,
-    /// There is a session of which nothing was reported yet.
+    /// A session was opened and not yet reported in the log.
     in_session: AtomicBool,
-    /// What the passthrough file system opens at each INIT.
+    /// The shared directory. The passthrough file system opens it again at each INIT.
     _root: OwnedFd,
 }
 
 impl Fs {
-    /// A device that shares `config.shared_dir`.
+    /// Creates a device that shares `config.shared_dir`.
     ///
     /// # Errors
     /// See [`FsError`].
@@ -149,15 +151,17 @@ impl Fs {
         let mut passthrough = passthrough_config(config, &root);
         passthrough.inode_file_handles = inode_file_handles;
         if passthrough.killpriv_v2 && dax.is_some() {
-            // A store through the window makes no request that we could clear the bits at.
+            // A store through the window makes no request at which the daemon could clear the bits.
             warn!(
-                "--killpriv-v2 has no effect beside a window: the guest clears the bits by requests"
+                "--killpriv-v2 has no effect for a share with a window: the guest clears the bits \
+                 by requests"
             );
             passthrough.killpriv_v2 = false;
         }
         if passthrough.writeback && dax.is_some() {
             warn!(
-                "--writeback has no effect for a guest that maps files: it would not see their times move"
+                "--writeback has no effect for a guest that maps files: it would not see the times \
+                 of its stores through the window"
             );
         }
         let flags =
@@ -190,8 +194,8 @@ impl Fs {
     }
 }
 
-/// How inodes are held, by what is asked for and what can be had. virtiofsd's code finds out the
-/// same, with lines that name no option.
+/// Returns how inodes are held: as configured, or by descriptors if `prefer` finds no file handles.
+/// virtiofsd's code makes the same choice, but its log lines name no option.
 fn inode_file_handles(config: &FsConfig) -> Result<InodeFileHandlesMode, FsError> {
     let asked = config.inode_file_handles;
     if asked == InodeFileHandlesMode::Never {
@@ -209,7 +213,7 @@ fn inode_file_handles(config: &FsConfig) -> Result<InodeFileHandlesMode, FsError
     Ok(InodeFileHandlesMode::Never)
 }
 
-/// Why inodes can't be held by file handles.
+/// Why inodes can't be held by file handles: part of an error text.
 fn no_handles(e: &io::Error) -> String {
     match e.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EPERM) => {
@@ -218,11 +222,11 @@ fn no_handles(e: &io::Error) -> String {
         Some(Errno::EOPNOTSUPP | Errno::EOVERFLOW) => {
             format!("the file system of the share has no file handles ({e})")
         }
-        _ => format!("file handles can't be had ({e})"),
+        _ => format!("file handles can't be used ({e})"),
     }
 }
 
-/// The share, whatever becomes of its path.
+/// Opens the shared directory. The descriptor stays valid when the path is renamed or removed.
 fn open_root(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
@@ -251,7 +255,8 @@ where
     })
 }
 
-/// The window, or a line that says why there is none.
+/// Creates the window. Returns None, with a log line that names the reason, for a share that is
+/// served without one.
 fn make_dax(
     config: &FsConfig,
     regions: &Arc<AtomicUsize>,
@@ -264,9 +269,10 @@ fn make_dax(
         return Ok(None);
     }
     if config.readonly {
-        // Q7, Q8: whoever can map can write, whatever the map says.
+        // Q7, Q8: a process that maps a file can write to it, whatever access the map has.
         warn!(
-            "no window: the share is read-only, and a front-end enforces that on requests, not on a window"
+            "no window: the share is read-only, and a front-end enforces that on requests, but not \
+             on a window"
         );
         return Ok(None);
     }
@@ -275,7 +281,7 @@ fn make_dax(
         if config.dax == DaxPolicy::Always {
             return Err(FsError::ReadOnly);
         }
-        warn!("no window: the share is mounted read-only; --readonly says so, too");
+        warn!("no window: the share is mounted read-only: no file can be opened for writing");
         return Ok(None);
     }
     let mount = match PassthroughMount::by(config.mounter.clone()) {
@@ -306,7 +312,8 @@ fn make_dax(
 }
 
 fn passthrough_config(config: &FsConfig, root: &OwnedFd) -> passthrough::Config {
-    // How long a guest may believe what it knows, by the cache policy: virtiofsd's numbers.
+    // Time for which a guest may use cached names and attributes, in seconds; the values of
+    // virtiofsd for each cache policy.
     let valid = Duration::from_secs(match config.cache {
         CachePolicy::Never => 0,
         CachePolicy::Auto => 1,
@@ -358,7 +365,7 @@ impl Device for Fs {
         self.queues
     }
 
-    /// Most requests must not be done twice.
+    /// A FUSE request may be done only once, so the stopped device keeps requests in flight.
     fn inflight_policy(&self) -> InflightPolicy {
         InflightPolicy::Retain
     }
@@ -394,7 +401,7 @@ impl Device for Fs {
 
     fn handle(&self, request: Request, drained: Drained) -> Option<InlineWork> {
         if self.closing.load(Ordering::Relaxed) {
-            return None; // It stays open, and is never answered.
+            return None; // The request stays in flight, and is never answered.
         }
         match Message::read(&request, self.server.life()) {
             Ok(message) => {
@@ -424,7 +431,8 @@ impl Device for Fs {
     }
 
     fn session_ended(&self) {
-        // What still runs belongs to this session, and must not grant anything in the next one.
+        // Requests that still run belong to this session, and must not grant ranges in the next
+        // one.
         self.pool.finish();
         self.server.ended();
     }
@@ -438,7 +446,8 @@ impl Device for Fs {
         let window = self.dax.as_ref().map_or(String::from("none"), |dax| {
             let counters = dax.engine().counters().snapshot();
             format!(
-                "grants={} refused={} removals={} 2M-entries={} 4K-entries={} file-ends=passthrough",
+                "grants={} refused={} removals={} 2M-entries={} 4K-entries={} \
+                 file-ends=passthrough",
                 counters.grants,
                 counters.grants_failed,
                 dax.removals.get(),
@@ -447,11 +456,12 @@ impl Device for Fs {
             )
         });
         info!(
-            "session ended: requests={requests} errors={errors} malformed={malformed}; window: {window}"
+            "session ended: requests={requests} errors={errors} malformed={malformed}; window: \
+             {window}"
         );
     }
 
-    /// What runs is finished and answered, but for what waits for a VM that is paused.
+    /// Waits until each running request is answered, except those that wait for a paused VM.
     fn shutdown(&self) {
         self.closing.store(true, Ordering::Relaxed);
         if let Some(dax) = &self.dax {
@@ -464,7 +474,7 @@ impl Device for Fs {
     }
 }
 
-/// A device without a window: it counts the VM's memory regions.
+/// The session's window of a share that has none: only counts the VM's memory regions.
 struct NoWindow(Arc<AtomicUsize>);
 
 impl SessionWindow for NoWindow {

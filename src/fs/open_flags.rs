@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The flags of OPEN, OPENDIR and CREATE: what may be asked of the host, and the same for all
-//! three. (virtiofsd's file system looks at some of them in OPEN, and at none when CREATE makes a
-//! file.) Knows no file.
+//! The flags of OPEN, OPENDIR and CREATE that are passed on to the host: the same for all three.
+//! (virtiofsd's file system checks some of them in OPEN, and none when CREATE makes a file.) Knows
+//! no file.
 
 use std::io;
 
 use super::message::invalid;
 
-/// What has a meaning for a file that somebody reads and writes through us. Others are the guest
-/// kernel's own business (O_CREAT, O_NOCTTY, FMODE_EXEC), or nobody's (O_ASYNC would signal us),
-/// and are left out.
+/// Flags that affect reads and writes by the daemon. Other flags are removed: O_CREAT, O_NOCTTY and
+/// FMODE_EXEC concern the guest's kernel only, and O_ASYNC would send signals to the daemon.
 const KNOWN: i32 = libc::O_ACCMODE
     | libc::O_APPEND
     | libc::O_TRUNC
@@ -22,11 +21,11 @@ const KNOWN: i32 = libc::O_ACCMODE
     | libc::O_NOFOLLOW
     | libc::O_NOATIME;
 
-/// What makes another thing of an open: a file without a name, a descriptor that can't be read.
-/// Linux sends neither; TMPFILE is a request of its own.
+/// Flags that change the kind of the open: to an unnamed file, or to a descriptor that can't be
+/// read. Linux does not send them in these requests; TMPFILE is a request of its own.
 const OTHER: i32 = libc::O_PATH | (libc::O_TMPFILE & !libc::O_DIRECTORY);
 
-/// What this daemon was told.
+/// Options of the daemon that permit flags.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct OpenFlags {
     /// `--allow-direct-io`
@@ -36,10 +35,11 @@ pub(crate) struct OpenFlags {
 }
 
 impl OpenFlags {
-    /// What the host is asked for. `writeback`: the guest's cache may read where it only writes.
+    /// The flags for the host. `writeback`: the guest has a writeback cache, which also reads a
+    /// file that the guest's program opened only for writing.
     ///
     /// # Errors
-    /// EINVAL for what is no open of a file.
+    /// EINVAL for a flag of [`OTHER`].
     pub(crate) fn of(self, asked: u32, writeback: bool) -> io::Result<u32> {
         let asked = asked.cast_signed();
         if asked & OTHER != 0 {
@@ -67,8 +67,8 @@ mod tests {
         flags.of(asked.cast_unsigned(), writeback).ok().map(u32::cast_signed)
     }
 
-    /// Shows: what the options leave out is left out, what is not an open is refused, the rest
-    /// stays.
+    /// Shows: flags that the options do not permit are removed, flags of [`OTHER`] are refused, and
+    /// the others stay.
     #[test]
     fn flags() {
         let none = OpenFlags::default();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The threads that requests run in: as many as are needed at once, and no queue waits for a disk.
+//! The pool of threads that serve FUSE requests. It starts threads on demand, and keeps some free
+//! of requests that wait for a disk.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -16,23 +17,23 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::support::lock::{Condvar, Mutex, MutexGuard, lock};
 
-/// An idle thread goes away after this long.
+/// Time after which an idle thread ends.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// Of the threads, the part that is kept free of what may take long: one quarter.
+/// Divisor: this part of the threads serves no slow request. One quarter.
 const KEPT_FREE: usize = 4;
 
-/// Of the threads, the part that may wait for leases: one eighth, but at least one.
+/// Divisor: this part of the threads may wait for leases. One eighth, but at least one thread.
 const FOR_LEASES: usize = 8;
 
-/// How long a request may take in the pool.
+/// For what a request waits in the pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum JobClass {
-    /// It waits for no disk, or not for long.
+    /// For no disk, or only for a short read of metadata.
     Quick,
-    /// It may wait for a disk or a network as long as that likes.
+    /// For a disk or a network, without a limit.
     Slow,
-    /// It waits for a lease of a host process: for 45 seconds, as Linux is set up.
+    /// For a lease of a host process: by default at most 45 s (`/proc/sys/fs/lease-break-time`).
     Lease,
 }
 
@@ -46,11 +47,11 @@ struct State {
     threads: usize,
     idle: usize,
     running: usize,
-    /// Number of running jobs that are not quick.
+    /// Number of running jobs of the classes Slow and Lease.
     slow_running: usize,
-    /// Number of those that wait for leases.
+    /// Number of running jobs of the class Lease.
     lease_running: usize,
-    /// Who waits until nothing runs.
+    /// Number of threads in [`Pool::finish`].
     finishing: usize,
     stopping: bool,
 }
@@ -72,8 +73,9 @@ impl State {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
-    /// Nothing runs and nothing waits.
+    /// Notified when no job runs and no job waits.
     still: Condvar,
+    /// Largest number of threads.
     most: usize,
 }
 
@@ -110,7 +112,7 @@ impl Shared {
         Some((JobClass::Lease, job))
     }
 
-    /// Something that was running has ended.
+    /// A job has ended.
     fn ended(&self, state: &mut State) {
         state.running -= 1;
         if state.finishing > 0 && state.is_still() {
@@ -119,15 +121,15 @@ impl Shared {
     }
 }
 
-/// A pool that grows when all its threads are busy.
+/// A pool of threads. It starts a thread when all threads are busy and a job waits.
 pub(crate) struct Pool(Arc<Shared>);
 
 impl Pool {
-    /// A pool of at most `most` threads (at least 2). One is started at once, to see whether it can
-    /// be.
+    /// Creates a pool of at most `most` threads (at least 2). Starts one thread, so that an error
+    /// is reported here.
     ///
     /// # Errors
-    /// The system's.
+    /// The error of unshare(2) or of the thread's start.
     pub(crate) fn new(most: usize) -> io::Result<Self> {
         can_own_directory()?;
         let shared = Shared {
@@ -141,7 +143,7 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Runs `job` in some thread, soon. Never blocks.
+    /// Queues `job` for a thread of the pool. Never blocks.
     pub(crate) fn submit(&self, class: JobClass, job: impl FnOnce() + Send + 'static) {
         let mut state = self.0.lock();
         match class {
@@ -153,20 +155,20 @@ impl Pool {
             && state.threads < self.0.most
             && let Err(e) = self.start_one(&mut state)
         {
-            // There is at least one thread, which comes to it in the end.
+            // At least one thread exists, so the job runs later.
             error!("can't start a thread: {e}");
         }
         drop(state);
         self.0.changed.notify_one();
     }
 
-    /// What the caller's thread is about to do counts as running, until the result is dropped.
+    /// Counts a job of the calling thread as running until the result is dropped.
     pub(crate) fn here(&self) -> Here {
         self.0.lock().running += 1;
         Here(self.0.clone())
     }
 
-    /// Waits until all that was submitted, or is done [here](Self::here), has ended.
+    /// Waits until each submitted job, and each job counted by [`here`](Self::here), has ended.
     pub(crate) fn finish(&self) {
         let mut state = self.0.lock();
         state.finishing += 1;
@@ -179,7 +181,7 @@ impl Pool {
     fn start_one(&self, state: &mut State) -> io::Result<()> {
         let shared = self.0.clone();
         Builder::new().name("fuse".into()).spawn(move || {
-            // Before anything else: a thread of the pool never runs without.
+            // Before any job: virtiofsd's code must not change the directory of other threads.
             while let Err(e) = own_directory() {
                 error!("a thread waits for a working directory and umask of its own: {e}");
                 sleep(IDLE);
@@ -191,7 +193,7 @@ impl Pool {
     }
 }
 
-/// Something that runs in no thread of the pool.
+/// A running job of a thread outside of the pool.
 pub(crate) struct Here(Arc<Shared>);
 
 impl Drop for Here {
@@ -207,12 +209,12 @@ impl Drop for Pool {
     }
 }
 
-/// Gives the calling thread a working directory and an umask of its own: virtiofsd's code changes
-/// both, and with shared ones a request would meet those of another one.
+/// Gives the calling thread its own working directory and umask. virtiofsd's code changes both; if
+/// two threads shared them, a request would be served with those of another request.
 ///
 /// # Errors
-/// The system's: a filter of system calls, most likely. Nothing that uses either may run in this
-/// thread then.
+/// EPERM or ENOSYS of unshare(2), most likely from a seccomp filter. The calling thread must then
+/// serve no request.
 pub(crate) fn own_directory() -> io::Result<()> {
     thread_local! {
         static OWN: Cell<bool> = const { Cell::new(false) };
@@ -224,22 +226,24 @@ pub(crate) fn own_directory() -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a thread can have them: tried in one of its own, since the caller's stays as it is.
+/// Tries [`own_directory`] in a thread of its own, so that the caller's thread is not changed.
 fn can_own_directory() -> io::Result<()> {
     let tried = Builder::new().name("fuse".into()).spawn(own_directory)?;
     let refused = |e| {
         io::Error::other(format!(
-            "no thread can have an umask and a working directory of its own (unshare(CLONE_FS): {e}); let \
-             the filter of system calls (the container's, or systemd's SystemCallFilter=) permit unshare"
+            "no thread can have an umask and a working directory of its own (unshare(CLONE_FS): \
+             {e}); let the filter of system calls (the container's, or systemd's \
+             SystemCallFilter=) permit unshare"
         ))
     };
     tried.join().unwrap_or_else(|_| Err(Errno::EIO.into())).map_err(refused)
 }
 
-/// Does `job`. What the guest sent must never end a thread; its request stays open.
+/// Runs `job`, and catches its panic, so that no request ends a thread. The request of a job that
+/// panics is never answered.
 pub(crate) fn guarded(job: impl FnOnce()) {
     if catch_unwind(AssertUnwindSafe(job)).is_err() {
-        error!("a request made its thread panic: this is a bug");
+        error!("a request made its thread panic: this is a bug in the daemon");
     }
 }
 
@@ -278,7 +282,7 @@ mod tests {
 
     use super::*;
 
-    /// Shows: however many slow requests there are, a quick one runs beside them.
+    /// Shows: a quick job runs while more slow jobs wait than the pool has threads.
     #[test]
     fn slow_requests_hold_up_no_quick_one() {
         let pool = Pool::new(4).unwrap();
@@ -296,8 +300,8 @@ mod tests {
         drop(release);
     }
 
-    /// Shows: however many requests wait for leases, a slow one runs beside them, and each of them
-    /// runs at last.
+    /// Shows: slow jobs run while more jobs wait for leases than the pool has threads, and each of
+    /// the latter runs in the end.
     #[test]
     fn leases_hold_up_no_slow_request() {
         let pool = Pool::new(4).unwrap();
@@ -321,7 +325,7 @@ mod tests {
         assert_eq!(*ended.lock().unwrap(), 20);
     }
 
-    /// Shows: finish() returns when everything has ended, and not before.
+    /// Shows: finish() returns when all jobs have ended, and not earlier.
     #[test]
     fn finish_waits_for_all() {
         let pool = Pool::new(4).unwrap();
@@ -335,7 +339,7 @@ mod tests {
         pool.finish();
     }
 
-    /// Shows: each slow request runs at last, and a panic takes no thread away.
+    /// Shows: each slow job runs in the end, and a job that panics ends no thread.
     #[test]
     fn everything_runs() {
         let pool = Pool::new(2).unwrap();

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which thread serves a request, and what it may wait for: the whole policy is in this file.
+//! Which thread serves a request, and what the request may wait for. The whole policy is in this
+//! file.
 //!
-//! A request that is expected to be quick is served inline, by the thread that took it out of the
-//! ring: to wake another thread costs more than most requests do. The others go to the pool. An
-//! inline READ or WRITE that would block goes to the pool after all. A request that would wait for a
-//! lease of a host process (OPEN, CREATE, SETATTR, SETUPMAPPING) is served anew by the few threads of
-//! the pool that may.
+//! A request that is expected to be quick is served inline, by the thread that took it from the
+//! ring: for most requests, waking another thread would take longer than the request. Other
+//! requests are served by the pool. An inline READ or WRITE that would block is moved to the pool.
+//! A request that would wait for a lease of a host process (OPEN, CREATE, SETATTR, SETUPMAPPING) is
+//! served again by a thread of the pool that may wait for leases.
 //!
 //! | request | inline | in the pool |
 //! |---|---|---|
@@ -42,10 +43,10 @@ fn class_of(opcode: Option<Opcode>) -> JobClass {
     }
 }
 
-/// More data than this is better moved beside other requests than before them.
+/// Number of bytes above which a READ is served by the pool if other requests wait in the ring.
 const MUCH_DATA: usize = 64 << 10;
 
-/// Whether a request is served inline. `more`: other requests wait behind it in the ring.
+/// Whether a request is served inline. `more`: further requests wait in the ring.
 pub(crate) fn is_inline(message: &Message, request: &Request, more: bool) -> bool {
     use Opcode::*;
     match message.opcode() {
@@ -56,7 +57,8 @@ pub(crate) fn is_inline(message: &Message, request: &Request, more: bool) -> boo
     }
 }
 
-/// Serves `request` in the thread that calls what this returns, or in the pool if it would block.
+/// Returns a closure that serves `request` in the calling thread, or moves it to the pool if it
+/// would block.
 pub(crate) fn inline(
     pool: &Arc<Pool>,
     server: &Arc<dyn Serve>,
@@ -66,7 +68,7 @@ pub(crate) fn inline(
     let (pool, server, here) = (pool.clone(), server.clone(), pool.here());
     Box::new(move || {
         if let Err(e) = pool::own_directory() {
-            debug!("a ring's thread serves nothing itself: {e}");
+            debug!("a ring's thread serves no request itself, and gives each to the pool: {e}");
             submit(&pool, &server, request, message);
             return drop(here);
         }
@@ -95,10 +97,10 @@ pub(crate) fn submit(
     });
 }
 
-/// Serves `request`, which would wait for a lease.
+/// Serves `request`, which would wait for a lease, in a thread of the pool that may wait.
 fn wait_for_lease(pool: &Pool, server: Arc<dyn Serve>, request: Request, message: Message) {
     pool.submit(JobClass::Lease, move || {
         let left = server.serve(request, message, Blocking::Lease);
-        debug_assert!(left.is_none(), "a request that may wait for all is served");
+        debug_assert!(left.is_none(), "a request that may wait for a lease was given back");
     });
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The seam between the threads that requests run in and the file system that serves them.
+//! The seam between the threads that serve requests and the file system.
 
 use virtiofsd::fuse::Opcode;
 
@@ -9,7 +9,7 @@ use super::message::Message;
 use crate::device::request::Request;
 use crate::support::counter::Counter;
 
-/// Counters of requests and replies.
+/// Counters of one process: requests served, replies with an error, chains without a FUSE message.
 #[derive(Debug, Default)]
 pub(crate) struct Metrics {
     pub(crate) requests: Counter,
@@ -17,20 +17,21 @@ pub(crate) struct Metrics {
     pub(crate) malformed: Counter,
 }
 
-/// What a request may wait for.
+/// What a request may wait for in the thread that serves it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Blocking {
-    /// In the pool: all but a lease.
+    /// In the pool: anything except a lease of a host process.
     Allowed,
-    /// Inline: a READ or WRITE blocks only where the file system can't tell whether it will
-    /// (RWF_NOWAIT is EOPNOTSUPP).
+    /// Inline: nothing. A READ or WRITE still blocks on a file system that does not support
+    /// RWF_NOWAIT (EOPNOTSUPP).
     IfUnknown,
-    /// In the pool, as [`JobClass::Lease`]: all.
+    /// In the pool, as [`JobClass::Lease`](super::pool::JobClass::Lease): anything.
     Lease,
 }
 
 impl Blocking {
-    /// Whether a request that ends with EAGAIN is to be served anew, by a thread that may wait.
+    /// Whether a request that ends with EAGAIN is given back, to be served again by a thread that
+    /// may wait.
     pub(crate) fn gives_back(self, opcode: Option<Opcode>) -> bool {
         use Opcode::*;
         match opcode {
@@ -41,10 +42,10 @@ impl Blocking {
     }
 }
 
-/// A [`Server`](super::server::Server) over any file system.
+/// A [`Server`](super::server::Server), whatever file system it serves.
 pub(crate) trait Serve: Send + Sync {
-    /// Does what the message asks for, and answers it; or gives it back, if it has no blocking to
-    /// wait.
+    /// Serves the message and answers the request. Returns both instead, unanswered, if the request
+    /// would wait for something for which `blocking` forbids to wait.
     fn serve(
         &self,
         request: Request,
@@ -52,13 +53,14 @@ pub(crate) trait Serve: Send + Sync {
         blocking: Blocking,
     ) -> Option<(Request, Message)>;
 
-    /// That of the driver whose requests are taken now.
+    /// The life of the driver whose requests are taken from the rings now.
     fn life(&self) -> Life;
 
-    /// A driver has begun anew. None of its requests is taken before this returns.
+    /// The driver has reset the device: drops all state of the last life. No request of the new
+    /// life is taken before this returns.
     fn restarted(&self);
 
-    /// The session is over.
+    /// The session has ended: drops all state of its driver, and closes the guest's files.
     fn ended(&self);
 
     fn metrics(&self) -> &Metrics;

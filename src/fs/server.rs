@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! From a request to its reply: reads the head of a FUSE message, has it done, and answers.
+//! From a request to its reply: checks the head of a FUSE message, calls the operation, and
+//! completes the request.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -24,7 +25,7 @@ use super::open_flags::OpenFlags;
 use super::serve::{Blocking, Metrics, Serve};
 use super::sync_errors::WritebackErrors;
 
-/// Whether a request makes something that belongs to whoever asks for it.
+/// Whether a request creates an inode, which the ids of the request's header will own.
 fn makes(opcode: Opcode) -> bool {
     use Opcode::*;
     matches!(opcode, Create | Mknod | Mkdir | Symlink)
@@ -39,11 +40,11 @@ pub(crate) struct Server<F> {
     pub(crate) fs: F,
     pub(crate) dax: Option<Arc<Dax>>,
     pub(crate) opened: WritebackErrors,
-    /// What may be asked of the host when a file is opened.
+    /// Flags of an open that are passed on to the host.
     pub(crate) open_flags: OpenFlags,
     pub(crate) descriptors: Descriptors,
     pub(crate) inodes: Inodes,
-    /// The options that INIT agreed on (FUSE flags and flags2).
+    /// FUSE options that INIT has enabled (flags, and flags2 in the upper 32 bits).
     pub(crate) options: AtomicU64,
     pub(crate) lives: Lives,
     pub(crate) metrics: Metrics,
@@ -64,7 +65,7 @@ where
         let dispatch = || self.dispatch(&mut request, &message, blocking);
         let done = catch_unwind(AssertUnwindSafe(dispatch));
         let done = done.unwrap_or_else(|_| {
-            error!("{:?} made its thread panic: this is a bug", message.opcode());
+            error!("{:?} made its thread panic: this is a bug in the daemon", message.opcode());
             Err(Errno::EIO.into())
         });
         if blocking.gives_back(message.opcode()) && would_wait(&done) {
@@ -121,7 +122,8 @@ where
             return Err(fault.into());
         }
         if makes(opcode) {
-            // Linux sends -1 where ids don't matter (FUSE_ALLOW_IDMAP): not here.
+            // Linux sends -1 in requests that need no ids (FUSE_ALLOW_IDMAP); these requests need
+            // them.
             valid_id(message.header.uid)?;
             valid_id(message.header.gid)?;
         }
@@ -164,7 +166,7 @@ where
         let whole = OUT_HEADER_BYTES + bytes.len();
         let in_memory = in_ram(&request.ram(), writable(&request), whole);
         if !fits || !in_memory {
-            // Less room than the message asks for, or room that no driver gives to it.
+            // The guest has given less room than the message needs, or room outside of its RAM.
             return answer_error(request, unique, if fits { libc::EFAULT } else { libc::EINVAL });
         }
         request.complete_with(Some(out_header(unique, 0, bytes.len())), bytes, 0);

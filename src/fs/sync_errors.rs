@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which files are open, and which of them to write; and which have lost data: a sync that failed
-//! is never made good by one that succeeds later, until the file has been closed by all and is
-//! opened anew. It is the file that counts, not the guest's number for it, of which it may have
-//! several.
+//! The guest's open files, and which of them have lost data. After a failed sync each later sync of
+//! the file fails, too, until the guest has closed all handles of the file and opens it again.
+//! Files are identified by their inode on the host, since one file may have several node ids.
 
 use crate::support::lock::{Mutex, MutexGuard, Rank, lock};
 use std::collections::{HashMap, HashSet};
@@ -17,17 +16,18 @@ use crate::support::file_id::FileId;
 #[derive(Default)]
 struct Open {
     handles: u64,
-    /// Those through which the guest may store.
+    /// Handles through which the guest may write.
     writers: HashSet<u64>,
+    /// A sync of the file has failed since its first handle was opened.
     failed: bool,
 }
 
 #[derive(Default)]
 struct State {
-    /// By the handle, which is never used twice: the guest's number, and the file.
+    /// For each handle the node id and the file. No handle is used twice in a session.
     handles: HashMap<u64, (u64, FileId)>,
     files: HashMap<FileId, Open>,
-    /// A sync of the whole file system failed: whose pages were lost is not known.
+    /// A SYNCFS has failed. It is not known which files have lost data, so all count as lost.
     all_failed: bool,
 }
 
@@ -38,28 +38,29 @@ impl State {
     }
 }
 
-/// Whether a sync or a write-out that ended with `e` may have lost data. One that the file system
-/// did not even try has not. (The kernel makes errnos of a disk's errors: EIO, ENOSPC, ENODATA,
-/// ENOLINK, ETIMEDOUT, EILSEQ ...)
+/// Whether a sync or a write-out that ended with `e` may have lost data. With the errnos listed
+/// here the kernel has not tried to write. (A disk's errors become EIO, ENOSPC, ENODATA, ENOLINK,
+/// ETIMEDOUT, EILSEQ and others.)
 pub(crate) fn is_loss(e: &io::Error) -> bool {
     use libc::{EBADF, EINTR, EINVAL, ENOSYS, EOPNOTSUPP, ESPIPE};
     !matches!(e.raw_os_error(), Some(EBADF | EINTR | EINVAL | ENOSYS | EOPNOTSUPP | ESPIPE))
 }
 
-/// Whether a SYNCFS that ended with `e` could not even open the file system.
+/// Whether a SYNCFS that ended with `e` failed before syncfs(2): the file system could not be
+/// opened.
 fn is_not_begun(e: &io::Error) -> bool {
     use libc::{EACCES, EMFILE, ENFILE, ENOENT, ENOMEM, EPERM, ESTALE};
     matches!(e.raw_os_error(), Some(EACCES | EMFILE | ENFILE | ENOENT | ENOMEM | EPERM | ESTALE))
 }
 
-/// Files whose data was lost by a write-out of our own, or by one of a file that is not mapped any
-/// more, and whose guest has not been told of it by an FSYNC. The kernel tells of a loss once:
-/// whoever asked it has to pass that on.
+/// Files with lost data that no FSYNC has reported to the guest yet. The loss was found by a
+/// write-out of the daemon, or in a file that is no longer mapped. The kernel reports a loss once
+/// for each open file, so the daemon keeps it here until an FSYNC reports it.
 #[derive(Clone, Default)]
 pub(crate) struct Losses(Arc<Mutex<HashSet<FileId>>>);
 
 impl Losses {
-    /// Data of the file was lost.
+    /// Notes that data of the file was lost.
     pub(crate) fn note(&self, file: FileId) {
         lock(&self.0).insert(file);
     }
@@ -72,29 +73,29 @@ impl Losses {
         !lock(&self.0).is_empty()
     }
 
-    /// Whether data of the file was lost. The caller tells the guest of it.
+    /// Removes the file. Whether data of it was lost; the caller must report that to the guest.
     fn take(&self, file: FileId) -> bool {
         lock(&self.0).remove(&file)
     }
 }
 
-/// What a RELEASE leaves.
+/// State of a file after a RELEASE.
 pub(crate) struct Released {
     /// Another handle of the file can write.
     pub(crate) writer_left: bool,
-    /// It was the file's last handle, and the guest has been told by it, or one before it, that
-    /// data was lost: what is opened from now on starts anew.
+    /// It was the last handle of a file with lost data, and the loss was reported through a handle:
+    /// handles opened from now on have lost nothing.
     pub(crate) forgiven: bool,
 }
 
-/// The guest's open files.
+/// The guest's open files and their losses.
 pub(crate) struct WritebackErrors {
     state: Mutex<State>,
     losses: Losses,
 }
 
 impl WritebackErrors {
-    /// With the losses that others find.
+    /// Creates the state of a device. `losses` is shared with the write-outs in `dax`.
     pub(crate) fn new(losses: Losses) -> Self {
         Self { state: Mutex::ranked(Rank::Opened, State::default()), losses }
     }
@@ -103,14 +104,14 @@ impl WritebackErrors {
         lock(&self.state)
     }
 
-    /// A file was opened by the guest's number `nodeid`.
+    /// Counts a handle that can't write, opened by the node id `nodeid`.
     pub(crate) fn open(&self, nodeid: u64, handle: u64, file: FileId) {
         let mut state = self.lock();
         state.handles.insert(handle, (nodeid, file));
         state.files.entry(file).or_default().handles += 1;
     }
 
-    /// It was, through a handle that can write. Whether it was open so before.
+    /// Counts a handle that can write. Returns whether the file had such a handle before.
     pub(crate) fn open_to_write(&self, nodeid: u64, handle: u64, file: FileId) -> bool {
         let mut state = self.lock();
         state.handles.insert(handle, (nodeid, file));
@@ -126,7 +127,7 @@ impl WritebackErrors {
         self.lock().open(handle).is_some_and(|open| open.writers.contains(&handle))
     }
 
-    /// A handle was released.
+    /// Removes a handle.
     pub(crate) fn release(&self, handle: u64) -> Released {
         let none = Released { writer_left: false, forgiven: false };
         let mut state = self.lock();
@@ -142,16 +143,16 @@ impl WritebackErrors {
         Released { writer_left, forgiven }
     }
 
-    /// Which file the handle is of.
+    /// The file of a handle. None for a handle of another node id, or of no open file.
     pub(crate) fn file(&self, nodeid: u64, handle: u64) -> Option<FileId> {
         let (of, file) = *self.lock().handles.get(&handle)?;
         (of == nodeid).then_some(file)
     }
 
-    /// Whether the file, as it is open now, has lost nothing.
+    /// Checks that no data of the handle's file was lost.
     ///
     /// # Errors
-    /// EIO if it has.
+    /// EIO if data was lost.
     pub(crate) fn check(&self, handle: u64) -> io::Result<()> {
         let mut state = self.lock();
         let lost = state.handles.get(&handle).is_some_and(|(_, file)| self.losses.has(*file));
@@ -159,29 +160,31 @@ impl WritebackErrors {
         if state.all_failed || failed || lost { Err(Errno::EIO.into()) } else { Ok(()) }
     }
 
-    /// Lets `sync` make the file durable, if that can still be said of it.
+    /// Calls `sync`, which makes the handle's file durable, if no data of the file was lost before.
     ///
     /// # Errors
-    /// Its own, and EIO ever after.
+    /// Those of `sync`; EIO if data was lost before or meanwhile. Each later sync of the file
+    /// fails.
     pub(crate) fn sync(
         &self,
         handle: u64,
         sync: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
-        self.tell(handle)?;
+        self.move_loss(handle)?;
         let done = sync();
         if done.as_ref().is_err_and(is_loss)
             && let Some(open) = self.lock().open(handle)
         {
             open.failed = true;
         }
-        // A write-out that this sync began, or that another thread did meanwhile, may have met the
-        // error.
-        done.and_then(|()| self.tell(handle))
+        // The lost page may have been noted by a write-out of this sync, or by another thread
+        // during it.
+        done.and_then(|()| self.move_loss(handle))
     }
 
-    /// Tells the guest of a loss, from now on each time.
-    fn tell(&self, handle: u64) -> io::Result<()> {
+    /// Moves a loss of the handle's file from `losses` to the open file, whose syncs fail from now
+    /// on.
+    fn move_loss(&self, handle: u64) -> io::Result<()> {
         {
             let mut state = self.lock();
             let file = state.handles.get(&handle).map(|(_, file)| *file);
@@ -194,10 +197,10 @@ impl WritebackErrors {
         self.check(handle)
     }
 
-    /// The same for all files.
+    /// Calls `sync`, which makes all files durable, if no data was lost before.
     ///
     /// # Errors
-    /// Its own, and EIO ever after.
+    /// Those of `sync`; EIO if data was lost before. After a failure each sync of each file fails.
     pub(crate) fn sync_all(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         {
             let state = self.lock();
@@ -213,7 +216,7 @@ impl WritebackErrors {
         done
     }
 
-    /// The guest has gone, and all its handles with it. What it was not told of, the next one is.
+    /// Drops all handles at the end of the guest's mount. Losses that no FSYNC has reported stay.
     pub(crate) fn clear(&self) {
         *self.lock() = State::default();
     }
@@ -234,10 +237,10 @@ mod tests {
     const FILE: FileId = FileId { ino: 5, dev: 1 };
     const OTHER: FileId = FileId { ino: 5, dev: 2 };
 
-    /// Shows: after one failure no sync of the file succeeds, until it was closed as often as
-    /// opened.
+    /// Shows: after a failed sync of a file each sync of it fails, until all its handles are
+    /// closed.
     #[test]
-    fn a_failure_stays_until_the_file_is_opened_anew() {
+    fn a_failed_sync_counts_until_all_handles_are_closed() {
         let opened = WritebackErrors::new(Losses::default());
         opened.open(5, 0, FILE);
         opened.open(5, 1, FILE);
@@ -253,10 +256,10 @@ mod tests {
         assert_eq!(errno(opened.sync(3, || Ok(()))), None);
     }
 
-    /// Shows: what one number of a file has lost is lost for its other number (a bind mount), also
-    /// for one that opens it later, until all have closed it.
+    /// Shows: a failed sync through one node id of a file (a bind mount) also counts for its other
+    /// node ids, and for handles opened later, until all handles are closed.
     #[test]
-    fn a_failure_is_the_files_whatever_led_to_it() {
+    fn a_failed_sync_counts_for_each_node_id() {
         let opened = WritebackErrors::new(Losses::default());
         opened.open(5, 0, FILE);
         opened.open(7, 1, FILE);
@@ -276,9 +279,9 @@ mod tests {
         );
     }
 
-    /// Shows: a sync of what can't be synced is an error, and says nothing about later ones.
+    /// Shows: a sync that the kernel did not try fails, and later syncs succeed.
     #[test]
-    fn what_was_not_tried_has_not_failed() {
+    fn an_untried_sync_loses_nothing() {
         let opened = WritebackErrors::new(Losses::default());
         opened.open(5, 0, FILE);
         assert_eq!(errno(opened.sync(0, || Err(Errno::EBADF.into()))), Some(libc::EBADF));
@@ -286,9 +289,9 @@ mod tests {
         assert_eq!(errno(opened.sync(0, || Ok(()))), None);
     }
 
-    /// Shows: when all were to be synced and that failed, no file is vouched for.
+    /// Shows: after a failed SYNCFS the sync of each file fails.
     #[test]
-    fn a_failure_of_all_is_everyones() {
+    fn a_failed_syncfs_counts_for_each_file() {
         let opened = WritebackErrors::new(Losses::default());
         opened.open(5, 0, FILE);
         assert_eq!(errno(opened.sync_all(fails)), Some(libc::ENOSPC));
@@ -298,17 +301,17 @@ mod tests {
         assert_eq!(errno(opened.sync(1, || Ok(()))), None);
     }
 
-    /// Shows: a loss that was found before the file was opened, or by somebody else, is told by a
-    /// FLUSH each time, and by an FSYNC until all have closed the file; a file that was told of it
-    /// starts anew then.
+    /// Shows: a loss that was noted before the open, or by another thread, is reported by each
+    /// FLUSH and FSYNC until all handles are closed; after a report by FSYNC the next handle has
+    /// lost nothing.
     #[test]
-    fn a_loss_is_told_of_by_an_fsync() {
+    fn a_loss_is_reported() {
         let losses = Losses::default();
         let opened = WritebackErrors::new(losses.clone());
         losses.note(FILE);
         opened.open(5, 0, FILE);
         assert_eq!(errno(opened.check(0)), Some(libc::EIO));
-        assert!(!opened.release(0).forgiven, "a FLUSH is easily missed");
+        assert!(!opened.release(0).forgiven, "no FSYNC has reported the loss");
         opened.clear();
         opened.open(5, 1, FILE);
         assert_eq!(errno(opened.sync_all(|| Ok(()))), Some(libc::EIO));

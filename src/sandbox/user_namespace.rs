@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A user namespace for a daemon that is not root (user_namespaces(7)), so that a guest's files can
-//! belong to more than one user all the same: `--uid-map` and `--gid-map`.
+//! `--uid-map` and `--gid-map`: a user namespace (user_namespaces(7)) for a daemon that does not
+//! run as root, so that files of the guest can have more than one owner.
 
 use std::fs;
 use std::io::{self, Write};
@@ -12,26 +12,27 @@ use nix::unistd::{Gid, Uid};
 use thiserror::Error;
 use virtiofsd::idmap::{GidMap, UidMap};
 
-/// Why there is no user namespace.
+/// Why the daemon can't enter a user namespace.
 #[derive(Debug, Error)]
 pub enum NamespaceError {
-    /// For root the system's own users are all there.
-    #[error("is for a daemon that is not root; as root take --translate-uid and --translate-gid")]
+    /// The daemon runs as root, which can set any owner without a namespace.
+    #[error("is for a daemon that is not root; as root use --translate-uid and --translate-gid")]
     Root,
-    /// The kernel's answer.
+    /// Error of unshare(2).
     #[error("no user namespace can be made: {0}; see user.max_user_namespaces in sysctl")]
     Unshare(io::Error),
-    /// Not by us, and not by newuidmap.
+    /// The map can be written neither by the daemon nor by newuidmap or newgidmap.
     #[error(
-        "{0}; more than one's own number takes newuidmap (package uidmap) and a range in /etc/subuid"
+        "{0}; a map of other ids than the daemon's own needs newuidmap and newgidmap (package \
+         uidmap) and a range in /etc/subuid and /etc/subgid"
     )]
     Map(String),
 }
 
-/// One line of a map: numbers inside, numbers outside, how many.
+/// One line of a map: first id in the namespace, first id outside, number of ids.
 type Line = [u32; 3];
 
-/// Whether this user has one to enter.
+/// Checks that the daemon does not run as root.
 ///
 /// # Errors
 /// [`NamespaceError::Root`].
@@ -39,8 +40,8 @@ pub fn check() -> Result<(), NamespaceError> {
     if Uid::effective().is_root() { Err(NamespaceError::Root) } else { Ok(()) }
 }
 
-/// Enters a new user namespace with these maps; without one it is one's own number, as it is. The
-/// process must have no other thread yet.
+/// Enters a new user namespace with these maps. An empty map maps the daemon's own id to itself.
+/// The process must have one thread only.
 ///
 /// # Errors
 /// See [`NamespaceError`].
@@ -57,7 +58,7 @@ pub fn enter(uids: &[UidMap], gids: &[GidMap]) -> Result<(), NamespaceError> {
     if gid_lines.is_empty() {
         gid_lines.push([gid.as_raw(), gid.as_raw(), 1]);
     }
-    // They look at us from outside, and wait until there is something to look at.
+    // The helper programs must start outside of the namespace. They wait until it exists.
     let uid_mapper = Mapper::prepare("uid", uid_lines, uid.as_raw())?;
     let gid_mapper = Mapper::prepare("gid", gid_lines, gid.as_raw())?;
     unshare(CloneFlags::CLONE_NEWUSER).map_err(|e| NamespaceError::Unshare(e.into()))?;
@@ -67,9 +68,10 @@ pub fn enter(uids: &[UidMap], gids: &[GidMap]) -> Result<(), NamespaceError> {
 
 /// How one of the two maps is written.
 enum Mapper {
-    /// One's own number: that may be written from within.
+    /// The map has only the daemon's own id: a process may write this map from inside.
     Own(&'static str, Line),
-    /// newuidmap or newgidmap, which read the ranges that one was given.
+    /// A running newuidmap or newgidmap, which may map the user's ranges of /etc/subuid,
+    /// /etc/subgid.
     Helper(&'static str, std::process::Child),
 }
 
@@ -99,7 +101,8 @@ impl Mapper {
         match self {
             Self::Own(what, [inside, outside, count]) => {
                 if what == "gid" {
-                    // The kernel asks for it where it is not a privileged process that writes.
+                    // user_namespaces(7): a process without privileges must do this before it
+                    // writes gid_map.
                     fs::write("/proc/self/setgroups", "deny").map_err(|e| failed(what, &e))?;
                 }
                 let line = format!("{inside} {outside} {count}");

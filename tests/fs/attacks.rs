@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Attacks of a guest on the daemon, each with the outcome that it must have: the attacker gets an
-//! errno, and everybody else is served.
+//! Attacks of a guest on the daemon. Each test shows the required outcome: the attacker gets an
+//! errno, and other requests and guests are served.
 
 mod any_messages;
 
@@ -20,7 +20,7 @@ use testkit::queue::{Chain, Extern};
 use testkit::virtqueue::{Desc, INDIRECT};
 
 const BOTH: u64 = MAP_READ | MAP_WRITE;
-/// What INIT agrees on.
+/// Largest READ that INIT allows, in bytes.
 const MAX_READ: u32 = 1 << 20;
 
 fn with(extra: &[&str]) -> FsHost {
@@ -28,7 +28,7 @@ fn with(extra: &[&str]) -> FsHost {
     FsHost::with(FsOptions { extra, ..FsOptions::default() })
 }
 
-/// A share with a file of 5 GiB, all of it a hole.
+/// A share with a sparse file of 5 GiB.
 fn big(extra: &[&str]) -> (FsHost, FsGuest, u64, u64) {
     let host = with(extra);
     File::create(host.path("big")).unwrap().set_len(5 << 30).unwrap();
@@ -37,7 +37,8 @@ fn big(extra: &[&str]) -> (FsHost, FsGuest, u64, u64) {
     (host, guest, node, fh)
 }
 
-/// The same RAM again and again: buffers that make more bytes than there is memory.
+/// Buffers that all have the same address, so that together they are larger than the guest's
+/// memory.
 fn aliased(guest: &FsGuest) -> Vec<Extern> {
     vec![(guest.scratch, 8 << 20); 100]
 }
@@ -46,7 +47,7 @@ fn read_of(guest: &mut FsGuest, node: u64, fh: u64, size: u32, to: &[Extern]) ->
     guest.send_with(op::READ, node, &[&abi::read(fh, 0, size).0], 0, &[], to)
 }
 
-/// A request of somebody else than root.
+/// A request of a user other than root.
 fn call_as(
     guest: &mut FsGuest,
     (opcode, node): (u32, u64),
@@ -68,15 +69,16 @@ fn mknod(mode: u32, name: &str) -> Arg {
     Arg::new().u32s(&[mode, 0, 0, 0]).name(name)
 }
 
-/// SETATTR of the owners that `valid` names.
+/// SETATTR of the owners that `valid` selects.
 fn chown(valid: u32, uid: u32, gid: u32) -> Arg {
     Arg::new().u32s(&[valid, 0]).u64s(&[0; 6]).u32s(&[0, 0, 0, 0, 0, uid, gid, 0])
 }
 
 // --- requests that are too large ---
 
-/// Shows: a READ of more than INIT has agreed on is refused before a byte is copied, however many
-/// there are, and neither a stop nor SIGTERM waits for one; what INIT has agreed on is read.
+/// Shows: a READ of more bytes than INIT allows is refused before a byte is copied, for any number
+/// of such READs, and neither a stop nor SIGTERM waits for one. A READ of the largest size is
+/// served.
 #[test]
 fn a_read_has_a_limit() {
     let (mut host, mut guest, node, fh) = big(&[]);
@@ -98,7 +100,7 @@ fn a_read_has_a_limit() {
     assert!(host.wait_end().success());
 }
 
-/// Shows: one COPY_FILE_RANGE copies a bounded piece, whatever it is asked for, and says how much.
+/// Shows: one COPY_FILE_RANGE copies a limited number of bytes, and returns that number.
 #[test]
 fn a_copy_has_a_limit() {
     let (host, mut guest, node, fh) = big(&[]);
@@ -111,8 +113,8 @@ fn a_copy_has_a_limit() {
     }
 }
 
-/// Shows: a request that is longer than its kind can be is refused and not kept; the longest of
-/// each kind is served.
+/// Shows: a request that is longer than its operation permits is refused and not kept in memory.
+/// The longest permitted request of each operation is served.
 #[test]
 fn each_kind_has_a_length() {
     let (host, mut guest, node, fh) = big(&["--xattr"]);
@@ -134,7 +136,7 @@ fn each_kind_has_a_length() {
     let value = (guest.scratch, (64 << 10) + 257);
     let pending = guest.send_with(op::SETXATTR, node, &[&long.0], 0, &[value], &[]);
     assert_eq!(guest.reply(pending), Reply::Error(libc::E2BIG));
-    // What a file system may take: ext4 has less room, and says so by itself.
+    // A host file system may permit less: ext4 returns its own error.
     let whole = set("user.a", 64 << 10);
     let value = (guest.scratch, 64 << 10);
     let pending = guest.send_with(op::SETXATTR, node, &[&whole.0], 0, &[value], &[]);
@@ -146,10 +148,14 @@ fn each_kind_has_a_length() {
     guest.call(op::SYMLINK, ROOT, &link, ENTRY_OUT).unwrap();
     let ioctl = Arg::new().u64s(&[fh, 0, 0]).u32s(&[0, 0]);
     let pending = guest.send_with(op::IOCTL, node, &[&ioctl.0], 16, &[padding], &[]);
-    assert_eq!(guest.reply(pending), Reply::Error(libc::ENOSYS), "never served, never kept");
+    assert_eq!(
+        guest.reply(pending),
+        Reply::Error(libc::ENOSYS),
+        "an unsupported request is neither served nor kept"
+    );
 }
 
-/// Shows: requests that wait, each as long as a request can be, take no memory of ours.
+/// Shows: waiting requests of the largest length need little memory of the daemon.
 #[test]
 fn what_waits_is_small() {
     let (host, mut guest, node, fh) = big(&["--thread-pool-size", "2"]);
@@ -162,12 +168,12 @@ fn what_waits_is_small() {
     for pending in many {
         assert_eq!(guest.reply(pending), Reply::Error(libc::EINVAL));
     }
-    // Of 20 MiB: less than one.
+    // The requests have 20 MiB; the daemon keeps less than 1 MiB of them.
     assert!(host.own_kib() < before + 1024, "{before} KiB, then {}", host.own_kib());
 }
 
-/// Shows: a chain of more than 4 GiB, and one with more descriptors than the queue, come back, and
-/// hold up nothing.
+/// Shows: a chain of more than 4 GiB, and one with more descriptors than the queue has, are
+/// returned, and delay no other chain.
 #[test]
 fn chains_that_are_too_long() {
     let (_host, mut guest, node, fh) = big(&[]);
@@ -180,17 +186,17 @@ fn chains_that_are_too_long() {
     assert_eq!(guest.read(node, fh, 0, 4).unwrap(), [0; 4]);
 }
 
-// --- who the guest says it is ---
+// --- user and group ids of the guest ---
 
-/// Shows: with translated ids a guest makes nothing as the host's root; -1 is nobody, and makes
-/// nothing at all.
+/// Shows: with translated ids a guest creates no file that the host's root owns. Id -1 is invalid,
+/// and creates nothing.
 #[test]
-fn nobody_is_not_root() {
+fn an_invalid_id_is_not_root() {
     let rule = "map:0:100000:65536";
     let host = with(&["--translate-uid", rule, "--translate-gid", rule]);
     let mut guest = host.boot();
     let ok = [("zero", 0, Some(100_000)), ("thousand", 1000, Some(101_000))];
-    // No rule has it: it is the same on both sides.
+    // No rule contains this id, so it is the same on both sides.
     let all = [ok[0], ok[1], ("high", 200_000, Some(200_000)), ("nobody", u32::MAX, None)];
     for (name, id, owner) in all {
         let made =
@@ -200,10 +206,10 @@ fn nobody_is_not_root() {
     }
 }
 
-/// Shows: -1 is refused wherever something is made or given to somebody, with and without
-/// translation; and taken from a kernel that sends it where ids don't matter.
+/// Shows: id -1 is refused in each request that creates a file or sets an owner, with and without
+/// translation; it is accepted in requests in which Linux sends it because ids don't matter.
 #[test]
-fn nobody_owns_nothing() {
+fn an_invalid_id_owns_nothing() {
     const FATTR_UID: u32 = 1 << 1;
     const FATTR_GID: u32 = 1 << 2;
     const NOBODY: u32 = u32::MAX;
@@ -235,9 +241,8 @@ fn nobody_owns_nothing() {
     call_as(&mut guest, (op::LOOKUP, ROOT), ids, &Arg::new().name("f"), ENTRY_OUT).unwrap();
 }
 
-/// Shows: what guest root can set with --xattr (of what takes CAP_SYS_ADMIN nothing, unless
-/// --modcaps says so), and that a share without it takes no attribute at
-/// all.
+/// Shows: which attributes the guest's root can set with --xattr: those that need CAP_SYS_ADMIN only
+/// with --modcaps; without --xattr the share accepts none.
 #[test]
 fn attributes_of_the_hosts_root() {
     let names = ["user.a", "trusted.a", "trusted.overlay.opaque", "security.anything"];
@@ -253,7 +258,7 @@ fn attributes_of_the_hosts_root() {
             let arg = Arg::new().u32s(&[1, 0]).name(name).bytes(b"y");
             let set = guest.call(op::SETXATTR, node, &arg, 0).map(drop);
             let is_set = is_set && (all_set || name.starts_with("user."));
-            // As docs/operation.md says of --xattr. A file system may have no such attributes.
+            // See --xattr in docs/operation.md. A file system may not support these attributes.
             let right = match set {
                 Ok(()) => is_set,
                 Err(errno) => !is_set || errno == libc::EOPNOTSUPP,
@@ -265,8 +270,7 @@ fn attributes_of_the_hosts_root() {
 
 // --- what is opened ---
 
-/// Shows: OPEN, OPENDIR and CREATE ask the host for what reads and writes a file, and for nothing
-/// else.
+/// Shows: OPEN, OPENDIR and CREATE pass on to the host only flags that concern reads and writes.
 #[test]
 fn odd_open_flags() {
     let host = with(&[]);
@@ -299,7 +303,7 @@ fn odd_open_flags() {
     host.wait_descriptors(&before);
 }
 
-/// The flags of the daemon's descriptor of `name`, as the kernel has them.
+/// The flags of the daemon's descriptor of `name`, from /proc.
 fn host_flags(host: &FsHost, name: &str) -> Vec<i32> {
     let proc = format!("/proc/{}", host.pid());
     let entries = std::fs::read_dir(format!("{proc}/fd")).unwrap().flatten();
@@ -316,8 +320,7 @@ fn host_flags(host: &FsHost, name: &str) -> Vec<i32> {
     .collect()
 }
 
-/// Shows: what is left out of the flags of an OPEN is left out of those of a CREATE, and what an
-/// option lets through is let through in both.
+/// Shows: OPEN and CREATE pass the same flags on to the host, and an option permits a flag in both.
 #[test]
 fn create_opens_as_open_does() {
     let asked = libc::O_RDWR | libc::O_CREAT | libc::O_DIRECT | libc::O_NOATIME | libc::O_APPEND;
@@ -340,8 +343,8 @@ fn create_opens_as_open_does() {
     }
 }
 
-/// Shows: a CREATE that fails when the file is opened or cut leaves neither a handle nor a look-up
-/// behind; and one that cuts a file for reading only cuts it.
+/// Shows: a CREATE that fails at the open or the truncation leaves neither a handle nor a look-up.
+/// A CREATE with O_RDONLY and O_TRUNC truncates the file.
 #[test]
 fn a_create_that_fails_leaves_nothing() {
     let host = with(&[]);
@@ -367,7 +370,8 @@ fn a_create_that_fails_leaves_nothing() {
     sleeper.wait().unwrap();
 }
 
-/// Shows: files that nobody may write to are not mapped for writing, whoever the daemon is.
+/// Shows: files that no process may write to are not mapped for writing, also by a daemon that runs
+/// as root.
 #[test]
 fn files_that_must_not_be_written() {
     let host = with(&[]);
@@ -397,10 +401,10 @@ fn files_that_must_not_be_written() {
     let _ = (attr("-i", "fixed"), attr("-a", "append"));
 }
 
-/// Shows: a file of somebody else's, closed to all others, is mapped for a guest whose daemon is
+/// Shows: a file of another user, without permissions for others, is mapped if the daemon runs as
 /// root.
 #[test]
-fn a_file_of_somebody_elses() {
+fn a_file_of_another_user() {
     let host = with(&[]);
     host.put("f", &[b'o'; 5000]);
     std::os::unix::fs::chown(host.path("f"), Some(1000), Some(1000)).unwrap();
@@ -414,9 +418,10 @@ fn a_file_of_somebody_elses() {
     assert_eq!(&host.get("f")[..3], b"zzo");
 }
 
-// --- memory that vanishes ---
+// --- memory that is unmapped ---
 
-/// Offers one descriptor by hand, and kicks: one that leads to an indirect table at `table`.
+/// Offers one descriptor without the driver's help, and kicks. It refers to an indirect table at
+/// `table`.
 fn offer_table(guest: &mut FsGuest, head: u16, table: u64) {
     let queue = &mut guest.queues[FIRST];
     queue.set_desc(head, Desc { addr: table, len: 32, flags: INDIRECT, next: 0 });
@@ -424,8 +429,8 @@ fn offer_table(guest: &mut FsGuest, head: u16, table: u64) {
     queue.force_kick();
 }
 
-/// Shows: a table of descriptors that lies in the window, before or behind the end of its file, is
-/// not read: its chain comes back, and the daemon goes on.
+/// Shows: an indirect table that lies in the window, before or behind the end of its file, is not
+/// read. Its chain is returned, and the daemon continues.
 #[test]
 fn a_table_in_the_window() {
     let host = FsHost::with(FsOptions { request_queues: 2, ..FsOptions::default() });
@@ -436,15 +441,15 @@ fn a_table_in_the_window() {
     for (head, at) in [(5, RANGE / 2), (6, 0)] {
         let before = guest.queues[FIRST].used_idx();
         offer_table(&mut guest, head, FsGuest::in_window(at));
-        eventually("the chain to come back", || guest.queues[FIRST].used_idx() != before);
+        eventually("the chain to be returned", || guest.queues[FIRST].used_idx() != before);
     }
-    // The driver of the first queue has lost count; the other one's has not.
+    // The driver's state of the first queue does not match any more. That of the other queue does.
     guest.on = FIRST + 1;
     assert_eq!(guest.getattr(node).unwrap().size, 5000);
 }
 
-/// Shows: a reply that is to go into the window, behind the end of the file that is only just being
-/// mapped there, goes nowhere, and the daemon goes on: also where the table lists every map.
+/// Shows: a reply whose buffer lies in the window, behind the end of a file that is being mapped
+/// there, is not written, and the daemon continues; also if the memory table lists each map.
 #[test]
 fn a_reply_in_the_window() {
     for mem_slots in [true, false] {
@@ -480,7 +485,7 @@ fn a_request_in_the_window() {
         let pending = guest.send_chain(FIRST, &chain, unique);
         assert_eq!(guest.reply(pending), Reply::Returned);
     }
-    // The head in RAM, the rest not.
+    // The header is in RAM, the rest in the window.
     let name = [(FsGuest::in_window(RANGE / 2), 8)];
     let pending = guest.send_with(op::LOOKUP, ROOT, &[], ENTRY_OUT, &name, &[]);
     assert_eq!(guest.reply(pending), Reply::Error(libc::EINVAL));
@@ -489,8 +494,8 @@ fn a_request_in_the_window() {
 
 // --- floods ---
 
-/// Shows: however often a guest mounts, the log is bounded, says how much was not said, and keeps
-/// the first line.
+/// Shows: a guest that mounts very often gets a limited number of lines in the log. The log has the
+/// number of lines that were held back, and the first line.
 #[test]
 fn a_flood_of_inits() {
     let host = with(&["--announce-submounts", "--posix-acl=auto", "--xattr"]);
@@ -504,13 +509,13 @@ fn a_flood_of_inits() {
     let said = host.said();
     assert!(said.contains("mounted; the guest may map files"), "{said}");
     assert!(!said.contains("Warning:"), "virtiofsd's own line: {said}");
-    // 4 places, each with 20 lines and one a second: this is no matter of seconds.
+    // 4 rate limits, each with 20 lines and 1 line a second. The test takes only seconds.
     assert!(said.lines().count() < 300, "{} lines", said.lines().count());
 }
 
-/// Shows: a stderr that nobody reads holds up neither requests nor the daemon's end.
+/// Shows: a full stderr that no process reads delays neither requests nor the daemon's end.
 #[test]
-fn a_log_that_nobody_reads() {
+fn a_full_stderr_delays_no_request() {
     let host = FsHost::with(FsOptions {
         read_log: false,
         extra: vec!["--log-level=debug".into()],
@@ -518,7 +523,7 @@ fn a_log_that_nobody_reads() {
     });
     host.put("f", b"hello");
     let mut guest = host.boot();
-    // Three lines for each, in a pipe that holds some hundred.
+    // Three lines for each mount. The pipe holds some hundred lines.
     for _ in 0..3000 {
         assert_eq!(guest.node("f"), guest.node("f"));
     }
@@ -528,8 +533,8 @@ fn a_log_that_nobody_reads() {
 
 // --- the share ---
 
-/// Shows: the directory that is served is the one that was there at the start, whatever its path
-/// names later.
+/// Shows: the daemon serves the directory that the path named at the start, also if the path names
+/// another directory later.
 #[test]
 fn the_share_is_opened_once() {
     let host = with(&[]);

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that maps and the VM's other regions together stay within what QEMU and the library can
-//! bear, and that a window for which that can't hold is refused at the start.
+//! Shows that the number of maps and of the VM's other regions stays within the limits of QEMU and
+//! of the library, and that a window that is too large for them is refused at the start.
 
 use std::fs::File;
 
 use testkit::fs::{FsHost, FsOptions, RANGE};
 use testkit::fuse_abi::{MAP_READ, MAP_WRITE};
 
-/// vhost-user-backend's MAX_MEM_SLOTS.
+/// Largest number of memory slots: vhost-user-backend's MAX_MEM_SLOTS.
 const MAX_SLOTS: usize = 509;
 
-/// Grants the whole window, scattered, to a VM with `ram_regions` of its own.
+/// Grants all ranges of the window, in an order without neighbours, to a VM with `ram_regions`
+/// regions.
 fn scattered(mem_slots: bool, ram_regions: u64, ranges: u64) {
     let window_bytes = ranges * RANGE;
     let host =
@@ -44,26 +45,26 @@ fn scattered(mem_slots: bool, ram_regions: u64, ranges: u64) {
     assert!(host.ended().success());
 }
 
-/// Shows it for a VM with one region and a window of 256 ranges: all of them.
+/// Shows that a VM with one region gets all 256 ranges of its window.
 #[test]
 fn a_small_vm() {
     scattered(true, 1, 256);
 }
 
-/// Shows it for a VM with many regions: some grants are refused, and QEMU lives.
+/// Shows that a VM with many regions is refused some grants, and that the limits of QEMU hold.
 #[test]
 fn a_vm_with_many_regions() {
     scattered(true, 200, 384);
 }
 
-/// Shows it for a daemon that offers no memory slots.
+/// Shows it for a daemon without memory slots.
 #[test]
 fn without_memory_slots() {
     scattered(false, 1, 256);
 }
 
-/// Shows that a window which no VM could bear is refused with code 2 and one line that says what
-/// would do, and that this then does.
+/// Shows that a window that is too large for any VM is refused with code 2 and one line, and that
+/// the size in this line is accepted.
 #[test]
 fn a_window_that_is_too_large() {
     let dir = tempfile::tempdir().unwrap();

@@ -10,7 +10,7 @@ use testkit::machine::BASELINE_REGIONS;
 use testkit::queue::Extern;
 
 const BOTH: u64 = MAP_READ | MAP_WRITE;
-/// Where the first range of "window" lies, and the second.
+/// Offsets in the window of the first and the second range of the file "window".
 const HERE: u64 = 4 * RANGE;
 const THERE: u64 = 2 * RANGE;
 
@@ -22,7 +22,7 @@ struct Bench {
     guest: FsGuest,
     node: u64,
     fh: u64,
-    /// What "window" holds.
+    /// Expected bytes of the file "window".
     shown: Vec<u8>,
     data: Vec<u8>,
     host: FsHost,
@@ -41,8 +41,8 @@ fn bench(options: FsOptions) -> Bench {
     Bench { guest, node, fh, shown, data, host }
 }
 
-/// Slots, and how the table is without them: listing both ranges of the window, and only the first
-/// one, since there are more regions then than a table holds.
+/// Runs the test with memory slots, and without them: once with a memory table that lists both
+/// ranges of the window, once with one that has room for the first range only.
 fn each_way(test: fn(Bench)) {
     let one_fits = BASELINE_REGIONS as u64 - 1;
     for (mem_slots, ram_regions) in [(true, 1), (false, 1), (false, one_fits)] {
@@ -66,7 +66,7 @@ impl Bench {
         self.guest.reply(pending)
     }
 
-    /// Both files, byte by byte, on the host and through the window.
+    /// Compares both files, byte by byte, on the host and through the window.
     fn compare(&self, what: &str) {
         assert!(self.host.get("window") == self.shown, "{what}: the window's file");
         assert!(self.host.get("data") == self.data, "{what}: the data's file");
@@ -83,7 +83,7 @@ impl Bench {
     }
 }
 
-/// Shows reads into the window: odd places, several pieces, RAM between them, a megabyte.
+/// Shows reads into the window: unaligned addresses, several buffers, RAM between them, 1 MiB.
 #[test]
 fn reads_into_the_window() {
     each_way(|mut b| {
@@ -161,10 +161,10 @@ fn a_file_into_its_own_window() {
     });
 }
 
-/// Shows that data in a part of the window that nobody granted gets an errno and harms nothing,
-/// also where a granted part comes before it.
+/// Shows that a buffer in a part of the window without a grant gets an errno and changes no file,
+/// also if a granted part comes before it.
 #[test]
-fn a_part_that_nobody_granted() {
+fn a_part_without_a_grant() {
     each_way(|mut b| {
         let places = [
             FsGuest::in_window(0),
@@ -182,11 +182,11 @@ fn a_part_that_nobody_granted() {
                 assert!(fine, "{what}: {reply:?}");
             }
             assert!(b.host.get("data") == b.data, "{what}");
-            // A refused READ may have got as far as the granted part.
+            // A READ that was refused may have filled the granted part.
             b.shown = b.host.get("window");
             b.compare(&what);
         }
-        // Taken back, it is a part that nobody granted.
+        // A range whose grant was removed is a part without a grant.
         b.guest.remove(&[(HERE, RANGE)]).unwrap();
         let reply = b.write_from(0, &[(FsGuest::in_window(HERE), 100)]);
         assert!(matches!(reply, Reply::Error(_) | Reply::Returned), "{reply:?}");
@@ -195,8 +195,8 @@ fn a_part_that_nobody_granted() {
     });
 }
 
-/// Shows that a table which is stale is never believed: a place whose map has changed since is
-/// served as it is now or not at all, and one that no table has ever listed likewise.
+/// Shows that the daemon never uses a stale memory table: a range whose map has changed since is
+/// served by its new map or refused, and so is a range that no table has listed.
 #[test]
 fn a_stale_table() {
     let all = BASELINE_REGIONS as u64;
@@ -209,7 +209,7 @@ fn a_stale_table() {
         for i in 8..16 {
             b.guest.setup(filler, 0, RANGE, BOTH, i * RANGE).unwrap();
         }
-        // Nobody is told of this any more.
+        // The front-end sends no further memory table.
         b.guest.remove(&[(HERE, RANGE)]).unwrap();
         b.guest.setup(node, 0, RANGE, BOTH, HERE).unwrap();
         let wrote = b.write_from(0, &[(FsGuest::in_window(HERE + 64), 1000)]);
@@ -230,15 +230,15 @@ fn a_stale_table() {
     }
 }
 
-/// Bytes of one write(2) from a mapping, as Linux sends them: a page, powers of two, odd multiples.
+/// Lengths of one write(2) from a mapping, in bytes, as Linux sends them: a page, powers of two,
+/// odd multiples of a page.
 fn lengths() -> Vec<u32> {
     let pages = (0..10).flat_map(|i| [1u32 << i, 3 << i, (5 << i) + 1]).filter(|n| *n <= 512);
     pages.map(|n| n * 4096).collect()
 }
 
-/// Shows: a file that was just created with O_DIRECT takes every write from the window, from a page
-/// to 2 MiB, and so does one that was there before; with --allow-direct-io, where the host's
-/// descriptor has the flag, too.
+/// Shows: a file opened with O_DIRECT, new or existing, takes each write from the window, of one
+/// page to 2 MiB; also with --allow-direct-io, with which the host's descriptor has O_DIRECT.
 #[test]
 fn direct_writes_from_the_window() {
     const MOST: u32 = 1 << 20;
@@ -270,8 +270,8 @@ fn direct_writes_from_the_window() {
     }
 }
 
-/// Shows: with --allow-direct-io a READ goes into any buffer in the window, to the file's end,
-/// which is no multiple of anything, and into one that lies oddly there.
+/// Shows: with --allow-direct-io a READ into the window works up to the end of a file of odd
+/// length, and into an unaligned buffer.
 #[test]
 fn direct_reads_into_the_window() {
     let extra = vec!["--allow-direct-io".to_string()];
@@ -296,8 +296,9 @@ fn direct_reads_into_the_window() {
     b.end();
 }
 
-/// Shows: the last page of a mapped file is there to its end, as for any mapping: it is written as
-/// zeros, what is read into it makes the file no longer, and the page behind it is EFAULT.
+/// Shows: the last page of a mapped file is mapped as a whole, as by mmap(2): bytes behind the end
+/// of the file read as zeros, a READ into them does not lengthen the file, and the next page is
+/// EFAULT.
 #[test]
 fn the_last_page_of_a_file() {
     each_way(|mut b| {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows a share with `--persist=cacheline`, in memory: WRITE goes past the processor's cache and
-//! is still a write like any other, and a file that is cut off on the host costs that file an error
-//! and nobody anything else. (All other tests of shares run so, too: see ci/test.)
+//! Shows a share with `--persist=cacheline`, in memory: a WRITE goes past the processor's cache and
+//! otherwise acts like any write. A file that is truncated on the host gets an error, and other
+//! files do not. (ci/test runs all other tests of shares with this option, too.)
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -23,7 +23,7 @@ fn in_memory() -> FsHost {
     })
 }
 
-/// A guest with all of a file of two ranges mapped to write.
+/// A guest with a file of two ranges, mapped for writing.
 fn mapped(host: &FsHost) -> (FsGuest, u64, u64) {
     host.put("file", &vec![1; 2 * RANGE as usize]);
     let mut guest = host.boot();
@@ -32,12 +32,12 @@ fn mapped(host: &FsHost) -> (FsGuest, u64, u64) {
     (guest, node, fh)
 }
 
-/// Shows: a WRITE of what is granted for writing is a store of the daemon's: no write call, the
-/// bytes in the file and in the window at once, and a new mtime; any other is the kernel's.
+/// Shows: a WRITE to a range granted for writing is a store of the daemon: no write(2), the bytes
+/// are in the file and in the window at once, and mtime is new. Any other WRITE is a write(2).
 #[test]
-fn writes_go_past_the_cache_where_blocks_are_sure() {
+fn writes_to_granted_ranges_go_past_the_cache() {
     if !Strace::is_here() {
-        return skip("writes_go_past_the_cache_where_blocks_are_sure", "no strace");
+        return skip("writes_to_granted_ranges_go_past_the_cache", "no strace");
     }
     let host = in_memory();
     let (mut guest, node, fh) = mapped(&host);
@@ -68,7 +68,8 @@ fn writes_go_past_the_cache_where_blocks_are_sure() {
     assert!(host.ended().success());
 }
 
-/// Shows: a hole punched at odd places reads as zeros on all sides, beside live write grants too.
+/// Shows: a hole punched at unaligned offsets reads as zeros by each path, beside live write
+/// grants, too.
 #[test]
 fn odd_holes_are_zeros() {
     let host = in_memory();
@@ -91,8 +92,8 @@ fn libc_flags() -> i32 {
     flags.bits()
 }
 
-/// Shows: somebody on the host cuts a mapped file off while the guest syncs it: that file may have
-/// an error, and the daemon, the guest and another file go on.
+/// Shows: a process on the host truncates a mapped file while the guest syncs it. That file may get
+/// an error; the daemon, the guest and another file continue.
 #[test]
 fn a_file_cut_off_on_the_host_harms_no_other() {
     let host = in_memory();
@@ -105,7 +106,7 @@ fn a_file_cut_off_on_the_host_harms_no_other() {
         file.set_len(2 * RANGE).unwrap();
         let pending = guest.send_fsync(node, fh);
         file.set_len(if round % 2 == 0 { 0 } else { RANGE + 5 }).unwrap();
-        let _ = guest.result(pending); // An error is fine; no answer is not.
+        let _ = guest.result(pending); // It may be an error, but must be answered.
         assert!(guest.vmm.store(4 * RANGE, &[round as u8]));
         guest.fsync(other, other_fh).unwrap();
         assert_eq!(guest.write(other, other_fh, 8, b"kept"), Ok(4));

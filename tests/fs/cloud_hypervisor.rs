@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that cloud-hypervisor's `--fs` is served, as far as its messages go: it knows no window,
-//! so a daemon that has one serves it without.
+//! Shows that cloud-hypervisor's `--fs` is served, by its messages: it has no window, so a daemon
+//! with a window serves it without one.
 
 use testkit::cloud_hypervisor::CloudHypervisor;
 use testkit::fs::{FsHost, FsOptions, RANGE};
@@ -13,7 +13,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestUsize};
 
 type Guest = FsGuest<CloudHypervisor>;
 
-/// A guest that has mounted the share, as `-o dax=inode` does or no option at all.
+/// A guest that has mounted the share, with `-o dax=inode` or without a dax option.
 fn boot(host: &FsHost, request_queues: usize) -> Guest {
     let mut guest = host.plug_cloud_hypervisor(request_queues);
     guest.activate();
@@ -35,14 +35,14 @@ fn one_file(host: &FsHost, guest: &mut Guest, name: &str) {
     guest.forget(node, 2);
 }
 
-/// Pulls the plug as cloud-hypervisor does, without a stop; the daemon must end well.
+/// Closes the connection without a stop, as cloud-hypervisor does. The daemon must end with code 0.
 fn shut_down(host: FsHost, guest: Guest) {
     drop(guest);
     assert!(host.ended().success());
 }
 
-/// Shows a whole session, with a daemon that has a window and one that has none: what is
-/// negotiated, each request's effect, no map of anything, the end.
+/// Shows a whole session, with a daemon that has a window and one that has none: the negotiated
+/// features, the effect of each request, no map, and the end.
 #[test]
 fn a_session() {
     for window_bytes in [64 << 20, 0] {
@@ -51,7 +51,7 @@ fn a_session() {
         assert_eq!(guest.vmm.protocol, P::MQ | P::CONFIGURE_MEM_SLOTS | P::REPLY_ACK);
         assert_eq!(guest.vmm.queues, 2);
         one_file(&host, &mut guest, "file");
-        // Linux would not send it without a window. It must be an error, and harm nobody.
+        // Linux sends it only with a window. It must fail, and disturb no other request.
         let node = guest.node("file");
         guest.setup(node, 0, RANGE, MAP_READ, 0).unwrap_err();
         guest.destroy();
@@ -59,8 +59,8 @@ fn a_session() {
     }
 }
 
-/// Shows that all queues work that the daemon was told of, full rings of 1024 among them, and that
-/// fewer may be used.
+/// Shows that all configured queues work, with full rings of 1024 descriptors, and that a guest may
+/// use fewer.
 #[test]
 fn queues() {
     for used in [4, 1] {
@@ -69,7 +69,7 @@ fn queues() {
         for queue in FIRST..FIRST + used {
             guest.on = queue;
             one_file(&host, &mut guest, &format!("file-{queue}"));
-            // More than once around the ring.
+            // More requests than the ring has descriptors.
             for _ in 0..2500 {
                 guest.getattr(ROOT).unwrap();
             }
@@ -78,8 +78,8 @@ fn queues() {
     }
 }
 
-/// Shows that a paused device answers nothing new, and after the resume answers all: what was sent
-/// before, while it was paused, and after.
+/// Shows that a paused device answers no new request, and answers all after the resume: those sent
+/// before, during and after the pause.
 #[test]
 fn pause_and_resume() {
     let host = FsHost::new();
@@ -89,7 +89,7 @@ fn pause_and_resume() {
         let text = format!("round {round}");
         let early = guest.send_fsync(node, fh);
         guest.vmm.pause();
-        // The vCPUs still run while cloud-hypervisor pauses one device after the other.
+        // The vCPUs still run while cloud-hypervisor pauses the devices one after the other.
         let arg = abi::write(fh, 0, text.len() as u32);
         let late = guest.send_with(op::WRITE, node, &[&arg.0, text.as_bytes()], 8, &[], &[]);
         guest.on = HIPRIO;
@@ -107,8 +107,8 @@ fn pause_and_resume() {
     shut_down(host, guest);
 }
 
-/// Shows that a reset takes the guest's handles with it, and that the device serves the next
-/// driver; also when the reset meets a paused device, and one with requests under way.
+/// Shows that a reset drops the guest's handles, and that the device serves the next driver; also
+/// after a reset of a paused device, and of one with running requests.
 #[test]
 fn resets() {
     let host = FsHost::new();
@@ -131,7 +131,7 @@ fn resets() {
     shut_down(host, guest);
 }
 
-/// Shows that requests may lie in memory that was plugged in after the start (ADD_MEM_REG).
+/// Shows that requests may lie in memory that was added after the start (ADD_MEM_REG).
 #[test]
 fn memory_hotplug() {
     let host = FsHost::new();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that the window, FUSE READ and WRITE, and the host see the same bytes at once, for files
-//! of every awkward size, while they grow and shrink, and across changes of a grant.
+//! Shows that the window, READ and WRITE, and the host see the same bytes at once, in files of many
+//! lengths, while they grow and shrink, and when a grant changes.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -23,7 +23,7 @@ fn writable(host: &FsHost, name: &str) -> File {
     OpenOptions::new().read(true).write(true).open(host.path(name)).unwrap()
 }
 
-/// The whole file through FUSE.
+/// Reads the whole file by READ.
 fn read_all(guest: &mut FsGuest, node: u64, fh: u64, bytes: u64) -> Vec<u8> {
     let mut all = Vec::new();
     while (all.len() as u64) < bytes {
@@ -34,7 +34,7 @@ fn read_all(guest: &mut FsGuest, node: u64, fh: u64, bytes: u64) -> Vec<u8> {
     all
 }
 
-/// What a guest sees of a file at `at`, up to the end of its last page: never further.
+/// What a guest sees of a file at `at`, up to the end of its last page.
 fn window(guest: &FsGuest, at: u64, bytes: u64) -> Option<Vec<u8>> {
     let mut seen = guest.vmm.fetch(at, bytes.next_multiple_of(PAGE) as usize)?;
     let tail = seen.split_off(bytes as usize);
@@ -42,14 +42,14 @@ fn window(guest: &FsGuest, at: u64, bytes: u64) -> Option<Vec<u8>> {
     Some(seen)
 }
 
-/// Each way in, then each way to look, for a file of `bytes`.
+/// Stores by each path, then reads by each path, in a file of `bytes` bytes.
 fn all_ways(mem_slots: bool, bytes: u64) {
     let host = FsHost::with(FsOptions { mem_slots, ..FsOptions::default() });
     host.put("file", &pattern(bytes));
     let mut guest = host.boot();
     let (node, fh) = guest.opened("file");
     let ranges = bytes.div_ceil(RANGE);
-    // Backwards, so that nothing lies in the window as it does in the file.
+    // In reverse order, so that no range has the same offset in the window and in the file.
     let base = |range: u64| (ranges - 1 - range) * RANGE;
     for range in 0..ranges {
         guest.setup(node, range * RANGE, RANGE, BOTH, base(range)).unwrap();
@@ -92,20 +92,20 @@ fn all_ways(mem_slots: bool, bytes: u64) {
     assert!(host.ended().success());
 }
 
-/// Shows that stores, WRITEs and the host's writes are seen by the two others at once.
+/// Shows that stores, WRITEs and writes of the host are seen at once by the two other paths.
 #[test]
 fn every_size_and_every_way() {
     SIZES.iter().for_each(|&bytes| all_ways(true, bytes));
 }
 
-/// Shows the same for a daemon that offers no memory slots.
+/// Shows the same for a daemon without memory slots.
 #[test]
 fn every_size_without_memory_slots() {
     SIZES.iter().for_each(|&bytes| all_ways(false, bytes));
 }
 
-/// Shows that nothing of an empty file can be granted for longer than it is empty, whatever the
-/// answer is, and that the file stays empty.
+/// Shows that a grant of an empty file is refused or maps nothing while it is empty, and that the
+/// file stays empty.
 #[test]
 fn an_empty_file_stays_empty() {
     let host = FsHost::new();
@@ -120,8 +120,8 @@ fn an_empty_file_stays_empty() {
     assert_eq!(window(&guest, 0, 15).unwrap(), b"no longer empty");
 }
 
-/// Shows that a grant shows what WRITE appends behind the file's old end, that nothing appears
-/// where nothing was granted, and that the same holds for the next range once it is granted.
+/// Shows that a grant shows the bytes that a WRITE appends behind the file's old end, that nothing
+/// is mapped without a grant, and that the same holds for the next range after its grant.
 #[test]
 fn a_grant_outlives_growth() {
     let host = FsHost::new();
@@ -139,7 +139,7 @@ fn a_grant_outlives_growth() {
             assert_eq!(guest.write(node, fh, at, &more), Ok(part as u32));
             expected.extend_from_slice(&more);
         }
-        let seen = window(&guest, 4 * RANGE, end.min(RANGE)).expect("the grant is gone");
+        let seen = window(&guest, 4 * RANGE, end.min(RANGE)).expect("the grant was removed");
         assert!(seen == expected[..end.min(RANGE) as usize], "at {end}");
         assert!(guest.vmm.mapped_bytes() <= RANGE, "mapped without a grant at {end}");
     }
@@ -151,8 +151,8 @@ fn a_grant_outlives_growth() {
     assert_eq!(guest.vmm.refused(), [""; 0]);
 }
 
-/// Shows that a file which is cut and grows again under live grants shows its bytes in each of
-/// them, that nothing appears where nothing was granted, and that what was cut off is zero
+/// Shows that a file that is truncated and grows again under live grants shows its bytes in each of
+/// them, that nothing is mapped without a grant, and that bytes that were cut off are zero
 /// afterwards.
 #[test]
 fn grants_outlive_a_truncation() {
@@ -174,7 +174,7 @@ fn grants_outlive_a_truncation() {
         let mut expected = pattern(cut);
         expected.resize(all as usize, 0);
         expected[all as usize - last.len()..].copy_from_slice(last);
-        let seen = window(&guest, 0, all).unwrap_or_else(|| panic!("a grant is gone at {cut}"));
+        let seen = window(&guest, 0, all).unwrap_or_else(|| panic!("a grant was removed at {cut}"));
         assert!(seen == expected, "the window after a cut at {cut}");
         assert!(host.get("file") == expected, "the file after a cut at {cut}");
         assert!(guest.vmm.store(RANGE, b"x"));
@@ -188,7 +188,7 @@ fn grants_outlive_a_truncation() {
     guest.vmm.check();
 }
 
-/// Shows that a grant to read becomes one to write, and back, without a message to the front-end.
+/// Shows that a read grant becomes a write grant, and back, without a message to the front-end.
 #[test]
 fn an_upgrade_sends_nothing() {
     let host = FsHost::new();
@@ -207,8 +207,8 @@ fn an_upgrade_sends_nothing() {
     assert_eq!(guest.vmm.mapped_bytes(), 0);
 }
 
-/// Shows that one file can be granted in two places, that both show it, and that a range which is
-/// reused for another file shows that one.
+/// Shows that one file can be granted in two ranges, that both show it, and that a range reused for
+/// another file shows that file.
 #[test]
 fn one_file_twice_and_one_range_twice() {
     let host = FsHost::new();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that a guest can't take the descriptors that the daemon needs, that a share with more
-//! files than descriptors works, and that where it can't, what helps goes through and nothing is
-//! left half made.
+//! Shows that a guest can't use the descriptors that the daemon needs, that a share with more files
+//! than descriptors works, and that without descriptors, requests that free some are served and no
+//! failed request leaves a file.
 
 use std::fs;
 
@@ -17,7 +17,7 @@ fn with(window_bytes: u64, extra: &[&str]) -> FsOptions {
     FsOptions { window_bytes, extra, ..FsOptions::default() }
 }
 
-/// How many descriptors the daemon wants at least, as it says when it has fewer.
+/// Smallest number of descriptors that the daemon accepts, from its error line.
 fn least(window_bytes: u64, extra: &[&str]) -> u64 {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("sock");
@@ -29,20 +29,20 @@ fn least(window_bytes: u64, extra: &[&str]) -> u64 {
     assert_eq!(line.lines().count(), 1, "{line}");
     assert!(line.contains("--window-size") && line.contains("--thread-pool-size"), "{line}");
     assert!(!socket.exists());
-    let (_, number) = line.split_once("take more than ").unwrap();
+    let (_, number) = line.split_once("use more than ").unwrap();
     number.split(',').next().unwrap().parse::<u64>().unwrap() + 1
 }
 
-/// A daemon that has `for_guest` descriptors for the guest.
+/// A daemon with `for_guest` descriptors for the guest.
 fn host(window_bytes: u64, handles: &str, for_guest: u64) -> FsHost {
     let handles = format!("--inode-file-handles={handles}");
     let extra = [handles.as_str(), "--thread-pool-size", "16"];
-    // What it wants at least leaves 64.
+    // The smallest number leaves 64 for the guest.
     let files = (least(window_bytes, &extra) - 64 + for_guest).to_string();
     FsHost::with(with(window_bytes, &[&extra[..], &["--rlimit-nofile", &files]].concat()))
 }
 
-/// Opens `node` until the errno that comes when there are no more.
+/// Opens `node` until the errno for a lack of descriptors comes.
 fn open_all(guest: &mut FsGuest, node: u64) -> Vec<u64> {
     let mut handles = Vec::new();
     loop {
@@ -56,9 +56,9 @@ fn open_all(guest: &mut FsGuest, node: u64) -> Vec<u64> {
     }
 }
 
-/// Shows: a guest that has taken all it may maps a whole window of the largest size, each slot
-/// another file, and every memory region comes with its descriptor; a pause is survived; and so it
-/// is when it begins with the maps.
+/// Shows: a guest that has opened as many files as it may can map a window of the largest size,
+/// with another file in each slot; each memory region comes with its descriptor. It works over a
+/// pause, and also if the guest maps first.
 #[test]
 fn all_descriptors_and_the_whole_window() {
     let slots = 384;
@@ -91,7 +91,7 @@ fn all_descriptors_and_the_whole_window() {
     }
 }
 
-/// Makes `files` of them in directories of 500, as a guest does that unpacks an archive.
+/// Creates `files` files in directories of 500, like a guest that unpacks an archive.
 fn unpack(guest: &mut FsGuest, files: u64) -> Result<(), i32> {
     let mut dir = ROOT;
     for i in 0..files {
@@ -108,8 +108,8 @@ fn unpack(guest: &mut FsGuest, files: u64) -> Result<(), i32> {
     Ok(())
 }
 
-/// Shows: with file handles, as it is by default, a guest unpacks, keeps in mind and reads a tree
-/// of several times more files than there are descriptors, and nobody is warned.
+/// Shows: with file handles, the default, a guest unpacks, keeps in its cache and reads a tree of
+/// several times more files than the daemon has descriptors, and the log has no warning.
 #[test]
 fn more_files_than_descriptors() {
     let host = host(8 * RANGE, "prefer", 200);
@@ -143,9 +143,9 @@ fn on_host(host: &FsHost) -> Vec<String> {
     all
 }
 
-/// Shows: where each inode holds a descriptor, the guest is told ENFILE in time; nothing that fails
-/// leaves a file behind; one line names the options that help; and directories are listed, names
-/// and files removed, and what was forgotten makes room.
+/// Shows: if each inode holds a descriptor, the guest gets ENFILE before the daemon has none left.
+/// No failed request leaves a file; one line names the options that help; directories can still be
+/// listed, names and files removed, and a FORGET frees descriptors.
 #[test]
 fn without_file_handles() {
     let host = host(8 * RANGE, "never", 400);
@@ -179,12 +179,12 @@ fn without_file_handles() {
         assert_eq!(guest.call(*opcode, ROOT, arg, *out), Err(libc::ENFILE), "{what}");
         assert_eq!(on_host(&host), before, "{what}");
     }
-    // An existing file is not harmed by what could not be done.
+    // A CREATE that failed does not change an existing file.
     let arg = abi::create("file599", libc::O_RDWR | libc::O_TRUNC, 0o644);
     assert_eq!(guest.call(op::CREATE, ROOT, &arg, 144), Err(libc::ENFILE));
     assert_eq!(host.get("file599"), b"x");
 
-    // What `rm -rf` does.
+    // The requests of `rm -rf`.
     let names = guest.names().unwrap();
     assert!(names.iter().any(|(name, node)| name.contains("file") && *node == 0), "a name alone");
     guest.unlink("file598").unwrap();
@@ -203,8 +203,8 @@ fn without_file_handles() {
     assert!(said.contains("--inode-file-handles=prefer"), "{said}");
 }
 
-/// Shows: a guest that holds all it may open, can't open the daemon's reserve, and closes them
-/// again, for all of the ways to open: the daemon keeps within its limit, and serves on.
+/// Shows: a guest that opens all files it may, and closes them, can't use the daemon's reserve, by
+/// any way to open a file. The daemon stays within its limit, and serves on.
 #[test]
 fn handles_of_all_kinds() {
     let host = host(8 * RANGE, "prefer", 100);
@@ -221,7 +221,7 @@ fn handles_of_all_kinds() {
     };
     assert_eq!(none, libc::ENFILE);
     assert!(!dirs.is_empty(), "some are kept for directories");
-    // What needs none for longer than a moment.
+    // Requests that need a descriptor only while they run.
     guest.node("file");
     assert_eq!(guest.read(node, handles[0], 0, 2).unwrap(), [1, 1]);
     guest.fsync(node, handles[0]).unwrap();

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that FSYNC is answered after its file was synced and not before, that a failed sync is
-//! never forgotten while the file is open, and that what was stored through the window is part of
-//! it.
+//! Shows that FSYNC is answered after its file was synced and not before, that each FSYNC fails
+//! after a failed one while the file is open, and that stores through the window are synced, too.
 
 use std::fs::File;
 use std::io::Write;
@@ -15,22 +14,22 @@ use testkit::fuse_abi::{self as abi, MAP_READ, MAP_WRITE, op};
 use testkit::slow::{DELAY, SYNCS, Strace, skip};
 
 const BOTH: u64 = MAP_READ | MAP_WRITE;
-/// Whatever else may carry a file's bytes to its disk, to be looked at.
+/// All system calls that write a file's bytes to its disk.
 const ALL_SYNCS: &str = "fsync,fdatasync,syncfs,msync,sync_file_range";
 
-/// Whether a sync of the file `name` has returned success, by strace's lines.
+/// Whether a sync of the file `name` has returned success, by the lines of strace.
 fn synced(strace: &mut Strace, name: &str) -> bool {
     let end = format!("{name}>");
     let text = strace.text();
-    // One line, or two with the number of the thread.
+    // strace prints one line, or two with the thread's number.
     text.lines().any(|line| {
         let begins = line.contains("sync(") && line.contains(&end);
         begins && (line.contains(" = 0") || line.contains("<unfinished"))
     }) && text.contains(" = 0")
 }
 
-/// Shows that each kind of dirt is synced before the answer: WRITE, a store through the window, a
-/// store whose range was taken back, a growth.
+/// Shows that each kind of change is synced before the reply: a WRITE, a store through the window,
+/// a store to a range that was removed since, a growth.
 #[test]
 fn fsync_syncs_what_was_changed_in_any_way() {
     if !Strace::is_here() {
@@ -63,7 +62,8 @@ fn fsync_syncs_what_was_changed_in_any_way() {
     assert!(host.ended().success());
 }
 
-/// Shows that FSYNC and fdatasync, through the window and beside it, wait for a slow disk.
+/// Shows that fsync(2) and fdatasync(2) of the guest wait for a slow disk, after a store through
+/// the window and after a WRITE.
 #[test]
 fn fsync_waits_for_the_disk() {
     if !Strace::is_here() {
@@ -90,7 +90,7 @@ fn fsync_waits_for_the_disk() {
     assert!(host.ended().success());
 }
 
-/// Shows that a sync which began before a store is no answer to the FSYNC sent after it.
+/// Shows that a sync that began before a store does not answer the FSYNC sent after the store.
 #[test]
 fn a_sync_that_began_before_is_not_enough() {
     if !Strace::is_here() {
@@ -115,8 +115,8 @@ fn a_sync_that_began_before_is_not_enough() {
     assert!(host.ended().success());
 }
 
-/// Shows that a sync that failed once is EIO for that file as long as it is open, through every
-/// handle, and that it is no other file's business.
+/// Shows that after a failed sync each FSYNC of that file is EIO while the file is open, through
+/// each handle, and that other files are not affected.
 #[test]
 fn a_failed_fsync_is_not_forgotten() {
     if !Strace::is_here() {
@@ -133,7 +133,7 @@ fn a_failed_fsync_is_not_forgotten() {
     let strace = Strace::attach(host.pid(), SYNCS, "error=EIO");
     assert_eq!(guest.fsync(bad, bad_fh), Err(libc::EIO));
     drop(strace);
-    // The disk is well again, and the bytes may be lost all the same.
+    // The disk works again, but the bytes may be lost.
     assert_eq!(guest.fsync(bad, bad_fh), Err(libc::EIO), "a failed sync was forgotten");
     let datasync = guest.call(op::FSYNC, bad, &abi::fsync(bad_fh, true), 0);
     assert_eq!(datasync, Err(libc::EIO));
@@ -150,9 +150,9 @@ fn a_failed_fsync_is_not_forgotten() {
     assert!(host.ended().success());
 }
 
-/// Shows that pages which were lost are told of, whichever of the two open files the kernel tells:
-/// it does so once through each, and the guest's handle or the window's own file may be the only
-/// one that is old enough.
+/// Shows that lost pages are reported, by whichever of the two open files the kernel reports them.
+/// It does so once for each open file, and the guest's handle or the window's own file may be the
+/// only one that was open at the loss.
 #[test]
 fn an_error_of_either_open_file_is_an_error() {
     if !Strace::is_here() {
@@ -182,8 +182,8 @@ fn an_error_of_either_open_file_is_an_error() {
     }
 }
 
-/// A medium error is ENODATA, a path error ENOLINK, a time-out ETIMEDOUT (blk_status_to_errno): who
-/// asks for it with WAIT_BEFORE is the last who is told, so it must be remembered like EIO.
+/// A medium error is ENODATA, a path error ENOLINK, a time-out ETIMEDOUT (blk_status_to_errno). The
+/// kernel reports it once, to a caller with WAIT_BEFORE, so the daemon must keep it like EIO.
 #[test]
 fn a_loss_by_any_name_is_remembered() {
     if !Strace::is_here() {
@@ -198,29 +198,29 @@ fn a_loss_by_any_name_is_remembered() {
             Strace::attach(host.pid(), "sync_file_range", &format!("error={errno}:when=1"));
         assert_eq!(guest.flush(node, fh), Err(libc::EIO), "{errno}");
         drop(strace);
-        // One that is too new for the kernel to tell it anything.
+        // A handle that was opened too late for the kernel to report the loss through it.
         let late = guest.open(node, libc::O_RDWR).unwrap();
         if guest.fsync(node, late).is_ok() {
             forgotten.push(errno);
         }
     }
-    assert!(forgotten.is_empty(), "pages were lost, and the fsync succeeds: {forgotten:?}");
+    assert!(forgotten.is_empty(), "FSYNC succeeds after a loss of pages: {forgotten:?}");
 }
 
-/// An ext4 on a loop device whose blocks fail that were never written: a guest stores, closes,
-/// unmaps; another program opens the file and syncs it. Somebody must be told (Linux tells the
-/// first who asks).
+/// An ext4 on a loop device, whose blocks fail if they were never written. A guest stores, closes
+/// and unmaps; another program opens the file and syncs it. One of them must get the error (Linux
+/// reports it to the first one).
 #[test]
-fn a_loss_that_a_close_has_seen_is_told_to_who_syncs() {
+fn a_loss_that_a_close_has_met_is_reported_to_a_sync() {
     let script = "mkdir \"$SHARE.t\" && mount -t tmpfs -o size=24M tmpfs \"$SHARE.t\" \
         && truncate -s 128M \"$SHARE.t/img\" \
         && mkfs.ext4 -q -F -O ^has_journal -E lazy_itable_init=0 \"$SHARE.t/img\" \
         && mount -o loop \"$SHARE.t/img\" \"$SHARE\"";
     let options = FsOptions { below: std::env::temp_dir(), ..FsOptions::default() };
     let Some(host) = FsHost::with_mounts(options, script) else {
-        return skip("a_loss_that_a_close_has_seen_is_told_to_who_syncs", "no mounts");
+        return skip("a_loss_that_a_close_has_met_is_reported_to_a_sync", "no mounts");
     };
-    // The first half is on the disk.
+    // The first half is written to the disk.
     let file = File::create(host.path("file")).unwrap();
     file.write_all_at(&vec![1; RANGE as usize / 2], 0).unwrap();
     file.set_len(RANGE).unwrap();
@@ -231,14 +231,14 @@ fn a_loss_that_a_close_has_seen_is_told_to_who_syncs() {
     guest.setup(node, 0, RANGE, BOTH, 0).unwrap();
     assert!(guest.vmm.store(0, &[2]));
     guest.fsync(node, fh).unwrap();
-    // The disk breaks.
+    // The disk begins to fail.
     let filler = host.dir.path().join("share.t/filler");
     let filler = filler.strip_prefix("/").unwrap();
     let filler = PathBuf::from(format!("/proc/{}/root", host.parent_pid())).join(filler);
     let mut filler = File::create(filler).unwrap();
     while filler.write(&[1; 4096]).is_ok() {}
     assert!(guest.vmm.store(RANGE / 2 + 4096, b"lost"));
-    // The first FLUSH writes the page out; a later one waits for it, and is told.
+    // The first FLUSH writes the page out. A later FLUSH waits for it, and reports the loss.
     let mut told = Ok(());
     for round in 0..8 {
         told = told.and(guest.flush(node, fh));
@@ -248,11 +248,15 @@ fn a_loss_that_a_close_has_seen_is_told_to_who_syncs() {
     guest.release(node, fh).unwrap();
     guest.remove(&[(0, RANGE)]).unwrap();
     let late = guest.open(node, libc::O_RDWR).unwrap();
-    assert_eq!(guest.fsync(node, late), Err(libc::EIO), "pages were lost, and nobody was told");
+    assert_eq!(
+        guest.fsync(node, late),
+        Err(libc::EIO),
+        "pages were lost, and no call has reported it"
+    );
 }
 
-/// docs/durability.md: a sync that failed fails again until all processes have closed the file. A
-/// Linux guest keeps its ranges when it closes a file.
+/// docs/durability.md: after a failed sync each sync fails until all processes have closed the
+/// file. A Linux guest keeps its ranges when it closes a file.
 #[test]
 fn a_failed_sync_ends_with_the_last_close() {
     if !Strace::is_here() {
@@ -267,5 +271,5 @@ fn a_failed_sync_ends_with_the_last_close() {
     guest.release(node, fh).unwrap();
     let again = guest.open(node, libc::O_RDWR).unwrap();
     guest.write(node, again, 0, &[1; 4096]).unwrap();
-    assert_eq!(guest.fsync(node, again), Ok(()), "everybody has closed it");
+    assert_eq!(guest.fsync(node, again), Ok(()), "all handles were closed");
 }

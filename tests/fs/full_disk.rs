@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that on a full disk a grant to write is ENOSPC before the guest can store anything, and
-//! that it succeeds once there is room.
+//! Shows that on a full disk a grant for writing is ENOSPC before the guest can store, and that it
+//! succeeds after blocks were freed.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -14,7 +14,7 @@ const BOTH: u64 = MAP_READ | MAP_WRITE;
 const DISK: u64 = 8 << 20;
 const PAGE: u64 = 4096;
 
-/// Shows a hole that no longer fits, and that it fits after a deletion.
+/// Shows a hole that does not fit, and that fits after a deletion.
 #[test]
 fn a_hole_on_a_full_disk() {
     let Some(host) = FsHost::on_small_tmpfs(FsOptions::default(), DISK) else {
@@ -26,9 +26,9 @@ fn a_hole_on_a_full_disk() {
     let (node, fh) = guest.opened("sparse");
     for _again in 0..3 {
         assert_eq!(guest.setup(node, 0, RANGE, BOTH, 0), Err(libc::ENOSPC));
-        assert_eq!(guest.vmm.mapped_bytes(), 0, "mapped to write, and no room");
+        assert_eq!(guest.vmm.mapped_bytes(), 0, "mapped for writing without blocks");
     }
-    // What is there can be granted all the same.
+    // Ranges that have blocks can be granted.
     let big = guest.node("big");
     guest.setup(big, 0, RANGE, BOTH, 0).unwrap();
     assert!(guest.vmm.store(0, b"stored"));
@@ -45,7 +45,7 @@ fn a_hole_on_a_full_disk() {
     assert!(host.ended().success());
 }
 
-/// Shows that a full disk refuses an upgrade, too, and leaves the grant to read as it was.
+/// Shows that on a full disk a read grant can't become a write grant, and stays a read grant.
 #[test]
 fn an_upgrade_on_a_full_disk() {
     let Some(host) = FsHost::on_small_tmpfs(FsOptions::default(), DISK) else {
@@ -60,7 +60,7 @@ fn an_upgrade_on_a_full_disk() {
     guest.setup(node, 0, RANGE, MAP_READ, 0).unwrap();
     assert_eq!(guest.setup(node, 0, RANGE, BOTH, 0), Err(libc::ENOSPC));
     assert_eq!(guest.vmm.fetch(0, 12).unwrap(), b"a first page");
-    // WRITE needs a block as well, and says so.
+    // WRITE needs a block, too, and is ENOSPC.
     let mut at = PAGE;
     let errno = loop {
         match guest.write(node, fh, at, &[1; PAGE as usize]) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows what becomes of a window where the host takes something away from it: inotify instances
-//! and watches that are used up, and a private FUSE mount that somebody aborts.
+//! Shows a window on a host that lacks something: inotify instances or watches are used up, or a
+//! process aborts the private FUSE mount.
 
 #![allow(unsafe_code)] // A filter of system calls, put on between fork and exec.
 
@@ -18,8 +18,8 @@ use testkit::fuse_abi::{MAP_READ, MAP_WRITE};
 
 const BOTH: u64 = MAP_READ | MAP_WRITE;
 
-/// Has a system call of the child fail with `errno`, as it does where a limit of the whole user is
-/// reached: others who run beside us must not meet it.
+/// Makes a system call of the child fail with `errno`, as at a limit of the user, without an effect
+/// on other processes of the user.
 fn fails(command: &mut Command, call: libc::c_long, errno: i32) {
     let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
     let filter = [
@@ -31,7 +31,7 @@ fn fails(command: &mut Command, call: libc::c_long, errno: i32) {
     let put_on = move || {
         let mut filter = filter;
         let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
-        // SAFETY: a system call that reads `program`, which outlives it, and allocates nothing.
+        // SAFETY: a system call that reads `program`, which outlives it. It allocates nothing.
         let done = unsafe {
             libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
             libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program)
@@ -42,8 +42,8 @@ fn fails(command: &mut Command, call: libc::c_long, errno: i32) {
     unsafe { command.pre_exec(put_on) };
 }
 
-/// Shows: where the user's inotify instances are used up, the daemon ends with a line that names
-/// the sysctl.
+/// Shows: if the user's inotify instances are used up, the daemon ends with a line that names the
+/// sysctl.
 #[test]
 fn no_inotify_instance() {
     let dir = tempfile::tempdir().unwrap();
@@ -59,8 +59,8 @@ fn no_inotify_instance() {
     assert!(!socket.exists());
 }
 
-/// Shows: where the user's inotify watches are used up, files are mapped all the same, and at most
-/// one line a second names the sysctl, however many maps there are.
+/// Shows: if the user's inotify watches are used up, files are still mapped, and the log has at
+/// most one line a second, which names the sysctl, for any number of maps.
 #[test]
 fn no_inotify_watches() {
     let begun = Instant::now();
@@ -80,7 +80,7 @@ fn no_inotify_watches() {
     assert!(lines as u64 <= 1 + begun.elapsed().as_secs(), "{lines} lines");
 }
 
-/// The kernel's directories of the connections that the daemon's mapped files belong to.
+/// The kernel's directories of the FUSE connections to which the daemon's mapped files belong.
 fn connections(host: &FsHost) -> Vec<PathBuf> {
     let all = fs::read_dir(format!("/proc/{}/fd", host.pid())).unwrap();
     let files = all.filter_map(|entry| fs::metadata(entry.unwrap().path()).ok());
@@ -93,8 +93,8 @@ fn connections(host: &FsHost) -> Vec<PathBuf> {
     all
 }
 
-/// Shows: when somebody aborts the private FUSE mount, what is mapped stays mapped, and the next
-/// file gets a new one: it is mapped as if nothing had been, again and again, and a line says so.
+/// Shows: when a process aborts the private FUSE mount, existing maps stay, and the next file gets
+/// a new mount, again and again. The log has a line about it.
 #[test]
 fn an_aborted_private_mount() {
     let control = "mkdir \"$SHARE/../control\" && mount -t fusectl fusectl \"$SHARE/../control\"";
@@ -107,7 +107,7 @@ fn an_aborted_private_mount() {
     let (first, fh) = guest.opened("file0");
     guest.setup(first, 0, RANGE, BOTH, 0).unwrap();
     for i in 1..4 {
-        // All of them: also that of the last round, to which nothing else happens.
+        // All connections, also that of the last round, after which nothing else is mapped.
         let connections = connections(&host);
         assert!(!connections.is_empty());
         for connection in &connections {
@@ -121,7 +121,7 @@ fn an_aborted_private_mount() {
         assert_eq!(guest.vmm.fetch(at, 1).unwrap(), [b'0' + i as u8]);
         assert!(guest.vmm.store(at, b"new"));
         assert_eq!(&host.get(&format!("file{i}"))[..3], b"new");
-        // More of a file that was mapped through the old one may or may not be had, but never by
+        // More ranges of a file of the aborted mount may be granted or refused, but without
         // waiting.
         let more = guest.setup(first, 0, RANGE, BOTH, 8 * RANGE);
         assert!(matches!(more, Ok(()) | Err(libc::EIO)), "{more:?}");

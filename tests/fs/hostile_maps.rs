@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that SETUPMAPPING and REMOVEMAPPING of a hostile guest are refused with the right errno,
-//! that nothing stays mapped which was not granted, and that the next good request works.
+//! Shows that invalid SETUPMAPPINGs and REMOVEMAPPINGs are refused with the right errno, that only
+//! granted ranges stay mapped, and that the next valid request is served.
 
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
@@ -18,16 +18,16 @@ use testkit::fuse_abi::{self as abi, Arg, MAP_READ, MAP_WRITE, ROOT, op};
 
 const PAGE: u64 = 4096;
 const BOTH: u64 = MAP_READ | MAP_WRITE;
-/// What an impossible number may be called.
+/// Errnos for an impossible number.
 const BAD_NUMBER: &[i32] = &[EINVAL, ENXIO, EOVERFLOW, EFBIG, ERANGE];
-/// What a node that is none may be called.
+/// Errnos for an invalid node id.
 const NO_NODE: &[i32] = &[EBADF, ENOENT, ESTALE, EINVAL];
-/// What a node that has no pages may be called.
+/// Errnos for a node without pages.
 const NO_FILE: &[i32] = &[EINVAL, EISDIR, ENODEV, EOPNOTSUPP, EBADF, ENXIO, EPERM, ELOOP];
-/// What a range that nobody granted may be called.
+/// Errnos for a range without a grant.
 const NOT_GRANTED: &[i32] = &[EINVAL, ENOENT, ENXIO];
 
-/// A guest, a good file of two ranges, and another one.
+/// A guest, a valid file of two ranges, and another file.
 struct Bench {
     guest: FsGuest,
     good: u64,
@@ -49,7 +49,7 @@ fn bench_with(options: FsOptions) -> Bench {
 }
 
 impl Bench {
-    /// A good grant, seen through the window, and taken back.
+    /// Makes a valid grant, reads it through the window, and removes it.
     fn good_request_works(&mut self, after: &str) {
         let guest = &mut self.guest;
         assert_eq!(guest.setup(self.good, RANGE, RANGE, BOTH, 0), Ok(()), "after {after}");
@@ -59,7 +59,7 @@ impl Bench {
         guest.vmm.check();
     }
 
-    /// `ask` must be refused with one of `errnos`, and change nothing.
+    /// The request of `ask` must be refused with one of `errnos`, and change nothing.
     fn refused<T: std::fmt::Debug>(
         &mut self,
         what: &str,
@@ -73,8 +73,8 @@ impl Bench {
     }
 }
 
-/// Shows that offsets and lengths that wrap, leave the window or the file, are unaligned or
-/// nothing, are refused.
+/// Shows that offsets and lengths that wrap, leave the window or the file, are unaligned or 0, are
+/// refused.
 #[test]
 fn impossible_numbers() {
     let mut b = bench();
@@ -115,7 +115,8 @@ fn impossible_numbers() {
     assert_eq!(b.guest.vmm.refused(), [""; 0], "the front-end had to refuse");
 }
 
-/// Shows that nodes which are none, or are no regular files, are refused; a fifo blocks nobody.
+/// Shows that node ids that are invalid, or are no regular files, are refused. A FIFO blocks no
+/// thread.
 #[test]
 fn nodes_without_pages() {
     let mut b = bench();
@@ -148,7 +149,8 @@ fn nodes_without_pages() {
     }
 }
 
-/// Shows that a FORGET of more than was looked up, and of nodes that are none, frees no other node.
+/// Shows that a FORGET with too large a count, and one of an invalid node id, forgets no other
+/// node.
 #[test]
 fn forgets_of_too_much() {
     let mut b = bench();
@@ -160,14 +162,14 @@ fn forgets_of_too_much() {
     let other = b.guest.node("other");
     b.guest.setup(other, 0, RANGE, BOTH, 0).unwrap();
     assert_eq!(b.guest.vmm.fetch(0, 4).unwrap(), b"oooo");
-    // A node that is forgotten with a live grant: the grant can still be taken back.
+    // The grant of a forgotten node can still be removed.
     b.guest.forget(other, 1);
     b.guest.remove(&[(0, RANGE)]).unwrap();
     assert_eq!(b.guest.vmm.mapped_bytes(), 0);
 }
 
-/// Shows what a map over a live one does: it takes its place or is refused, and what the window
-/// shows is what was answered. Linux does this after a removal that failed.
+/// Shows that a map over a live one replaces it or is refused, and that the window matches the
+/// reply. Linux sends such a request after a removal that failed.
 #[test]
 fn maps_over_live_ones() {
     let mut b = bench();
@@ -189,7 +191,7 @@ fn maps_over_live_ones() {
             let seen = guest.vmm.fetch(page, 1).map(|bytes| bytes[0]);
             assert!(allowed.contains(&seen), "{at:#x} {len:#x}: {seen:?} at {page:#x}: {took:?}");
         }
-        // Whatever is there goes: in whole grants, as they were given.
+        // Removes all grants, each as it was made.
         let _ = guest.remove(&[(at, len)]);
         let _ = guest.remove(&[(0, RANGE)]);
         guest.destroy();
@@ -201,7 +203,7 @@ fn maps_over_live_ones() {
     assert_eq!(b.guest.vmm.refused(), [""; 0], "the front-end had to refuse");
 }
 
-/// Shows that removals of too many, too few, wrapping, or never granted ranges are refused.
+/// Shows that REMOVEMAPPINGs with too many, too few, wrapping or never granted ranges are refused.
 #[test]
 fn removals_that_are_refused() {
     let mut b = bench();
@@ -239,10 +241,9 @@ fn removals_that_are_refused() {
     }
 }
 
-/// Shows that the removal of what was never granted, or is gone already, changes nothing. It may be
-/// a success: what shall not be there is not there.
+/// Shows that the removal of a range without a grant changes nothing. It may succeed.
 #[test]
-fn removals_of_what_is_not_there() {
+fn removals_without_a_grant() {
     let mut b = bench();
     b.guest.setup(b.other, 0, RANGE, BOTH, 4 * RANGE).unwrap();
     for range in [(0, RANGE), (WINDOW - RANGE, RANGE), (RANGE, 3 * RANGE), (5 * RANGE, RANGE)] {
@@ -257,7 +258,7 @@ fn removals_of_what_is_not_there() {
     b.good_request_works("removals of nothing");
 }
 
-/// Shows that a bad removal beside a good one harms no third grant.
+/// Shows that an invalid removal in one request with a valid one does not remove a third grant.
 #[test]
 fn a_bad_removal_beside_good_ones() {
     let mut b = bench();
@@ -267,7 +268,7 @@ fn a_bad_removal_beside_good_ones() {
     }
     let result = guest.remove(&[(0, RANGE), (WINDOW, RANGE), (RANGE, RANGE)]);
     assert!(result.is_err());
-    assert_eq!(guest.vmm.fetch(2 * RANGE, 4).unwrap(), b"gggg", "the third one is gone");
+    assert_eq!(guest.vmm.fetch(2 * RANGE, 4).unwrap(), b"gggg", "the third grant was removed");
     let _ = guest.remove(&[(0, RANGE)]);
     let _ = guest.remove(&[(RANGE, RANGE)]);
     guest.remove(&[(2 * RANGE, RANGE)]).unwrap();
@@ -275,9 +276,9 @@ fn a_bad_removal_beside_good_ones() {
     b.good_request_works("mixed removals");
 }
 
-/// Shows that 256 ranges can be removed at once.
+/// Shows that 256 ranges, the largest number, can be removed by one request.
 #[test]
-fn as_many_removals_as_may_be() {
+fn the_largest_number_of_removals() {
     let mut b = bench_with(FsOptions { window_bytes: 256 * RANGE, ..FsOptions::default() });
     std::fs::File::create(b.host.path("large")).unwrap().set_len(256 * RANGE).unwrap();
     let node = b.guest.node("large");
@@ -291,7 +292,8 @@ fn as_many_removals_as_may_be() {
     b.good_request_works("256 removals");
 }
 
-/// Shows that no map is made before INIT and none is left after DESTROY, and that INIT again works.
+/// Shows that no map is made before INIT, that none stays after DESTROY, and that a second INIT
+/// works.
 #[test]
 fn maps_outside_of_a_session() {
     let mut b = bench();

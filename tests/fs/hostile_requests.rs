@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that malformed FUSE requests get an errno or are returned with nothing written, write
-//! nowhere else, and that the next good request works.
+//! Shows that malformed FUSE requests get an errno or are returned without a reply, that nothing
+//! else is written to guest memory, and that the next valid request is served.
 
 use testkit::fs::{FsHost, RANGE};
 use testkit::fuse::{FIRST, FsGuest, Reply};
@@ -26,7 +26,7 @@ fn bench() -> Bench {
     Bench { guest, node, fh, host }
 }
 
-/// A well-formed request: name, opcode, node, argument, reply's body.
+/// A valid request: name, opcode, node id, argument, length of the reply's body.
 type Good = (&'static str, u32, u64, Arg, usize);
 
 impl Bench {
@@ -37,7 +37,7 @@ impl Bench {
         self.guest.vmm.check();
     }
 
-    /// Every request whose argument has a length that matters.
+    /// A request of each operation that has an argument.
     fn requests(&self) -> Vec<Good> {
         let (node, fh) = (self.node, self.fh);
         let data = |arg: Arg| arg.bytes(b"12345678");
@@ -74,8 +74,8 @@ impl Bench {
         ]
     }
 
-    /// Sends `input`, byte for byte, with room for a reply's header and `out` bytes more; must be
-    /// refused or returned.
+    /// Sends `input` as it is, with room for a reply's header and `out` further bytes. The request
+    /// must be refused or returned without a reply.
     fn must_fail(&mut self, what: &str, input: Vec<Vec<u8>>, output: Vec<usize>) {
         let chain = Chain { input, output, ..Chain::default() };
         let before = self.guest.vmm.mapped_bytes();
@@ -91,7 +91,7 @@ impl Bench {
     }
 }
 
-/// Shows that each request with an argument cut short at any byte is refused.
+/// Shows that a request whose argument ends too early, at any byte, is refused.
 #[test]
 fn arguments_cut_short() {
     let mut b = bench();
@@ -123,7 +123,7 @@ fn headers_that_lie_about_the_length() {
     }
 }
 
-/// Shows that a header cut short at any byte is refused, in one descriptor and in two.
+/// Shows that a header that ends too early, at any byte, is refused, in one descriptor and in two.
 #[test]
 fn headers_cut_short() {
     let mut b = bench();
@@ -140,8 +140,8 @@ fn headers_cut_short() {
     b.good_request_works("no request at all");
 }
 
-/// Shows that a request cut into single bytes, and a reply's room into little pieces, are as good
-/// as in one piece.
+/// Shows that a request in descriptors of one byte, and a reply in small ones, are served as in one
+/// descriptor.
 #[test]
 fn requests_in_many_pieces() {
     let mut b = bench();
@@ -159,8 +159,8 @@ fn requests_in_many_pieces() {
     }
 }
 
-/// Shows that a reply that finds too little room is not written past it, and leaves no descriptor
-/// behind.
+/// Shows that a reply without enough room is not written behind the room, and that the request
+/// leaves no open descriptor.
 #[test]
 fn replies_without_room() {
     let mut b = bench();
@@ -183,13 +183,13 @@ fn replies_without_room() {
             let mut input = vec![header];
             input.extend((!arg.0.is_empty()).then(|| arg.0.clone()));
             if name == "READ" && room >= OUT_HEADER {
-                continue; // What was read may also be cut to the room.
+                continue; // The reply to a READ may be cut to the room.
             }
             b.must_fail(&what, input, (room > 0).then_some(room).into_iter().collect());
             b.good_request_works(&what);
         }
     }
-    // A handle that nobody has may be kept for as long as the guest could have asked for it.
+    // The guest never gets these handles, so their descriptors must be closed.
     b.guest.destroy();
     b.guest.init();
     (b.node, b.fh) = b.guest.opened("file");
@@ -197,7 +197,7 @@ fn replies_without_room() {
     b.host.wait_descriptors(&before);
 }
 
-/// Shows that opcodes that are none are ENOSYS.
+/// Shows that unknown opcodes get ENOSYS.
 #[test]
 fn unknown_opcodes() {
     let mut b = bench();

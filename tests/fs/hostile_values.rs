@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Shows that well-formed FUSE requests with hostile values (sizes, offsets, names, handles,
-//! addresses, INIT and DESTROY at the wrong time) are refused, reach nothing outside of the share,
-//! and that the next good request works.
+//! addresses, INIT and DESTROY at the wrong time) are refused and reach no file outside of the
+//! share, and that the next valid request is served.
 
 use std::os::unix::fs::{MetadataExt, symlink};
 
@@ -11,7 +11,7 @@ use testkit::fuse::{FIRST, FsGuest, HIPRIO, Reply};
 use testkit::fuse_abi::{self as abi, Arg, ENTRY_OUT, MAP_READ, MAP_WRITE, ROOT, in_header, op};
 use testkit::queue::{Chain, Extern};
 
-/// A guest with an open file in the share, and a file beside the share.
+/// A guest with an open file in the share, and a file beside the shared directory.
 struct Bench {
     guest: FsGuest,
     node: u64,
@@ -44,7 +44,7 @@ impl Bench {
     }
 }
 
-/// Shows that sizes and offsets no file can have are refused, and change no file.
+/// Shows that sizes and offsets that no file can have are refused, and change no file.
 #[test]
 fn impossible_sizes() {
     let mut b = bench();
@@ -78,7 +78,8 @@ fn impossible_sizes() {
     }
 }
 
-/// Shows that a READ of more than there is room for is refused, or brings what there is room for.
+/// Shows that a READ of more bytes than it has room for is refused, or returns as many bytes as
+/// fit.
 #[test]
 fn reads_of_too_much() {
     let mut b = bench();
@@ -94,7 +95,7 @@ fn reads_of_too_much() {
     }
 }
 
-/// Shows that handles and nodes that are none, or another file's kind, are refused.
+/// Shows that invalid handles and node ids, and those of another kind of file, are refused.
 #[test]
 fn handles_that_are_none() {
     let mut b = bench();
@@ -122,7 +123,7 @@ fn handles_that_are_none() {
     assert_eq!(b.host.get("file"), b"the file's bytes");
 }
 
-/// Shows that names with a slash, none, too long, "..", or without their NUL reach nothing.
+/// Shows that invalid names reach no file: with a slash, empty, too long, "..", or without a NUL.
 #[test]
 fn hostile_names() {
     let mut b = bench();
@@ -146,7 +147,7 @@ fn hostile_names() {
     let root = std::fs::metadata(b.host.path("")).unwrap().ino();
     for name in names {
         let what = format!("{:?}", &name[..name.len().min(16)]);
-        // "." and ".." of the root are the root: a daemon may say so.
+        // "." and ".." of the root are the root: a daemon may return it.
         match b.guest.call(op::LOOKUP, ROOT, &Arg::new().name(name), ENTRY_OUT) {
             Err(errno) => assert_ne!(errno, libc::EAGAIN, "{what}"),
             Ok(entry) => {
@@ -176,7 +177,7 @@ fn hostile_names() {
     assert_eq!(b.host.get("file"), b"the file's bytes");
 }
 
-/// Shows that data at addresses that are no memory gets an errno or none, and harms nothing.
+/// Shows that a buffer at an address without memory gets an errno or no reply, and changes no file.
 #[test]
 fn addresses_that_are_no_memory() {
     let mut b = bench();
@@ -201,7 +202,7 @@ fn addresses_that_are_no_memory() {
         let reply = b.guest.reply(pending);
         assert!(matches!(reply, Reply::Returned | Reply::Error(_)), "{what}: {reply:?}");
         b.good_request_works(what);
-        // The header itself, and the room for the reply's.
+        // The header of the request, and the room for the header of the reply.
         for (input_at, output_at) in [(vec![place], vec![]), (vec![], vec![place])] {
             let unique = b.guest.next_unique();
             let header = in_header(56, op::GETATTR, unique, node);
@@ -217,15 +218,15 @@ fn addresses_that_are_no_memory() {
     assert_eq!(b.host.get("file"), b"the file's bytes");
 }
 
-/// Shows that requests before INIT are refused, a second INIT and a DESTROY in the middle do no
-/// harm, and what was granted before is not there afterwards.
+/// Shows that requests before INIT are refused, that a second INIT and a DESTROY work, and that
+/// grants from before are removed.
 #[test]
 fn init_and_destroy_at_the_wrong_time() {
     let mut b = bench();
     b.guest.setup(b.node, 0, RANGE, MAP_READ | MAP_WRITE, 0).unwrap();
     let second = b.guest.call(op::INIT, 0, &abi::init(), abi::INIT_OUT);
     if second.is_ok() {
-        // Then it began anew, and nothing is granted; or else all is as it was.
+        // INIT has succeeded and dropped all grants, or has failed and changed nothing.
         assert!(matches!(b.guest.vmm.mapped_bytes(), 0 | RANGE));
         (b.node, b.fh) = b.guest.opened("file");
     }
@@ -256,7 +257,7 @@ fn init_and_destroy_at_the_wrong_time() {
     let old = Arg::new().u32s(&[6, 0, 0, 0]);
     let reply = b.guest.call(op::INIT, 0, &old, abi::INIT_OUT);
     assert!(reply.is_err(), "INIT of version 6: {reply:?}");
-    // A newer major number is answered with ours, and the guest asks again (fuse.h).
+    // INIT with a newer major number is answered with version 7, and the guest repeats it (fuse.h).
     let new = Arg::new().u32s(&[8, 0, 0, 0]).u32s(&[0; 12]);
     if let Ok(body) = b.guest.call(op::INIT, 0, &new, abi::INIT_OUT) {
         assert_eq!(abi::u32_at(&body, 0), 7);
@@ -266,7 +267,7 @@ fn init_and_destroy_at_the_wrong_time() {
     b.good_request_works("a reset");
 }
 
-/// Shows that requests on the wrong queue, and forgets of any length, do no harm.
+/// Shows that requests on the wrong queue, and FORGETs of any length, disturb no other request.
 #[test]
 fn the_wrong_queue() {
     let mut b = bench();

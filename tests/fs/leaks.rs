@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Shows that a daemon holds no more at the end than at the beginning: after 10,000 maps and
-//! unmaps, after 100 mounts, and after 20 front-ends that vanished.
+//! unmaps, after 100 mounts, and after 20 front-ends that hung up without a stop.
 
 use testkit::eventually;
 use testkit::fs::{FsHost, FsOptions, RANGE};
@@ -10,10 +10,10 @@ use testkit::fuse_abi::{MAP_READ, MAP_WRITE};
 
 const ROUNDS: u64 = 10_000;
 const FILES: u64 = 8;
-/// Allocators keep some; a leak of 32 bytes a round would show.
+/// Growth of memory that an allocator may cause, in KiB. A leak of 32 bytes a round is more.
 const SLACK_KIB: u64 = 320;
 
-/// What a daemon holds, but for memory.
+/// What a daemon holds, without its memory.
 #[derive(Debug, PartialEq, Eq)]
 struct Held {
     descriptors: Vec<String>,
@@ -37,8 +37,8 @@ fn is_among(now: &[String], before: &[String]) -> bool {
     now.iter().all(|name| left.iter().position(|of| of == name).map(|at| left.remove(at)).is_some())
 }
 
-/// Waits until no more is held than `before`, when something of an earlier session may have been
-/// closing. An allocator may keep arenas: a few maps more.
+/// Waits until no more is held than `before`, since threads of an earlier session may still close
+/// files. An allocator may keep arenas, which are a few mappings.
 fn wait_held(host: &FsHost, before: &Held, what: &str) {
     let same = |now: &Held| {
         is_among(&now.descriptors, &before.descriptors)
@@ -59,7 +59,7 @@ fn host_with_files(options: FsOptions) -> FsHost {
     host
 }
 
-/// One map, looked at, and one unmap.
+/// Maps one range, reads it, and unmaps it.
 fn round(guest: &mut FsGuest, nodes: &[u64], i: u64) {
     let node = nodes[(i % FILES) as usize];
     let at = i % 32 * RANGE;
@@ -74,7 +74,7 @@ fn many_rounds(mem_slots: bool, rounds: u64) {
     let host = host_with_files(FsOptions { mem_slots, ..FsOptions::default() });
     let mut guest = host.boot();
     let nodes: Vec<_> = (0..FILES).map(|i| guest.node(&format!("file{i}"))).collect();
-    // Everything that is made once, on first use, is there after this.
+    // After this all state that is created at first use exists.
     for i in 0..500 {
         round(&mut guest, &nodes, i);
     }
@@ -91,8 +91,8 @@ fn many_rounds(mem_slots: bool, rounds: u64) {
     assert!(host.ended().success());
 }
 
-/// Shows that descriptors, mappings, threads and memory are back where they were after 10,000
-/// rounds.
+/// Shows that the number of descriptors, mappings and threads, and the memory, are back at their
+/// first values after 10,000 rounds.
 #[test]
 fn ten_thousand_maps_and_unmaps() {
     many_rounds(true, ROUNDS);
@@ -104,7 +104,8 @@ fn maps_and_unmaps_without_memory_slots() {
     many_rounds(false, ROUNDS);
 }
 
-/// Shows that 100 mounts with grants that nobody takes back, each ended by DESTROY, leave nothing.
+/// Shows that 100 mounts whose grants the guest does not remove, each ended by DESTROY, leak
+/// nothing.
 #[test]
 fn a_hundred_mounts() {
     let host = host_with_files(FsOptions::default());
@@ -129,8 +130,8 @@ fn a_hundred_mounts() {
     assert!(host.ended().success());
 }
 
-/// Shows that 20 front-ends that vanish with live grants, open files and requests on their way
-/// leave nothing, and that the 21st is served.
+/// Shows that 20 front-ends that hang up with live grants, open files and running requests leak
+/// nothing, and that the 21st is served.
 #[test]
 fn twenty_front_ends_that_vanish() {
     let host = host_with_files(FsOptions { keep_listening: true, ..FsOptions::default() });
@@ -145,13 +146,14 @@ fn twenty_front_ends_that_vanish() {
         }
         guest.kill();
         if i == 1 {
-            // The session's memory and its threads' epolls go a moment after its connection.
-            eventually("the session to be gone", || {
+            // The session's memory and its threads' epoll descriptors are closed after its
+            // connection.
+            eventually("the session's end", || {
                 let open = host.descriptors();
                 let count = |kind| open.iter().filter(|name| name.starts_with(kind)).count();
                 host.maps_of("guest-ram") == 0
                     && host.file_maps().is_empty()
-                    // The listener has two, and the broker one.
+                    // The listener holds two of them, the broker's socket is one.
                     && (count("socket:"), count("anon_inode:[eventpoll]")) == (3, 0)
             });
             before = Some(held(&host));

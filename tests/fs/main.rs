@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `vhost-user-dax fs`: the real daemon over a directory, and the strict front-end with a guest.
+//! `vhost-user-dax fs`: the real daemon with a directory, and the test's front-end with a guest.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Shows that after any sequence of grants, removals, stores, READs, WRITEs, truncations and writes
-//! of the host, window, FUSE and host agree with a model: random operations, repeatable by a seed.
+//! of the host, the window, FUSE and the host agree with a model. The operations are random and can
+//! be repeated by their seed.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -16,7 +17,7 @@ const SLOTS: u64 = 10;
 const MOST_BYTES: u64 = 3 * RANGE;
 const STEPS: usize = 1000;
 
-/// splitmix64
+/// A splitmix64 generator.
 struct Random(u64);
 
 impl Random {
@@ -28,7 +29,7 @@ impl Random {
         (z ^ (z >> 31)) % limit.max(1)
     }
 
-    /// A length that likes to lie near the edges of pages and ranges.
+    /// A random length, often near an edge of a page or a range.
     fn awkward(&mut self, limit: u64) -> u64 {
         let edges = [1, 4096, RANGE, 2 * RANGE];
         let near = edges[self.below(4) as usize] + self.below(5);
@@ -37,7 +38,7 @@ impl Random {
     }
 }
 
-/// What one place in the window shows.
+/// The grant of one slot of the window.
 #[derive(Debug, Clone, Copy)]
 struct Grant {
     file: usize,
@@ -79,7 +80,7 @@ impl Model {
         self.files[file].len() as u64
     }
 
-    /// The part of a grant that lies in the file: the guest's kernel touches no more.
+    /// Number of bytes of a grant that lie in the file: the guest's kernel accesses no more.
     fn shown(&self, grant: Grant) -> u64 {
         self.len(grant.file).saturating_sub(grant.range * RANGE).min(RANGE)
     }
@@ -114,7 +115,7 @@ impl Model {
         let flags = [MAP_READ, BOTH][self.random.below(2) as usize];
         let node = self.nodes[file].0;
         self.steps.push(format!("setup file{file} range {range} flags {flags} at {slot}"));
-        // Linux removes before it reuses, but for a removal that failed.
+        // Linux removes a grant before it reuses the slot, unless the removal failed.
         if self.random.below(4) != 0 {
             self.remove(slot);
         }
@@ -150,7 +151,7 @@ impl Model {
         let bytes = (1 + self.random.awkward(20_000)).min(shown - at);
         let data = vec![self.random.below(256) as u8; bytes as usize];
         self.steps.push(format!("store {bytes} at {at} of {slot}"));
-        assert!(self.guest.vmm.store(slot as u64 * RANGE + at, &data), "a grant is gone");
+        assert!(self.guest.vmm.store(slot as u64 * RANGE + at, &data), "a grant was removed");
         let from = (grant.range * RANGE + at) as usize;
         self.files[grant.file][from..from + data.len()].copy_from_slice(&data);
     }
@@ -171,7 +172,7 @@ impl Model {
         self.put(file, at, &data);
     }
 
-    /// The host changes no lengths here.
+    /// A write of the host, which does not change the file's length.
     fn host_writes(&mut self, file: usize) {
         let len = self.len(file);
         let at = self.random.below(len);
@@ -201,13 +202,13 @@ impl Model {
         assert!(seen == bytes[at..end], "READ {size} at {at} of file{file}");
     }
 
-    /// One slot shows what it must.
+    /// Compares one slot with the model.
     fn look(&mut self, slot: usize) {
         let Some(grant) = self.slots[slot] else {
             return assert!(!self.guest.vmm.is_mapped(slot as u64 * RANGE));
         };
         let shown = self.shown(grant) as usize;
-        let seen = self.guest.vmm.fetch(slot as u64 * RANGE, shown).expect("a grant is gone");
+        let seen = self.guest.vmm.fetch(slot as u64 * RANGE, shown).expect("a grant was removed");
         let from = ((grant.range * RANGE) as usize).min(self.files[grant.file].len());
         assert!(seen == self.files[grant.file][from..from + shown], "slot {slot}: {grant:?}");
     }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that a guest which keeps the rules gets what it asks for: each request of the driver once,
-//! over one queue and over several, with and without indirect descriptors.
+//! Shows that valid requests are served: each request of the driver once, over one queue and over
+//! several, with and without indirect descriptors.
 
 use testkit::fs::{FsHost, FsOptions, RANGE, WINDOW};
 use testkit::fuse::{FIRST, FsGuest};
 use testkit::fuse_abi::{self as abi, ROOT, op};
 
-/// Every helper once, on one file.
+/// Each request once, on one file.
 fn one_of_each(host: &FsHost, guest: &mut FsGuest, name: &str) {
     let (node, fh) = guest.create(name).unwrap();
     assert_eq!(guest.write(node, fh, 0, b"some bytes"), Ok(10));
@@ -39,15 +39,15 @@ fn one_of_each(host: &FsHost, guest: &mut FsGuest, name: &str) {
     assert!(!host.path(&moved).exists());
     guest.forget(to, 2);
     assert!(guest.statfs().unwrap() > 0);
-    // A daemon may say that it has no SYNCFS, as virtiofsd does unless told otherwise.
+    // A daemon may answer that it has no SYNCFS; virtiofsd has it only with an option.
     let pending = guest.send_syncfs();
     assert!(matches!(guest.result(pending), Ok(_) | Err(libc::ENOSYS)));
     guest.release(node, fh).unwrap();
 }
 
-/// Shows each request's answer and its effect on the host, on two request queues.
+/// Shows the reply to each request and its effect on the host, on two request queues.
 #[test]
-fn every_request_does_what_it_says() {
+fn each_request_once() {
     let host = FsHost::with(FsOptions { request_queues: 2, ..FsOptions::default() });
     let mut guest = host.boot();
     one_of_each(&host, &mut guest, "first");
@@ -58,7 +58,7 @@ fn every_request_does_what_it_says() {
     assert!(host.ended().success());
 }
 
-/// Shows the same for a driver that knows no indirect descriptors.
+/// Shows the same for a driver without indirect descriptors.
 #[test]
 fn every_request_without_indirect_descriptors() {
     let host = FsHost::with(FsOptions { indirect: false, ..FsOptions::default() });
@@ -68,7 +68,7 @@ fn every_request_without_indirect_descriptors() {
     assert!(host.ended().success());
 }
 
-/// Shows that twenty requests in flight at once are each answered, with their own answer.
+/// Shows that of twenty requests in flight at one time each gets its own reply.
 #[test]
 fn many_requests_at_once() {
     let host = FsHost::with(FsOptions { request_queues: 3, ..FsOptions::default() });
@@ -89,7 +89,7 @@ fn many_requests_at_once() {
     assert!(host.ended().success());
 }
 
-/// Shows what the front-end is told: the tag, the queues, the window; and what INIT answers.
+/// Shows the config space (tag, queues), the window's length, and the reply to INIT.
 #[test]
 fn config_window_and_init() {
     let host = FsHost::with(FsOptions { request_queues: 3, ..FsOptions::default() });

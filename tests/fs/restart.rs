@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A driver that begins anew: what the last one left is forgotten before any ring of the new one is
-//! served, and what still runs of the last one touches nothing of the new one's.
+//! A driver that resets the device: the state of the last driver is dropped before a ring of the
+//! new driver is served, and late requests of the last driver do not touch state of the new one.
 
 use testkit::fs::{FsHost, FsOptions, RANGE};
 use testkit::fuse::{FIRST, FsGuest};
@@ -9,7 +9,7 @@ use testkit::fuse_abi::{self as abi, MAP_READ, MAP_WRITE, op};
 use testkit::slow::{DELAY, Strace, skip};
 
 const BOTH: u64 = MAP_READ | MAP_WRITE;
-/// A call that forgetting a mapped file takes, at its end.
+/// The last system call that dropping a mapped file makes.
 const FORGETS: &str = "inotify_rm_watch";
 /// A request queue that the first driver does not use.
 const SECOND: usize = FIRST + 1;
@@ -38,8 +38,8 @@ fn works(host: &FsHost, guest: &mut FsGuest, bytes: &[u8]) {
     assert_eq!(host.get("file")[..bytes.len()], *bytes);
 }
 
-/// Shows: where the ring that shows that the driver has begun anew comes last, and another one has
-/// served INIT before, the file system stays mounted and the maps stay granted.
+/// Shows: the ring by which the daemon notices the reset is served last, after another ring has
+/// served INIT. The file system then stays mounted, and the maps stay granted.
 #[test]
 fn init_on_a_ring_that_overtakes() {
     let host = host();
@@ -56,15 +56,16 @@ fn init_on_a_ring_that_overtakes() {
         guest.on = FIRST;
         guest.getattr(abi::ROOT).unwrap();
         assert_eq!(guest.vmm.live_maps(), 1);
-        // A second grant of the same range meets the first one, or QEMU refuses it (Q4).
+        // A second grant of the same range replaces the first one; QEMU would refuse an overlap
+        // (Q4).
         works(&host, &mut guest, &[round, 3]);
         assert!(guest.vmm.refused().is_empty(), "{:?}", guest.vmm.refused());
     }
     guest.power_off();
 }
 
-/// Shows: while the device still forgets what the last driver had mapped, no other ring serves the
-/// new driver, whose maps would be forgotten as well.
+/// Shows: while the device drops the maps of the last driver, no other ring serves the new driver,
+/// whose maps would be dropped as well.
 #[test]
 fn init_while_the_device_still_forgets() {
     if !Strace::is_here() {
@@ -80,7 +81,7 @@ fn init_while_the_device_still_forgets() {
     guest.enable(0);
     guest.on = SECOND;
     guest.init();
-    assert_eq!(strace.ended(), 1, "INIT was served before the last driver was forgotten");
+    assert_eq!(strace.ended(), 1, "INIT was served before the last driver's state was dropped");
     drop(strace);
     works(&host, &mut guest, b"new");
     guest.on = FIRST;
@@ -89,12 +90,12 @@ fn init_while_the_device_still_forgets() {
     guest.power_off();
 }
 
-/// Shows: a DESTROY that is still at work when the driver begins anew neither unmounts nor closes
-/// what the new one has mounted and opened, nor takes its maps away.
+/// Shows: a DESTROY of the last driver that still runs when the new driver mounts neither unmounts,
+/// nor closes files, nor removes maps of the new driver.
 #[test]
-fn an_old_destroy_is_nothing_to_the_new_driver() {
+fn a_late_destroy_does_not_touch_the_new_driver() {
     if !Strace::is_here() {
-        return skip("an_old_destroy_is_nothing_to_the_new_driver", "no strace");
+        return skip("a_late_destroy_does_not_touch_the_new_driver", "no strace");
     }
     let host = host();
     let mut guest = host.boot();
@@ -107,7 +108,8 @@ fn an_old_destroy_is_nothing_to_the_new_driver() {
     let (node, fh) = guest.opened("file");
     strace.wait_ended(1);
     drop(strace);
-    // What the old DESTROY does behind that has no end that shows.
+    // Nothing shows when the late DESTROY has ended, so the new driver's file is read several
+    // times.
     for _ in 0..300 {
         guest.getattr(node).unwrap();
         assert_eq!(guest.read(node, fh, 1, 4).unwrap(), b"irty");

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that SETUPMAPPING is answered while other requests, of the same queue or another one, sit
-//! in a slow system call: by the order of events, with strace holding the call back.
+//! Shows that SETUPMAPPING is answered while other requests, of the same or of another queue, are
+//! in a slow system call. strace delays the call; the order of events is checked.
 
 use testkit::fs::{FsHost, FsOptions, RANGE};
 use testkit::fuse::{FIRST, FsGuest, Pending};
 use testkit::fuse_abi::{self as abi, MAP_READ, MAP_WRITE, op};
 use testkit::slow::{HELD, SYNCS, Strace, skip};
 
-/// The file that the slow request is about: node and handle.
+/// Node id and handle of the file of the slow request.
 type Slow = (u64, u64);
 
-/// Sends the slow request, waits until its system call has begun, and maps meanwhile: from its own
-/// queue and from the other one, another file and, if `same_file`, the same one. A grant to write
-/// allocates blocks: where that is slow, the maps are to read.
+/// Sends the slow request, waits until its system call has begun, and then maps from both queues:
+/// another file and, if `same_file`, the same file. A grant for writing allocates blocks, so if
+/// that is the slow call, the grants are for reading.
 fn while_slow(calls: &str, same_file: bool, send: impl FnOnce(&mut FsGuest, Slow) -> Pending) {
     if !Strace::is_here() {
         return skip(calls, "no strace");
@@ -24,7 +24,7 @@ fn while_slow(calls: &str, same_file: bool, send: impl FnOnce(&mut FsGuest, Slow
     let mut guest = host.boot();
     let slow = guest.opened("slow");
     let map = guest.node("map");
-    // Whatever is opened or made for the first grant of a file is there then.
+    // After this all state of a file's first grant exists.
     guest.setup(map, 0, RANGE, MAP_READ | MAP_WRITE, 0).unwrap();
     guest.setup(slow.0, 0, RANGE, MAP_READ | MAP_WRITE, 8 * RANGE).unwrap();
     assert!(guest.vmm.store(8 * RANGE, b"dirty"));
@@ -88,8 +88,8 @@ fn while_open_is_slow() {
     });
 }
 
-/// Shows: a guest that reboots meanwhile is served at once, also by the queue that the request came
-/// from.
+/// Shows: a guest that reboots during a slow request is served at once, also by the queue of the
+/// slow request.
 #[test]
 fn a_reboot_while_statfs_is_slow() {
     if !Strace::is_here() {
@@ -109,7 +109,7 @@ fn a_reboot_while_statfs_is_slow() {
     assert!(host.ended().success());
 }
 
-/// Shows it with more slow requests at once than any pool of threads is likely to have.
+/// Shows it with more slow requests at one time than a pool of threads is likely to have.
 #[test]
 fn while_many_are_slow() {
     if !Strace::is_here() {

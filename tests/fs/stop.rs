@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows what a stop, a start and a reset do to requests in flight and to live maps.
+//! Shows the effect of a stop, a start and a reset on requests in flight and on live maps.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -12,7 +12,7 @@ use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
 const BOTH: u64 = MAP_READ | MAP_WRITE;
 
-/// A guest with an open file that has something to sync.
+/// A guest with an open file that has bytes to sync.
 fn dirty_guest(host: &FsHost) -> (FsGuest, u64, u64) {
     host.put("file", &vec![b'f'; 4 * RANGE as usize]);
     let mut guest = host.boot();
@@ -21,7 +21,7 @@ fn dirty_guest(host: &FsHost) -> (FsGuest, u64, u64) {
     (guest, node, fh)
 }
 
-/// Requests of all kinds, one after the other: a stray answer shows as one with a wrong number.
+/// Requests of all kinds, one after the other. A wrong reply would have another request's number.
 fn many_requests(guest: &mut FsGuest) {
     for _round in 0..100 {
         guest.getattr(ROOT).unwrap();
@@ -32,8 +32,8 @@ fn many_requests(guest: &mut FsGuest) {
     }
 }
 
-/// Shows that a pause in the middle of a slow FSYNC is not held up by it, and that its answer comes
-/// after the continue, once.
+/// Shows that a pause does not wait for a slow FSYNC, and that its reply comes once, after the
+/// continue.
 #[test]
 fn a_pause_with_a_slow_fsync() {
     if !Strace::is_here() {
@@ -58,8 +58,8 @@ fn a_pause_with_a_slow_fsync() {
     assert!(host.ended().success());
 }
 
-/// Shows that an FSYNC which ends while the VM is paused is answered after the continue, once, and
-/// that nothing is written to the guest's memory before.
+/// Shows that an FSYNC that ends during a pause is answered once, after the continue, and that
+/// guest memory is not written before.
 #[test]
 fn an_fsync_that_ends_during_a_pause() {
     if !Strace::is_here() {
@@ -74,8 +74,8 @@ fn an_fsync_that_ends_during_a_pause() {
     let ram: Vec<u8> = guest.peek(0, guest.scratch as usize);
     strace.wait_ended(1);
     drop(strace);
-    // The ring's memory is looked at again after a second file was synced from outside: the daemon
-    // had time to do something wrong.
+    // Guest memory is read again after another process has synced a second file: the daemon had
+    // time to write.
     std::fs::File::open(host.path("file")).unwrap().sync_all().unwrap();
     assert!(guest.peek(0, guest.scratch as usize) == ram, "written while stopped");
     guest.start();
@@ -85,7 +85,7 @@ fn an_fsync_that_ends_during_a_pause() {
     assert!(host.ended().success());
 }
 
-/// Shows that the answer to a request from before a reset never comes.
+/// Shows that a request from before a reset is never answered.
 #[test]
 fn a_reset_with_a_slow_fsync() {
     if !Strace::is_here() {
@@ -100,7 +100,7 @@ fn a_reset_with_a_slow_fsync() {
     assert_eq!(strace.ended(), 0, "the reset waited for the disk");
     guest.init();
     many_requests(&mut guest);
-    assert_eq!(strace.ended(), 0, "the new session waited for the old one's disk");
+    assert_eq!(strace.ended(), 0, "the new driver waited for the disk of the last one");
     drop(strace);
     host.wait_idle();
     many_requests(&mut guest);
@@ -111,7 +111,7 @@ fn a_reset_with_a_slow_fsync() {
     assert!(host.ended().success());
 }
 
-/// Shows that maps outlive a pause: what was granted is there, nothing is sent again, and more can
+/// Shows that maps stay during a pause: grants stay, no message is sent again, and more ranges can
 /// be granted.
 #[test]
 fn maps_outlive_a_pause() {
@@ -140,8 +140,8 @@ fn maps_outlive_a_pause() {
     }
 }
 
-/// Shows that SETUPMAPPING and REMOVEMAPPING which meet a stop are done before it or after the next
-/// start, never in between: QEMU would crash.
+/// Shows that SETUPMAPPING and REMOVEMAPPING that meet a stop are done before it or after the next
+/// start, not in between, where QEMU would crash.
 #[test]
 fn maps_that_meet_a_stop() {
     let host = FsHost::new();
@@ -172,10 +172,10 @@ fn maps_that_meet_a_stop() {
     assert!(host.ended().success());
 }
 
-/// Shows that after a reset the maps are taken as gone: each can be granted again, and shows its
-/// file. (Without memory slots: with them QEMU crashes, whatever the back-end does.)
+/// Shows that after a reset no range counts as mapped: each can be granted again, and then shows
+/// its file. (Without memory slots: with them QEMU crashes, whatever the back-end does.)
 #[test]
-fn maps_are_gone_after_a_reset() {
+fn no_map_stays_after_a_reset() {
     let host = FsHost::with(FsOptions { mem_slots: false, ..FsOptions::default() });
     host.put("other", &vec![b'o'; RANGE as usize]);
     let (mut guest, mut node, _fh) = dirty_guest(&host);
@@ -197,7 +197,7 @@ fn maps_are_gone_after_a_reset() {
     assert!(host.ended().success());
 }
 
-/// Shows that a reboot after DESTROY is clean with memory slots, too.
+/// Shows that a reboot after DESTROY works with memory slots, too.
 #[test]
 fn a_clean_reboot() {
     let host = FsHost::new();
@@ -213,8 +213,8 @@ fn a_clean_reboot() {
     assert!(host.ended().success());
 }
 
-/// Shows that SIGTERM in the middle of a slow FSYNC lets it finish and answers it, leaves no
-/// socket, and ends with code 0.
+/// Shows that SIGTERM during a slow FSYNC lets it finish and answers it, removes the socket, and
+/// ends with code 0.
 #[test]
 fn sigterm_with_a_slow_fsync() {
     if !Strace::is_here() {
@@ -236,7 +236,7 @@ fn sigterm_with_a_slow_fsync() {
     guest.vmm.check();
 }
 
-/// Shows that a VM which is killed in the middle of a slow FSYNC ends the daemon with code 0.
+/// Shows that a VM which is killed during a slow FSYNC ends the daemon with code 0.
 #[test]
 fn a_vm_that_is_killed_with_a_slow_fsync() {
     if !Strace::is_here() {
@@ -253,8 +253,8 @@ fn a_vm_that_is_killed_with_a_slow_fsync() {
     drop(strace);
 }
 
-/// Shows that the next VM is served when the last one has left a slow FSYNC behind. (Its session
-/// begins when that FSYNC has ended: ARCHITECTURE.md, invariant 14.)
+/// Shows that the next VM is served after the last one has left a slow FSYNC behind. Its session
+/// begins when that FSYNC has ended (docs/invariants.md, 18).
 #[test]
 fn the_next_vm_need_not_wait_for_the_last_ones_disk() {
     if !Strace::is_here() {
@@ -279,10 +279,11 @@ fn the_next_vm_need_not_wait_for_the_last_ones_disk() {
     next.power_off();
 }
 
-/// What the front-end lacks decides who sends a map: without SHARED_OBJECT the library does.
+/// Protocol features that the front-end does not have. Without SHARED_OBJECT the vhost library
+/// sends each map.
 const LACKS: [Protocol; 2] = [Protocol::empty(), Protocol::SHARED_OBJECT];
 
-/// A VM whose front-end has read a map, and never answers it.
+/// A VM whose front-end has read a map message, and never answers it.
 fn hung_in_a_map(host: &FsHost, lacks: Protocol) -> FsGuest {
     host.put("file", &vec![b'f'; RANGE as usize]);
     let mut guest = host.plug_lacking(lacks);
@@ -295,7 +296,8 @@ fn hung_in_a_map(host: &FsHost, lacks: Protocol) -> FsGuest {
     guest
 }
 
-/// Shows that SIGTERM ends a daemon whose front-end leaves a map unanswered, whoever sends the map.
+/// Shows that SIGTERM ends a daemon whose front-end does not answer a map, with each sender of the
+/// map.
 #[test]
 fn sigterm_with_a_map_that_is_never_answered() {
     for lacks in LACKS {
@@ -307,8 +309,8 @@ fn sigterm_with_a_map_that_is_never_answered() {
     }
 }
 
-/// Shows that the next front-end is served behind one that left a map unanswered, hung up and kept
-/// the back-end channel, whoever sends the map.
+/// Shows that the next front-end is served after one that did not answer a map, hung up, and kept
+/// the back-end channel open, with each sender of the map.
 #[test]
 fn the_next_vm_behind_a_map_that_is_never_answered() {
     for lacks in LACKS {

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that many requests at once, on several queues, about the same few files and the same
-//! places of the window, are each answered, and leave a daemon that works and a window that is
-//! empty.
+//! Shows that many requests at one time, on several queues, for the same files and the same ranges
+//! of the window, are all answered. Afterwards the daemon still works and the window is empty.
 
 use testkit::fs::{FsHost, FsOptions, RANGE};
 use testkit::fuse::{FIRST, FsGuest, Pending, Reply};
@@ -14,14 +13,14 @@ const PLACES: u64 = 6;
 const ROUNDS: u64 = 150;
 const AT_ONCE: u64 = 40;
 
-/// Any request about one of `files` (node, handle), chosen by a number.
+/// A request chosen by `number`, for one of `files` (node id, handle).
 fn any_request(guest: &mut FsGuest, files: &[(u64, u64)], number: u64) -> (Pending, Vec<i32>) {
     let (node, fh) = files[(number / 7 % files.len() as u64) as usize];
     let (other, other_fh) = files[(number / 11 % files.len() as u64) as usize];
     let place = number / 3 % PLACES * RANGE;
     let from = number / 5 % 3 * RANGE;
     let flags = if number.is_multiple_of(2) { MAP_READ } else { BOTH };
-    // Past the end of a file that was cut meanwhile; two grants in one place.
+    // Maps behind the end of a file that was truncated meanwhile; two grants of one range.
     let past: Vec<i32> = vec![libc::EINVAL, libc::ENXIO, libc::EFAULT, libc::EEXIST, libc::EBUSY];
     let size = number % 5 * RANGE / 2 + number % 3;
     match number % 13 {
@@ -81,7 +80,7 @@ fn stress(mem_slots: bool) {
     guest.on = FIRST;
     let places: Vec<_> = (0..PLACES).map(|i| (i * RANGE, RANGE)).collect();
     guest.remove(&places).unwrap();
-    assert_eq!(guest.vmm.mapped_bytes(), 0, "a grant that nobody can take back");
+    assert_eq!(guest.vmm.mapped_bytes(), 0, "a grant could not be removed");
     assert_eq!(guest.vmm.refused(), [""; 0], "the front-end had to refuse");
     let (node, _fh) = files[0];
     guest.set_size(node, RANGE).unwrap();
@@ -99,7 +98,7 @@ fn many_at_once() {
     stress(true);
 }
 
-/// Shows it without.
+/// Shows it without memory slots.
 #[test]
 fn many_at_once_without_memory_slots() {
     stress(false);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Shows that a store through the window, which makes no request, gives its file new times by the
-//! next close, fsync, msync or stat; that a file which nothing was stored to keeps its times, and
-//! so does one whose times the guest has set; and that a guest never believes old attributes of a
-//! file that it can map. Each on the file system of TMPDIR, and in memory.
+//! next close, fsync, msync or stat. A file without a store keeps its times, and so does a file
+//! whose times the guest has set. A guest caches no attributes of a file that it may map. Each test
+//! runs on the file system of TMPDIR, and in memory.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -16,23 +16,23 @@ use testkit::fuse_abi::{self as abi, Arg, MAP_READ, MAP_WRITE, op, u32_at, u64_a
 use testkit::slow::skip;
 
 const BOTH: u64 = MAP_READ | MAP_WRITE;
-/// What the host, or the guest, sets a time to: seconds.
+/// The time to which the host, or the guest, sets mtime, in seconds since the epoch.
 const OLD: u64 = 1000;
 
-/// A file of four ranges, the first two granted for writing, opened for writing.
+/// A file of four ranges that is open for writing; the first two ranges are granted for writing.
 struct Fixture {
     guest: FsGuest,
     host: FsHost,
     node: u64,
     fh: u64,
     in_memory: bool,
-    /// How much is stored at once.
+    /// Number of bytes of one store.
     bytes: usize,
 }
 
 impl Fixture {
     fn new(below: PathBuf, in_memory: bool, bytes: usize) -> Self {
-        // A reset with live maps is QEMU's death if its memory table has slots (Q12).
+        // A reset with live maps ends QEMU if its memory table has slots (Q12).
         let host = FsHost::with(FsOptions { below, mem_slots: false, ..FsOptions::default() });
         host.put("file", &vec![1; 4 * RANGE as usize]);
         File::open(host.path("file")).unwrap().sync_all().unwrap();
@@ -43,20 +43,21 @@ impl Fixture {
         Self { guest, host, node, fh, in_memory, bytes }
     }
 
-    /// A store of the guest's to the first range.
+    /// A store of the guest to the first range.
     fn store(&mut self) {
         assert!(self.guest.vmm.store(0, &vec![7; self.bytes]));
     }
 
-    /// Two stores, of which the second meets dirty pages, and no time that tells of either.
+    /// Two stores, of which the second meets dirty pages, so that the host's kernel changes no
+    /// time.
     fn store_to_dirty(&mut self) {
         self.store();
         self.make_old();
         self.store();
-        assert!(self.is_old(), "the host's kernel sees it after all");
+        assert!(self.is_old(), "the host's kernel has changed mtime");
     }
 
-    /// The host sets mtime back.
+    /// The host sets mtime to `OLD`.
     fn make_old(&self) {
         let file = File::options().write(true).open(self.host.path("file")).unwrap();
         file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(OLD)).unwrap();
@@ -88,19 +89,19 @@ impl Fixture {
         self.guest.call(op::SETATTR, self.node, arg, abi::ATTR_OUT).unwrap();
     }
 
-    /// mtime as GETATTR tells it.
+    /// mtime from GETATTR.
     fn seen(&mut self) -> (u64, u32) {
         let body = self.guest.call(op::GETATTR, self.node, &abi::getattr(), abi::ATTR_OUT).unwrap();
         (u64_at(&body, 16 + 32), u32_at(&body, 16 + 52))
     }
 }
 
-/// Runs a case with stores of 4 KiB and 2 MiB, on a disk and in memory.
+/// Runs a test with stores of 4 KiB and 2 MiB, on a disk and in memory.
 fn everywhere(case: impl Fn(&mut Fixture)) {
     for (below, in_memory) in [(std::env::temp_dir(), false), ("/dev/shm".into(), true)] {
         let is_memory = below.starts_with("/dev/shm");
         if is_memory != in_memory {
-            continue; // The whole suite in memory: once will do.
+            continue; // TMPDIR is in memory: one run there is enough.
         }
         for bytes in [4096, RANGE as usize] {
             let mut fixture = Fixture::new(below.clone(), in_memory, bytes);
@@ -109,8 +110,8 @@ fn everywhere(case: impl Fn(&mut Fixture)) {
     }
 }
 
-/// Shows: the first store to a page, and one to a page that is dirty already, is in mtime and ctime
-/// when FLUSH or FSYNC returns.
+/// Shows: a store, to a clean page or to a dirty one, has changed mtime and ctime when the next
+/// FLUSH or FSYNC returns.
 #[test]
 fn a_close_and_a_sync_have_new_times() {
     everywhere(|fixture| {
@@ -136,9 +137,10 @@ fn a_close_and_a_sync_have_new_times() {
     });
 }
 
-/// Shows: a store is told of though the host's kernel has made its page clean before the close.
+/// Shows: a store changes the times though the host's kernel has written its page out before the
+/// close.
 #[test]
-fn a_store_that_was_written_back_is_told_of() {
+fn a_store_that_was_written_out_has_new_times() {
     everywhere(|fixture| {
         fixture.store();
         fixture.flush();
@@ -147,7 +149,7 @@ fn a_store_that_was_written_back_is_told_of() {
         File::open(fixture.host.path("file")).unwrap().sync_all().unwrap();
         fixture.flush();
         assert!(fixture.times()[0] > before[0]);
-        // And one to a page that was made clean so.
+        // Another store, to the page that is clean now.
         fixture.make_old();
         fixture.store();
         fixture.flush();
@@ -155,7 +157,7 @@ fn a_store_that_was_written_back_is_told_of() {
     });
 }
 
-/// Shows: a stat tells of what was stored, once: the next one has the same times.
+/// Shows: a stat after a store has new times; the next stat has the same times.
 #[test]
 fn a_stat_has_new_times_once() {
     everywhere(|fixture| {
@@ -165,9 +167,9 @@ fn a_stat_has_new_times_once() {
         assert_eq!(fixture.guest.node("file"), fixture.node);
         assert_eq!(fixture.seen(), first);
         if fixture.in_memory {
-            return; // What meets a dirty page is seen at the next close.
+            return; // A store to a dirty page changes the times at the next close.
         }
-        // A stat sends pages to the disk, and what is stored to one that is on its way is told of
+        // A stat starts the write-out of pages. A store to a page under writeback changes the times
         // twice.
         let at_rest =
             |fixture: &mut Fixture| fixture.guest.fsync(fixture.node, fixture.fh).unwrap();
@@ -187,11 +189,11 @@ fn a_stat_has_new_times_once() {
         at_rest(fixture);
         let third = fixture.seen();
         fixture.flush();
-        assert_eq!(fixture.seen(), third, "a close behind the stat");
+        assert_eq!(fixture.seen(), third, "a close after the stat");
     });
 }
 
-/// Shows: a file that is opened for writing, closed, synced and looked at, and not stored to, keeps
+/// Shows: a file that is opened for writing, closed, synced and looked at, but not stored to, keeps
 /// its times.
 #[test]
 fn an_unwritten_file_keeps_its_times() {
@@ -199,14 +201,14 @@ fn an_unwritten_file_keeps_its_times() {
         fixture.store();
         fixture.close();
         fixture.make_old();
-        // For reading: nobody has it open for writing.
+        // Opened for reading: no handle can write.
         let reader = fixture.guest.open(fixture.node, libc::O_RDONLY).unwrap();
         assert_eq!(fixture.seen(), (OLD, 0));
         fixture.guest.flush(fixture.node, reader).unwrap();
         fixture.guest.fsync(fixture.node, reader).unwrap();
         fixture.guest.release(fixture.node, reader).unwrap();
         assert!(fixture.is_old(), "read");
-        // The host writes to it, and sets its times.
+        // The host writes to the file, and sets its times.
         fixture.host.put("other", b"");
         File::options()
             .write(true)
@@ -216,7 +218,7 @@ fn an_unwritten_file_keeps_its_times() {
             .unwrap();
         fixture.make_old();
         if fixture.in_memory {
-            return; // There is no way to tell.
+            return; // In memory the daemon can't know that nothing was stored.
         }
         for _ in 0..2 {
             fixture.open();
@@ -229,12 +231,12 @@ fn an_unwritten_file_keeps_its_times() {
         fixture.guest.remove(&[(0, RANGE)]).unwrap();
         fixture.guest.remove(&[(RANGE, RANGE)]).unwrap();
         fixture.close();
-        assert!(fixture.is_old(), "not granted any more");
+        assert!(fixture.is_old(), "its grant was removed");
     });
 }
 
-/// Shows: what the guest sets mtime to stays, as cp -p, tar and rsync set it before they close;
-/// whatever else is changed then, and though the range is taken back. A later store counts again.
+/// Shows: an mtime that the guest sets stays, as cp -p, tar and rsync set it before they close;
+/// also after changes of other attributes, and after REMOVEMAPPING. A later store changes it.
 #[test]
 fn a_time_that_the_guest_sets_stays() {
     everywhere(|fixture| {
@@ -255,18 +257,18 @@ fn a_time_that_the_guest_sets_stays() {
             fixture.guest.setup(fixture.node, RANGE, RANGE, BOTH, RANGE).unwrap();
             fixture.set(&abi::set_mtime(OLD));
             if fixture.in_memory {
-                // Only an open, or a grant, tells of stores to come.
+                // In memory, only an open or a grant announces later stores.
                 fixture.close();
                 fixture.open();
             }
             fixture.store();
             fixture.flush();
-            assert!(!fixture.is_old(), "a store behind it");
+            assert!(!fixture.is_old(), "a store after it");
         }
     });
 }
 
-/// Shows: a change of other attributes does not hide what was stored before it.
+/// Shows: a change of other attributes does not hide an earlier store.
 #[test]
 fn a_chmod_behind_a_store_has_new_times() {
     everywhere(|fixture| {
@@ -284,8 +286,8 @@ fn a_chmod_behind_a_store_has_new_times() {
     });
 }
 
-/// Shows: what was stored is told of when its range is taken away, with the last one or before it,
-/// and when the guest unmounts, begins anew, or ends.
+/// Shows: a store changes the times when its range is removed, as the last one or before that, and
+/// when the guest unmounts, resets the device, or ends.
 #[test]
 fn the_end_of_a_grant_has_new_times() {
     everywhere(|fixture| {
@@ -311,7 +313,7 @@ fn the_end_of_a_grant_has_new_times() {
     });
 }
 
-/// Shows: the same where the VM is killed.
+/// Shows: the same if the VM is killed.
 #[test]
 fn the_end_of_the_vm_has_new_times() {
     for below in [std::env::temp_dir(), "/dev/shm".into()] {
@@ -325,8 +327,8 @@ fn the_end_of_the_vm_has_new_times() {
     }
 }
 
-/// Shows: with two handles, each close tells of what was stored before it, and the second of no
-/// more; a store by mmap behind the last FLUSH is told of by RELEASE.
+/// Shows: with two handles, each close changes the times for stores before it, and the second one
+/// for no others. RELEASE changes them for a store by mmap after the last FLUSH.
 #[test]
 fn two_handles() {
     everywhere(|fixture| {
@@ -337,9 +339,9 @@ fn two_handles() {
         assert!(!fixture.is_old());
         let before = fixture.times();
         fixture.guest.release(fixture.node, first).unwrap();
-        assert_eq!(fixture.times(), before, "RELEASE behind FLUSH");
+        assert_eq!(fixture.times(), before, "RELEASE after FLUSH");
         if fixture.in_memory {
-            return; // Each close of a file that is open for writing counts.
+            return; // In memory each close of a file that is open for writing counts as a store.
         }
         fixture.flush();
         assert_eq!(fixture.times(), before, "nothing was stored");
@@ -349,8 +351,8 @@ fn two_handles() {
     });
 }
 
-/// Shows: a hole that the daemon makes by stores of its own (`--persist=cacheline`) has new times,
-/// too.
+/// Shows: a hole that the daemon punches by stores of zeros (`--persist=cacheline`) changes the
+/// times.
 #[test]
 fn a_hole_past_the_cache_has_new_times() {
     let options =
@@ -370,9 +372,8 @@ fn a_hole_past_the_cache_has_new_times() {
     }
 }
 
-/// Shows: where a guest maps all files its attributes of regular files are valid for no time, and
-/// of what is told which files to map, those of these files. All others are believed as long as
-/// ever.
+/// Shows: attributes have a timeout of 0 for all regular files if the guest maps all files, else
+/// for the files with FUSE_ATTR_DAX. Attributes of other files have their usual timeout.
 #[test]
 fn attributes_of_mapped_files_are_valid_for_no_time() {
     for (inode_dax, small_too) in [(false, true), (true, false)] {
@@ -397,7 +398,7 @@ fn attributes_of_mapped_files_are_valid_for_no_time() {
         }
         let body = guest.call(op::GETATTR, abi::ROOT, &abi::getattr(), abi::ATTR_OUT).unwrap();
         assert!(u64_at(&body, 0) > 0, "a directory");
-        // A large file that was mapped and has become small is mapped as ever.
+        // A large file that was mapped and has become small keeps DAX.
         let (large, fh) = guest.opened("large");
         guest.setup(large, 0, RANGE, BOTH, 0).unwrap();
         let body = guest.call(op::SETATTR, large, &abi::set_size(5), abi::ATTR_OUT).unwrap();
@@ -409,8 +410,8 @@ fn attributes_of_mapped_files_are_valid_for_no_time() {
     }
 }
 
-/// Shows: a guest that gets a window is left to clear setuid and setgid bits itself, since its
-/// stores make no request; and the daemon says so at start.
+/// Shows: a guest with a window clears setuid and setgid bits itself, since its stores make no
+/// request. The daemon logs a warning at start.
 #[test]
 fn no_killpriv_v2_beside_a_window() {
     const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
@@ -426,8 +427,8 @@ fn no_killpriv_v2_beside_a_window() {
     }
 }
 
-/// Shows: a guest that maps files is not let collect writes: it would keep their mtime by itself,
-/// and not see it move with what it stores through the window. One that maps none is.
+/// Shows: a guest that maps files gets no writeback cache: it would keep mtime itself, and not see
+/// the mtime of its stores through the window. A guest that maps no files gets it.
 #[test]
 fn no_writeback_cache_beside_a_window() {
     const WRITEBACK_CACHE: u64 = 1 << 16;
@@ -441,7 +442,7 @@ fn no_writeback_cache_beside_a_window() {
     }
 }
 
-/// Says so where there is no second file system to try.
+/// Logs that a second file system to test is missing.
 #[test]
 fn memory_and_a_disk_are_tried() {
     if std::env::temp_dir().starts_with("/dev/shm") {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that a file's times are right where two threads of a guest, two VMs, or a guest and the
-//! daemon's end meet: each store is told of by the next close, a look makes no times, and nobody
-//! waits for another one's disk.
+//! Shows that a file's times are right when two threads of a guest, two VMs, or a guest and the
+//! daemon's end meet: the next close changes the times for each store, a stat alone changes none,
+//! and no request waits for the disk of another one.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, symlink};
@@ -38,8 +38,8 @@ fn seen(guest: &mut FsGuest, node: u64) -> (u64, u32) {
     (u64_at(&body, 16 + 32), u32_at(&body, 16 + 52))
 }
 
-/// Another processor of the guest, which stores to the first byte of the window without a pause
-/// while `work` goes on.
+/// Runs `work` while another processor of the guest stores to the first byte of the window without
+/// a pause.
 fn beside_stores<T>(guest: &mut FsGuest, work: impl FnOnce(&mut FsGuest) -> T) -> T {
     let at = guest.vmm.view(0, 1, |first| first.ptr_guard_mut().as_ptr().addr());
     let (stop, stopped) = channel::<()>();
@@ -47,7 +47,7 @@ fn beside_stores<T>(guest: &mut FsGuest, work: impl FnOnce(&mut FsGuest) -> T) -
     let stores = thread::spawn(move || {
         let mut rounds = 0_u64;
         while stopped.try_recv().is_err() {
-            // SAFETY: the map is the test's own, and stays; nothing else of the test looks at the
+            // SAFETY: the test owns the map, which stays; no other thread of the test accesses the
             // byte.
             #[allow(unsafe_code)]
             unsafe {
@@ -66,10 +66,10 @@ fn beside_stores<T>(guest: &mut FsGuest, work: impl FnOnce(&mut FsGuest) -> T) -
     done
 }
 
-/// One processor of the guest sets mtime while another one stores: what is stored when that has
-/// returned is in mtime at the next close.
+/// One processor of the guest sets mtime while another one stores. A store after the reply changes
+/// mtime at the next close.
 #[test]
-fn a_store_behind_utimens_that_met_stores_is_told_of() {
+fn a_store_after_utimens_beside_stores_has_new_times() {
     let host = FsHost::on_a_disk();
     let (mut guest, node, fh) = host.boot_with_stored_file();
     let mut stale = Vec::new();
@@ -79,7 +79,7 @@ fn a_store_behind_utimens_that_met_stores_is_told_of() {
         beside_stores(&mut guest, |guest| {
             guest.call(op::SETATTR, node, &abi::set_mtime(OLD), abi::ATTR_OUT).unwrap();
         });
-        assert!(guest.vmm.store(0, &[5]), "it is stored behind the answer");
+        assert!(guest.vmm.store(0, &[5]), "no map to store to");
         guest.flush(node, fh).unwrap();
         if mtime(&host, "file").0 == OLD as i64 {
             stale.push(round);
@@ -88,20 +88,20 @@ fn a_store_behind_utimens_that_met_stores_is_told_of() {
     assert!(stale.is_empty(), "stored, closed, and old in {} of {ROUNDS} rounds", stale.len());
 }
 
-/// One processor of the guest stores while another one closes: what is stored when that has
-/// returned is in mtime at the next close.
+/// One processor of the guest closes the file while another one stores. A store after the reply
+/// changes mtime at the next close.
 #[test]
-fn a_store_behind_a_close_that_met_stores_is_told_of() {
+fn a_store_after_a_close_beside_stores_has_new_times() {
     let host = FsHost::on_a_disk();
     let (mut guest, node, fh) = host.boot_with_stored_file();
     let mut stale = Vec::new();
     const ROUNDS: u32 = 300;
     for round in 0..ROUNDS {
-        // A long way to the disk.
+        // A slow disk.
         assert!(guest.vmm.store(0, &vec![round as u8; RANGE as usize]));
         beside_stores(&mut guest, |guest| guest.flush(node, fh).unwrap());
         let before = mtime(&host, "file");
-        assert!(guest.vmm.store(0, &[5]), "it is stored behind the answer");
+        assert!(guest.vmm.store(0, &[5]), "no map to store to");
         guest.flush(node, fh).unwrap();
         if mtime(&host, "file") == before {
             stale.push(round);
@@ -111,12 +111,12 @@ fn a_store_behind_a_close_that_met_stores_is_told_of() {
     assert!(stale.is_empty(), "stored, closed, and old in {} of {ROUNDS} rounds", stale.len());
 }
 
-/// A close waits for the disk; a stat "waits for no page that is on its way" there, nor does a
-/// driver that begins anew.
+/// A close waits for the disk. A stat at the same time does not wait for pages under writeback, and
+/// the next driver's start does not wait either.
 #[test]
-fn nobody_waits_behind_a_slow_close() {
+fn no_request_waits_for_a_slow_close() {
     if !Strace::is_here() {
-        return skip("nobody_waits_behind_a_slow_close", "no strace");
+        return skip("no_request_waits_for_a_slow_close", "no strace");
     }
     for reset in [false, true] {
         let host = FsHost::with(FsOptions {
@@ -146,7 +146,7 @@ fn nobody_waits_behind_a_slow_close() {
     }
 }
 
-/// Two VMs have a file mapped and open for writing, and nobody stores: its times stay.
+/// Two VMs have a file mapped and open for writing, and none stores: its times stay.
 #[test]
 fn two_vms_that_only_look_leave_the_times() {
     let host = FsHost::on_a_disk();
@@ -165,7 +165,7 @@ fn two_vms_that_only_look_leave_the_times() {
     let (its_node, its_fh) = second.opened("file");
     second.setup(its_node, 0, RANGE, BOTH, 0).unwrap();
     assert!(second.vmm.store(0, &[9]));
-    // All is told of, and durable.
+    // All earlier stores are durable and have changed the times.
     for _ in 0..2 {
         first.fsync(node, fh).unwrap();
         second.fsync(its_node, its_fh).unwrap();
@@ -179,7 +179,7 @@ fn two_vms_that_only_look_leave_the_times() {
     assert_eq!(mtime(&host, "file"), before, "nothing was stored; seen: {seen_times:?}");
 }
 
-/// At SIGTERM the mappings end, as far as the daemon is concerned: what was stored is told of.
+/// At SIGTERM the daemon settles the times of mapped files: stores have changed them.
 #[test]
 fn the_end_of_the_daemon_has_new_times() {
     let mut host = FsHost::on_a_disk();
@@ -190,10 +190,10 @@ fn the_end_of_the_daemon_has_new_times() {
     let _ = (node, &mut guest);
     kill(Pid::from_raw(host.pid() as i32), Signal::SIGTERM).unwrap();
     assert!(host.wait_end().success());
-    assert!(mtime(&host, "file").0 > OLD as i64, "stored, and never told of");
+    assert!(mtime(&host, "file").0 > OLD as i64, "a store that changed no time");
 }
 
-/// A stat that comes while another one closes: what was stored before it was sent is in its times.
+/// A stat that runs during a close has the times of all stores before it was sent.
 #[test]
 fn a_stat_beside_a_close_has_new_times() {
     if !Strace::is_here() {
@@ -204,7 +204,7 @@ fn a_stat_beside_a_close_has_new_times() {
     assert!(guest.vmm.store(0, &[3]));
     make_old(&host, "file");
     assert!(guest.vmm.store(0, &[4]));
-    assert_eq!(mtime(&host, "file").0, OLD as i64, "the host's kernel sees it after all");
+    assert_eq!(mtime(&host, "file").0, OLD as i64, "the host's kernel has changed mtime");
     let mut strace = Strace::attach(host.pid(), "sync_file_range", DELAY);
     let flush = guest.send(op::FLUSH, node, &abi::flush(fh), 0);
     strace.wait_begun(1);

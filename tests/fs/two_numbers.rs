@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows that a file which the guest knows by two numbers (a bind mount in the share) is one file:
-//! what changes it by one of them minds what is mapped by the other.
+//! Shows that a file with two node ids (by a bind mount in the share) is one file for the daemon: a
+//! change by one node id respects the maps by the other.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -26,7 +26,7 @@ fn host(options: FsOptions) -> Option<FsHost> {
     host
 }
 
-/// A guest, and the directories by which it gets to a file.
+/// A guest, and the node ids of the directories through which it finds a file.
 struct Fixture {
     host: FsHost,
     guest: FsGuest,
@@ -47,26 +47,26 @@ impl Fixture {
         OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap()
     }
 
-    /// A sparse file of `BYTES`, by both numbers.
+    /// A sparse file of `BYTES` bytes, and its two node ids.
     fn file(&mut self, name: &str) -> (File, [u64; 2]) {
         let real = self.real(name);
         real.set_len(BYTES).unwrap();
         let numbers = self.dirs.map(|dir| self.guest.lookup(dir, name).unwrap().nodeid);
-        assert_ne!(numbers[0], numbers[1], "two mounts, two numbers");
+        assert_ne!(numbers[0], numbers[1], "two mounts, two node ids");
         (real, numbers)
     }
 
-    /// Whether the window shows a file at `at`, and no more of it than `end` bytes, in whole
-    /// `steps`: a page where the host made it shorter, else a range, since the guest knows better
-    /// than we.
+    /// Whether the window maps the file at `at` up to `end`, rounded up to `steps`, and not more.
+    /// `steps`: a page if the host has truncated the file, a range if the guest has, since the
+    /// guest does not access pages behind an end that it has set.
     fn is_shown_to(&self, at: u64, end: u64, steps: u64) -> bool {
         let end = end.next_multiple_of(steps);
         (end == 0 || self.guest.vmm.is_mapped(at + end - 1)) && !self.guest.vmm.is_mapped(at + end)
     }
 }
 
-/// A change of a file by one of its numbers; what errno the file system may answer with where it
-/// can't do that; and how long the file is then.
+/// A change of a file by one of its node ids; the errno of a file system that does not support it;
+/// the length of the file afterwards.
 type Change = (&'static str, fn(&mut Fixture, u64, &str) -> Result<(), i32>, u64);
 
 const CHANGES: [Change; 9] = [
@@ -141,11 +141,10 @@ const CHANGES: [Change; 9] = [
     ),
 ];
 
-/// Shows: whatever is done by the number that nothing is mapped by, the window shows the file
-/// exactly as far as it goes when the answer comes, and all of what is granted for writing has
-/// blocks.
+/// Shows: after each change by the node id without a map, the window maps the file exactly up to
+/// its end when the reply comes, and each range granted for writing has blocks.
 #[test]
-fn a_change_by_the_other_number() {
+fn a_change_by_the_other_node_id() {
     let Some(mut fixture) = Fixture::new(FsOptions::default()) else { return };
     for (i, (what, change, bytes)) in CHANGES.into_iter().enumerate() {
         for mapped_by in [0, 1] {
@@ -169,22 +168,22 @@ fn a_change_by_the_other_number() {
     assert_eq!(fixture.guest.vmm.refused(), [""; 0]);
 }
 
-/// Shows: a truncation by the other number lets go of the window first: where the front-end keeps
-/// the map, the file stays as long as it was.
+/// Shows: a truncation by the other node id removes the map first: if the front-end keeps the map,
+/// the file keeps its length.
 #[test]
-fn a_truncation_by_the_other_number_waits_for_the_window() {
+fn a_truncation_by_the_other_node_id_waits_for_the_window() {
     let Some(mut fixture) = Fixture::new(FsOptions::default()) else { return };
     let (real, [one, other]) = fixture.file("file");
     fixture.guest.setup(one, 0, BYTES, BOTH, 0).unwrap();
     fixture.guest.vmm.refuse_maps(true);
-    assert!(fixture.guest.set_size(other, 5000).is_err(), "what is left of the map is refused");
+    assert!(fixture.guest.set_size(other, 5000).is_err(), "the rest of the map can't be removed");
     assert_eq!(real.metadata().unwrap().len(), BYTES);
 }
 
-/// Shows: growth by the other number brings blocks for what is granted for writing before it is
-/// answered.
+/// Shows: growth by the other node id allocates blocks for the ranges granted for writing before
+/// its reply.
 #[test]
-fn growth_by_the_other_number_has_blocks() {
+fn growth_by_the_other_node_id_has_blocks() {
     let Some(mut fixture) = Fixture::new(FsOptions::default()) else { return };
     let (real, [one, other]) = fixture.file("file");
     real.set_len(100).unwrap();
@@ -194,10 +193,10 @@ fn growth_by_the_other_number_has_blocks() {
     assert!(real.metadata().unwrap().blocks() * 512 >= RANGE);
 }
 
-/// Shows: grants by both numbers, dropped one after the other in either order and made again, are
-/// of one address space: a change by either clips both maps.
+/// Shows: grants by both node ids, removed in either order and made again, belong to one address
+/// space: a change by either node id shortens both maps.
 #[test]
-fn one_number_goes_then_the_other() {
+fn grants_by_both_node_ids_are_removed() {
     let Some(mut fixture) = Fixture::new(FsOptions::default()) else { return };
     for (round, first) in [0, 1, 0, 1].into_iter().enumerate() {
         let (_, numbers) = fixture.file(&format!("file{round}"));
@@ -218,8 +217,8 @@ fn one_number_goes_then_the_other() {
     assert_eq!(fixture.guest.vmm.mapped_bytes(), 0);
 }
 
-/// Shows: two first maps of a file at the same time, by both numbers, make one address space, and
-/// what the host then does to the file is heard of.
+/// Shows: two first maps of a file at one time, by both node ids, make one address space, and the
+/// daemon notices when the host changes the file.
 #[test]
 fn two_first_maps_at_once() {
     let Some(mut fixture) = Fixture::new(FsOptions { request_queues: 2, ..FsOptions::default() })
@@ -243,7 +242,7 @@ fn two_first_maps_at_once() {
     }
 }
 
-/// Shows: two files of one inode number, on two devices, are two.
+/// Shows: two files with the same inode number on two devices are two files.
 #[test]
 fn one_inode_number_on_two_devices() {
     let mounts = "mkdir \"$SHARE/a\" \"$SHARE/b\" && mount -t tmpfs tmpfs \"$SHARE/a\" && \
@@ -259,17 +258,17 @@ fn one_inode_number_on_two_devices() {
     });
     guest.setup(nodes[0], 0, RANGE, BOTH, 0).unwrap();
     guest.set_size(nodes[1], 100).unwrap();
-    assert!(guest.vmm.is_mapped(2 * PAGE), "the other file is as it was");
+    assert!(guest.vmm.is_mapped(2 * PAGE), "the other file has changed");
     let fh = guest.open(nodes[1], libc::O_RDWR | libc::O_TRUNC).unwrap();
     guest.fsync(nodes[1], fh).unwrap();
     assert!(guest.vmm.is_mapped(2 * PAGE));
     assert_eq!(host.get("a/file").len(), 10_000);
 }
 
-/// Shows: a file that was mapped by a number which the guest then forgot is found by its new
-/// number, and the forgotten one maps nothing.
+/// Shows: a file that was mapped by a node id which the guest then forgot is found by its new node
+/// id, and the forgotten one maps nothing.
 #[test]
-fn a_forgotten_number() {
+fn a_forgotten_node_id() {
     let host = FsHost::new();
     host.put("file", &vec![1; BYTES as usize]);
     let mut guest = host.boot();
@@ -288,10 +287,10 @@ fn a_forgotten_number() {
     assert_eq!(Some(seen.to_vec()), guest.vmm.fetch(0, 2));
 }
 
-/// Shows: look-ups, maps and FORGETs without end, by a guest that takes no map away, leave the
-/// daemon with the descriptors and the memory that it had after the first few.
+/// Shows: a guest that repeats look-ups, maps and FORGETs, and removes no map, makes the daemon
+/// hold no more descriptors and memory than after the first few.
 #[test]
-fn maps_of_forgotten_numbers_do_not_add_up() {
+fn maps_of_forgotten_node_ids_do_not_add_up() {
     let host = FsHost::new();
     (0..4).for_each(|i| host.put(&format!("file{i}"), &[1; 5000]));
     let mut guest = host.boot();
@@ -304,7 +303,7 @@ fn maps_of_forgotten_numbers_do_not_add_up() {
     let (kib, descriptors) = (host.own_kib(), host.descriptors().len());
     (0..5000).for_each(&mut round);
     assert!(host.descriptors().len() <= descriptors + 2, "{:?}", host.descriptors());
-    // 5,000 entries of a table would be more.
+    // 5,000 entries of a table would take more.
     let grown = host.own_kib().saturating_sub(kib);
     assert!(grown < 200, "{grown} KiB");
     guest.vmm.check();

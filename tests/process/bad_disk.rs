@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows what a guest is told when the host's disk fails once, and is well again: EIO, then and
-//! ever after, and no success for pages that are lost. The disk is the device-mapper device `bad`,
-//! whose sectors are made to fail; `tests/guest` runs these in a VM that plays the host, since this
-//! needs a kernel with a device mapper.
+//! Shows the replies to a guest when the host's disk fails once and then works again: EIO from then
+//! on, and no success for lost pages. The disk is the device-mapper device `bad`, whose sectors are
+//! made to fail. `tests/guest` runs these tests in a VM that plays the host, since they need a
+//! kernel with a device mapper.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -35,7 +35,7 @@ fn dmsetup(args: &[&str], input: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// The disk, whose table is this line as long as it is well.
+/// The disk. `table` is its device-mapper table without failing sectors.
 struct BadDisk {
     table: String,
 }
@@ -51,7 +51,7 @@ impl BadDisk {
         dmsetup(&["resume", "bad"], "");
     }
 
-    /// From now on each sector of `file` fails; no other.
+    /// Makes each sector of `file` fail, and no other sector.
     fn fail(&self, file: &Path) {
         let words: Vec<&str> = self.table.split_whitespace().collect();
         let [_, sectors, "linear", device, _] = words[..] else { panic!("{}", self.table) };
@@ -80,7 +80,7 @@ impl Drop for BadDisk {
     }
 }
 
-/// Where the file lies on the disk: first sector and how many, in order.
+/// The extents of the file on the disk: first sector and number of sectors, in order.
 fn sectors_of(file: &Path) -> Vec<(u64, u64)> {
     let output = Command::new("filefrag").args(["-b512", "-v"]).arg(file).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
@@ -98,13 +98,13 @@ fn sectors_of(file: &Path) -> Vec<(u64, u64)> {
     extents
 }
 
-/// Somebody else on the host syncs, and is told of the failure, or not.
+/// Another process of the host syncs the file. The kernel may report the failure to it.
 fn sync_by_another(file: &Path) {
     let _ = File::open(file).unwrap().sync_all();
 }
 
-/// Shows: pmem: a flush of lost pages fails, each later one too, also in a new VM's session;
-/// whether the daemon's flush met the failure itself or somebody else's sync did before.
+/// Shows for pmem: a flush of lost pages fails, and so does each later one, also in the session of
+/// a new VM; whether the daemon's sync or an earlier sync of another process has met the failure.
 #[test]
 #[ignore = "needs a device mapper: run by tests/guest"]
 fn pmem_fails_for_good() {
@@ -153,7 +153,8 @@ fn pmem_fails_for_good() {
     }
 }
 
-/// Shows: fs: FSYNC of lost pages is EIO, each later one too; another file is as well as ever.
+/// Shows for fs: an FSYNC of lost pages is EIO, and so is each later one; another file is not
+/// affected.
 #[test]
 #[ignore = "needs a device mapper: run by tests/guest"]
 fn a_share_fails_for_that_file() {
@@ -186,7 +187,7 @@ fn a_share_fails_for_that_file() {
             disk.heal();
             for _ in 0..2 {
                 assert!(guest.vmm.store(8192, b"more"));
-                assert_eq!(guest.fsync(node, fh), Err(EIO), "and ever after");
+                assert_eq!(guest.fsync(node, fh), Err(EIO), "each later FSYNC");
             }
             assert!(guest.vmm.store(RANGE, b"fine"));
             guest.fsync(other, other_fh).unwrap();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The command line, with the real binary: every bad input, the socket's life, the lock.
+//! The command line of the real binary: each kind of invalid input, the socket's creation and
+//! removal, the lock.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -23,7 +24,7 @@ use testkit::daemon::Daemon;
 const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-dax");
 const NOBODY: u32 = 65534;
 
-/// A directory with a good file of 4 MiB in it.
+/// A directory that contains a valid file of 4 MiB.
 struct Place {
     dir: TempDir,
 }
@@ -48,7 +49,7 @@ impl Place {
         command
     }
 
-    /// With a directory to share and a tag; socket and window are the caller's.
+    /// A command with a shared directory and a tag. The caller adds the socket and the window.
     fn fs(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(BINARY);
         command.arg("fs").arg("--socket-path").arg(self.path("sock"));
@@ -57,15 +58,16 @@ impl Place {
         command
     }
 
-    /// A copy of the daemon that any user finds: nobody may have no way to where it was built. Made
-    /// by cp: a process that another test forks meanwhile would keep a file busy that we write.
+    /// A copy of the daemon that each user can execute: user nobody may have no access to the build
+    /// directory. cp makes the copy, since a file that this process writes would stay busy
+    /// (ETXTBSY) in a process that another test forks.
     fn program(&self) -> PathBuf {
         let copy = self.path("daemon");
         assert!(Command::new("cp").arg(BINARY).arg(&copy).status().unwrap().success());
         copy
     }
 
-    /// Every name with its inode, size, blocks and time of change.
+    /// The names in the directory, each with inode, size, blocks and change time.
     fn snapshot(&self) -> BTreeMap<PathBuf, (u64, u64, u64, i64, i64)> {
         let entries = fs::read_dir(self.dir.path()).unwrap();
         let describe = |path: PathBuf| {
@@ -75,8 +77,8 @@ impl Place {
         entries.map(|entry| describe(entry.unwrap().path())).collect()
     }
 
-    /// Runs `command`, which must end with code 2 and one line that has all of `words` in it, and
-    /// must leave the directory as it was.
+    /// Runs `command`, which must end with code 2 and one line that contains all `words`, and must
+    /// not change the directory.
     fn refuses(&self, command: &mut Command, words: &[&str]) {
         let before = self.snapshot();
         let output = command.stdin(Stdio::null()).output().unwrap();
@@ -91,7 +93,7 @@ impl Place {
         assert_eq!(self.snapshot(), before, "something was created or changed: {line}");
     }
 
-    /// Starts a daemon and returns once it says that it waits.
+    /// Starts a daemon and returns when it waits for a front-end.
     fn start(&self, command: &mut Command) -> Daemon {
         Daemon::start(command)
     }
@@ -101,13 +103,13 @@ fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// Says loudly that a test can't run here; ci/test counts these lines.
+/// Reports that a test can't run here; ci/test counts these lines.
 fn skip(test: &str, why: &str) {
-    // Not eprintln!: the test runner would swallow it.
+    // Not eprintln!, which the test runner captures.
     let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}");
 }
 
-/// Shows: a file that can't serve is refused, whatever is wrong with it.
+/// Shows: each kind of invalid file is refused.
 #[test]
 fn bad_files_are_refused() {
     let place = Place::new();
@@ -133,7 +135,7 @@ fn bad_files_are_refused() {
 }
 
 /// Shows: a file that is the socket, or the lock beside it that the daemon removes, is refused
-/// under any name.
+/// under each of its names.
 #[test]
 fn a_file_is_not_the_socket() {
     let place = Place::new();
@@ -151,8 +153,8 @@ fn a_file_is_not_the_socket() {
     }
 }
 
-/// Shows: where RLIMIT_FSIZE permits no window, the line names the limit. (Without root the line
-/// names root.)
+/// Shows: if RLIMIT_FSIZE is too small for a window, the line names the limit. (Without root
+/// privileges the line names root.)
 #[test]
 fn a_limit_of_the_length_is_named() {
     let place = Place::new();
@@ -163,13 +165,13 @@ fn a_limit_of_the_length_is_named() {
     place.refuses(&mut command, &words);
 }
 
-/// Shows: what an fs device can't be is refused, with what would do.
+/// Shows: invalid options of an fs device are refused, each with a line that names a valid value.
 #[test]
 fn bad_shares_are_refused() {
     let place = Place::new();
     for (arguments, words) in [
         (&["--window-size", "3M"][..], &["2M or 4M would do"][..]),
-        (&["--window-size", "1G"], &["768M would do", "QEMU dies"]),
+        (&["--window-size", "1G"], &["768M would do", "QEMU aborts"]),
         (&["--window-size", "big"], &["512M or 1G"]),
         (&["--dax", "sometimes"], &["inode", "always", "never"]),
         (&["--mem-slots", "maybe"], &["on", "off"]),
@@ -179,8 +181,8 @@ fn bad_shares_are_refused() {
         (&["--xattrmap", "foo"], &["--xattrmap", "lacks a field", "':map::user.virtiofs.:'"]),
         (&["--xattrmap", ":all:all:::"], &["--xattrmap", "rule 1", "'all' is no type"]),
         (&["--xattrmap", ":ok:some:::"], &["--xattrmap", "rule 1", "'some' is no scope"]),
-        (&["--xattrmap", ":ok:client:::"], &["--xattrmap", "must take all names"]),
-        (&["--xattrmap", ":ok:server:::"], &["--xattrmap", "must take all names"]),
+        (&["--xattrmap", ":ok:client:::"], &["--xattrmap", "must match all names"]),
+        (&["--xattrmap", ":ok:server:::"], &["--xattrmap", "must match all names"]),
         (&["--posix-acl", "--translate-uid", "map:0:1000:1"], &["--posix-acl", "leave one out"]),
         (&["--translate-uid", "nonsense"], &["--translate-uid", "map:0:100000:65536"]),
         (
@@ -205,7 +207,7 @@ fn bad_shares_are_refused() {
         ),
         (&["--translate-gid", "forbid-guest:9:4294967295"], &["--translate-gid", "past the last"]),
         (&["--modcaps=-dac_read_search"], &["--modcaps", "--inode-file-handles=never"]),
-        (&["--rlimit-nofile", "100"], &["take more than"]),
+        (&["--rlimit-nofile", "100"], &["use more than"]),
         (&["--uid-map", "nonsense"], &["--uid-map", "':0:1000:1:'"]),
         (&["--gid-map", ":0:1:"], &["--gid-map", "':0:1000:1:'"]),
         (&["--dax=always", "--window-size=0"], &["--dax=always and --window-size 0"]),
@@ -230,7 +232,7 @@ fn bad_shares_are_refused() {
     place.refuses(&mut command, &["good: Not a directory", "name a directory"]);
     let mut command = Command::new(BINARY);
     command.args(["fs", "--tag", "t", "--shared-dir", "/proc", "--inode-file-handles=mandatory"]);
-    let words = ["--inode-file-handles=mandatory", "no file handles", "take prefer"];
+    let words = ["--inode-file-handles=mandatory", "no file handles", "use prefer"];
     place.refuses(command.arg("--socket-path").arg(place.path("sock")), &words);
     let long = "x".repeat(37);
     let mut command = Command::new(BINARY);
@@ -244,9 +246,9 @@ fn bad_shares_are_refused() {
     }
 }
 
-/// Shows: options of virtiofsd that come to nothing are taken, as virtiofsd does, and told of.
+/// Shows: options of virtiofsd without an effect are accepted, as by virtiofsd, with a warning.
 #[test]
-fn idle_options_are_told_of() {
+fn idle_options_are_logged() {
     let place = Place::new();
     for (arguments, words) in [
         (&["--writeback", "--cache=never"][..], "--writeback does nothing with --cache=never"),
@@ -260,9 +262,9 @@ fn idle_options_are_told_of() {
     }
 }
 
-/// Shows: a share says at start whether it has a window, and why not if it has none.
+/// Shows: at start the log has a line about the window of a share, or about the reason for none.
 #[test]
-fn a_share_says_what_is_in_force() {
+fn a_share_logs_its_window() {
     let place = Place::new();
     for (arguments, words) in [
         (&["--window-size", "0"][..], "no window: every access is a request"),
@@ -278,13 +280,13 @@ fn a_share_says_what_is_in_force() {
     assert!(told.iter().any(|words| daemon.said().contains(words)), "{}", daemon.said());
 }
 
-/// Shows: a daemon that is not root serves from a user namespace, in which the numbers are as told.
+/// Shows: a daemon that is not root serves from a user namespace with the configured ids.
 #[test]
 fn an_ordinary_user_has_a_map_of_users() {
     if !is_root() {
         return skip("an_ordinary_user_has_a_map_of_users", "not root, so can't become nobody");
     }
-    // The kernel lets nobody make one in a chroot.
+    // In a chroot the kernel allows no user namespace.
     let mut probe = Command::new("unshare");
     if !probe.args(["--user", "true"]).uid(NOBODY).stderr(Stdio::null()).status().unwrap().success()
     {
@@ -304,7 +306,7 @@ fn an_ordinary_user_has_a_map_of_users() {
     assert!(daemon.said().contains("no window"), "{}", daemon.said());
 }
 
-/// Shows: a size that can't be is refused, and says what would do.
+/// Shows: an invalid size is refused, and the line names a valid one.
 #[test]
 fn bad_sizes_are_refused() {
     let place = Place::new();
@@ -315,7 +317,7 @@ fn bad_sizes_are_refused() {
     place.refuses(place.pmem("good").args(["--size", "6M"]), &["is 4M, not 6M"]);
 }
 
-/// Shows: unknown and missing options are one line too.
+/// Shows: unknown and missing options also end with one line.
 #[test]
 fn bad_options_are_refused() {
     let place = Place::new();
@@ -330,7 +332,7 @@ fn bad_options_are_refused() {
     place.refuses(Command::new(BINARY).args(["fs", "--bogus"]), &["'vhost-user-dax fs --help'"]);
 }
 
-/// Shows: a file that this user may not write is refused, not opened read-only.
+/// Shows: a file without write permission for this user is refused, and not opened for reading.
 #[test]
 fn a_file_without_permission_is_refused() {
     let place = Place::new();
@@ -345,7 +347,7 @@ fn a_file_without_permission_is_refused() {
     place.refuses(&mut command, &["Permission denied", "uid"]);
 }
 
-/// Shows: a disk that is too full for all blocks is found at creation, and no file stays behind.
+/// Shows: a disk without room for all blocks is noticed at creation, and the file is removed.
 #[test]
 fn a_full_disk_is_refused() {
     let may_mount = Command::new("unshare").args(["--mount", "true"]).status();
@@ -355,7 +357,7 @@ fn a_full_disk_is_refused() {
     let place = Place::new();
     File::create(place.path("disk")).unwrap().set_len(32 << 20).unwrap();
     fs::create_dir(place.path("mnt")).unwrap();
-    // A mount namespace of its own: nothing stays mounted, whatever happens.
+    // In a mount namespace of its own, so that no mount stays after the test.
     let script = r#"set -e; mkfs.ext4 -q disk; mount -o loop disk mnt; code=0
         "$0" pmem --socket-path mnt/sock --file mnt/new --size 64M || code=$?
         ls -A mnt >&2; exit $code"#;
@@ -375,7 +377,7 @@ fn a_full_disk_is_refused() {
     assert_eq!(lines[1..], ["lost+found"], "only the file system's own directory is left");
 }
 
-/// Shows: without --sparse every block is there before the guest comes; with it none is.
+/// Shows: without --sparse all blocks exist before the guest starts; with it none does.
 #[test]
 fn blocks_are_allocated_at_creation_unless_sparse() {
     let place = Place::new();
@@ -385,14 +387,18 @@ fn blocks_are_allocated_at_creation_unless_sparse() {
     let sparse = place.start(place.pmem("holes").args(["--size", "8M", "--sparse"]));
     let made = fs::metadata(place.path("holes")).unwrap();
     assert_eq!((made.len(), made.blocks()), (8 << 20, 0));
-    assert_eq!(made.mode() & 0o777, 0o600, "a VM's memory is nobody else's");
+    assert_eq!(
+        made.mode() & 0o777,
+        0o600,
+        "the file is the VM's memory: no access for other users"
+    );
     assert!(sparse.end_with(Signal::SIGTERM).success());
     let warned = place.start(&mut place.pmem("holes"));
     assert!(warned.said().contains("8M of holes"), "{}", warned.said());
 }
 
-/// Shows: the start says what a flush is and what it is worth; what can't be promised is refused,
-/// before a file is made.
+/// Shows: at start the log has the method of a flush and what it guarantees. A method that the
+/// storage does not support is refused before a file is created.
 #[test]
 fn persist_is_what_the_backing_can_keep() {
     let place = Place::new();
@@ -423,7 +429,7 @@ fn persist_is_what_the_backing_can_keep() {
     }
 }
 
-/// Shows: one file, one daemon; the second is refused, and the lock goes with the first.
+/// Shows: a second daemon on one file is refused, and the lock ends with the first daemon.
 #[test]
 fn a_second_daemon_on_one_file_is_refused() {
     let place = Place::new();
@@ -439,7 +445,7 @@ fn a_second_daemon_on_one_file_is_refused() {
     drop(place.start(&mut second()));
 }
 
-/// Shows: a socket path that can't be bound is refused, and a live socket is left alone.
+/// Shows: a path that can't be bound is refused, and a socket that a process listens on stays.
 #[test]
 fn bad_socket_paths_are_refused() {
     let place = Place::new();
@@ -470,10 +476,11 @@ fn bad_socket_paths_are_refused() {
     let live = UnixListener::bind(place.path("sock")).unwrap();
     live.set_nonblocking(true).unwrap();
     place.refuses(&mut place.pmem("good"), &["another process listens there"]);
-    assert!(live.accept().is_err(), "asking must not use up the other's one session");
+    assert!(live.accept().is_err(), "the check must not use up the other process's one session");
 }
 
-/// Shows: a dead socket is replaced, and ours is gone after SIGTERM and SIGINT, with exit code 0.
+/// Shows: a socket without a listener is replaced. The daemon's socket is removed after SIGTERM and
+/// SIGINT, with exit code 0.
 #[test]
 fn the_socket_is_removed_at_the_end() {
     let place = Place::new();
@@ -486,7 +493,7 @@ fn the_socket_is_removed_at_the_end() {
     }
 }
 
-/// Shows: a socket that took the place of ours is not removed.
+/// Shows: a socket that another process has put at the daemon's path is not removed.
 #[test]
 fn another_socket_in_our_place_is_left_alone() {
     let place = Place::new();
@@ -506,7 +513,7 @@ fn with_fd(place: &Place, fd: &OwnedFd) -> Command {
     command
 }
 
-/// Shows: only a listening Unix stream socket will do for --fd; what is wrong is named.
+/// Shows: --fd accepts only a listening Unix stream socket, and the line names the fault.
 #[test]
 fn bad_descriptors_are_refused() {
     let place = Place::new();
@@ -530,7 +537,7 @@ fn bad_descriptors_are_refused() {
     }
 }
 
-/// Shows: an inherited listener works, and its path is left to its owner.
+/// Shows: an inherited listening socket is served, and its path is not removed.
 #[test]
 fn an_inherited_listener_is_served() {
     let place = Place::new();
@@ -541,7 +548,7 @@ fn an_inherited_listener_is_served() {
     assert!(place.path("activated").exists());
 }
 
-/// Shows: QEMU's conventions: capabilities without any other option, on stdout.
+/// Shows: QEMU's conventions: --print-capabilities needs no other option, and prints on stdout.
 #[test]
 fn capabilities_are_json() {
     let output = Command::new(BINARY).args(["pmem", "--print-capabilities"]).output().unwrap();
@@ -550,8 +557,8 @@ fn capabilities_are_json() {
     assert_eq!(json["type"], "pmem");
 }
 
-/// Shows: a stream that takes nothing is no panic: the exit code is 2 for a bad option, and 1 where
-/// stdout was asked for.
+/// Shows: a full stream causes no panic: the exit code is 2 for a bad option, and 1 if stdout was
+/// requested.
 #[test]
 fn full_streams_are_no_panic() {
     let full = || File::options().write(true).open("/dev/full").unwrap();
@@ -576,7 +583,7 @@ fn full_streams_are_no_panic() {
     }
 }
 
-/// Shows: arguments that are no text are refused in one line.
+/// Shows: arguments that are not UTF-8 are refused with one line.
 #[test]
 fn arguments_that_are_no_text_are_refused() {
     let place = Place::new();
@@ -586,7 +593,8 @@ fn arguments_that_are_no_text_are_refused() {
     }
 }
 
-/// Shows: both devices have --version; the last one of a repeated option counts, as with virtiofsd.
+/// Shows: both commands have --version; the last one of a repeated option counts, as with
+/// virtiofsd.
 #[test]
 fn versions_and_repeated_options() {
     for arguments in [&["--version"][..], &["fs", "--version"], &["pmem", "--version"]] {
@@ -606,10 +614,11 @@ fn versions_and_repeated_options() {
     assert!(pmem.end_with(Signal::SIGTERM).success());
 }
 
-/// Shows: where a limit or a capability is missing, one line names the option and what would do.
+/// Shows: if a limit is too low or a capability is missing, one line names the option and a valid
+/// value.
 #[test]
-fn options_that_want_more_than_one_may() {
-    let name = "options_that_want_more_than_one_may";
+fn options_beyond_a_limit_or_capability() {
+    let name = "options_beyond_a_limit_or_capability";
     if !is_root() {
         return skip(name, "not root, so has no capability to drop");
     }
@@ -628,7 +637,7 @@ fn options_that_want_more_than_one_may() {
     );
     place.refuses(
         &mut without("dac_read_search", &["--inode-file-handles=mandatory"]),
-        &["--inode-file-handles=mandatory", "CAP_DAC_READ_SEARCH", "take prefer"],
+        &["--inode-file-handles=mandatory", "CAP_DAC_READ_SEARCH", "use prefer"],
     );
     let daemon = place.start(&mut without("dac_read_search", &["--window-size", "0"]));
     let said = daemon.said();
@@ -638,7 +647,7 @@ fn options_that_want_more_than_one_may() {
     assert!(daemon.end_with(Signal::SIGTERM).success());
 }
 
-/// Shows: a session has one line at its end, and a SIGTERM when there is none has none.
+/// Shows: each session has one line at its end, and a SIGTERM without a session has none.
 #[test]
 fn a_session_is_reported_once() {
     let place = Place::new();
@@ -664,7 +673,8 @@ fn a_session_is_reported_once() {
     }
 }
 
-/// Shows: a front-end that just goes ends a one-shot daemon with 0; --keep-listening waits on.
+/// Shows: a front-end that hangs up ends a daemon with code 0; with --keep-listening the daemon
+/// waits for the next one.
 #[test]
 fn one_session_or_many() {
     let place = Place::new();

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Shows the daemon on what the kernel believes is persistent memory: a DAX file system, and a
-//! device-DAX node. Ordinary machines have neither: `tests/guest` runs these in a VM that has both,
-//! with `VUD_DAX_DIR` (a directory on a file system mounted with `-o dax`) and `VUD_DAX_DEVICE`
-//! (`/dev/dax0.0`).
+//! Shows the daemon on persistent memory: a DAX file system, and a device-DAX node. Ordinary
+//! machines have neither. `tests/guest` runs these tests in a VM that has both, with `VUD_DAX_DIR`
+//! (a directory on a file system mounted with `-o dax`) and `VUD_DAX_DEVICE` (`/dev/dax0.0`).
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -34,7 +33,7 @@ fn dax_dir() -> TempDir {
     tempfile::tempdir_in(from_env("VUD_DAX_DIR")).unwrap()
 }
 
-/// `vhost-user-dax pmem`, the real binary, and a guest before it.
+/// `vhost-user-dax pmem`, the real binary, and a guest connected to it.
 struct Pmem {
     file: PathBuf,
     daemon: Daemon,
@@ -68,13 +67,13 @@ impl Pmem {
         assert!(self.daemon.wait_end().success());
         let file = self.file.clone();
         drop(self);
-        // The VM's map carries the lock, too, and its thread has it for a moment more.
+        // The VM's map holds the lock, too, and its thread unmaps a moment later.
         let spec = PmemFileSpec { path: file, size: None, sparse: true };
-        testkit::eventually("the VM to let go of the file", || PmemFile::open(&spec).is_ok());
+        testkit::eventually("the VM to unmap the file", || PmemFile::open(&spec).is_ok());
     }
 }
 
-/// Shows: a file there is known for what it is, and each `--persist` for what it can promise.
+/// Shows: a file on a DAX file system is detected, and each `--persist` has its guarantee.
 #[test]
 #[ignore = "needs a DAX file system: run by tests/guest"]
 fn a_dax_file_system_is_detected() {
@@ -83,7 +82,7 @@ fn a_dax_file_system_is_detected() {
     let file = Arc::new(tempfile::tempfile_in(dir.path()).unwrap());
     assert_eq!(Backing::of(&file), Backing::DaxFile);
     let auto = Durability::choose(Backing::DaxFile, PersistMode::Auto).unwrap();
-    assert_eq!(auto.instruction, None, "its kernel knows what is dirty");
+    assert_eq!(auto.instruction, None, "fdatasync is enough: the kernel tracks dirty pages");
     let lines = Durability::choose(Backing::DaxFile, PersistMode::Cacheline).unwrap();
     file.set_len(FILE_BYTES).unwrap();
     let direct = lines.persist(&file, FILE_BYTES).unwrap().direct.unwrap();
@@ -93,8 +92,8 @@ fn a_dax_file_system_is_detected() {
     assert_eq!(&found, b"straight");
 }
 
-/// Shows: with cache lines each page has its block before the guest comes, whatever the file was
-/// before.
+/// Shows: with cache lines each page has its block before the guest starts, also of a file that had
+/// holes.
 #[test]
 #[ignore = "needs a DAX file system: run by tests/guest"]
 fn blocks_are_settled_before_lines_count() {
@@ -113,8 +112,8 @@ fn blocks_are_settled_before_lines_count() {
     assert!(fs::read(&path).unwrap().ends_with(b"end"));
 }
 
-/// Shows: stores, flushes, and a second daemon that finds them, in each mode; and the bytes in the
-/// file.
+/// Shows: stores and flushes, a second daemon that finds the bytes, and the bytes in the file, with
+/// each `--persist`.
 #[test]
 #[ignore = "needs a DAX file system: run by tests/guest"]
 fn pmem_on_a_dax_file_system() {
@@ -138,8 +137,8 @@ fn pmem_on_a_dax_file_system() {
     }
 }
 
-/// Shows: a device-DAX node as pmem: its size and lock, stores, flushes by lines, a second daemon
-/// that finds the bytes; and what can't be is refused.
+/// Shows: a device-DAX node as pmem: its size and lock, stores, flushes by cache lines, a second
+/// daemon that finds the bytes; options that a node does not support are refused.
 #[test]
 #[ignore = "needs a device-DAX node: run by tests/guest"]
 fn pmem_on_a_device_dax_node() {
@@ -176,8 +175,8 @@ fn pmem_on_a_device_dax_node() {
     again.end();
 }
 
-/// Shows: a share there, in each mode: stores through the window and WRITE see each other, FSYNC is
-/// answered, and the host has the bytes.
+/// Shows: a share on a DAX file system, with each `--persist`: stores through the window and WRITEs
+/// see each other, FSYNC is answered, and the host has the bytes.
 #[test]
 #[ignore = "needs a DAX file system: run by tests/guest"]
 fn a_share_on_a_dax_file_system() {
@@ -202,8 +201,8 @@ fn a_share_on_a_dax_file_system() {
     }
 }
 
-/// Shows: a page that a node does not have is an error, and does not end the process: the kernel
-/// takes no piece out of a map of it that is smaller than its alignment.
+/// Shows: an access to a page behind the end of a node is an error, and does not end the process.
+/// The kernel can't unmap a part of a node's map that is smaller than its alignment.
 #[test]
 #[ignore = "needs a device-DAX node: run by tests/guest"]
 fn behind_the_end_of_a_device_dax_node() {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The daemon as a process: its command line, start, end and signals, and what lies below its files.
+//! The daemon as a process: its command line, start, end and signals, and the storage of its files.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The real daemon on a slow disk, which is strace holding its fdatasync back, with the strict
-//! front-end before it.
+//! The real daemon on a slow disk, with the test's front-end. strace makes the disk slow: it delays
+//! each fdatasync.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -15,10 +15,10 @@ use testkit::driver::{Answer, Driver, DriverOptions};
 use testkit::memory::guest_ram;
 use testkit::strict_vmm::{StrictVmm, VmmOptions};
 
-/// Each fdatasync lasts so long; long enough that a signal comes in the middle of it.
+/// Duration of each fdatasync, in microseconds: long enough that a signal comes during it.
 const SYNC_MICROSECONDS: u32 = 1_500_000;
 
-/// A daemon whose fdatasync is slow, and the lines of strace, one as each call begins or ends.
+/// A daemon with a slow fdatasync. strace writes one line when a call begins, and one when it ends.
 struct SlowDaemon {
     child: Child,
     trace: BufReader<File>,
@@ -29,7 +29,7 @@ impl SlowDaemon {
         let pipe = dir.join("trace");
         mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
         let mut command = Command::new("strace");
-        // -D: the child is the daemon itself, and gets the signal.
+        // -D: the child is the daemon itself, so it gets the signal.
         command.args(["-D", "-f", "-o"]).arg(&pipe).args(["-e", "trace=fdatasync", "-e"]);
         command.arg(format!("inject=fdatasync:delay_exit={SYNC_MICROSECONDS}")).arg("--");
         command.arg(env!("CARGO_BIN_EXE_vhost-user-dax")).arg("pmem");
@@ -42,12 +42,12 @@ impl SlowDaemon {
         while !said.contains("waiting for a front-end") {
             assert_ne!(stderr.read_line(&mut said).unwrap(), 0, "the daemon ended: {said}");
         }
-        // Nobody reads on: a full pipe must not stop the daemon.
+        // The rest of stderr is not read: a full pipe must not stop the daemon.
         std::thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::sink()));
         Self { child, trace }
     }
 
-    /// Waits until strace says that an fdatasync has begun.
+    /// Waits until a line of strace shows that an fdatasync has begun.
     fn wait_for_sync(&mut self) {
         let mut line = String::new();
         while !line.contains("fdatasync(") {
@@ -64,8 +64,8 @@ impl Drop for SlowDaemon {
     }
 }
 
-/// Shows: SIGTERM in the middle of a sync lets it finish, answers its flush, leaves no socket and
-/// ends with code 0.
+/// Shows: SIGTERM during a sync lets it finish, answers its flush, removes the socket, and ends
+/// with code 0.
 #[test]
 fn sigterm_in_the_middle_of_a_sync_loses_nothing() {
     if Command::new("strace").arg("-V").stdout(Stdio::null()).status().is_err() {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The start and the end of the real daemon, and who may connect: races, signals, what is
-//! unfinished.
+//! The start and the end of the real daemon: access to the socket, races, signals, unfinished
+//! files.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
@@ -27,7 +27,7 @@ use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-dax");
 const NOBODY: u32 = 65534;
 
-/// A directory that anybody may look into, with good files of 4 MiB in it.
+/// A directory that each user may read, for valid files of 4 MiB.
 struct Place(TempDir);
 
 impl Place {
@@ -55,7 +55,7 @@ impl Place {
         names
     }
 
-    /// `before` stands in front of the daemon: a program that becomes it.
+    /// The command `before` is put in front of the daemon's, and executes it.
     fn pmem_behind(&self, before: &[&str], file: &Path) -> Command {
         let mut words = before.iter().map(std::ffi::OsStr::new).chain([BINARY.as_ref()]);
         let mut command = Command::new(words.next().unwrap());
@@ -64,7 +64,7 @@ impl Place {
         command
     }
 
-    /// The lock beside the socket, as another process that hangs holds it.
+    /// Takes the lock beside the socket, like another process that hangs.
     fn held_lock(&self) -> Flock<File> {
         let mut options = File::options();
         options.write(true).create(true).truncate(false).mode(0o600);
@@ -77,7 +77,7 @@ impl Place {
     }
 }
 
-/// A daemon that nobody listens to.
+/// A daemon whose stderr is not read.
 struct Silent(Child);
 
 impl Silent {
@@ -97,7 +97,7 @@ impl Drop for Silent {
     }
 }
 
-/// A daemon and what it says.
+/// A daemon, and the text of its stderr.
 struct Daemon {
     child: Child,
     stderr: BufReader<ChildStderr>,
@@ -111,8 +111,8 @@ impl Daemon {
         Self { child, stderr, said: String::new() }
     }
 
-    /// Whether it says so before it ends.
-    fn says(&mut self, words: &str) -> bool {
+    /// Whether a line with `words` comes before the daemon ends.
+    fn prints(&mut self, words: &str) -> bool {
         loop {
             let from = self.said.len();
             if self.stderr.read_line(&mut self.said).unwrap() == 0 {
@@ -124,13 +124,13 @@ impl Daemon {
         }
     }
 
-    fn must_say(&mut self, words: &str) {
-        assert!(self.says(words), "the daemon ended without '{words}': {}", self.said);
+    fn must_print(&mut self, words: &str) {
+        assert!(self.prints(words), "the daemon ended without '{words}': {}", self.said);
     }
 
     fn waiting(command: &mut Command) -> Self {
         let mut daemon = Self::spawn(command);
-        daemon.must_say("waiting for a front-end");
+        daemon.must_print("waiting for a front-end");
         daemon
     }
 
@@ -150,7 +150,7 @@ impl Daemon {
         eventually("SIGTERM to be blocked", is_blocked);
     }
 
-    /// Its exit code, and all that it has said.
+    /// Waits for the end. Returns the exit code, and the text of stderr.
     fn ended(&mut self) -> (Option<i32>, String) {
         let ended = wait_end(&mut self.child);
         while self.stderr.read_line(&mut self.said).unwrap() > 0 {}
@@ -163,12 +163,13 @@ impl Daemon {
         assert_eq!(code, Some(0), "{said}");
     }
 
-    /// Must end with code 2 and one line with all of `words` in it, beside those that only tell.
+    /// The daemon must end with code 2, and with one line that contains all `words`, besides lines
+    /// of the level info.
     fn refuses(command: &mut Command, words: &[&str]) {
         Self::fails(command, 2, words);
     }
 
-    /// Must end with `code`, and with such a line.
+    /// The daemon must end with `code`, and with such a line.
     fn fails(command: &mut Command, code: i32, words: &[&str]) {
         let (ended, said) = Self::spawn(command).ended();
         assert_eq!(ended, Some(code), "{said}");
@@ -190,9 +191,9 @@ fn limit(pid: u32, what: &str) {
     assert!(done.unwrap().success(), "prlimit {what}");
 }
 
-// --- who may connect ---
+// --- access to the socket ---
 
-/// Connects as nobody, of that group.
+/// Connects as user nobody with the given group.
 fn connect_as_nobody(path: PathBuf, group: u32) -> io::Result<UnixStream> {
     let nobody = move || {
         use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
@@ -205,8 +206,9 @@ fn connect_as_nobody(path: PathBuf, group: u32) -> io::Result<UnixStream> {
     thread::spawn(nobody).join().unwrap()
 }
 
-/// Shows: the socket is the daemon's user's alone (0600) whatever the umask, of both devices, and
-/// no other user connects; with --socket-group its members do (0660). (The attack's t20.)
+/// Shows for both devices: the mode of the socket is 0600 with each umask, and other users can't
+/// connect. With --socket-group it is 0660, and members of the group can connect. (The attack's
+/// t20.)
 #[test]
 fn only_its_user_and_its_group_may_connect() {
     if !Uid::effective().is_root() {
@@ -248,12 +250,12 @@ fn only_its_user_and_its_group_may_connect() {
     }
 }
 
-/// Shows: there is no moment at which others may connect: the umask stands before the bind, and
-/// nothing that clears it comes first.
+/// Shows: other users can connect at no moment: the umask is set before the bind, and not changed
+/// in between.
 #[test]
-fn the_socket_is_never_wider() {
+fn the_mode_of_the_socket_is_never_wider() {
     if !Strace::is_here() {
-        return skip("the_socket_is_never_wider", "no strace");
+        return skip("the_mode_of_the_socket_is_never_wider", "no strace");
     }
     let place = Place::new();
     let trace = place.path("trace");
@@ -269,8 +271,8 @@ fn the_socket_is_never_wider() {
     assert!(umasks[0].contains("umask(0177)"), "{trace}");
 }
 
-/// Shows: a group that is none, and a group for an inherited socket, are refused before anything is
-/// made.
+/// Shows: an unknown group, and a group for an inherited socket, are refused before a file is
+/// created.
 #[test]
 fn bad_groups_are_refused() {
     let place = Place::new();
@@ -285,9 +287,8 @@ fn bad_groups_are_refused() {
 
 // --- two daemons, one path ---
 
-/// Shows: of four daemons that start at the same time for one path, where a dead socket lies,
-/// exactly one has it and can be connected to; the others say that it is in use, and leave no file
-/// behind.
+/// Shows: of four daemons that start at one time for one path with a dead socket, exactly one binds
+/// it and can be connected to. The others report that it is in use, and leave no file.
 #[test]
 fn one_of_many_daemons_wins() {
     const DAEMONS: usize = 4;
@@ -298,14 +299,14 @@ fn one_of_many_daemons_wins() {
             .map(|i| {
                 let mut command = place.pmem(&place.path(&format!("file{i}")));
                 let mut daemon = Daemon::spawn(command.args(["--size", "8M"]));
-                thread::spawn(move || (daemon.says("waiting for a front-end"), daemon))
+                thread::spawn(move || (daemon.prints("waiting for a front-end"), daemon))
             })
             .collect();
         let mut ended: Vec<_> = started.into_iter().map(|t| t.join().unwrap()).collect();
-        let winner = ended.iter().position(|(waits, _)| *waits).expect("one that waits");
+        let winner = ended.iter().position(|(waits, _)| *waits).expect("a daemon that waits");
         let (_, mut winner) = ended.remove(winner);
         for (waits, loser) in &mut ended {
-            assert!(!*waits, "round {round}: two have the socket");
+            assert!(!*waits, "round {round}: two daemons have the socket");
             let (code, said) = loser.ended();
             assert_eq!(code, Some(2), "{said}");
             assert!(said.contains("another process listens there"), "{said}");
@@ -313,14 +314,14 @@ fn one_of_many_daemons_wins() {
         let names = place.names();
         let files = names.iter().filter(|name| name.starts_with("file")).count();
         assert_eq!((files, names.len()), (1, 2), "round {round}: {names:?}");
-        drop(UnixStream::connect(place.path("sock")).expect("the winner's socket is there"));
+        drop(UnixStream::connect(place.path("sock")).expect("the winner's socket is removed"));
         assert_eq!(winner.ended().0, Some(0));
         assert!(!place.path("sock").exists());
         fs::remove_file(place.path(names.iter().find(|name| *name != "sock").unwrap())).unwrap();
     }
 }
 
-/// Shows: a daemon that ends while its path has gone to another one leaves that one's socket alone.
+/// Shows: a daemon that ends after another one has bound its path does not remove that socket.
 #[test]
 fn the_next_socket_is_left_alone() {
     let place = Place::new();
@@ -328,22 +329,23 @@ fn the_next_socket_is_left_alone() {
     for _ in 0..10 {
         let mut first = Daemon::waiting(&mut place.pmem(&one));
         let front_end = UnixStream::connect(place.path("sock")).unwrap();
-        first.must_say("a front-end has connected");
-        // It serves one, and closes its socket: that is dead then, and is replaced.
+        first.must_print("a front-end has connected");
+        // The daemon serves one front-end and closes its socket, which the second daemon then
+        // replaces.
         let sock = place.path("sock");
         eventually("the socket to be dead", || UnixStream::connect(&sock).is_err());
         let second = Daemon::waiting(&mut place.pmem(&two));
         drop(front_end);
         assert_eq!(first.ended().0, Some(0));
-        UnixStream::connect(place.path("sock")).expect("the second one's socket is there");
+        UnixStream::connect(place.path("sock")).expect("the second daemon's socket is removed");
         drop(second);
     }
 }
 
-/// Shows: the lock beside a socket goes with the start, one that a killed daemon left is no
-/// obstacle, and one that is somebody else's is named.
+/// Shows: the lock beside a socket is removed at the end of the start, and an empty one of a killed
+/// daemon is taken over. A lock file with content, or another kind of file, is refused and named.
 #[test]
-fn a_left_lock_is_no_obstacle() {
+fn a_left_lock_is_taken_over() {
     let place = Place::new();
     let file = place.file("file");
     File::create(place.path("sock.lock")).unwrap();
@@ -361,10 +363,10 @@ fn a_left_lock_is_no_obstacle() {
     Daemon::refuses(&mut place.pmem(&file), &["sock.lock"]);
 }
 
-/// Shows: a start whose lock beside the socket another process keeps ends with one line and code 2;
-/// SIGTERM ends it with code 0. Nothing is made in both cases.
+/// Shows: if another process holds the lock beside the socket, a start ends with one line and code
+/// 2, or at SIGTERM with code 0. No file is created in both cases.
 #[test]
-fn a_lock_that_is_kept_holds_no_start_for_ever() {
+fn a_held_lock_ends_a_start() {
     let place = Place::new();
     let file = place.file("file");
     let _held = place.held_lock();
@@ -387,10 +389,10 @@ fn a_lock_that_is_kept_holds_no_start_for_ever() {
     }
 }
 
-/// Shows: a daemon ends although another process keeps that lock: the socket is not removed, and a
-/// log line names the cause.
+/// Shows: if another process holds that lock, a daemon still ends: the socket stays, and a line
+/// names the reason.
 #[test]
-fn a_lock_that_is_kept_holds_no_end_up() {
+fn a_held_lock_delays_no_end() {
     let place = Place::new();
     let file = place.file("file");
     for sigterm in [true, false] {
@@ -411,14 +413,14 @@ fn a_lock_that_is_kept_holds_no_end_up() {
     assert_eq!(place.names(), ["file"]);
 }
 
-// --- a stderr that nobody reads ---
+// --- a stderr that is not read ---
 
-/// A pipe whose buffer is full. The caller keeps the reader.
+/// A pipe whose buffer is full. The caller keeps the reading end.
 fn full_pipe() -> (io::PipeReader, io::PipeWriter) {
     let (reader, writer) = io::pipe().unwrap();
     let set = |flags| fcntl(&writer, FcntlArg::F_SETFL(flags)).unwrap();
     set(OFlag::O_NONBLOCK);
-    // A write of at most PIPE_BUF (4096) bytes goes as a whole, or not at all.
+    // A write of at most PIPE_BUF (4096) bytes is done as a whole, or not at all.
     for bytes in [4096, 1] {
         while (&writer).write(&vec![b'x'; bytes]).is_ok() {}
     }
@@ -426,7 +428,7 @@ fn full_pipe() -> (io::PipeReader, io::PipeWriter) {
     (reader, writer)
 }
 
-/// Shows: SIGTERM ends a daemon that makes its file, and whose stderr nobody reads.
+/// Shows: SIGTERM ends a daemon that is creating its file and whose stderr is full.
 #[test]
 fn a_full_stderr_keeps_no_signal_away() {
     let place = Place::new();
@@ -440,7 +442,7 @@ fn a_full_stderr_keeps_no_signal_away() {
     assert!(!place.path("sock").exists());
 }
 
-/// Shows: a start that is refused ends with code 2, also if nobody reads its stderr.
+/// Shows: a start that is refused ends with code 2, also if stderr is full.
 #[test]
 fn a_full_stderr_holds_no_refusal_up() {
     let place = Place::new();
@@ -451,8 +453,8 @@ fn a_full_stderr_holds_no_refusal_up() {
 
 // --- a front-end that does not answer ---
 
-/// Shows: SIGTERM ends a daemon whose front-end has read a map and never answers it, whoever sends
-/// the map.
+/// Shows: SIGTERM ends a daemon whose front-end has read a map message and does not answer it, with
+/// each sender of the map.
 #[test]
 fn a_map_without_an_answer_keeps_no_signal_away() {
     for lacks in [Protocol::empty(), Protocol::SHARED_OBJECT] {
@@ -480,15 +482,14 @@ fn a_map_without_an_answer_keeps_no_signal_away() {
     }
 }
 
-// --- a start that is broken off ---
+// --- a start that is interrupted ---
 
-/// A daemon that creates a file of 64 GiB, each piece of which takes a while, and allocates
-/// nothing.
+/// A daemon that creates a file of 64 GiB. strace delays each fallocate(2), and lets none allocate.
 fn in_the_middle_of_allocating(place: &Place) -> Daemon {
     let pipe = place.path("trace");
     let _ = fs::remove_file(&pipe);
     mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    // -D: the child is the daemon itself, and gets the signal.
+    // -D: the child is the daemon itself, so it gets the signal.
     let how = "inject=fallocate:retval=0:delay_exit=200000";
     let before =
         ["strace", "-D", "-f", "-o", pipe.to_str().unwrap(), "-e", "trace=fallocate", "-e", how];
@@ -500,13 +501,13 @@ fn in_the_middle_of_allocating(place: &Place) -> Daemon {
         line.clear();
         assert_ne!(trace.read_line(&mut line).unwrap(), 0, "no fallocate");
     }
-    // strace must not wait for a reader.
+    // strace must not wait for a reader of the pipe.
     thread::spawn(move || io::copy(&mut trace, &mut io::sink()));
     daemon
 }
 
-/// Shows: SIGTERM and SIGINT while a file is allocated end the daemon with code 0 long before it is
-/// done, and neither the file nor the socket stays.
+/// Shows: SIGTERM and SIGINT during the allocation of a file end the daemon with code 0 long before
+/// the allocation would end, and remove the file and the socket.
 #[test]
 fn a_signal_breaks_off_an_allocation() {
     if !Strace::is_here() {
@@ -525,12 +526,11 @@ fn a_signal_breaks_off_an_allocation() {
     }
 }
 
-/// Shows: what a killed daemon had not finished is never taken for a whole file, with --size or
-/// without.
+/// Shows: an unfinished file of a killed daemon is never used, with --size and without it.
 #[test]
-fn an_unfinished_file_is_not_taken_for_whole() {
+fn an_unfinished_file_is_refused() {
     if !Strace::is_here() {
-        return skip("an_unfinished_file_is_not_taken_for_whole", "no strace");
+        return skip("an_unfinished_file_is_refused", "no strace");
     }
     let place = Place::new();
     let mut daemon = in_the_middle_of_allocating(&place);
@@ -544,7 +544,7 @@ fn an_unfinished_file_is_not_taken_for_whole() {
     assert_eq!((before.len(), before.ctime_nsec()), (after.len(), after.ctime_nsec()));
 }
 
-/// Shows: a front-end that connects while the file is allocated is served afterwards.
+/// Shows: a front-end that connects during the allocation of the file is served afterwards.
 #[test]
 fn a_front_end_may_come_early() {
     if !Strace::is_here() {
@@ -555,25 +555,25 @@ fn a_front_end_may_come_early() {
     let before = ["strace", "-D", "-f", "-o", "/dev/null", "-e", "trace=fallocate", "-e", how];
     let mut command = place.pmem_behind(&before, &place.path("new"));
     let mut daemon = Daemon::spawn(command.args(["--size", "8M"]));
-    daemon.must_say("creating");
+    daemon.must_print("creating");
     let front_end = UnixStream::connect(place.path("sock")).unwrap();
-    daemon.must_say("a front-end has connected");
+    daemon.must_print("a front-end has connected");
     drop(front_end);
     assert_eq!(daemon.ended().0, Some(0));
 }
 
-/// Shows: SIGHUP ends nothing.
+/// Shows: SIGHUP does not end the daemon.
 #[test]
-fn a_terminal_that_goes_takes_no_daemon_along() {
+fn sighup_ends_no_daemon() {
     let place = Place::new();
     let mut daemon = Daemon::waiting(&mut place.pmem(&place.file("file")));
     daemon.signal(Signal::SIGHUP);
-    daemon.must_say("SIGHUP");
+    daemon.must_print("SIGHUP");
     drop(UnixStream::connect(place.path("sock")).unwrap());
     assert_eq!(daemon.ended().0, Some(0));
 }
 
-// --- what the process must have, and must not be ended by ---
+// --- limits and permissions of the process ---
 
 /// Shows: a write of the guest past RLIMIT_FSIZE is EFBIG for the guest, and does not end the
 /// daemon. (The attack's t31.)
@@ -593,8 +593,8 @@ fn a_limit_of_file_sizes_ends_no_daemon() {
     assert!(host.ended().success());
 }
 
-/// Shows: the same limit refuses a pmem file that would be too long, with a line and not with a
-/// signal.
+/// Shows: that limit refuses a pmem file that would be too long, by an error line and not by
+/// SIGXFSZ.
 #[test]
 fn a_limit_of_file_sizes_refuses_a_new_file() {
     let place = Place::new();
@@ -609,8 +609,8 @@ fn a_limit_of_file_sizes_refuses_a_new_file() {
     }
 }
 
-/// Shows: where unshare(2) is refused the share is not served, since its threads would share an
-/// umask; one line says so. (The attack's t15.)
+/// Shows: if unshare(2) fails, the share is not served, since the daemon's threads would share an
+/// umask, and one line reports it. (The attack's t15.)
 #[test]
 fn without_unshare_no_share_is_served() {
     if !Strace::is_here() {
@@ -627,7 +627,7 @@ fn without_unshare_no_share_is_served() {
     assert!(place.names().is_empty());
 }
 
-/// Shows: what is no file is refused without being opened: only its name is.
+/// Shows: a path that is no file is refused without an open for reading or writing.
 #[test]
 fn a_device_is_not_opened_to_be_refused() {
     if !Strace::is_here() {
@@ -650,7 +650,7 @@ fn a_device_is_not_opened_to_be_refused() {
     }
 }
 
-/// Shows: a symbolic link to a file is followed, as ever.
+/// Shows: a symbolic link to a file is followed.
 #[test]
 fn a_link_to_a_file_is_served() {
     let place = Place::new();
@@ -662,8 +662,8 @@ fn a_link_to_a_file_is_served() {
 
 // --- one front-end after another ---
 
-/// Shows: a daemon that keeps listening goes on when it finds no descriptors for a front-end, and
-/// serves that front-end when there are some.
+/// Shows: with --keep-listening a daemon without descriptors for a front-end continues, and serves
+/// that front-end when it has some.
 #[test]
 fn a_lack_of_descriptors_is_waited_out() {
     let place = Place::new();
@@ -671,30 +671,30 @@ fn a_lack_of_descriptors_is_waited_out() {
     let mut daemon = Daemon::waiting(command.arg("--keep-listening"));
     limit(testkit::worker_of(daemon.child.id()), "--nofile=8:1024");
     let front_end = UnixStream::connect(place.path("sock")).unwrap();
-    daemon.must_say("can't be served yet");
+    daemon.must_print("can't be served yet");
     limit(testkit::worker_of(daemon.child.id()), "--nofile=1024:1024");
-    daemon.must_say("a front-end has connected");
+    daemon.must_print("a front-end has connected");
     drop(front_end);
     drop(UnixStream::connect(place.path("sock")).unwrap());
-    daemon.must_say("a front-end has connected");
+    daemon.must_print("a front-end has connected");
     daemon.terminated();
 }
 
-/// Shows: each front-end that comes while one is served is told of in the log, without being
-/// accepted; it is served when the first has gone.
+/// Shows: the log has a line about each front-end that connects while another one is served. It is
+/// not accepted before the other one has hung up.
 #[test]
-fn who_waits_is_told_of() {
+fn waiting_front_ends_are_logged() {
     let place = Place::new();
     let mut command = place.pmem(&place.file("file"));
     let mut daemon = Daemon::waiting(command.arg("--keep-listening"));
     let first = UnixStream::connect(place.path("sock")).unwrap();
-    daemon.must_say("a front-end has connected");
+    daemon.must_print("a front-end has connected");
     let second = UnixStream::connect(place.path("sock")).unwrap();
-    daemon.must_say("another front-end has connected, and waits");
+    daemon.must_print("another front-end has connected, and waits");
     drop(first);
-    daemon.must_say("a front-end has connected");
+    daemon.must_print("a front-end has connected");
     drop(second);
-    // Those that come in one second share a line.
+    // Front-ends of the same second share a line.
     let threads = || {
         fs::read_dir(format!("/proc/{}/task", testkit::worker_of(daemon.child.id())))
             .unwrap()
@@ -704,9 +704,9 @@ fn who_waits_is_told_of() {
     daemon.terminated();
 }
 
-// --- what the file lies in ---
+// --- the file system of the file ---
 
-/// Shows: a file system that nobody tried is promised nothing; ramfs and hugetlbfs are memory.
+/// Shows: an untested file system has no guarantee in the log; ramfs and hugetlbfs are memory.
 #[test]
 fn file_systems_are_promised_what_was_found() {
     let may_mount = Command::new("unshare").args(["--mount", "true"]).status();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What changes a file that may be granted at the same time, or wants its times: all of it goes
-//! through the engine where the file has an address space. Knows no message and no window.
+//! Requests that change a file that may be granted, or that need its times. For a file that has an
+//! address space they go through the engine. Knows no message and no window.
 
 use std::io;
 use std::sync::Arc;
@@ -25,13 +25,14 @@ impl Dax {
         }
     }
 
-    /// Settles the times of the guest's inode `nodeid`, which has the inode number `ino` on the
-    /// host. Whether they may have become new: by this, or by a thread that settled them meanwhile.
+    /// Settles the times of node id `nodeid`, whose inode number on the host is `ino`. Returns
+    /// whether the times may have changed, by this thread or by another one that settled them
+    /// meanwhile.
     pub(crate) fn settle_inode(&self, nodeid: u64, ino: u64) -> bool {
         let settle = |node: &Arc<Node>| {
             node.times.settle(&self.engine, &node.space, Occasion::Look);
         };
-        // Of two files on two devices both are settled, which does no harm.
+        // Two files of two devices may have this inode number: both are settled, without harm.
         let nodes = self.nodes.of_inode(nodeid, ino);
         nodes.iter().for_each(settle);
         nodes.iter().any(|node| node.times.is_watched())
@@ -44,10 +45,10 @@ impl Dax {
         }
     }
 
-    /// Lets `change` change attributes of a file, mtime among them if it is `given`.
+    /// Calls `change`, which changes attributes of a file. `given`: mtime is one of them.
     ///
     /// # Errors
-    /// The change's.
+    /// Those of `change`.
     pub(crate) fn change_times<T>(
         &self,
         file: &Found<'_>,
@@ -60,7 +61,8 @@ impl Dax {
         }
     }
 
-    /// All have closed the file, and were told that data was lost: it starts anew.
+    /// All handles of the file were closed after the loss of data was reported: the engine forgets
+    /// it.
     pub(crate) fn forgive(&self, file: &Found<'_>) {
         if let Some(node) = &file.node {
             node.space.forgive();
@@ -75,7 +77,7 @@ impl Dax {
         }
     }
 
-    /// A handle that could write is about to go: see `Times::closed`.
+    /// A handle that can write is about to be released: see `Times::closed`.
     pub(crate) fn closed(&self, file: &Found<'_>, count: impl FnOnce() -> bool) {
         match &file.node {
             Some(node) => node.times.closed(&self.engine, &node.space, count),
@@ -83,16 +85,16 @@ impl Dax {
         }
     }
 
-    /// What there is of a file of which something may be granted or about to be.
+    /// Finds the address space of a file, if it has one.
     ///
     /// # Errors
-    /// The file system's.
+    /// Those of finding out which file it is.
     pub(crate) fn find<'a>(&self, subject: Subject<'a>) -> io::Result<Found<'a>> {
         self.nodes.find(subject)
     }
 
-    /// A change of a file that was not to be found in the window. If it has got there meanwhile,
-    /// what was granted may rest on how the file was before: the engine looks at it again.
+    /// Calls `change` for a file that had no address space. A SETUPMAPPING may have granted the
+    /// file meanwhile, by its length before the change: the engine then checks the length again.
     fn beside<T>(&self, file: &Found<'_>, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let done = change()?;
         if let Some(node) = self.nodes.find_again(file)? {
@@ -101,10 +103,10 @@ impl Dax {
         Ok(done)
     }
 
-    /// Lets `change` set the inode's length to `bytes`.
+    /// Calls `change`, which sets the length of the file to `bytes`.
     ///
     /// # Errors
-    /// The change's (EAGAIN, too: it would wait for a lease), or the engine's.
+    /// Those of the engine, and of `change`, including EAGAIN for a lease.
     pub(crate) fn resize<T>(
         &self,
         file: &Found<'_>,
@@ -119,11 +121,11 @@ impl Dax {
         })
     }
 
-    /// Lets `change` do something to the inode's length or blocks that makes it shorter by at most
-    /// `shorter_by` bytes.
+    /// Calls `change`, which changes the length or the blocks of the file, and makes it shorter by
+    /// at most `shorter_by` bytes.
     ///
     /// # Errors
-    /// The change's, or the engine's.
+    /// Those of `change` and of the engine.
     pub(crate) fn change<T>(
         &self,
         file: &Found<'_>,
@@ -135,11 +137,11 @@ impl Dax {
         self.engine.change(&node.space, at_least, change).map_err(|e| guest_error(&e))
     }
 
-    /// Lets `write` write to `range` of the inode: past the processor's cache where it
-    /// is given the file's memory, which has blocks for all of them then (behaviour 13).
+    /// Calls `write`, which writes `range` of the file. It gets the file's memory if all blocks of
+    /// `range` exist, and must then store past the processor's cache (behaviour 13).
     ///
     /// # Errors
-    /// The write's, or the engine's.
+    /// Those of `write` and of the engine.
     pub(crate) fn write(
         &self,
         file: &Found<'_>,
@@ -155,25 +157,26 @@ impl Dax {
         done.map_err(|e| guest_error(&e))
     }
 
-    /// Makes a hole, or zeros where a write grant needs the blocks. False if nothing is granted.
+    /// Punches a hole; writes zeros instead where a write grant needs the blocks. Returns false,
+    /// and does nothing, if the file has no address space.
     ///
     /// # Errors
-    /// The engine's.
+    /// Those of the engine.
     pub(crate) fn punch(&self, file: &Found<'_>, range: FileRange) -> io::Result<bool> {
         let Some(node) = &file.node else { return Ok(false) };
         self.engine.punch(&node.space, range).map_err(|e| guest_error(&e))?;
         if node.direct.is_some() {
-            // Zeros of our own make, which the kernel does not see.
+            // The daemon has stored zeros itself, so the kernel has not changed mtime.
             node.times.touch();
         }
         Ok(true)
     }
 
-    /// Makes the inode durable: what the window was written through, then `sync`, which is about
-    /// the guest's own handle.
+    /// Makes a file durable: first stores through the window, then `sync`, which uses the guest's
+    /// handle.
     ///
     /// # Errors
-    /// Either one's; it is final.
+    /// Those of both. After an error each later sync of the file fails.
     pub(crate) fn sync(
         &self,
         file: &Found<'_>,
@@ -183,10 +186,10 @@ impl Dax {
         self.engine.writeback_by(&node.space, sync)
     }
 
-    /// The same for all inodes that have anything granted.
+    /// Makes stores through the window durable, for all files that have an address space.
     ///
     /// # Errors
-    /// The first one's.
+    /// The first error.
     pub(crate) fn sync_all(&self) -> io::Result<()> {
         self.nodes
             .all()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! SETUPMAPPING and REMOVEMAPPING (virtio 1.4 section 5.11.6.4): what the window shows of a file.
+//! SETUPMAPPING and REMOVEMAPPING (virtio 1.4 section 5.11.6.4).
 
 use std::fs::File;
 use std::io;
@@ -23,15 +23,15 @@ use crate::fs::lives::Life;
 use crate::fs::message::{Args, Reply, invalid};
 use crate::fs::server::Server;
 
-/// FUSE_SETUPMAPPING_FLAG_WRITE and _READ.
+/// Flags of SETUPMAPPING: FUSE_SETUPMAPPING_FLAG_WRITE and FUSE_SETUPMAPPING_FLAG_READ.
 const FLAG_WRITE: u64 = 1 << 0;
 const FLAG_READ: u64 = 1 << 1;
 
-/// The most removals in one REMOVEMAPPING (FUSE_REMOVEMAPPING_MAX_ENTRY: a page of them).
+/// Largest number of removals in one REMOVEMAPPING: FUSE_REMOVEMAPPING_MAX_ENTRY, one page of them.
 const MAX_REMOVALS: u32 = 256;
 
-/// Whether a file can't be mapped since the daemon can't open it for writing: a program that runs on
-/// the host, an immutable file, one of a file system that is mounted read-only.
+/// Whether a file can't be mapped because the daemon can't open it for writing: a running program
+/// of the host, an immutable file, or a file system that is mounted read-only.
 fn is_for_readers(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ETXTBSY | libc::EPERM | libc::EACCES | libc::EROFS))
 }
@@ -47,9 +47,9 @@ where
         nodeid: u64,
         args: &mut Args<'_>,
     ) -> io::Result<Reply> {
-        let dax = self.dax.as_deref().filter(|dax| dax.is_there()).ok_or(Errno::ENOSYS)?;
+        let dax = self.dax.as_deref().filter(|dax| dax.can_map()).ok_or(Errno::ENOSYS)?;
         let asked: fuse::SetupmappingIn = args.take()?;
-        // `fh` is always -1: the inode is what counts.
+        // `fh` is always -1: the node id identifies the file.
         let is_current = || self.lives.is_mounted(life);
         let done = dax.setup(nodeid, &asked, is_current, || self.writable_file(ctx, nodeid));
         if done.as_ref().is_err_and(is_for_readers)
@@ -61,7 +61,7 @@ where
     }
 
     pub(in crate::fs) fn remove_mapping(&self, args: &mut Args<'_>) -> io::Result<Reply> {
-        let dax = self.dax.as_deref().filter(|dax| dax.is_there()).ok_or(Errno::ENOSYS)?;
+        let dax = self.dax.as_deref().filter(|dax| dax.can_map()).ok_or(Errno::ENOSYS)?;
         let fuse::RemovemappingIn { count } = args.take()?;
         if count > MAX_REMOVALS {
             return Err(invalid());
@@ -73,11 +73,12 @@ where
 }
 
 impl Dax {
-    /// SETUPMAPPING. `open` gives the file, readable and writable. `is_current` says whether the
-    /// guest still wants it, in the moment in which nothing else can be granted.
+    /// SETUPMAPPING. `open` opens the file for reading and writing. `is_current`, which is called
+    /// while no other thread can grant, returns whether the driver still has the file system
+    /// mounted.
     ///
     /// # Errors
-    /// What the guest is told; EAGAIN only from `open`.
+    /// EINVAL and the errno of [`guest_error`]; EAGAIN only from `open`.
     fn setup(
         &self,
         nodeid: u64,
@@ -114,15 +115,15 @@ impl Dax {
         }
         drop(node);
         self.removed(&replaced);
-        // Also after a success: what it replaced may have been the last of another file.
+        // After a success, too: the grant may have replaced the last grant of another file.
         self.drop_idle();
         granted.map_err(|e| guest_error(&e))
     }
 
-    /// REMOVEMAPPING. All numbers are looked at before anything is done.
+    /// REMOVEMAPPING. Checks all ranges before it removes any.
     ///
     /// # Errors
-    /// What the guest is told.
+    /// The errno of [`guest_error`].
     fn remove(&self, removals: &[RemovemappingOne]) -> io::Result<()> {
         let spans: Result<Vec<_>, _> = removals
             .iter()
@@ -137,7 +138,7 @@ impl Dax {
         done.map_err(|e| guest_error(&e))
     }
 
-    /// Looks whether anything was stored to what was granted, and is not any more.
+    /// Notes stores to ranges that were granted for writing and were revoked.
     pub(super) fn removed(&self, written: &[(Arc<Space>, FileRange)]) {
         if written.is_empty() {
             return;
@@ -150,7 +151,7 @@ impl Dax {
         }
     }
 
-    /// Lets go of what is not used any more.
+    /// Settles and drops the files that no longer have a grant or a user.
     fn drop_idle(&self) {
         for node in self.nodes.idle() {
             node.times.settle(&self.engine, &node.space, Occasion::Close);

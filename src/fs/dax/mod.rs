@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The window of a device, and the files in it: what the guest maps (`mapping`), and what else
-//! changes a file that may be granted at the same time (`changes`). Everything here goes through the
-//! engine. Knows no ring.
+//! The window of a device and the files in it: SETUPMAPPING and REMOVEMAPPING (`mapping`), and all
+//! other changes of a file that may be granted (`changes`). Both go through the engine. Knows no
+//! ring.
 
 mod changes;
 mod mapping;
@@ -37,40 +37,41 @@ use super::sync_errors::Losses;
 use crate::passthrough::PassthroughMount;
 use crate::window::locate::{SharedBase, WindowLocation};
 
-/// The most of the guest's numbers that are remembered as mapped. With more, each file counts as
-/// mapped.
+/// Largest number of node ids that are remembered as mapped. When it is reached, each file counts
+/// as mapped.
 const MOST_MAPPED: usize = 1 << 16;
 
-/// FUSE_ATTR_DAX.
+/// Flag of fuse_attr: FUSE_ATTR_DAX.
 const ATTR_DAX: u32 = 1 << 1;
 
-/// log2 of what foffset and moffset must be multiples of: the slots of a Linux guest.
+/// log2 of the alignment of foffset and moffset, in bytes (`map_alignment` of INIT): a Linux guest
+/// maps ranges of 2 MiB.
 pub(crate) const MAP_ALIGNMENT_LOG2: u16 = PMD_BYTES.trailing_zeros() as u16;
 
-/// The window of a device, and the files in it.
+/// The window of a device and the files in it.
 pub(crate) struct Dax {
     engine: Arc<Engine>,
     nodes: Nodes,
     current: Arc<CurrentWindow>,
     base: Arc<SharedBase>,
-    /// How many memory regions the VM has.
+    /// Number of the VM's memory regions.
     regions: Arc<AtomicUsize>,
     bytes: WindowBytes,
     policy: DaxPolicy,
-    /// The guest may map files.
+    /// Whether INIT has allowed the guest to map files.
     mapping: AtomicBool,
-    /// It wants a flag on each file that is to be mapped.
+    /// Whether the guest maps only files that have FUSE_ATTR_DAX (FUSE_HAS_INODE_DAX).
     flags_wanted: AtomicBool,
-    /// What the guest has mapped, if it is told which files to map: it goes on with one that has
-    /// become short meanwhile.
+    /// Node ids that the guest has mapped, if `flags_wanted`. The guest keeps DAX for a mapped file
+    /// that has become too short for the policy.
     mapped: Mutex<HashSet<u64>>,
-    /// The inode numbers of files that could not be mapped, since they can't be opened for writing.
+    /// Inode numbers of files that can't be mapped, because the daemon can't open them for writing.
     for_readers: Mutex<HashSet<u64>>,
     pub(crate) removals: Counter,
 }
 
-/// What goes wrong in the engine, as the guest is told. Never EAGAIN, nor ENOMEM for want of maps:
-/// a guest that faults tries again for ever.
+/// The errno for an error of the engine. Never EAGAIN, nor ENOMEM if the window is full: a guest
+/// that handles a page fault would repeat the request without end.
 fn guest_error(e: &GrantError) -> io::Error {
     if matches!(e, GrantError::Window(ShowError::TooMany(_))) {
         return Errno::ENOBUFS.into();
@@ -82,8 +83,10 @@ fn guest_error(e: &GrantError) -> io::Error {
 }
 
 impl Dax {
+    /// Creates the window of a device.
+    ///
     /// # Errors
-    /// The system's.
+    /// Those of inotify_init1(2) and of the start of the watch thread.
     pub(crate) fn new(
         bytes: WindowBytes,
         policy: DaxPolicy,
@@ -114,12 +117,12 @@ impl Dax {
         &self.engine
     }
 
-    /// How many files are in the window, or about to be.
+    /// Number of files in the window, including those of running SETUPMAPPINGs.
     pub(crate) fn files(&self) -> usize {
         self.nodes.count()
     }
 
-    /// A new front-end's window.
+    /// Creates the window of a new session.
     pub(crate) fn open_window(&self) -> Arc<FsWindow> {
         let (engine, most_maps) = (self.engine.clone(), most_maps(self.bytes));
         let shared = (self.base.clone(), self.regions.clone());
@@ -128,32 +131,32 @@ impl Dax {
         window
     }
 
-    /// Whether this front-end can show a window. May block.
-    pub(crate) fn is_there(&self) -> bool {
-        self.current.get().is_some_and(|window| window.is_there())
+    /// Whether the front-end can show a window. May block on the front-end.
+    pub(crate) fn can_map(&self) -> bool {
+        self.current.get().is_some_and(|window| window.can_map())
     }
 
-    /// Where the window is in the guest's memory, if that is known.
+    /// Guest physical address and length of the window, if the address is known.
     pub(crate) fn location(&self) -> Option<WindowLocation> {
         let gpa = self.base.get()?;
         Some(WindowLocation { gpa, bytes: self.bytes })
     }
 
-    /// INIT agreed on whether the guest may map files, and whether it wants a flag on each.
+    /// INIT has allowed the guest to map files, or not; and the guest wants FUSE_ATTR_DAX, or not.
     pub(crate) fn agree(&self, mapping: bool, flags_wanted: bool) {
         self.mapping.store(mapping, Ordering::Relaxed);
         self.flags_wanted.store(flags_wanted, Ordering::Relaxed);
     }
 
-    /// Marks the files for which the policy wants DAX, and makes those that may be mapped fit for
-    /// it. Whether this one may be: then the guest may change it without our seeing it, and what it
-    /// knows of its attributes is not to be believed.
+    /// Prepares the attributes of a file that the guest may map: sets the block size, and
+    /// FUSE_ATTR_DAX if the policy wants it. Returns whether the guest may map the file. Then it
+    /// may store to the file without a request, so its cached attributes must have a timeout of 0.
     pub(crate) fn flag(&self, nodeid: u64, attr: &mut Attr) -> bool {
         if attr.mode & libc::S_IFMT != libc::S_IFREG || !self.mapping.load(Ordering::Relaxed) {
             return false;
         }
-        // Linux's dax_writeback_mapping_range() refuses to write back (and so fails each fsync)
-        // where the block size is not the page size, and FUSE takes the former from here.
+        // Linux's dax_writeback_mapping_range() fails, and so does each fsync, if the block size of
+        // the inode is not the page size. FUSE sets it from this field.
         attr.blksize = PAGE_BYTES as u32;
         if !self.flags_wanted.load(Ordering::Relaxed) {
             return true; // A mount with `dax=always`.
@@ -166,8 +169,8 @@ impl Dax {
         pays || mapped.len() >= MOST_MAPPED || mapped.contains(&nodeid)
     }
 
-    /// A file could not be mapped, since it can't be opened for writing: a guest that leaves the
-    /// choice to us shall read it by requests.
+    /// Notes that a file could not be opened for writing. A guest that wants FUSE_ATTR_DAX then
+    /// uses READ for it.
     fn note_for_readers(&self, ino: u64) {
         let mut for_readers = lock(&self.for_readers);
         if for_readers.len() < MOST_MAPPED {
@@ -175,67 +178,69 @@ impl Dax {
         }
     }
 
-    /// The driver has reset the device: the front-end has dropped all maps, and nothing is granted.
+    /// The driver has reset the device, and the front-end has removed all maps (Q10): drops all
+    /// grants.
     pub(crate) fn forget(&self) {
         if let Some(window) = self.current.get() {
             window.reset();
         }
-        self.take_away_all(|| self.engine.reset());
+        self.drop_grants(|| self.engine.reset());
         self.clear_nodes();
     }
 
-    /// The process is about to end: nothing waits for the front-end any more.
+    /// The process is about to end: no thread waits for the front-end any more.
     pub(crate) fn close(&self) {
         if let Some(window) = self.current.get() {
             window.ended();
         }
     }
 
-    /// The session is over.
+    /// The session has ended.
     pub(crate) fn session_ended(&self) {
         self.forget();
-        // Its back-end channel goes with it.
+        // The session owns the back-end channel.
         self.current.set(None);
     }
 
-    /// The guest unmounts, or mounts anew: takes every map away, but none of a driver that has
-    /// begun anew meanwhile. What `is_current` says is looked at when nothing else can be granted.
+    /// Revokes all grants at an INIT or DESTROY, unless a new driver has started meanwhile.
+    /// `is_current` is called while no other thread can grant.
     pub(crate) fn release_all(&self, is_current: impl Fn() -> bool) {
-        self.take_away_all(|| {
+        self.drop_grants(|| {
             if let Err(e) = self.engine.revoke_all(&is_current)
                 && is_current()
             {
-                warn!("not every map could be taken away: {e}");
+                warn!("not each map could be removed: {e}");
                 self.engine.reset();
             }
         });
     }
 
-    /// Lets `take_away` take all grants away, and settles the times of what was stored through
-    /// them.
-    fn take_away_all(&self, take_away: impl FnOnce()) {
+    /// Calls `revoke`, which drops all grants, and settles the times of files that had write
+    /// grants.
+    fn drop_grants(&self, revoke: impl FnOnce()) {
         let written = self.engine.written_in(&[self.engine.whole()]);
-        take_away();
+        revoke();
         self.removed(&written);
-        // A driver that begins anew waits for this.
+        // Does not wait for the disk: the start of the next driver waits for this thread.
         self.settle_all(Occasion::End);
     }
 
-    /// Forgets which files have been mapped.
+    /// Forgets which files the guest has mapped.
     pub(crate) fn clear_nodes(&self) {
         self.nodes.forget();
         lock(&self.mapped).clear();
         lock(&self.for_readers).clear();
     }
 
-    /// The guest has forgotten a number.
+    /// The guest has forgotten a node id.
     pub(crate) fn forget_number(&self, nodeid: u64) {
         self.nodes.forget_number(nodeid);
         lock(&self.mapped).remove(&nodeid);
     }
 }
 
-/// One for each slot: a Linux guest asks for whole slots, and the map of one covers it.
+/// Largest number of maps: one for each slot of 2 MiB. A Linux guest requests whole slots, and one
+/// map covers a slot.
 fn most_maps(bytes: WindowBytes) -> usize {
     usize::try_from(bytes.0 / PMD_BYTES).unwrap_or(usize::MAX)
 }

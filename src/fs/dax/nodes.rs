@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which files have an address space in the engine: one each, whatever led to the file.
+//! The files that have an address space in the engine: one for each inode of the host, by whichever
+//! path the guest has found it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -24,38 +25,38 @@ use crate::fs::host_file::Subject;
 use crate::fs::sync_errors::Losses;
 use crate::passthrough::{PassthroughFile, PassthroughMount};
 
-/// Number of the guest's inode numbers that are remembered for one file. (One file has several by
-/// bind mounts, and by a FORGET that crosses a SETUPMAPPING.)
+/// Largest number of node ids that are remembered for one file. (A file has several through bind
+/// mounts, and after a FORGET that comes during a SETUPMAPPING.)
 const MOST_NUMBERS: usize = 8;
 
-/// A file that is or is about to be granted.
+/// A file with a grant, or for which a SETUPMAPPING runs.
 pub(crate) struct Node {
     pub(crate) id: FileId,
     pub(crate) space: Arc<Space>,
-    /// Its memory, where cache lines count.
+    /// The file's memory, if stores must be flushed from the processor's cache (DAX).
     pub(crate) direct: Option<Arc<Direct>>,
     pub(crate) times: Times,
     file: Arc<File>,
     _passthrough: PassthroughFile,
-    /// Set by whoever first uses the node, and waited for by all others: only a node that is in the
-    /// table is watched, since the kernel has one watch for a file, and dropping another node would
-    /// end it.
+    /// Set by the first thread that uses the node, while other threads wait. Only nodes of the
+    /// table are watched: the kernel has one watch for each file, and dropping a node outside of
+    /// the table would remove it.
     watching: OnceLock<Option<Watching>>,
 }
 
 struct Entry {
     node: Arc<Node>,
-    /// The guest's numbers that lead here, oldest first.
+    /// The guest's node ids of this file, oldest first.
     numbers: Vec<u64>,
 }
 
 #[derive(Default)]
 struct Table {
     files: BTreeMap<FileId, Entry>,
-    /// The short way, for numbers that were mapped through. Nothing depends on it: a number that is
-    /// not here is found by its file.
+    /// The file of each node id that was mapped. A cache: for other node ids the file is
+    /// identified.
     numbers: HashMap<u64, FileId>,
-    /// Counts the nodes that were ever made.
+    /// Number of nodes that were added so far.
     made: u64,
 }
 
@@ -70,7 +71,8 @@ impl Table {
         next.is_some_and(|(file, _)| file.ino == ino)
     }
 
-    /// The file's node, which is `new` if it has none, from now on to be found by `nodeid`, too.
+    /// Adds `new` if the file has no node, and `nodeid` to the file's node ids. Returns the file's
+    /// node.
     fn adopt(&mut self, nodeid: u64, file: FileId, new: &Arc<Node>) -> Arc<Node> {
         let made = &mut self.made;
         let entry = self.files.entry(file).or_insert_with(|| {
@@ -93,11 +95,11 @@ impl Table {
         }
     }
 
-    /// Takes out the nodes of which nothing is granted and which nobody uses at the moment.
+    /// Removes the nodes that have no grant and that no request uses.
     fn take_idle(&mut self) -> Vec<Entry> {
         let mut idle = Vec::new();
         self.files.retain(|_, entry| {
-            // No new user comes while the table is locked.
+            // The table is locked, so no request can start to use the node.
             let keep = Arc::strong_count(&entry.node) > 1 || !entry.node.space.is_idle();
             if !keep {
                 let numbers = std::mem::take(&mut entry.numbers);
@@ -112,14 +114,14 @@ impl Table {
     }
 }
 
-/// What the table has for a request's file.
+/// The result of looking for the node of a request's file.
 pub(crate) struct Found<'a> {
     subject: Subject<'a>,
     pub(crate) node: Option<Arc<Node>>,
     made: u64,
 }
 
-/// The files of one device.
+/// The nodes of one device.
 pub(crate) struct Nodes {
     table: Mutex<Table>,
     engine: Arc<Engine>,
@@ -131,8 +133,10 @@ pub(crate) struct Nodes {
 }
 
 impl Nodes {
+    /// Creates an empty table, and the watch thread.
+    ///
     /// # Errors
-    /// The system's.
+    /// Those of inotify_init1(2), and of the thread's start.
     pub(crate) fn new(
         engine: Arc<Engine>,
         mount: PassthroughMount,
@@ -149,11 +153,11 @@ impl Nodes {
         lock(&self.table)
     }
 
-    /// The file's node, if it has one. Costs next to nothing where no file has one, where the guest
-    /// mapped by this number, or has the file open.
+    /// Finds the node of a request's file. Fast if the table is empty, if the guest has mapped the
+    /// node id, or if the file is open.
     ///
     /// # Errors
-    /// Those of asking which file it is.
+    /// Those of finding out which file it is.
     pub(crate) fn find<'a>(&self, subject: Subject<'a>) -> io::Result<Found<'a>> {
         let made = {
             let table = self.lock();
@@ -163,17 +167,17 @@ impl Nodes {
             }
             table.made
         };
-        // Not under the lock: the file system may be asked.
+        // Not under the lock: this may make system calls.
         let file = subject.find(&|ino| self.lock().knows(ino))?;
         let table = self.lock();
         let entry = file.and_then(|file| table.files.get(&file));
         Ok(Found { subject, node: entry.map(|entry| entry.node.clone()), made })
     }
 
-    /// The node that a file has got since it was looked for in vain.
+    /// Finds a node that was added after `before`, which found none.
     ///
     /// # Errors
-    /// As of [`find`](Self::find).
+    /// Those of [`find`](Self::find).
     pub(crate) fn find_again(&self, before: &Found<'_>) -> io::Result<Option<Arc<Node>>> {
         if self.lock().made == before.made {
             return Ok(None);
@@ -181,10 +185,11 @@ impl Nodes {
         self.find(before.subject).map(|found| found.node)
     }
 
-    /// The node; if the file has none, one of the file that `open` gives (readable and writable).
+    /// Returns the node of `nodeid`. If the file has none, adds one for the file that `open`
+    /// returns, which must be readable and writable.
     ///
     /// # Errors
-    /// Those of `open`, and the system's.
+    /// Those of `open`, and of the passthrough file's creation.
     pub(crate) fn get_or_make(
         &self,
         nodeid: u64,
@@ -199,7 +204,7 @@ impl Nodes {
         Ok(node)
     }
 
-    /// No system call here is made under the lock: an open may take as long as it likes.
+    /// Makes no system call under the lock: an open may block without a limit.
     fn adopt(&self, nodeid: u64, opened: File) -> io::Result<Arc<Node>> {
         let file = FileId::of(&opened)?;
         let known = self.lock().files.get(&file).map(|entry| entry.node.clone());
@@ -207,7 +212,8 @@ impl Nodes {
             Some(node) => node,
             None => Arc::new(self.make(opened)?),
         };
-        // Another one may have been quicker; then ours closes its files, behind the lock.
+        // Another thread may have added a node meanwhile. Then this thread drops its own, after the
+        // lock.
         let node = self.lock().adopt(nodeid, file, &ours);
         Ok(node)
     }
@@ -236,41 +242,40 @@ impl Nodes {
             && let Some(held_back) = self.unwatched.admit(Instant::now())
         {
             warn!(
-                "a file can't be watched ({e}): if it is made shorter on the host while the guest has it \
-                 mapped, the VM may die; raise fs.inotify.max_user_watches{held_back}"
+                "a file can't be watched ({e}): if it is made shorter on the host while the guest \
+                 has it mapped, the VM may die; raise fs.inotify.max_user_watches{held_back}"
             );
         }
         watching.ok()
     }
 
-    /// Lets go of the nodes of which nothing is granted and which nobody uses at the moment.
+    /// Removes the nodes that have no grant and that no request uses.
     pub(crate) fn drop_idle(&self) {
         let idle = self.lock().take_idle();
         self.close(idle);
     }
 
-    /// Closes the files of what is not used any more: not under the lock.
+    /// Closes the files of removed nodes. Not under the lock, since a close may block.
     fn close(&self, idle: Vec<Entry>) {
         for Entry { node, .. } in idle {
             if node.space.has_failed() {
-                // The node can't tell any more.
-                node.times.has_lost();
+                // The node's own note of the loss is dropped with it.
+                node.times.note_loss();
             }
         }
     }
 
-    /// The guest has forgotten a number, which is never given again.
+    /// The guest has forgotten a node id. virtiofsd never uses a node id again.
     pub(crate) fn forget_number(&self, nodeid: u64) {
         self.lock().forget_number(nodeid);
     }
 
-    /// How many nodes there are.
+    /// Number of nodes.
     pub(crate) fn count(&self) -> usize {
         self.lock().files.len()
     }
 
-    /// The node of the guest's number `nodeid`; where it leads to none, those of inode number
-    /// `ino`.
+    /// The node of `nodeid`; if there is none in the cache, all nodes with the inode number `ino`.
     pub(crate) fn of_inode(&self, nodeid: u64, ino: u64) -> Vec<Arc<Node>> {
         let table = self.lock();
         if let Some(node) = table.by_number(nodeid) {
@@ -281,7 +286,7 @@ impl Nodes {
         same.map(|(_, entry)| entry.node.clone()).collect()
     }
 
-    /// The nodes of which nothing is granted, and which nobody uses at the moment.
+    /// The nodes that have no grant and that no request uses.
     pub(crate) fn idle(&self) -> Vec<Arc<Node>> {
         let table = self.lock();
         let is_idle =
@@ -295,8 +300,9 @@ impl Nodes {
         self.lock().files.values().map(|entry| entry.node.clone()).collect()
     }
 
-    /// The guest's numbers mean nothing any more, and nothing is granted. What a request holds on
-    /// to stays, so that it is found should that request still grant it.
+    /// Forgets all node ids, and removes the nodes without a user, when no grant is left. A node
+    /// that a running SETUPMAPPING uses stays, so that it is found if that request still makes a
+    /// grant.
     pub(crate) fn forget(&self) {
         let idle = {
             let mut table = self.lock();

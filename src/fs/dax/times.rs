@@ -1,25 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The times of a file that a guest may store to by itself. Knows no message, and no window.
+//! mtime and ctime of a file that a guest may store to through the window. Knows no message and no
+//! window.
 //!
-//! A store through the window makes no request. The host's kernel sees the first one to a clean
-//! page, and sets mtime and ctime; of those to a page that is dirty already it sees nothing. So
-//! whenever the guest asks for the times, or POSIX wants them to be right (close, fsync, msync),
-//! they are *settled*:
+//! A store through the window makes no request. The host's kernel sees the first store to a clean
+//! page, and sets mtime and ctime. It does not see later stores to the page while it is dirty. So
+//! the daemon *settles* the times when the guest requests them, and when POSIX requires that they
+//! are right (close, fsync, msync):
 //!
-//! 1. Was anything stored since they were settled last? It was if a write grant came (a guest asks
-//!    for one with a store in hand), or if mtime has moved on; and where it need not move with each
-//!    first store, if a page is dirty.
-//! 2. If so: the pages are made clean, mtime and ctime become now, and both are remembered. The
-//!    next store meets a clean page again, and moves mtime.
+//! 1. Was anything stored since the times were settled last? Yes, if a write grant was made since
+//!    (a guest requests one when it is about to store), or if mtime has changed. On a kernel on
+//!    which the first store to a clean page need not change mtime: also if a page is dirty.
+//! 2. If so, the dirty pages are written out, which makes them clean, mtime and ctime are set to
+//!    now, and both are remembered. The next store is the first one to a clean page, and changes
+//!    mtime.
 //!
-//! What the guest sets by itself stays: the pages are made clean first, so that what was stored
-//! before can't be taken for a later store. A file that nobody has open for writing costs nothing:
-//! all stores were settled when it was closed.
+//! An mtime that the guest sets stays: dirty pages are written out before it is set, so that an
+//! earlier store can't be mistaken for a later one. A file that the guest does not have open for
+//! writing needs no work: all stores were settled when it was closed.
 //!
-//! In memory (tmpfs) no page is ever clean, and only the first store to each is seen. There a file
-//! that the guest has open for writing is taken for stored to at each close and fsync, until the
-//! guest sets its times.
+//! In memory (tmpfs) no page becomes clean, and the kernel sees only the first store to each page.
+//! There each close and fsync of a file that the guest has open for writing counts as a store,
+//! until the guest sets mtime.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -42,45 +44,46 @@ use crate::support::file_id::FileId;
 use crate::support::lock::Rank;
 use crate::support::units::FileRange;
 
-/// When times are settled.
+/// Why times are settled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Occasion {
-    /// The guest asks for attributes. Waits for no page that is on its way to the disk.
+    /// The guest requests attributes. Does not wait for pages under writeback.
     Look,
-    /// POSIX wants the times to be right: a close, an fsync, an msync, or the end of a grant.
+    /// POSIX requires that the times are right: a close, an fsync, an msync, or the end of a grant.
     Close,
-    /// The guest is about to set mtime by itself.
+    /// The guest is about to set mtime.
     Given,
-    /// The driver is over. Waits for nothing: the next one waits for this.
+    /// The driver's mount has ended. Does not wait: the next driver waits for this thread.
     End,
 }
 
-/// How long a look waits for a request that is changing the attributes of the same file: a
-/// truncation may wait for the front-end, and looks must not take all threads. One that has waited
-/// in vain tells of the attributes as they are.
+/// Largest time for which a GETATTR waits for a SETATTR of the same file. A truncation may wait for
+/// the front-end, and must not occupy all threads by the GETATTRs that wait for it. After this time
+/// a GETATTR returns the attributes without settling them.
 const LOOK_WAIT: Duration = Duration::from_millis(100);
 
-/// The shortest tick of a kernel's clock (HZ is at most 1000). [`MORE_THAN_TICKS`] changes within
-/// one tick see fewer ticks than there are changes.
+/// Shortest tick of the kernel's clock: HZ is at most 1000. [`MORE_THAN_TICKS`] changes within one
+/// tick get fewer different times than there are changes.
 const TICK: Duration = Duration::from_millis(1);
+/// Number of changes of a file in the test for a clock without ticks.
 const MORE_THAN_TICKS: u32 = 3;
 
 /// Seconds and nanoseconds.
 type Stamp = (i64, i64);
 
-/// What was seen last, when nothing that had been stored was left unseen.
+/// The state of the file when its times were settled last.
 #[derive(Default)]
 struct Seen {
-    /// mtime and ctime. None before the first write grant was settled.
+    /// mtime and ctime. None before the first settling after a write grant.
     times: Option<(Stamp, Stamp)>,
-    /// In memory: there may be stores that can't be seen.
+    /// In memory only: stores may have been missed.
     unseen: bool,
-    /// A page may have been left dirty: it was under writeback, or a store met the write-out.
+    /// A page may have stayed dirty: it was under writeback, or a store came during the write-out.
     left: bool,
-    /// Stores have moved mtime, and mtime was not set since: a close sets it.
+    /// Stores have changed mtime, and the daemon has not set it since. The next close sets it.
     moved: bool,
-    /// Whether two changes never have the same time, once one of them was looked at (Linux 6.13,
-    /// ext4, xfs, btrfs, tmpfs); else the kernel's clock has ticks.
+    /// Whether two changes always have different times if the first time was read in between (Linux
+    /// 6.13 with ext4, xfs, btrfs, tmpfs). Else times have the resolution of the kernel's tick.
     fine: Option<bool>,
 }
 
@@ -94,17 +97,17 @@ pub(crate) struct Times {
     id: FileId,
     losses: Losses,
     in_memory: bool,
-    /// The guest may store, or has stored since the times were settled last.
+    /// The guest may store to the file, or has stored since the times were settled last.
     watched: AtomicBool,
-    /// Something was stored since then, or is about to be.
+    /// A write grant or a store came since the times were settled last.
     stored: AtomicBool,
-    /// Whoever has it may do system calls. Above the invalidate lock of the file's space: see
-    /// `dax`.
+    /// The thread that has checked this out may do system calls. Taken before the invalidate lock
+    /// of the file's space: see `dax`.
     seen: Checkout<Seen>,
 }
 
 impl Times {
-    /// Of `file`, whose losses of data are noted in `losses`.
+    /// Creates the times of `file`. Its losses of data are noted in `losses`.
     pub(crate) fn new(file: Arc<File>, id: FileId, backing: Backing, losses: Losses) -> Self {
         Self {
             file,
@@ -122,20 +125,21 @@ impl Times {
         self.watched.load(Ordering::SeqCst)
     }
 
-    /// A write grant was made, and is not yet answered.
+    /// A write grant was made. Called before the reply to SETUPMAPPING.
     pub(crate) fn granted(&self) {
-        // Behind the grant: whoever takes this back finds its pages among those to be made clean.
+        // After the grant: a thread in settle_now() that clears `stored` finds the pages of the
+        // grant.
         self.stored.store(true, Ordering::SeqCst);
         self.watched.store(true, Ordering::SeqCst);
     }
 
-    /// The file was opened for writing; `count` counts that, and tells whether it was open so
-    /// before.
+    /// The file was opened for writing. `count` counts the handle, and returns whether the file had
+    /// such a handle before.
     pub(crate) fn opened(&self, engine: &Engine, space: &Space, count: impl FnOnce() -> bool) {
         let mut seen = self.seen.take();
         let written = space.written();
         if !count() && !written.is_empty() {
-            // What came since it was closed is not this guest's.
+            // Earlier stores were made by other processes of the host.
             self.clean(engine, space, &written);
             self.remember(&mut seen);
             seen.unseen = self.in_memory;
@@ -145,11 +149,11 @@ impl Times {
         }
     }
 
-    /// A handle that could write is about to go; `count` counts that, and tells whether another one
-    /// stays.
+    /// A handle that can write is released. `count` removes it from the count, and returns whether
+    /// another one remains.
     pub(crate) fn closed(&self, engine: &Engine, space: &Space, count: impl FnOnce() -> bool) {
         let mut seen = self.seen.take();
-        // Not a close: that was its FLUSH. A store by mmap behind that is settled here.
+        // The FLUSH before RELEASE was the close. This settles stores by mmap after the FLUSH.
         self.settle_now(&mut seen, engine, space, Occasion::Look);
         if !count() {
             self.watched.store(false, Ordering::SeqCst);
@@ -171,12 +175,12 @@ impl Times {
         };
         match seen {
             Some(mut seen) => self.settle_now(&mut seen, engine, space, occasion),
-            // Whoever has it may have looked before the last store.
+            // The thread that has it checked out may have looked for stores before the last store.
             None => self.stored.store(true, Ordering::SeqCst),
         }
     }
 
-    /// Lets `change` change attributes of the file, mtime among them if it is `given`.
+    /// Calls `change`, which changes attributes of the file. `given`: mtime is one of them.
     pub(crate) fn change<T>(
         &self,
         engine: &Engine,
@@ -201,12 +205,12 @@ impl Times {
         done
     }
 
-    /// `range` was granted for writing, and is not any more.
+    /// The write grant of `range` was revoked.
     pub(crate) fn removed(&self, range: FileRange) {
         if !self.is_watched() || self.stored.load(Ordering::SeqCst) {
             return;
         }
-        // Whoever has it may have looked before the last store.
+        // The thread that has it checked out may have looked for stores before the last store.
         let seen = self.seen.take_within(Duration::ZERO);
         if seen.is_none_or(|mut seen| self.is_stored(&mut seen, &[range], Occasion::Close)) {
             self.stored.store(true, Ordering::SeqCst);
@@ -220,7 +224,7 @@ impl Times {
         space: &Space,
         occasion: Occasion,
     ) {
-        // Before the pages are looked up: a grant that comes meanwhile is the next one's.
+        // Cleared before the granted ranges are read: a grant after that is settled the next time.
         let granted = self.stored.swap(false, Ordering::SeqCst);
         let written = space.written();
         seen.unseen |= granted && self.in_memory;
@@ -232,14 +236,15 @@ impl Times {
         if occasion == Occasion::Given {
             return;
         }
-        // Behind the write-out: a store that came before it is older than the new times.
+        // After the write-out: stores before it are older than the new times.
         self.renew(seen);
-        // What was stored meanwhile has moved mtime on from what is remembered.
+        // A store during the first write-out may have left its page dirty. It has changed mtime
+        // since.
         self.clean(engine, space, &written);
     }
 
-    /// Whether something was stored since the times were settled, as far as can be told, that mtime
-    /// does not tell of.
+    /// Whether the daemon must set the times, since stores may have been missed or mtime is older
+    /// than the last store.
     fn is_stored(&self, seen: &mut Seen, written: &[FileRange], occasion: Occasion) -> bool {
         if written.is_empty() {
             return false;
@@ -247,12 +252,13 @@ impl Times {
         let Ok(found) = self.file.metadata() else { return false };
         let (mtime, ctime) = stamps(&found);
         let Some((seen_mtime, seen_ctime)) = seen.times else { return true };
-        // One that was set by somebody is older, or lies in the future.
+        // An mtime before the remembered ctime, or after the present ctime, was set by
+        // utimensat(2).
         let moved = mtime != seen_mtime && mtime >= seen_ctime && mtime <= ctime;
         if moved {
-            // A look sees that mtime has moved; it need not be later than the last store. To set it
-            // would look like a store to a daemon of another VM that has mapped the file, which
-            // would set it in its turn.
+            // A GETATTR needs an mtime that has changed; it need not be later than the last store.
+            // The daemon does not set it: the daemon of another VM that maps the file would take
+            // that for a store, set mtime in turn, and so on.
             let is_clean = self.in_memory || self.is_dirty(written) == Some(false);
             if occasion != Occasion::Look || !is_clean {
                 return true;
@@ -264,8 +270,8 @@ impl Times {
         if seen.moved && matches!(occasion, Occasion::Close | Occasion::End) {
             return true;
         }
-        // Else it would have moved, unless somebody on the host has set it since. To ask costs 90
-        // ns for each page that is cached.
+        // Without these three a store would have changed mtime. Finding dirty pages takes 90 ns for
+        // each cached page.
         let may_be_missed = seen.left || seen.fine != Some(true) || mtime != seen_mtime;
         if may_be_missed && self.is_dirty(written) == Some(true) {
             return true;
@@ -275,7 +281,7 @@ impl Times {
         false
     }
 
-    /// None where the system does not tell, or all pages count as dirty.
+    /// Whether a page of `written` is dirty. None if the kernel does not report that, or in memory.
     fn is_dirty(&self, written: &[FileRange]) -> Option<bool> {
         if self.in_memory {
             return None;
@@ -288,8 +294,8 @@ impl Times {
         Some(false)
     }
 
-    /// Waits until no page is under writeback: a write-out leaves those out. Nobody else waits
-    /// meanwhile.
+    /// Waits until no page is under writeback, since a write-out skips such pages. Called without
+    /// the checkout, so no other request waits for this.
     fn wait_for_writeback(&self, engine: &Engine, space: &Space) {
         if self.in_memory {
             return;
@@ -299,7 +305,7 @@ impl Times {
         }
     }
 
-    /// Writes the dirty pages out, so that the next store to each is seen.
+    /// Writes out dirty pages, so that the kernel sees the next store to each page.
     fn clean(&self, engine: &Engine, space: &Space, written: &[FileRange]) {
         if self.in_memory {
             return;
@@ -309,16 +315,16 @@ impl Times {
         }
     }
 
-    /// Data of the file was lost, and the guest may not have been told.
-    pub(crate) fn has_lost(&self) {
+    /// Notes that data of the file was lost and not reported to the guest.
+    pub(crate) fn note_loss(&self) {
         self.losses.note(self.id);
     }
 
-    /// The kernel tells of lost pages once, and has now told us.
+    /// Notes a loss of data. The kernel reports it once, and has reported it to this write-out.
     fn note(&self, engine: &Engine, space: &Space, done: io::Result<()>) {
         match done {
             Err(e) if is_loss(&e) => {
-                self.has_lost();
+                self.note_loss();
                 engine.lost(space, e);
             }
             Err(e) => debug!("pages can't be written out: {e}"),
@@ -329,11 +335,12 @@ impl Times {
     fn remember(&self, seen: &mut Seen) {
         seen.times = self.file.metadata().ok().as_ref().map(stamps);
         seen.moved = false;
-        // A store that met the write-out may have left its page dirty.
+        // A store during the write-out may have left its page dirty.
         seen.left = true;
     }
 
-    /// The daemon itself has changed the file's bytes, and not by a system call.
+    /// Sets mtime and ctime after the daemon has stored to the file's memory, which the kernel does
+    /// not see.
     pub(crate) fn touch(&self) {
         if let Err(e) = self.set_now() {
             debug!("times can't be set: {e}");
@@ -347,7 +354,7 @@ impl Times {
         if seen.fine.is_some() || self.in_memory {
             return;
         }
-        // Tried once for each file: more changes than there can be ticks.
+        // Tested once for each file, by more changes than there can be ticks meanwhile.
         let began = Instant::now();
         for _ in 0..MORE_THAN_TICKS {
             let before = seen.times;
@@ -366,7 +373,8 @@ impl Times {
     fn set_now(&self) -> io::Result<()> {
         let (omit, now) = (TimeSpec::UTIME_OMIT, TimeSpec::UTIME_NOW);
         match futimens(&*self.file, &omit, &now) {
-            // Only the owner may set one of the two; whoever may write, both.
+            // utimensat(2): only the owner may set mtime alone; a process with write access may set
+            // both.
             Err(Errno::EPERM) => Ok(futimens(&*self.file, &now, &now)?),
             done => Ok(done?),
         }

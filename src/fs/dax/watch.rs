@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Hears of it when somebody on the host, or the daemon of another VM, changes the length of a file
-//! that is in the window.
+//! Watches mapped files by inotify for changes of their length by other processes on the host,
+//! among them daemons of other VMs.
 //!
-//! Such a change reaches the guest late: it believes what it knows for a second or longer. Until
-//! then it may touch a page behind the new end, and the VMM would die of it. So the window lets go
-//! of these pages at once. (What is left is the moment between the change and our hearing of it.)
+//! The guest sees such a change late: it caches attributes, for a second or longer. Until then it
+//! may access a page behind the new end of the file, which ends the VMM. So the watch thread unmaps
+//! these pages at once. An access between the change and the unmap still ends the VMM.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -23,7 +23,8 @@ use crate::support::lock::{Mutex, MutexGuard, lock};
 
 #[derive(Default)]
 struct Watched {
-    /// By the kernel's number, which is the file's: who watches it last, and for which space.
+    /// For each watch descriptor (the kernel has one for each file): the number of the last
+    /// [`Watching`] that uses it, and the space.
     files: HashMap<WatchDescriptor, (u64, Weak<Space>)>,
     added: u64,
 }
@@ -39,12 +40,12 @@ impl Shared {
     }
 }
 
-/// The files that are watched for one engine.
+/// The watched files of one engine.
 pub(crate) struct Watch {
     shared: Arc<Shared>,
 }
 
-/// One file that is watched, until this is dropped.
+/// One watched file, until this is dropped.
 pub(crate) struct Watching {
     shared: Arc<Shared>,
     descriptor: WatchDescriptor,
@@ -52,25 +53,27 @@ pub(crate) struct Watching {
 }
 
 impl Watch {
+    /// Starts the watch thread.
+    ///
     /// # Errors
-    /// The system's, with what to do about it.
+    /// Those of inotify_init1(2), with advice, and of the thread's start.
     pub(crate) fn new(engine: Arc<Engine>) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC).map_err(no_instance)?;
         let shared = Arc::new(Shared { inotify, watched: Mutex::default() });
         let theirs = shared.clone();
-        // It ends with the process: there is one for each device, and nothing to be had of ending
-        // it.
+        // The thread ends with the process: a process has one device.
         Builder::new().name("watch".into()).spawn(move || listen(&theirs, &engine))?;
         Ok(Self { shared })
     }
 
-    /// Watches `file`, which is `space`'s.
+    /// Watches `file`, whose space is `space`.
     ///
     /// # Errors
-    /// The system's: its watches may be used up (fs.inotify.max_user_watches).
+    /// ENOSPC if the user's watches are used up (fs.inotify.max_user_watches).
     pub(crate) fn add(&self, file: &File, space: &Arc<Space>) -> io::Result<Watching> {
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        // Under the lock: an event may come before the next line.
+        // The lock is held until the watch is in the table: the watch thread may read an event of
+        // it at once.
         let mut watched = self.shared.lock();
         let descriptor = self.shared.inotify.add_watch(&*path, AddWatchFlags::IN_MODIFY)?;
         watched.added += 1;
@@ -84,7 +87,7 @@ impl Watch {
 impl Drop for Watching {
     fn drop(&mut self) {
         let mut watched = self.shared.lock();
-        // The same file may be watched anew already.
+        // A newer Watching of the same file may use the watch descriptor.
         if watched.files.get(&self.descriptor).is_some_and(|(number, _)| *number == self.number) {
             watched.files.remove(&self.descriptor);
             let _ = self.shared.inotify.rm_watch(self.descriptor);
@@ -92,14 +95,15 @@ impl Drop for Watching {
     }
 }
 
-/// The number of inotify instances of a user is limited; the text of EMFILE does not mention them.
+/// The error of inotify_init1(2), with advice. The text of EMFILE does not name the limit of
+/// inotify instances.
 fn no_instance(errno: Errno) -> io::Error {
     let advice = match errno {
         Errno::EMFILE => {
-            "this user's inotify instances are used up: raise the sysctl fs.inotify.max_user_instances, or \
-             go without a window (--window-size 0)"
+            "this user's inotify instances are used up: raise the sysctl \
+             fs.inotify.max_user_instances, or use --window-size 0"
         }
-        _ => "inotify can't be used, and no window can do without: take --window-size 0",
+        _ => "inotify can't be used, which a window needs: use --window-size 0",
     };
     io::Error::other(format!("{advice} ({errno})"))
 }
@@ -109,7 +113,12 @@ fn listen(shared: &Shared, engine: &Engine) {
         let events = match shared.inotify.read_events() {
             Ok(events) => events,
             Err(Errno::EINTR) => continue,
-            Err(e) => return warn!("files are not watched any more: {e}"),
+            Err(e) => {
+                return warn!(
+                    "the watch thread has ended: if a file is made shorter on the host while the \
+                     guest has it mapped, the VM may die: {e}"
+                );
+            }
         };
         for event in events {
             let space = shared.lock().files.get(&event.wd).and_then(|(_, space)| space.upgrade());
@@ -123,7 +132,7 @@ fn listen(shared: &Shared, engine: &Engine) {
     }
 }
 
-/// Events were lost.
+/// Checks the length of each watched file, after a queue overflow.
 fn look_at_all(shared: &Shared, engine: &Engine) {
     let all: Vec<_> =
         shared.lock().files.values().filter_map(|(_, space)| space.upgrade()).collect();
@@ -132,6 +141,6 @@ fn look_at_all(shared: &Shared, engine: &Engine) {
 
 fn look(engine: &Engine, space: &Arc<Space>) {
     if let Err(e) = engine.look_again(space) {
-        warn!("a file has changed its length, and the window can't follow: {e}");
+        warn!("a file's length was changed on the host, and its maps can't be adapted: {e}");
     }
 }

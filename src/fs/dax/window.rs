@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The window as one front-end shows it: many maps, which come and go with the guest's wishes.
+//! The window of one session: its maps, which SETUPMAPPING and REMOVEMAPPING change.
 
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -17,25 +17,25 @@ use crate::window::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes
 
 use crate::window::locate::{MapLocator, Outcome, SharedBase, WindowMap};
 
-/// Maps and memory regions of one VM, of all its devices together, of which QEMU 11.1 does not die
-/// (Q2: 512; the library itself stops at 509), less what other devices may map while we are not
-/// looking.
+/// Largest number of memory regions of a VM, for all its devices together, with which QEMU 11.1
+/// does not abort (Q2: 512; vhost-user-backend refuses the 510th), minus a reserve for maps that
+/// other devices make between two memory tables.
 const MOST_REGIONS: usize = 500;
 
 struct State {
-    /// The session or the process is about to end. Final: the front-end may continue and pause the
-    /// VM after SIGTERM.
+    /// The session or the process is about to end. Never cleared: after SIGTERM the front-end may
+    /// still continue and pause the VM.
     ended: bool,
-    /// Counts the resets: what was to be mapped before one is not wanted any more.
+    /// Number of resets. A map that was requested before a reset is not wanted any more.
     generation: u64,
-    /// From a reset to the next start. A request of the last driver must not wait for that: the
-    /// start waits until the device has forgotten that driver.
+    /// Set from a reset to the next start. A request of the last driver must not wait for that
+    /// start: the start waits until the device has dropped that driver's state.
     forgetting: bool,
     locator: MapLocator,
 }
 
 impl State {
-    /// Whether what was to be mapped in `generation` is not wanted any more.
+    /// Whether a map that was requested in `generation` is not wanted any more.
     fn is_over(&self, generation: u64) -> bool {
         self.ended || self.forgetting || self.generation != generation
     }
@@ -44,20 +44,20 @@ impl State {
 /// The window of one session.
 pub(crate) struct FsWindow {
     engine: Arc<Engine>,
-    /// The most maps that this window ever needs.
+    /// Largest number of maps that this window needs.
     most_maps: usize,
-    /// The front-end knows of the region: a vhost-user-fs device of QEMU has a back-end channel,
-    /// too.
+    /// The front-end has requested the length of the region. A vhost-user-fs device of QEMU does
+    /// not, but has a back-end channel, too.
     has_region: AtomicBool,
     channel: OnceLock<ShmemMapper>,
     state: Mutex<State>,
     changed: Condvar,
-    /// Where all requests look up the window's guest physical address.
+    /// Guest physical address of the window, read by all requests.
     base: Arc<SharedBase>,
-    /// How many memory regions the VM has.
+    /// Number of the VM's memory regions.
     regions: Arc<AtomicUsize>,
-    /// That there is too little room for all maps has been said.
-    said_full: AtomicBool,
+    /// The warning that not all maps fit has been logged.
+    warned_full: AtomicBool,
 }
 
 impl FsWindow {
@@ -83,7 +83,7 @@ impl FsWindow {
             changed: Condvar::new(),
             base,
             regions,
-            said_full: AtomicBool::new(false),
+            warned_full: AtomicBool::new(false),
         }
     }
 
@@ -91,10 +91,9 @@ impl FsWindow {
         lock(&self.state)
     }
 
-    /// Whether the front-end can map at all: without a region and a back-end channel there is no
-    /// window, and without acks a map that was refused can't be told from one that was made. May
-    /// block.
-    pub(crate) fn is_there(&self) -> bool {
+    /// Whether the front-end can map. It needs the region, a back-end channel, and acks, without
+    /// which a refused map looks like a made one. May block on the front-end.
+    pub(crate) fn can_map(&self) -> bool {
         if !self.has_region.load(Ordering::Relaxed) {
             return false;
         }
@@ -102,16 +101,16 @@ impl FsWindow {
         channel.probe_acks() != Acks::Missing
     }
 
-    /// Does something that may find the window's base, or lose it.
+    /// Runs `work`, which may find or lose the window's guest physical address.
     fn with_base<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.lock();
         let done = work(&mut state);
-        // Under the lock: what was found last is what is said last.
+        // Under the lock, so that two threads publish in the order in which they have found it.
         self.base.publish(state.locator.base());
         done
     }
 
-    /// The driver has reset the device, and the front-end has dropped all maps (Q10).
+    /// The driver has reset the device, and the front-end has removed all maps (Q10).
     pub(crate) fn reset(&self) {
         self.with_base(|state| {
             state.generation += 1;
@@ -121,9 +120,8 @@ impl FsWindow {
         self.changed.notify_all();
     }
 
-    /// Does something with the channel while the device is started, and waits where it is not. (The
-    /// request that wants it stays open over a pause, and holds up nobody.) False if it was done,
-    /// but after a reset that came in between.
+    /// Calls `send` while the device is started. Waits while it is stopped: the stop does not wait
+    /// for this request, which stays in flight. Returns false if a reset came during `send`.
     fn while_started(
         &self,
         send: impl Fn(&ShmemMapper) -> Result<(), MapError>,
@@ -143,10 +141,10 @@ impl FsWindow {
         }
     }
 
-    /// The device is stopped: waits until it is started, or nothing of `generation` is wanted any
-    /// more. The ring's thread, or the watchdog, says that it is started before it comes to
-    /// [`started`](SessionWindow::started), which takes the lock and wakes this thread: either this
-    /// thread sees that under the lock, or it waits already and is woken.
+    /// Waits until the device is started, or until no map of `generation` is wanted. The start is
+    /// marked by the ring's thread, or by the watchdog, before that thread calls
+    /// [`started`](SessionWindow::started), which takes the lock and notifies this thread. So this
+    /// thread either sees the mark under the lock, or waits already and is notified.
     fn wait_started(&self, channel: &ShmemMapper, generation: u64) {
         let mut state = self.lock();
         while !channel.is_started() && !state.is_over(generation) {
@@ -154,18 +152,18 @@ impl FsWindow {
         }
     }
 
-    /// Looks for our maps in a memory table: how many regions are not ours, and where the window
-    /// is.
+    /// Finds this window's maps in a memory table, the number of other regions, and the window's
+    /// guest physical address.
     fn read_table(&self, mem: &GuestMemoryMmap) {
         self.regions.store(mem.num_regions(), Ordering::Relaxed);
         let look = self.lock().locator.look();
         let found = look.through(mem);
         let others = self.with_base(|state| state.locator.table(mem, found));
         let most = MOST_REGIONS.saturating_sub(others).min(self.most_maps);
-        if most < self.most_maps && !self.said_full.swap(true, Ordering::Relaxed) {
+        if most < self.most_maps && !self.warned_full.swap(true, Ordering::Relaxed) {
             warn!(
                 "the VM has {others} other memory regions: {most} maps are left for this window, \
-                 which may want {}; make it smaller, or other devices' windows",
+                 which may need {}; use a smaller window here or in other devices",
                 self.most_maps
             );
         }
@@ -182,7 +180,7 @@ impl Mapper for FsWindow {
         from: FileOffset,
         bytes: WindowBytes,
     ) -> Result<(), MapError> {
-        // Before it is sent: the memory table that shows it comes before the ack (Q3).
+        // Before the send: the memory table with the new map comes before the ack (Q3).
         if let Ok(id) = FileId::of(file) {
             self.lock().locator.requested(WindowMap { at, id, from, bytes });
         }
@@ -192,7 +190,8 @@ impl Mapper for FsWindow {
         if done? {
             return Ok(());
         }
-        // Nobody wants it any more, and whoever comes next must not find it in his way (Q4).
+        // A reset came meanwhile: no request wants the map, and it would be in the way of the next
+        // one (Q4).
         self.while_started(|channel| channel.unmap(at, bytes))?;
         Err(MapError::Stopped)
     }
@@ -229,7 +228,7 @@ impl SessionWindow for FsWindow {
         Ok(())
     }
 
-    /// The channel sends nothing while the device is stopped.
+    /// Empty: the channel sends nothing while the device is stopped.
     fn stopped(&self) {}
 
     fn ended(&self) {
@@ -241,8 +240,8 @@ impl SessionWindow for FsWindow {
     }
 }
 
-/// The window of the current session. Where there is none, nothing is granted, and what the engine
-/// takes away is shown by no front-end.
+/// The window of the current session. Without a session nothing is granted, and no front-end has a
+/// map, so both calls of [`Mapper`] succeed.
 #[derive(Default)]
 pub(crate) struct CurrentWindow(Mutex<Option<Arc<FsWindow>>>);
 
@@ -280,8 +279,7 @@ mod tests {
 
     use super::*;
 
-    /// Shows: no request waits for a stopped VM after the end, also if the VM starts and stops
-    /// once more.
+    /// Shows: after ended() no request waits for the VM, even if the device starts and stops again.
     #[test]
     fn the_end_is_final() {
         let (bytes, none) = (WindowBytes(2 << 20), Arc::new(CurrentWindow::default()));

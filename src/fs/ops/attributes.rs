@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Attributes as the guest is told of them, and as it sets them: right, though it may store to a
-//! file without a request, and believed no longer than they are right.
+//! GETATTR, SETATTR, ACCESS, and the attributes in other replies. The guest may store to a mapped
+//! file without a request, so the attributes are made to show such stores, and have a timeout of 0
+//! for a file that may be mapped.
 
 use std::io;
 use std::time::Duration;
@@ -17,8 +18,8 @@ impl<F> Server<F>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
 {
-    /// The attributes of an inode, whose times tell of what was stored to it: `attr`, or newer
-    /// ones.
+    /// Settles the times of an inode, so that they show all stores. Returns `attr`, or the new
+    /// attributes.
     fn settled(&self, ctx: Context, nodeid: u64, attr: Attr) -> Attr {
         let regular = attr.mode & libc::S_IFMT == libc::S_IFREG;
         match &self.dax {
@@ -72,7 +73,7 @@ where
         self.fs.access(ctx, nodeid, asked.mask).and(Reply::DONE)
     }
 
-    /// A guest that knows no submounts is told of none.
+    /// Removes the mark of a submount for a guest that did not enable FUSE_SUBMOUNTS.
     fn without_submounts(&self, attr: &mut Attr) {
         if !self.has(FsOptions::SUBMOUNTS) {
             attr.flags &= !fuse::ATTR_SUBMOUNT;

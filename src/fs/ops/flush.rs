@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! FLUSH, FSYNC, FSYNCDIR and SYNCFS: what the guest has stored becomes durable, and its times are settled.
+//! FLUSH, FSYNC, FSYNCDIR and SYNCFS: make the guest's stores durable, and settle times.
 
 use std::io;
 
@@ -11,7 +11,7 @@ use crate::fs::dax::times::Occasion;
 use crate::fs::message::{Args, Reply};
 use crate::fs::server::Server;
 
-/// FUSE_FSYNC_FDATASYNC.
+/// Flag of fsync_flags: FUSE_FSYNC_FDATASYNC.
 const FSYNC_FDATASYNC: u32 = 1 << 0;
 
 impl<F> Server<F>
@@ -44,7 +44,7 @@ where
         let through = || {
             let Some(dax) = &self.dax else { return sync() };
             let file = dax.find(self.open_file(nodeid, asked.fh))?;
-            // Before the sync: the new times are part of what becomes durable.
+            // Before the sync, which makes the new times durable, too.
             dax.settle(&file, Occasion::Close);
             dax.sync(&file, sync)
         };

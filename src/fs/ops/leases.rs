@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Leases of host processes (`F_SETLEASE`, see fcntl(2)). An open that breaks a lease waits until
-//! the holder gives it back, or for `/proc/sys/fs/lease-break-time` (45 s). Many such opens would
-//! take all threads. So each request first tries without waiting, which also tells the holder; a
-//! request for which a lease is in the way ends with EAGAIN, and is served anew by one of the few
-//! threads that may wait (`JobClass::Lease`).
+//! the holder releases it, or for the time in `/proc/sys/fs/lease-break-time` (45 s). Many such
+//! opens would occupy all threads of the pool. So each request is first served without waiting,
+//! which also notifies the holder of the lease. If that ends with EAGAIN, the request is served
+//! again by one of the few threads that may wait (`JobClass::Lease`).
 
 use std::io;
 
@@ -15,19 +15,19 @@ use virtiofsd::fuse::{self, Opcode};
 use crate::fs::message::{Args, Message};
 use crate::fs::server::Server;
 
-/// The access mode of SETUPMAPPING, and of a SETATTR that sets the length.
+/// Access mode with which SETUPMAPPING, and a SETATTR of the length, open the file.
 const WRITES: u32 = libc::O_RDWR.cast_unsigned();
 
 impl<F> Server<F>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
 {
-    /// Lets `operation` serve the request when no lease is in its way any more, and while none can
-    /// be taken: the file is held open.
+    /// Waits until no lease is in the way of the request, then calls `operation`. Holds the file
+    /// open meanwhile, so that no process can take a new lease.
     ///
     /// # Errors
-    /// Those of `operation`. No EAGAIN for SETUPMAPPING: a guest that faults would try again for
-    /// ever.
+    /// Those of `operation`; EIO instead of EAGAIN for SETUPMAPPING, since a guest that handles a
+    /// page fault would repeat the request without end.
     pub(super) fn behind_leases<T>(
         &self,
         opcode: Opcode,
@@ -47,8 +47,9 @@ where
         })
     }
 
-    /// Waits for the leases on the file of a request, and opens it as the request will. None where
-    /// that fails: the request will fail, too. Returns the file's number and its handle.
+    /// Waits for the leases on the file of a request, by an open with the access mode of the
+    /// request. Returns the node id and the handle. None if that open fails: the request will fail,
+    /// too.
     fn hold_open(&self, opcode: Opcode, message: &Message) -> Option<(u64, u64)> {
         let (ctx, nodeid) = (message.context(), message.nodeid());
         let args = &mut Args::new(message.args());

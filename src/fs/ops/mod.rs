@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The FUSE operations, one by one: checked arguments in, a reply out. The work is done by
-//! virtiofsd's file system, or by the engine where a file may be granted.
+//! The FUSE operations: each takes checked arguments and returns a reply. Operations on files are
+//! done by virtiofsd's file system, and through the engine if the file may be granted.
 
 mod attributes;
 mod flush;
@@ -34,11 +34,12 @@ impl<F> Server<F>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
 {
-    /// Everything but READ and WRITE. `room` is the number of bytes that the guest has for the
-    /// reply.
+    /// Serves each operation except READ and WRITE. `room`: number of bytes that the guest has for
+    /// the reply behind its header.
     ///
     /// # Errors
-    /// EAGAIN for a request that would wait for a lease, unless it may.
+    /// EAGAIN if the request would wait for a lease and `blocking` forbids that; else those of the
+    /// operation.
     pub(crate) fn operate(
         &self,
         opcode: Opcode,
@@ -50,9 +51,10 @@ where
             return Err(invalid());
         }
         let operation = || {
-            // Before anything is made: a file without a descriptor for it could not be taken back.
-            let leave = descriptors_for(opcode).map(|want| self.descriptors.ask(want));
-            let _leave = leave.transpose()?;
+            // Before a file is created: without a descriptor for it the creation could not be
+            // undone.
+            let permit = descriptors_for(opcode).map(|want| self.descriptors.ask(want));
+            let _permit = permit.transpose()?;
             self.operation(opcode, message, room)
         };
         match blocking {
@@ -98,7 +100,7 @@ where
             Releasedir => self.releasedir(ctx, nodeid, args),
             SetupMapping => self.setup_mapping(life, ctx, nodeid, args),
             RemoveMapping => self.remove_mapping(args),
-            // What virtiofsd does not do, either: locks, ioctl, bmap, poll, tmpfile.
+            // Not supported by virtiofsd: locks, ioctl, bmap, poll, tmpfile.
             _ => Err(Errno::ENOSYS.into()),
         }
     }
@@ -108,8 +110,8 @@ where
     }
 }
 
-/// What a reply has at least: where there is no room for it, nothing is opened or looked up in
-/// vain.
+/// Smallest length of a reply, in bytes. A request with less room is refused before it opens or
+/// looks up anything.
 fn reply_bytes(opcode: Opcode) -> usize {
     use Opcode::*;
     match opcode {
@@ -122,14 +124,15 @@ fn reply_bytes(opcode: Opcode) -> usize {
     }
 }
 
-/// What a request opens, beside what it closes again in any case.
+/// Number and kind of the descriptors that a request opens and does not close itself.
 fn descriptors_for(opcode: Opcode) -> Option<Want> {
     use Opcode::*;
     match opcode {
         Lookup => Some(Want::Inode),
         Symlink | Mknod | Mkdir | Link | Open => Some(Want::Keep(1)),
         Create => Some(Want::Keep(2)),
-        // Without a directory open, nothing in it is removed.
+        // Also given when few descriptors are left: a directory must be opened before its files can
+        // be removed.
         Opendir | SetupMapping => Some(Want::Moment),
         _ => None,
     }

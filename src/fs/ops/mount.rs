@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! INIT and DESTROY: what a driver mounts, and what it leaves when it begins anew.
+//! INIT and DESTROY: FUSE options, and dropping the state of the last mount.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -19,7 +19,7 @@ use crate::fs::server::Server;
 const MAP_ALIGNMENT: u64 = 1 << 26;
 const HAS_INODE_DAX: u64 = 1 << 33;
 
-/// What we can do by ourselves, whatever the file system wants: what virtiofsd offers, too.
+/// Options that the daemon supports whatever the file system wants: those of virtiofsd.
 const SUPPORTED: [FsOptions; 12] = [
     FsOptions::ASYNC_READ,
     FsOptions::PARALLEL_DIROPS,
@@ -51,24 +51,25 @@ where
             ..fuse::InitOut::default()
         };
         if asked.major > fuse::KERNEL_VERSION {
-            return Ok(Reply::object(out)); // It comes back with ours.
+            return Ok(Reply::object(out)); // The guest sends INIT again, with this version.
         }
         if asked.major < fuse::KERNEL_VERSION || asked.minor < fuse::MIN_KERNEL_MINOR_VERSION {
             warn!("the guest's FUSE {}.{} is too old", asked.major, asked.minor);
             return Err(Errno::EPROTO.into());
         }
-        // A guest that was reset, or is hostile, may have left grants and open files.
+        // A guest that was reset, or that is hostile, may have left grants and open files.
         let life = self.forget_guest(life).ok_or(Errno::EIO)?;
         let dax_options = self.dax_options();
-        // virtiofsd's code writes to stderr by itself where a guest knows no submounts: see
-        // `without_submounts`.
+        // Without this option virtiofsd's code writes a warning to stderr by itself. A guest that
+        // did not enable it gets no submounts: see `without_submounts`.
         let mut offered = FsOptions::from_bits_truncate(capable) | FsOptions::SUBMOUNTS;
         if capable & dax_options != 0 {
-            // A guest that collects writes keeps mtime by itself, and takes none from us: those of
-            // its stores through the window it would never see.
+            // With a writeback cache the guest keeps mtime itself and ignores the daemon's: it
+            // would never see the mtime of its stores through the window.
             offered.remove(FsOptions::WRITEBACK_CACHE);
         }
-        // An INIT of an old driver that is still at it must not meet this one in the file system.
+        // An INIT of an ended life may still run. It must not run in the file system together with
+        // this one.
         let wanted = self.lives.while_current(life, || self.fs.init(offered));
         let wanted = wanted.ok_or(Errno::EIO)??;
         let supported = SUPPORTED.iter().fold(wanted.bits(), |all, one| all | one.bits());
@@ -91,16 +92,16 @@ where
     }
 
     fn dax_options(&self) -> u64 {
-        let there = self.dax.as_deref().is_some_and(Dax::is_there);
-        if there { MAP_ALIGNMENT | HAS_INODE_DAX } else { 0 }
+        let can_map = self.dax.as_deref().is_some_and(Dax::can_map);
+        if can_map { MAP_ALIGNMENT | HAS_INODE_DAX } else { 0 }
     }
 
-    /// Takes away what the guest has mounted in `life`. Returns the life that follows; none, and
-    /// nothing is done, if `life` is over and another driver has mounted.
+    /// Drops what the guest has mounted and opened in `life`, and ends `life`. Returns the next
+    /// life. None if `life` had ended before; nothing is dropped then.
     fn forget_guest(&self, life: Life) -> Option<Life> {
         let life = self.lives.unmount(life)?;
         if let Some(dax) = &self.dax {
-            // It may take a disk's time, and so more than the driver's.
+            // Waits for a disk, possibly longer than this driver's life.
             dax.release_all(|| self.lives.is_current(life));
         }
         self.lives.while_current(life, || {
@@ -115,11 +116,12 @@ where
         Some(life)
     }
 
-    /// Undoes by `undo` what a request of `life` has just made for the guest, if `life` was over by
-    /// then: nobody else would. What ends a life throws away what was made before.
+    /// Calls `undo` if `life` has ended since a request of `life` created state for the guest. The
+    /// end of a life drops only what was created before it, so the request itself must undo the
+    /// rest.
     ///
     /// # Errors
-    /// EIO if it was.
+    /// EIO if `life` has ended.
     pub(super) fn unless_over(&self, life: Life, undo: impl FnOnce()) -> io::Result<()> {
         if self.lives.is_mounted(life) {
             return Ok(());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! LOOKUP and FORGET, and what makes, renames and links names.
+//! LOOKUP, FORGET, and the operations that create, rename and link names.
 
 use std::ffi::CStr;
 use std::io;
@@ -31,7 +31,7 @@ where
         self.entry(life, ctx, found, None)
     }
 
-    /// Tells the guest of an entry, for which there is `room` if it was made.
+    /// The reply with an entry. `room`: room for its inode, if the request created it.
     fn entry(
         &self,
         life: Life,
@@ -45,11 +45,10 @@ where
         Ok(Reply::object(self.entry_out(ctx, entry)))
     }
 
-    /// Counts a look-up of which the guest is about to hear. Takes it back where the guest may know
-    /// no inode more.
+    /// Counts a look-up that the reply will report. At the limit of inodes, undoes the look-up.
     ///
     /// # Errors
-    /// ENFILE.
+    /// ENFILE at the limit.
     pub(super) fn count_lookup(
         &self,
         ctx: Context,
@@ -60,7 +59,7 @@ where
         counted.inspect_err(|_| self.fs.forget(ctx, nodeid, 1))
     }
 
-    /// Takes back a look-up that was counted, and of which the guest does not hear.
+    /// Undoes a look-up that was counted and that no reply will report.
     pub(super) fn undo_lookup(&self, ctx: Context, nodeid: u64) {
         self.fs.forget(ctx, nodeid, 1);
         self.inodes.forget(nodeid, 1);
@@ -75,7 +74,7 @@ where
         args: &mut Args<'_>,
     ) -> io::Result<Reply> {
         let fs = &self.fs;
-        // Before anything is made. The inode of a LINK is known.
+        // Before the inode is created. A LINK creates none.
         let is_new = !matches!(opcode, Opcode::Link);
         let room = is_new.then(|| self.inodes.reserve()).transpose()?;
         let made = match opcode {
@@ -133,7 +132,7 @@ where
         args: &mut Args<'_>,
     ) -> io::Result<Reply> {
         let asked: fuse::ForgetIn = args.take()?;
-        // The root is looked up by nobody, and can't be forgotten.
+        // The guest has not looked the root up, and can't forget it.
         if nodeid != fuse::ROOT_ID {
             self.fs.forget(ctx, nodeid, asked.nlookup);
             self.forgotten(nodeid, asked.nlookup);
@@ -145,7 +144,7 @@ where
         let asked: fuse::BatchForgetIn = args.take()?;
         let mut all = Vec::new();
         for _ in 0..asked.count {
-            // A count that lies ends here, at the end of the message.
+            // A count larger than the message ends the loop here.
             let Ok(one) = args.take::<fuse::ForgetOne>() else { break };
             if one.nodeid != fuse::ROOT_ID {
                 all.push((one.nodeid, one.nlookup));
@@ -164,8 +163,8 @@ where
     }
 }
 
-/// Lets `make` make something in the groups that the guest names, and leaves none of them to what
-/// this thread does next: virtiofsd's code forgets them where it changes no other id.
+/// Calls `make` with the supplementary groups of the guest's request, and drops the groups of this
+/// thread afterwards: virtiofsd's code leaves them set if it changes no other id.
 pub(super) fn with_groups<T>(
     more: Extensions,
     make: impl FnOnce(Extensions) -> io::Result<T>,
@@ -173,11 +172,11 @@ pub(super) fn with_groups<T>(
     let groups = !more.sup_gids.is_empty();
     let made = make(more);
     if made.is_err() && getegid() != getgid() {
-        // virtiofsd's code leaves it so where it may set the group and not the user.
+        // virtiofsd's code leaves the group set after an error of setting the user.
         oslib::seteffgid(HostGid::from(getgid().as_raw()))?;
     }
     if groups {
-        // Who may not drop them could not take them.
+        // An error is ignored: a thread that may not drop groups could not set them.
         let _ = oslib::dropsupgroups();
     }
     made

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! OPEN, CREATE and RELEASE: the handles of the guest. Whoever opens a file to write is counted for
-//! that.
+//! OPEN, CREATE and RELEASE. Counts the handles that can write.
 
 use std::ffi::CStr;
 use std::io;
@@ -23,7 +22,7 @@ impl<F> Server<F>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
 {
-    /// The flags of an open, as far as they are the host's business.
+    /// The flags of an open for the host.
     pub(super) fn flags(&self, asked: u32) -> io::Result<u32> {
         self.open_flags.of(asked, self.has(FsOptions::WRITEBACK_CACHE))
     }
@@ -36,7 +35,7 @@ where
         args: &mut Args<'_>,
     ) -> io::Result<Reply> {
         let asked: fuse::OpenIn = args.take()?;
-        // The file is there.
+        // O_EXCL has no meaning for a file that exists.
         let flags = self.flags(asked.flags)? & !libc::O_EXCL.cast_unsigned();
         self.open_handle(life, ctx, nodeid, flags, asked.open_flags).map(open_out)
     }
@@ -51,7 +50,8 @@ where
     ) -> io::Result<(Option<u64>, OpenOptions)> {
         let kill_priv = open_flags & fuse::OPEN_KILL_SUIDGID != 0;
         let open = || self.open_now(ctx, nodeid, kill_priv, flags, FileId::of);
-        // ATOMIC_O_TRUNC: the window must let go before the file shrinks.
+        // ATOMIC_O_TRUNC: the engine must revoke grants behind the new end before the file is
+        // truncated.
         let opened = match open_flag(flags, libc::O_TRUNC) {
             true => self.empty(ctx, nodeid, open)?,
             false => open()?,
@@ -60,8 +60,8 @@ where
         Ok((Some(opened.handle), opened.options))
     }
 
-    /// A file was opened, and it is the given one: notes that. If it is not known which, or can't be
-    /// noted, it is closed again.
+    /// Notes the file of a new handle. Closes the handle if its file is not known, or if `life` has
+    /// ended.
     fn note_open(
         &self,
         life: Life,
@@ -92,14 +92,14 @@ where
         let asked: fuse::CreateIn = args.take()?;
         let (name, more) = (args.name()?, self.extensions(args)?);
         let (flags, excl) = (self.flags(asked.flags)?, libc::O_EXCL.cast_unsigned());
-        // A new file: what is there already is opened as OPEN does it, since it may be granted.
+        // Only creates. A file that exists is opened as by OPEN, since it may be granted.
         let new = (flags | excl) & !libc::O_TRUNC.cast_unsigned();
         let room = self.inodes.reserve();
         let made = match &room {
             Ok(_) => with_groups(more, |more| {
                 self.fs.create(ctx, parent, name, asked.mode, false, new, asked.umask, more)
             }),
-            // A file that is there already may be known.
+            // The file may exist, and its inode may be known.
             Err(_) => Err(Errno::EEXIST.into()),
         };
         let (entry, opened) = match (made, room) {
@@ -125,7 +125,7 @@ where
         Ok(Reply::Bytes(reply))
     }
 
-    /// Looks `name` up and opens it: both, or neither.
+    /// Looks `name` up and opens it. After an error neither remains.
     fn open_entry(
         &self,
         life: Life,
@@ -138,7 +138,7 @@ where
         let mut entry = self.fs.lookup(ctx, parent, name)?;
         self.count_lookup(ctx, entry.inode, None)?;
         let opened = self.open_handle(life, ctx, entry.inode, flags, open_flags);
-        // The guest hears of no look-up that ends in an error, and so forgets none.
+        // The reply to a failed request reports no look-up, so the guest will not forget it.
         let opened = opened.inspect_err(|_| self.undo_lookup(ctx, entry.inode))?;
         if open_flag(flags, libc::O_TRUNC)
             && let Ok((attr, _)) = self.fs.getattr(ctx, entry.inode, opened.0)
@@ -148,7 +148,7 @@ where
         Ok((entry, opened))
     }
 
-    /// Lets `change` make the file of an inode empty.
+    /// Calls `change`, which truncates the file of an inode to 0 bytes.
     fn empty<T>(
         &self,
         ctx: Context,
@@ -160,10 +160,10 @@ where
         dax.resize(&dax.find(Subject { nodeid, file: Which::Ask(&ask) })?, 0, change)
     }
 
-    /// Counts a handle, which was opened with `flags`.
+    /// Counts a handle that was opened with `flags`.
     ///
     /// # Errors
-    /// Those of asking which file it is.
+    /// Those of [`Dax::find`](crate::fs::dax::Dax::find).
     fn count_open(&self, nodeid: u64, flags: u32, handle: u64, file: FileId) -> io::Result<()> {
         if flags.cast_signed() & libc::O_ACCMODE == libc::O_RDONLY {
             self.opened.open(nodeid, handle, file);

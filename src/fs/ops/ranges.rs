@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! FALLOCATE, COPY_FILE_RANGE and LSEEK: about ranges of a file, none of whose bytes comes by here.
+//! FALLOCATE, COPY_FILE_RANGE and LSEEK: operations on ranges of a file that copy no byte to or
+//! from guest memory.
 
 use std::io;
 
@@ -12,7 +13,8 @@ use crate::fs::ops::{open_flag, written};
 use crate::fs::server::Server;
 use crate::window::{FileOffset, FileRange};
 
-/// The most that one COPY_FILE_RANGE copies: who copies more asks again, and others get their turn.
+/// Largest number of bytes that one COPY_FILE_RANGE copies. A guest that wants more repeats the
+/// request, and other requests are served in between.
 const MAX_COPY_BYTES: u64 = 16 << 20;
 
 impl<F> Server<F>
@@ -32,7 +34,8 @@ where
         let has = |flag| open_flag(mode, flag);
         let file = dax.find(self.open_file(nodeid, asked.fh))?;
         let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // A handle of this file that can write, and no other mode: else the file system refuses it.
+        // The engine punches holes without the guest's handle, so the handle is checked here. All
+        // other cases are checked by the file system.
         let may = self.opened.file(nodeid, asked.fh).is_some() && self.opened.is_writer(asked.fh);
         if may
             && mode == hole.cast_unsigned()

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! OPENDIR, READDIR, READDIRPLUS and RELEASEDIR: packs entries into what room there is, and counts
-//! no look-up that the guest does not hear of.
+//! OPENDIR, READDIR, READDIRPLUS and RELEASEDIR. A look-up is counted only if the reply reports it.
 
 use std::io;
 
@@ -15,7 +14,7 @@ use crate::fs::message::{Args, MAX_DATA_BYTES, Reply, invalid};
 use crate::fs::ops::open::open_out;
 use crate::fs::server::Server;
 
-/// FUSE_DIRENT_ALIGN.
+/// Alignment of directory entries in a reply, in bytes: FUSE_DIRENT_ALIGN.
 const ALIGN: usize = 8;
 
 impl<F> Server<F>
@@ -46,11 +45,11 @@ where
     ) -> io::Result<Reply> {
         let asked: fuse::ReleaseIn = args.take()?;
         self.fs.releasedir(ctx, nodeid, asked.flags, asked.fh)?;
-        self.opened.release(asked.fh); // A file's handle is released by it, too.
+        self.opened.release(asked.fh); // RELEASEDIR of a file's handle releases that handle.
         Reply::DONE
     }
 
-    /// The entries of a directory from an offset on, as many as fit into `room` bytes.
+    /// Returns the entries of a directory from an offset on, up to `room` bytes.
     pub(super) fn readdir(
         &self,
         ctx: Context,
@@ -60,7 +59,7 @@ where
         plus: bool,
     ) -> io::Result<Reply> {
         let asked: fuse::ReadIn = args.take()?;
-        // READDIR may bring less than was asked for.
+        // The reply to READDIR may be shorter than requested.
         let size = asked.size.min(MAX_DATA_BYTES);
         if room < size as usize {
             return Err(invalid());
@@ -74,9 +73,9 @@ where
             if plus {
                 match self.entry_plus(ctx, nodeid, &entry) {
                     Ok(found) => packed.extend_from_slice(found.as_slice()),
-                    // It went away since the directory was read.
+                    // The file was removed after the directory was read.
                     Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-                    // What is packed has been looked up, and the guest must hear of it.
+                    // The packed entries have been looked up, so the reply must report them.
                     Err(_) if !packed.is_empty() => break,
                     Err(e) => return Err(e),
                 }
@@ -86,11 +85,11 @@ where
         Ok(Reply::Bytes(packed))
     }
 
-    /// What the guest is told of an entry, beside its name. Where no descriptor is left, or the
-    /// guest may know no inode more, the name is all there is: else nothing could be removed.
+    /// The attributes of an entry. Only its name and inode number if no descriptor is left, or the
+    /// guest knows the largest number of inodes: the guest needs the names to remove files.
     fn entry_plus(&self, ctx: Context, parent: u64, entry: &DirEntry<'_>) -> io::Result<EntryOut> {
-        let leave = self.descriptors.ask(Want::Inode);
-        if leave.is_err() || matches!(entry.name.to_bytes(), b"." | b"..") {
+        let permit = self.descriptors.ask(Want::Inode);
+        if permit.is_err() || matches!(entry.name.to_bytes(), b"." | b"..") {
             return Ok(name_only(entry));
         }
         let found = self.fs.lookup(ctx, parent, entry.name)?;
@@ -101,7 +100,7 @@ where
     }
 }
 
-/// An entry with inode number 0 for the guest: not looked up, and not to be forgotten.
+/// An entry without a look-up: node id 0, which the guest does not forget.
 fn name_only(entry: &DirEntry<'_>) -> EntryOut {
     let attr = Attr { ino: entry.ino, mode: entry.type_ << 12, ..Attr::default() };
     EntryOut { attr, ..EntryOut::default() }

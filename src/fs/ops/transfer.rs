@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! READ and WRITE: bytes between a file and the guest's memory.
+//! READ and WRITE: copy bytes between a file and guest memory.
 
 use std::cell::Cell;
 use std::io;
@@ -24,7 +24,7 @@ use crate::fs::ops::{open_flag, written};
 use crate::fs::serve::Blocking;
 use crate::fs::server::Server;
 
-/// Keeps the ring from being stopped while guest memory is read or written.
+/// Keeps guest memory mapped, and so a ring from being stopped, while the request copies.
 fn pin(request: &mut Request, blocking: Blocking) -> io::Result<()> {
     match blocking {
         Blocking::Allowed | Blocking::Lease if request.pin() => Ok(()),
@@ -38,7 +38,7 @@ impl<F> Server<F>
 where
     F: FileSystem<Inode = u64, Handle = u64> + Send + Sync,
 {
-    /// READ: from the file into the guest's buffers.
+    /// READ: copies from the file to the guest's buffers.
     pub(crate) fn read(
         &self,
         request: &mut Request,
@@ -47,7 +47,7 @@ where
         blocking: Blocking,
     ) -> io::Result<Reply> {
         let asked: fuse::ReadIn = args.take()?;
-        // No driver asks for more than INIT has told it; and a stop waits for what copies.
+        // INIT has set this limit. A stop waits for the copy, so its length must be limited.
         if asked.size > MAX_DATA_BYTES {
             return Err(invalid());
         }
@@ -65,13 +65,13 @@ where
         let (fh, size, from) = (asked.fh, asked.size, asked.offset);
         let done = self.fs.read(ctx, nodeid, fh, to, size, from, owner, asked.flags)?;
         if would_wait.get() {
-            // What was read before is read once more.
+            // The bytes read so far are read again when the request is served by the pool.
             return Err(Errno::EAGAIN.into());
         }
         Ok(Reply::Data(done as u32))
     }
 
-    /// WRITE: from the guest's buffers into the file.
+    /// WRITE: copies from the guest's buffers to the file.
     pub(crate) fn write(
         &self,
         request: &mut Request,
@@ -90,7 +90,7 @@ where
             return Err(invalid());
         }
         let (ctx, nodeid) = (message.context(), message.nodeid());
-        // Where something is granted, there are locks to wait for.
+        // A write to a granted file takes locks, which may block.
         let (fh, size, from, flags) = (asked.fh, asked.size, asked.offset, asked.flags);
         let file = |dax: &Dax| dax.find(self.open_file(nodeid, fh));
         let file = self.dax.as_deref().map(file).transpose()?;
@@ -98,7 +98,7 @@ where
         if granted && blocking == Blocking::IfUnknown {
             return Err(Errno::EAGAIN.into());
         }
-        // What the kernel does beside writing is missed past the cache.
+        // A store past the processor's cache does not do what these flags require of the kernel.
         let plain = !kill_priv && !open_flag(flags, libc::O_DSYNC);
         let write = |past_cache: Option<&Direct>| {
             pin(request, blocking)?;
@@ -107,12 +107,12 @@ where
             let data = GuestReader { mem: &mem, ram: &ram, buffers, past_cache };
             let done =
                 self.fs.write(ctx, nodeid, fh, data, size, from, owner, delayed, kill_priv, flags);
-            // What follows may wait for the front-end.
+            // The engine may wait for the front-end next, which may wait for a stop of the ring.
             request.unpin();
             done
         };
         let done = match self.dax.as_deref().zip(file) {
-            // Where it will go is not known before.
+            // The offset is not known before the write.
             Some((dax, file)) if open_flag(flags, libc::O_APPEND) && !delayed => {
                 dax.change(&file, 0, || write(None))?
             }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Any messages: every opcode, with arguments that are right, nearly right and wrong, several at
-//! once, on real files and maps.
+//! Random messages: each opcode, with right, nearly right and wrong arguments, several at one time,
+//! on real files and maps.
 
 use std::collections::VecDeque;
 
@@ -10,14 +10,14 @@ use testkit::fuse::{FIRST, FsGuest, Pending, Reply};
 use testkit::fuse_abi::{self as abi, Arg, ENTRY_OUT, OPEN_OUT, ROOT, in_header, op, u64_at};
 use testkit::queue::Chain;
 
-/// How many messages each seed sends: some seconds.
+/// Number of messages for each seed: they take some seconds.
 const MESSAGES: u64 = 4000;
-/// Number of messages after which the files are made anew.
+/// Number of messages after which the files are created again.
 const AFRESH: u64 = 500;
 const NAMES: [&str; 13] =
     ["a", "b", "c", "d0", "d1", "l", "p", "x", ".", "..", "", "a/b", "\u{fffd}"];
 
-/// xorshift64.
+/// A xorshift64 generator.
 struct Rng(u64);
 
 impl Rng {
@@ -36,7 +36,7 @@ impl Rng {
         of[self.below(of.len() as u64) as usize]
     }
 
-    /// A number that somebody may have got wrong.
+    /// A random 64-bit number, often one at the edge of a range.
     fn word(&mut self) -> u64 {
         match self.below(10) {
             0 => 0,
@@ -52,13 +52,13 @@ impl Rng {
         }
     }
 
-    /// Mostly below `n`.
+    /// A number that is mostly below `n`.
     fn mostly(&mut self, n: u64) -> u64 {
         if self.below(4) > 0 { self.below(n) } else { self.word() }
     }
 }
 
-/// What the guest knows: nodes and handles, some of them made up.
+/// Node ids and handles that the guest has got, and some invalid ones.
 struct Known {
     rng: Rng,
     nodes: Vec<u64>,
@@ -104,7 +104,7 @@ impl Known {
         self.rng.pick(&[libc::O_RDWR, libc::O_RDONLY, libc::O_RDWR | libc::O_TRUNC, any])
     }
 
-    /// An argument that fits the opcode more or less.
+    /// Arguments for an opcode, mostly with a valid form.
     fn arg(&mut self, opcode: u32) -> Arg {
         let (fh, node, name) = (self.handle(), self.node(), self.rng.pick(&NAMES));
         let r = &mut self.rng;
@@ -165,7 +165,7 @@ impl Known {
     fn opcode(&mut self) -> u32 {
         let r = &mut self.rng;
         let any = 1 + r.below(52) as u32;
-        // A mount or an unmount is a rare thing.
+        // A mount or an unmount is rare.
         let any =
             if matches!(any, op::INIT | op::DESTROY) && r.below(20) > 0 { op::LOOKUP } else { any };
         r.pick(&[
@@ -224,7 +224,7 @@ fn settle(guest: &mut FsGuest, known: &mut Known, (opcode, pending): (u32, Pendi
 fn run(seed: u64, handles: &str) {
     let extra = ["--xattr", "--rlimit-nofile=2500", handles].map(String::from).to_vec();
     let options = FsOptions { extra, ..FsOptions::default() };
-    // Where a guest can neither fill a disk nor make what stays.
+    // A file system of its own, so that the messages can't fill the disk and leave no file behind.
     let Some(host) = FsHost::on_small_tmpfs(options, 48 << 20) else {
         return eprintln!("skipped: no mount namespace to be had");
     };
@@ -235,7 +235,7 @@ fn run(seed: u64, handles: &str) {
     for sent in 0..MESSAGES {
         let opcode = known.opcode();
         if sent % AFRESH == 0 || matches!(opcode, op::INIT | op::DESTROY) {
-            // Sometimes with the others still under way.
+            // Sometimes while other requests still run.
             if opcode == op::DESTROY {
                 guest.destroy();
             }
@@ -265,9 +265,9 @@ fn run(seed: u64, handles: &str) {
     assert_eq!(outside, 2, "the share and the socket");
 }
 
-/// Shows: whatever a guest sends, each chain comes back with an answer that has its form, the
-/// daemon says little, breaks no rule of the front-end, makes nothing outside of the share, and
-/// serves what comes then.
+/// Shows: whichever messages a guest sends, each chain is returned with a well-formed reply, the
+/// log stays short, no rule of the front-end is broken, no file appears outside of the share, and
+/// later requests are served.
 #[test]
 fn any_messages() {
     run(1, "--inode-file-handles=never");
