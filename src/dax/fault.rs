@@ -6,11 +6,11 @@
 use std::io;
 
 use super::engine::{Engine, Space};
+use super::entries::Held;
 use super::entry::{Entry, Order, PAGE_BYTES, PMD_PAGES, PageIndex};
 use super::extent::{Access, Backed, Extent};
 use super::grant::Grant;
 use super::index::Mark;
-use super::space::Held;
 use super::trace::trace_dax;
 use crate::window::{WindowBytes, WindowOffset};
 

@@ -9,9 +9,9 @@ use std::io;
 use nix::errno::Errno;
 use thiserror::Error;
 
-use super::engine::Space;
 use super::entry::{PMD_BYTES, PageIndex};
 use super::extent::Access;
+use super::space::Space;
 use super::sync::Arc;
 use crate::window::layout::{Layout, ShowError};
 use crate::window::{FileOffset, FileRange, MapError, WindowBytes, WindowOffset, WindowRange};

@@ -11,10 +11,10 @@ use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use loom::thread;
 
 use super::engine::{Engine, Space, Span};
+use super::entries::Entries;
 use super::entry::{Block, Entry, Order, PAGE_BYTES, PMD_PAGES, PageIndex};
 use super::extent::{Access, Backed, Extent, ExtentSource};
 use super::index::Mark;
-use super::space::Entries;
 use super::sync::Arc;
 use super::wait::{SpaceId, WaitTable};
 use crate::persist::{LineFlush, Persist};

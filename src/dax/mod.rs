@@ -78,6 +78,7 @@ pub mod counters;
 mod coverage;
 pub mod direct;
 pub mod engine;
+pub mod entries;
 pub mod entry;
 pub mod extent;
 mod fault;

@@ -1,248 +1,145 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Step 4 of 6: the entries of one host file, and their lock bits (behaviours 2 to 5 and 8). Knows
-//! no window and no disk.
+//! Step 4 of 6: the engine's state of one file. Knows no window.
 
-use super::entry::{Entry, Order, PageIndex};
-use super::index::{Index, Mark, Occupied};
-use super::sync::{Arc, Mutex, MutexGuard, lock, ranked};
-use super::wait::{Key, SpaceId, WaitTable, Wake};
-use crate::support::lock::Rank;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The entries of one file.
-pub struct Entries {
-    id: SpaceId,
-    index: Mutex<Index>,
-    waits: Arc<WaitTable>,
+use super::coverage::Coverage;
+use super::entries::Entries;
+use super::entry::{Entry, PageIndex};
+use super::extent::ExtentSource;
+use super::index::Mark;
+use super::sync::{InvalidateLock, Mutex, lock};
+use super::wait::SpaceId;
+use crate::persist::{LineFlush, Persist};
+use crate::window::FileRange;
+
+/// The engine's state of one host file that is or was granted: the kernel's `struct address_space`.
+pub struct Space {
+    pub(super) id: SpaceId,
+    pub(super) entries: Entries,
+    pub(super) source: Box<dyn ExtentSource>,
+    pub(super) persist: Persist,
+    /// Read-locked by grants, reads, writes and writebacks; write-locked by changes of the file's
+    /// length or blocks. It is the kernel's `invalidate_lock`. The thread that holds it may make
+    /// file-system calls and front-end round trips.
+    pub(super) invalidate_lock: InvalidateLock,
+    /// The file's length in bytes at the last look, which was made under the invalidate lock. If
+    /// the file has another length now, another program has changed it.
+    pub(super) known_bytes: AtomicU64,
+    pub(super) coverage: Mutex<Coverage>,
+    /// Whether a writeback has failed. The first failure is final (see [`Persist`]).
+    pub(super) failed: Mutex<bool>,
 }
 
-/// A locked entry. Drop unlocks it and wakes the thread that has waited longest for it.
-#[must_use = "dropping it unlocks the entry"]
-pub struct Held<'a> {
-    entries: &'a Entries,
-    start: PageIndex,
-    entry: Entry,
-    split: bool,
-}
-
-impl Entries {
-    /// No entries yet. `id` must be unique among the spaces that share `waits`.
-    pub fn new(id: SpaceId, waits: Arc<WaitTable>) -> Self {
-        Self { id, index: ranked(Rank::Index, Index::default()), waits }
-    }
-
-    /// Locks the index. Hold it over no system call, no front-end round trip and no flush.
-    pub(crate) fn index(&self) -> MutexGuard<'_, Index> {
-        lock(&self.index)
-    }
-
-    /// See [`Index::next`].
-    pub fn next(
-        &self,
-        from: PageIndex,
-        last: PageIndex,
-        mark: Option<Mark>,
-    ) -> Option<(PageIndex, Entry)> {
-        self.index().next(from, last, mark)
-    }
-
-    /// Whether the entry that covers `page` has `mark`.
-    pub fn is_marked(&self, page: PageIndex, mark: Mark) -> bool {
-        self.index().is_marked(page, mark)
+impl Space {
+    /// The entries, to be read.
+    pub fn entries(&self) -> &Entries {
+        &self.entries
     }
 
     /// Number of entries.
-    pub fn len(&self) -> u64 {
-        self.index().len()
+    pub fn entry_count(&self) -> u64 {
+        self.entries.index().len()
     }
 
-    /// Whether the file has no entries.
-    pub fn is_empty(&self) -> bool {
-        self.index().is_empty()
+    /// Memory of the entries, in bytes.
+    pub fn index_bytes(&self) -> usize {
+        self.entries.index().bytes()
     }
 
-    /// See [`Index::steps`].
-    pub fn steps(&self) -> u64 {
-        self.index().steps()
+    /// Whether no page of the file is granted.
+    pub fn is_idle(&self) -> bool {
+        self.granted_runs() == 0
     }
 
-    /// See [`Index::bytes`].
-    pub fn bytes(&self) -> usize {
-        self.index().bytes()
+    /// The file whose pages the entries describe.
+    pub fn source(&self) -> &dyn ExtentSource {
+        &*self.source
     }
 
-    fn wake(&self, start: PageIndex, how_many: Wake) {
-        self.waits.wake(Key { space: self.id, start }, how_many);
+    /// Number of runs of pages that the coverage keeps. 0 if no page is granted.
+    pub fn granted_runs(&self) -> usize {
+        lock(&self.coverage).runs_kept()
     }
 
-    /// Waits until no thread holds the entry that covers `page`, and returns its first page and the
-    /// entry, with the index locked. A caller that does not lock the entry must
-    /// [pass the wake-up on](Self::pass_on): other threads may wait for the entry.
-    pub(crate) fn look<'a>(
-        &'a self,
-        mut index: MutexGuard<'a, Index>,
-        page: PageIndex,
-    ) -> (MutexGuard<'a, Index>, Option<(PageIndex, Entry)>) {
-        loop {
-            match index.get(page) {
-                Some((start, entry)) if entry.is_locked() => {
-                    let waiter = self.waits.join(Key { space: self.id, start });
-                    drop(index);
-                    waiter.sleep();
-                    index = self.index();
-                }
-                found => return (index, found),
-            }
-        }
-    }
-
-    /// Wakes the next waiter of the entry (behaviour 4): for a thread that has looked at the entry,
-    /// may have been woken for it, and has not locked it.
-    pub(crate) fn pass_on(&self, start: PageIndex) {
-        self.wake(start, Wake::One);
-    }
-
-    pub(crate) fn hold(&self, index: &mut Index, start: PageIndex, entry: Entry) -> Held<'_> {
-        index.replace(start, entry.locked());
-        Held { entries: self, start, entry, split: false }
-    }
-
-    /// Behaviour 3: locks the entry that covers `page`. If no entry covers it, adds an empty one of
-    /// `order`.
-    ///
-    /// A PTE request splits a PMD that is a hole or empty. For a hole, `unmap` is called before the
-    /// split, while this function holds only the entry's lock bit. A PTE request gets a PMD with
-    /// blocks unsplit.
+    /// Whether `range` lies inside the file and live write grants cover all of it. If so, it has
+    /// blocks (behaviour 16) as long as the caller holds the invalidate lock.
     ///
     /// # Errors
-    /// [`Occupied`] for a PMD request in a chunk with PTE entries: the caller falls back to PTEs.
-    pub fn grab(
-        &self,
-        page: PageIndex,
-        order: Order,
-        unmap: &mut dyn FnMut(PageIndex, Order),
-    ) -> Result<Held<'_>, Occupied> {
-        let (mut index, found) = self.look(self.index(), page);
-        let Some((start, entry)) = found else {
-            let start = order.start(page);
-            index.insert(start, Entry::empty(order).locked())?;
-            return Ok(Held { entries: self, start, entry: Entry::empty(order), split: false });
-        };
-        match (order, entry.order()) {
-            (Order::Pmd, Order::Pte) => {
-                drop(index);
-                self.pass_on(start);
-                Err(Occupied)
+    /// The error of fstat(2) on the file.
+    pub(crate) fn may_be_stored_to(&self, range: FileRange) -> io::Result<bool> {
+        let file_bytes = self.source.file_bytes()?;
+        let end = range.checked_end().filter(|end| end.0 <= file_bytes);
+        if range.is_empty() || end.is_none() {
+            return Ok(false);
+        }
+        let (first, last) = range.pages();
+        let runs = lock(&self.coverage).runs(first, last);
+        let mut next = first;
+        for (start, end, count) in runs {
+            if start > next || count.writes == 0 {
+                return Ok(false);
             }
-            (Order::Pte, Order::Pmd) if !entry.is_real() => {
-                let whole = self.hold(&mut index, start, entry);
-                drop(index);
-                if entry.is_zero() {
-                    unmap(start, Order::Pmd);
-                }
-                Ok(whole.split(page))
-            }
-            _ => Ok(self.hold(&mut index, start, entry)),
+            next = end.next();
+        }
+        Ok(next > last)
+    }
+
+    /// Read-locks the invalidate lock: until the guard is dropped, no request shortens the file.
+    /// None if another thread has write-locked it or waits to.
+    pub(crate) fn keep_length(&self) -> Option<impl Drop + '_> {
+        self.invalidate_lock.try_read()
+    }
+
+    /// Clears the failure of an earlier writeback. Call it only once that failure was reported for
+    /// each open file whose data may be lost.
+    pub fn forgive(&self) {
+        *lock(&self.failed) = false;
+    }
+
+    /// Whether a writeback has failed, or the engine no longer knows which pages are dirty. Every
+    /// later writeback then fails.
+    pub fn has_failed(&self) -> bool {
+        *lock(&self.failed)
+    }
+
+    /// The first entry that covers `page` or a later page: its first page, the entry, and whether
+    /// it is dirty.
+    pub fn next_entry(&self, page: PageIndex) -> Option<(PageIndex, Entry, bool)> {
+        let index = self.entries.index();
+        let (start, entry) = index.next(page, PageIndex::LAST, None)?;
+        Some((start, entry, index.is_marked(start, Mark::Dirty)))
+    }
+
+    /// The flush by cache lines. None where the kernel tracks dirty pages.
+    pub(super) fn lines(&self) -> Option<&dyn LineFlush> {
+        match &self.persist {
+            Persist::Lines(lines) => Some(&**lines),
+            Persist::Kernel(_) => None,
         }
     }
 
-    /// Behaviour 5: waits until no thread holds the entry that covers `page`, and deletes it.
-    /// Returns its first page and the entry.
-    pub fn delete(&self, page: PageIndex) -> Option<(PageIndex, Entry)> {
-        self.remove_if(page, |_, _| true)
+    /// Whether the entries, and not the kernel, track what is dirty.
+    pub(super) fn tracks(&self) -> bool {
+        self.lines().is_some()
     }
 
-    /// Behaviour 5: deletes the entry that covers `page`, unless it is marked Dirty or ToWrite.
-    /// Returns whether an entry was deleted.
-    pub fn invalidate_clean(&self, page: PageIndex) -> bool {
-        let clean = |index: &Index, start| {
-            !index.is_marked(start, Mark::Dirty) && !index.is_marked(start, Mark::ToWrite)
-        };
-        self.remove_if(page, clean).is_some()
+    /// The page behind the file's last page.
+    pub(super) fn end(&self) -> io::Result<PageIndex> {
+        Ok(PageIndex::behind(self.look()?))
     }
 
-    fn remove_if(
-        &self,
-        page: PageIndex,
-        condition: impl Fn(&Index, PageIndex) -> bool,
-    ) -> Option<(PageIndex, Entry)> {
-        let (mut index, found) = self.look(self.index(), page);
-        let (start, _) = found?;
-        if condition(&index, start) {
-            let removed = index.remove(start);
-            drop(index);
-            self.wake(start, Wake::All);
-            removed
-        } else {
-            drop(index);
-            self.pass_on(start);
-            None
-        }
-    }
-}
-
-impl Held<'_> {
-    /// The entry's first page.
-    pub fn start(&self) -> PageIndex {
-        self.start
+    /// The file's length in bytes at the last [`look`](Self::look).
+    pub(super) fn known_bytes(&self) -> u64 {
+        self.known_bytes.load(Ordering::Relaxed)
     }
 
-    /// The entry, without its lock bit.
-    pub fn entry(&self) -> Entry {
-        self.entry
-    }
-
-    /// Whether [`Entries::grab`] split a PMD to make this entry.
-    pub fn was_split(&self) -> bool {
-        self.split
-    }
-
-    /// Behaviour 8: replaces a hole or an empty entry by `new`, which must have the same order. An
-    /// entry with blocks is not changed. If a hole gets blocks, `unmap` is called first.
-    pub fn fill(&mut self, new: Entry, unmap: &mut dyn FnMut(PageIndex, Order)) {
-        if self.entry.is_real() || self.entry.order() != new.order() {
-            return;
-        }
-        if self.entry.is_zero() && new.is_real() {
-            unmap(self.start, self.entry.order());
-        }
-        self.entry = new;
-        self.entries.index().replace(self.start, new.locked());
-    }
-
-    /// Sets or clears a mark.
-    pub fn mark(&self, mark: Mark, on: bool) {
-        self.entries.index().set_mark(self.start, mark, on);
-    }
-
-    /// Deletes the entry, and wakes all threads that wait for it.
-    pub fn delete(self) {
-        self.entries.index().remove(self.start);
-        self.entries.wake(self.start, Wake::All);
-        std::mem::forget(self); // The entry was removed: its drop has nothing to unlock.
-    }
-
-    /// Behaviour 3: replaces a PMD by one empty, locked PTE for `page`. The other pages of the
-    /// chunk get no entry.
-    fn split(self, page: PageIndex) -> Self {
-        let entry = Entry::empty(Order::Pte);
-        {
-            let mut index = self.entries.index();
-            index.remove(self.start);
-            // The chunk has no entry: the PMD was removed under this hold of the index lock.
-            let vacant = index.insert(page, entry.locked());
-            debug_assert!(vacant.is_ok());
-        }
-        self.entries.wake(self.start, Wake::All);
-        let split = Self { entries: self.entries, start: page, entry, split: true };
-        std::mem::forget(self); // The PMD was removed: its drop has nothing to unlock.
-        split
-    }
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        self.entries.index().replace(self.start, self.entry);
-        self.entries.wake(self.start, Wake::One);
+    /// Reads the file's length in bytes, and keeps it as [`known_bytes`](Self::known_bytes).
+    pub(super) fn look(&self) -> io::Result<u64> {
+        let bytes = self.source.file_bytes()?;
+        self.known_bytes.store(bytes, Ordering::Relaxed);
+        Ok(bytes)
     }
 }

@@ -5,9 +5,9 @@
 use std::io;
 
 use super::engine::{Engine, Space};
+use super::entries::Held;
 use super::entry::{Entry, PAGE_BYTES, PageIndex};
 use super::index::Mark;
-use super::space::Held;
 use super::sync::lock;
 use super::trace::trace_dax;
 use crate::persist::{LineFlush, Persist};

@@ -19,43 +19,22 @@ mod watchdog;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use log::warn;
 use vhost_user_backend::VringT;
-use virtio_queue::{Error as QueueError, QueueT};
+use virtio_queue::QueueT;
 
 use crate::device::memory::Memory;
-use crate::device::request::{Answer, Epoch, PinGuard, RequestOwner};
+use crate::device::request::{Answer, Epoch};
 use crate::device::{Device, InflightPolicy, RingStart};
 use crate::ring::poll::Poll;
-use crate::support::lock::{Condvar, Mutex, MutexGuard, Rank, assert_free, lock};
+use crate::support::lock::{Condvar, Mutex, MutexGuard, Rank, lock};
 use crate::support::log_limit::RateLimit;
 
 pub use crate::ring::vring::Vring;
 pub(crate) use drain::Progress;
 pub(crate) use wake::Wake;
 pub(crate) use watchdog::Watchdog;
-
-/// Number of answers after which the driver is notified, while the same thread has more requests to
-/// serve: a notification takes longer than most requests. (A driver that polls sees an answer at
-/// once. If the next request is held up, the watchdog notifies the driver.)
-const SIGNAL_AT: u16 = 16;
-
-/// Limit on the time from an answer to the notification of the driver. It is exceeded by at most
-/// the time of the [`LOOK_EVERY`] requests between two looks at the clock.
-const SIGNAL_WITHIN: Duration = Duration::from_micros(100);
-
-/// Number of answers between two looks at the clock. One look takes 1 % of the time of a short
-/// request.
-const LOOK_EVERY: u16 = 4;
-
-/// Log text for a used ring that can't be written.
-const UNRETURNED: &str = "a chain can't be returned";
-
-/// The longest reply, in bytes, that is stored under the ring's lock: to release and take that lock
-/// takes longer than to copy a short reply.
-const MOST_UNDER_LOCK: usize = 4096;
 
 /// The result of a ring's start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -366,127 +345,6 @@ impl Ring {
         state.pinned -= 1;
         if state.waiting > 0 {
             self.changed.notify_all();
-        }
-    }
-
-    /// Stores the reply, puts the head into the used ring if it is valid, and notifies the driver
-    /// if that is due. The ring runs, or a stop waits for this thread. A long reply is stored
-    /// without the lock; other threads may return their chains meanwhile.
-    fn give_back<'a>(
-        &'a self,
-        mut state: MutexGuard<'a, State>,
-        answer: Answer,
-    ) -> MutexGuard<'a, State> {
-        let Some(vring) = self.vring.get() else { return state };
-        if let Some(head) = answer.head {
-            let ram = self.mem.ram();
-            let stored = if answer.bytes() > MOST_UNDER_LOCK {
-                // This thread stores without the lock, and the front-end thread may stop the ring
-                // meanwhile. The stop waits for the pin, so the memory stays this driver's until
-                // the store is done.
-                state.pinned += 1;
-                drop(state);
-                assert_free(Rank::Life);
-                let stored = answer.store(&ram);
-                state = self.lock();
-                self.unpinned(&mut state);
-                stored
-            } else {
-                answer.store(&ram)
-            };
-            // Stores the reply before it moves the used index: the driver reads the reply once the
-            // index moves.
-            let returned = vring.get_mut().get_queue_mut().add_used(&*ram, head, stored);
-            self.warn_of(UNRETURNED, returned);
-        }
-        state.inflight -= 1;
-        state.unsignalled += 1;
-        self.signal_in_time(&mut state);
-        state
-    }
-
-    /// Notifies the driver of returned chains, unless this thread is about to return more of them.
-    fn signal_in_time(&self, state: &mut State) {
-        if !state.more || state.unsignalled >= SIGNAL_AT {
-            return self.signal_used(state);
-        }
-        match state.unsignalled_since {
-            None => state.unsignalled_since = Some(Instant::now()),
-            Some(since)
-                if state.unsignalled.is_multiple_of(LOOK_EVERY)
-                    && since.elapsed() >= SIGNAL_WITHIN =>
-            {
-                self.signal_used(state);
-            }
-            Some(_) => {}
-        }
-    }
-
-    /// Notifies the driver of returned chains, unless the driver has suppressed notifications.
-    fn signal_used(&self, state: &mut State) {
-        state.unsignalled_since = None;
-        if std::mem::take(&mut state.unsignalled) > 0
-            && let Some(vring) = self.vring.get()
-        {
-            self.warn_of(UNRETURNED, self.signal(vring));
-        }
-    }
-
-    fn signal(&self, vring: &Vring) -> Result<(), QueueError> {
-        let mut guard = vring.get_mut();
-        if guard.get_queue_mut().needs_notification(&*self.mem.ram())? {
-            // The write fails if the front-end has closed its end of the call; it is about to stop
-            // the ring.
-            let _ = guard.signal_used_queue();
-        }
-        Ok(())
-    }
-
-    fn warn_of<T>(&self, what: &str, result: Result<T, QueueError>) -> Option<T> {
-        if let Err(e) = &result
-            && let Some(held_back) = self.log_limit.admit(Instant::now())
-        {
-            warn!("{what}: {e}{held_back}");
-        }
-        result.ok()
-    }
-}
-
-impl RequestOwner for Ring {
-    fn memory(&self) -> &Memory {
-        &self.mem
-    }
-
-    fn pin(self: Arc<Self>, epoch: Epoch, wait: bool) -> Option<PinGuard> {
-        let mut state = self.lock();
-        while wait && state.epoch == epoch && state.phase != Phase::Running && !state.closing {
-            state = self.wait(state);
-        }
-        if state.epoch != epoch || state.phase != Phase::Running {
-            return None;
-        }
-        state.pinned += 1;
-        drop(state);
-        Some(PinGuard::new(self))
-    }
-
-    fn unpin(&self) {
-        self.unpinned(&mut self.lock());
-    }
-
-    fn complete(self: Arc<Self>, epoch: Epoch, answer: Answer) {
-        let mut state = self.lock();
-        if state.epoch != epoch {
-            return;
-        }
-        match state.phase {
-            Phase::Running | Phase::Stopping => state = self.give_back(state, answer),
-            Phase::AwaitingWindow | Phase::Stopped => state.deferred.push(answer),
-        }
-        if state.ring_full {
-            // Not drain(): this thread may be completing a request that drain() has taken, and must
-            // not serve another one inside it.
-            self.hand_out(state);
         }
     }
 }

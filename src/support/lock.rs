@@ -45,7 +45,7 @@ pub(crate) enum Rank {
     Ring,
     /// The library's vring: the indices of one queue.
     Vring,
-    /// `dax/space.rs`: the entries of one space.
+    /// `dax/entries.rs`: the entries of one space.
     Index,
     /// `dax/wait.rs`: one bucket of threads that wait for an entry.
     Bucket,

@@ -6,10 +6,10 @@ use std::sync::mpsc;
 use std::sync::{Arc, Barrier};
 use std::thread;
 
+use vhost_user_dax::dax::entries::Entries;
 use vhost_user_dax::dax::entry::{Entry, Order, PMD_PAGES, PageIndex};
 use vhost_user_dax::dax::extent::Access;
 use vhost_user_dax::dax::index::{Mark, Occupied};
-use vhost_user_dax::dax::space::Entries;
 use vhost_user_dax::dax::wait::{SpaceId, WaitTable};
 
 use super::{Fixture, own_block, pmd, pte, receive, until, zero};

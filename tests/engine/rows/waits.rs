@@ -6,10 +6,10 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
+use vhost_user_dax::dax::entries::Entries;
 use vhost_user_dax::dax::entry::{Entry, Order, PMD_PAGES, PageIndex};
 use vhost_user_dax::dax::extent::Access;
 use vhost_user_dax::dax::index::Mark;
-use vhost_user_dax::dax::space::Entries;
 
 use super::entries::{new_entries, no_unmap, put};
 use super::{Fixture, pmd, pte, receive, until};
