@@ -37,9 +37,19 @@ pub enum Kind {
     },
     /// Our daemon with its defaults: inodes by file handles.
     ByHandle,
+    /// Another build of our daemon, as `Ours` with a window of 256 MiB: see [`before`].
+    Before,
     Virtiofsd {
         threads: usize,
     },
+}
+
+/// The options of both daemons that switch the sandbox off.
+const NO_SANDBOX: [&str; 4] = ["--sandbox", "none", "--seccomp", "none"];
+
+/// Another build of the daemon to compare with: the path in `VUD_BENCH_BEFORE`.
+pub fn before() -> Option<PathBuf> {
+    std::env::var_os("VUD_BENCH_BEFORE").map(PathBuf::from)
 }
 
 impl Kind {
@@ -50,6 +60,7 @@ impl Kind {
             Self::Ours { queues: 1, .. } => "ours".into(),
             Self::Ours { queues, .. } => format!("ours, {queues} queues"),
             Self::ByHandle => "ours, file handles".into(),
+            Self::Before => "before".into(),
             Self::Virtiofsd { threads: 0 } => "virtiofsd".into(),
             Self::Virtiofsd { threads } => format!("virtiofsd, {threads} threads"),
         }
@@ -59,7 +70,7 @@ impl Kind {
     pub fn queues(self) -> usize {
         match self {
             Self::Ours { queues, .. } => queues,
-            Self::ByHandle | Self::Virtiofsd { .. } => 1,
+            Self::ByHandle | Self::Before | Self::Virtiofsd { .. } => 1,
         }
     }
 
@@ -69,7 +80,7 @@ impl Kind {
             Self::ByHandle => {
                 let mut command = Command::new(binary());
                 command.arg("fs").arg("--socket-path").arg(socket).arg("--shared-dir").arg(share);
-                command.args(["--tag", "share"]);
+                command.args(["--tag", "share"]).args(NO_SANDBOX);
                 command
             }
             Self::Ours { window_mib, queues } => {
@@ -77,13 +88,19 @@ impl Kind {
                 command.arg("fs").arg("--socket-path").arg(socket).arg("--shared-dir").arg(share);
                 command.args(["--tag", "share", "--window-size", &format!("{window_mib}M")]);
                 command.args(["--num-request-queues", &queues.to_string()]);
-                command.arg("--inode-file-handles=never");
+                command.arg("--inode-file-handles=never").args(NO_SANDBOX);
+                command
+            }
+            Self::Before => {
+                let mut command = Command::new(before().unwrap());
+                command.arg("fs").arg("--socket-path").arg(socket).arg("--shared-dir").arg(share);
+                command.args(["--tag", "share", "--inode-file-handles=never"]);
                 command
             }
             Self::Virtiofsd { threads } => {
                 let mut command = Command::new(VIRTIOFSD);
                 command.arg("--socket-path").arg(socket).arg("--shared-dir").arg(share);
-                command.args(["--sandbox", "none", "--seccomp", "none"]);
+                command.args(NO_SANDBOX);
                 command.args(["--thread-pool-size", &threads.to_string()]);
                 command
             }
@@ -94,7 +111,7 @@ impl Kind {
 /// The command line of our pmem device.
 pub fn pmem_command(socket: &Path, file: &Path) -> Command {
     let mut command = Command::new(binary());
-    command.arg("pmem").arg("--socket-path").arg(socket).arg("--file").arg(file);
+    command.arg("pmem").arg("--socket-path").arg(socket).arg("--file").arg(file).args(NO_SANDBOX);
     command
 }
 
