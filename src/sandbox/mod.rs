@@ -45,12 +45,13 @@ use rustix::process::{PidfdFlags, Signal, getpid, pidfd_open, set_parent_process
 use rustix::thread::{CapabilitySet, UnshareFlags, set_name, set_thread_groups, unshare_unsafe};
 
 pub use options::{ModCaps, SandboxMode, SandboxOptions, SeccompMode};
-pub use plan::{Plan, SandboxError};
+pub use plan::{Plan, SandboxError, check_proc};
 
 use root::Share;
 use seccomp::LastCall;
 use supervisor::Helper;
 use tables::Table;
+use user_namespace::ActsAs;
 
 use crate::support::{fd_table, stderr};
 
@@ -60,6 +61,8 @@ pub struct Cell<'a> {
     pub share: Option<&'a Share>,
     /// The share is not to be changed.
     pub readonly: bool,
+    /// Its user.
+    pub acts_as: ActsAs,
     /// Its capabilities.
     pub capabilities: CapabilitySet,
     /// Its system calls.
@@ -179,6 +182,7 @@ pub fn enter(
     let parent = pidfd_open(getpid(), PidfdFlags::empty())?;
     // SAFETY: there is one thread, so the child may do what this process may.
     let ForkResult::Parent { child } = unsafe { nix::unistd::fork() }? else {
+        cell.acts_as.change()?;
         die_with(&parent)?;
         drop(parent);
         shut_in(plan, cell, last_call)?;
