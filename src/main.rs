@@ -6,6 +6,7 @@ mod cli;
 
 use std::process::ExitCode;
 
+use vhost_user_dax::sandbox;
 use vhost_user_dax::session::config::ConfigError;
 use vhost_user_dax::session::{DaemonError, run_fs, run_pmem};
 use vhost_user_dax::support::stderr;
@@ -29,6 +30,9 @@ fn main() -> ExitCode {
             return failure(&ConfigError::Option(line).into());
         }
         cli::warn_of_idle(matches);
+    }
+    if let Err(e) = sandbox::check_proc() {
+        return failure(&e.into());
     }
     let ended = match command {
         Command::Pmem(args) => args.config().map(|config| run_pmem(&config)),

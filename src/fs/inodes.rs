@@ -9,8 +9,9 @@ use std::collections::hash_map::Entry;
 use std::fs::read_to_string;
 use std::io;
 use std::path::Path;
+use std::sync::OnceLock;
 
-use log::warn;
+use log::{debug, warn};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 
@@ -67,6 +68,7 @@ impl Default for Inodes {
 impl Inodes {
     fn new(most: u64) -> Self {
         let most = usize::try_from(most.max(LEAST)).unwrap_or(usize::MAX);
+        debug!("the guest may know {most} inodes");
         Self { known: Mutex::default(), most }
     }
 
@@ -136,8 +138,14 @@ impl Inodes {
 }
 
 /// Size of the daemon's memory, in bytes: the host's, or the smallest limit of the process and its
-/// control groups.
-fn memory_bytes() -> u64 {
+/// control groups. Read once: a sandboxed process sees neither /proc/meminfo nor the control groups.
+/// Called before the process is sandboxed.
+pub(crate) fn memory_bytes() -> u64 {
+    static BYTES: OnceLock<u64> = OnceLock::new();
+    *BYTES.get_or_init(read_memory_bytes)
+}
+
+fn read_memory_bytes() -> u64 {
     let limit = |of| getrlimit(of).map_or(u64::MAX, |(soft, _)| soft);
     let limits = limit(Resource::RLIMIT_DATA).min(limit(Resource::RLIMIT_AS));
     host_bytes().unwrap_or(UNKNOWN_BYTES).min(limits).min(cgroup_bytes().unwrap_or(u64::MAX))

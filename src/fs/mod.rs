@@ -17,7 +17,7 @@ mod dax;
 pub mod descriptors;
 mod host_file;
 mod in_window;
-mod inodes;
+pub(crate) mod inodes;
 mod lives;
 mod message;
 mod open_flags;

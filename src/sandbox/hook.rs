@@ -59,6 +59,8 @@ fn attempt(what: &str) -> i64 {
                 let rwx = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
                 libc::syscall(libc::SYS_mmap, null, 4096, rwx, flags, -1, 0)
             }
+            #[allow(clippy::panic)]
+            "panic" => std::thread::spawn(|| panic!("as the test asks")).join().is_err().into(),
             "handler" => libc::signal(libc::SIGSYS, libc::SIG_IGN) as i64,
             _ => 0,
         }

@@ -41,16 +41,17 @@ use std::path::PathBuf;
 use log::debug;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{ForkResult, Pid};
-use rustix::process::{PidfdFlags, Signal, getpid, pidfd_open, set_parent_process_death_signal};
+use rustix::process::{Signal, getpid, set_parent_process_death_signal};
 use rustix::thread::{CapabilitySet, UnshareFlags, set_name, set_thread_groups, unshare_unsafe};
 
 pub use options::{ModCaps, SandboxMode, SandboxOptions, SeccompMode};
-pub use plan::{Plan, SandboxError};
+pub use plan::{Plan, SandboxError, check_proc};
 
 use root::Share;
 use seccomp::LastCall;
 use supervisor::Helper;
 use tables::Table;
+use user_namespace::ActsAs;
 
 use crate::support::{fd_table, stderr};
 
@@ -60,6 +61,8 @@ pub struct Cell<'a> {
     pub share: Option<&'a Share>,
     /// The share is not to be changed.
     pub readonly: bool,
+    /// Its user.
+    pub acts_as: ActsAs,
     /// Its capabilities.
     pub capabilities: CapabilitySet,
     /// Its system calls.
@@ -176,28 +179,33 @@ pub fn enter(
         // SAFETY: it is for the children only.
         unsafe { unshare_unsafe(UnshareFlags::NEWPID) }?;
     }
-    let parent = pidfd_open(getpid(), PidfdFlags::empty())?;
+    // Only this process holds the writer, so the reader tells the child when this process ends.
+    let (reader, writer) = io::pipe()?;
     // SAFETY: there is one thread, so the child may do what this process may.
     let ForkResult::Parent { child } = unsafe { nix::unistd::fork() }? else {
-        die_with(&parent)?;
-        drop(parent);
+        drop(writer);
+        cell.acts_as.change()?;
+        die_with(&reader)?;
+        drop(reader);
         shut_in(plan, cell, last_call)?;
         #[cfg(debug_assertions)]
         hook::run();
         return Ok(());
     };
-    in_parent(child, &signals, last_call, helper, clean_up)
+    in_parent(child, &writer, &signals, last_call, helper, clean_up)
 }
 
 fn in_parent(
     worker: Pid,
+    writer: &io::PipeWriter,
     signals: &nix::sys::signal::SigSet,
     last_call: LastCall,
     helper: Option<Forked>,
     clean_up: &CleanUp<'_>,
 ) -> ! {
     stderr::forget_waiting();
-    close_all_but(&clean_up.keep);
+    let kept: Vec<RawFd> = clean_up.keep.iter().copied().chain([writer.as_raw_fd()]).collect();
+    close_all_but(&kept);
     if let Err(e) = plan::drop_for_parent(clean_up.dir.as_deref()) {
         debug!("the parent process keeps its capabilities: {e}");
     }
@@ -210,8 +218,8 @@ fn in_parent(
     )
 }
 
-/// Ends this process when the one behind `parent` ends.
-fn die_with(parent: &OwnedFd) -> io::Result<()> {
+/// Ends this process when its parent process ends, which holds the other end of `parent`.
+fn die_with(parent: &io::PipeReader) -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // It may have ended before. Its number tells nothing in another PID namespace.
     let mut ended = [PollFd::new(parent.as_fd(), PollFlags::POLLIN)];

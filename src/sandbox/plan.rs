@@ -2,6 +2,7 @@
 
 //! Which sandbox the host permits, found out before anything is made.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
 
@@ -12,8 +13,10 @@ use rustix::thread::{CapabilitySet, UnshareFlags, unshare_unsafe};
 use thiserror::Error;
 
 use super::options::{SandboxMode, SandboxOptions, SeccompMode};
+use super::root::{self, Share};
 use super::tables::Table;
-use super::{Cell, capabilities, root, user_namespace};
+use super::user_namespace::{self, ActsAs};
+use super::{Cell, capabilities};
 
 /// A sandbox that can't be had. The exit code is 2.
 #[derive(Debug, Error)]
@@ -33,8 +36,8 @@ pub enum SandboxError {
          --inode-file-handles=never, or leave it in"
     )]
     FileHandles,
-    #[error("the sandbox: {0}; --sandbox none goes without")]
-    Enter(io::Error),
+    #[error("/proc/self/fd: {0}; mount /proc ('mount -t proc proc /proc')")]
+    Proc(io::Error),
 }
 
 /// The sandbox that is used.
@@ -59,7 +62,11 @@ impl Plan {
     ///
     /// # Errors
     /// See [`SandboxError`].
-    pub fn choose(options: &SandboxOptions, is_mapped: bool) -> Result<Self, SandboxError> {
+    pub fn choose(
+        options: &SandboxOptions,
+        share: Option<&Share>,
+        is_mapped: bool,
+    ) -> Result<Self, SandboxError> {
         let is_root = geteuid().is_root();
         // A user who was given the capability is in no need of a user namespace, where it would not
         // count.
@@ -78,7 +85,7 @@ impl Plan {
                 let may = is_root && capabilities::has(CapabilitySet::SYS_CHROOT);
                 if may { Ok(plan(SandboxMode::Chroot)) } else { Err(SandboxError::Chroot) }
             }
-            named => match try_namespaces(needs_user) {
+            named => match try_namespaces(needs_user, share) {
                 Ok(()) => Ok(plan(SandboxMode::Namespace)),
                 Err(why) if named.is_some() || is_mapped => Err(SandboxError::Namespace(why)),
                 Err(why) => {
@@ -101,8 +108,8 @@ impl Plan {
         &self,
         uids: &[virtiofsd::idmap::UidMap],
         gids: &[virtiofsd::idmap::GidMap],
-    ) -> Result<(), user_namespace::NamespaceError> {
-        if self.needs_user { user_namespace::enter(uids, gids) } else { Ok(()) }
+    ) -> Result<ActsAs, user_namespace::NamespaceError> {
+        if self.needs_user { user_namespace::enter(uids, gids) } else { Ok(ActsAs::default()) }
     }
 
     /// Landlock takes away what a mount namespace would have hidden from a process that has no
@@ -116,9 +123,18 @@ impl Plan {
     }
 }
 
-/// Whether this process could leave the host's namespaces: a child tries it. The reason, if not.
+/// Looks whether there is /proc, in which the daemon finds its own descriptors in all modes.
+///
+/// # Errors
+/// [`SandboxError::Proc`].
+pub fn check_proc() -> Result<(), SandboxError> {
+    File::open("/proc/self/fd").map(drop).map_err(SandboxError::Proc)
+}
+
+/// Whether a worker could have its own namespaces and its own root: a child tries all of it. The
+/// reason, if not.
 #[allow(unsafe_code)]
-fn try_namespaces(needs_user: bool) -> Result<(), String> {
+fn try_namespaces(needs_user: bool, share: Option<&Share>) -> Result<(), String> {
     let (mut reader, mut writer) = io::pipe().map_err(|e| e.to_string())?;
     // SAFETY: there is one thread, so the child may do what this process may.
     match unsafe { fork() } {
@@ -135,21 +151,29 @@ fn try_namespaces(needs_user: bool) -> Result<(), String> {
             }
         }
         Ok(ForkResult::Child) => {
-            let flags = if needs_user { UnshareFlags::NEWUSER } else { UnshareFlags::empty() };
-            // SAFETY: this process has one thread, and ends soon.
-            let tried = unsafe { unshare_unsafe(flags | UnshareFlags::NEWPID) }
-                .map_err(root::at("unshare"))
-                // A network namespace takes longest, and is permitted where the others are.
-                .and_then(|()| root::leave_namespaces(UnshareFlags::empty()))
-                .and_then(|()| root::enter_empty());
-            if let Err(e) = tried {
-                let _ = writer.write_all(e.to_string().as_bytes());
+            if let Err(why) = enter_namespaces(needs_user, share) {
+                let _ = writer.write_all(why.as_bytes());
             }
             // SAFETY: the process ends, and runs none of the handlers that the parent has
             // registered.
             unsafe { libc::_exit(0) }
         }
     }
+}
+
+/// Does in the child what [`super::enter`] does for a worker, in the same order. The user namespace
+/// has the daemon's own user, whatever the maps of the options are.
+#[allow(unsafe_code)]
+fn enter_namespaces(needs_user: bool, share: Option<&Share>) -> Result<(), String> {
+    if needs_user {
+        user_namespace::enter(&[], &[]).map_err(|e| e.to_string())?;
+    }
+    // SAFETY: this process has one thread, and ends soon.
+    unsafe { unshare_unsafe(UnshareFlags::NEWPID) }
+        .map_err(root::at("unshare"))
+        .and_then(|()| root::leave_namespaces(UnshareFlags::NEWNET))
+        .and_then(|()| root::enter(share, false))
+        .map_err(|e| e.to_string())
 }
 
 /// The parent process keeps no capability. Where it could not remove the socket's file without, it

@@ -110,7 +110,9 @@ pub fn apply(mode: SeccompMode, table: Table, last_call: LastCall) -> io::Result
         SeccompMode::Trap => SeccompAction::Trap,
         SeccompMode::Log => SeccompAction::Log,
     };
-    let failed = |e: seccompiler::Error| io::Error::other(e.to_string());
+    let failed = |e: seccompiler::Error| {
+        io::Error::other(format!("{e}; --seccomp none goes without a filter of system calls"))
+    };
     // Both are compiled before the first one is applied.
     let allowed = program(table.allowed(), otherwise, SeccompAction::Allow)?;
     let absent = program(

@@ -105,7 +105,8 @@ const SYS_CACHESTAT: c_long = 451;
 /// fchmodat2(2), which newer C libraries call for fchmodat(3) with flags.
 const SYS_FCHMODAT2: c_long = 452;
 
-/// Open files: both devices read, write, measure and sync them. openat is for /proc/self/fd.
+/// Open files: both devices read, write, measure and sync them. openat is for /proc/self/fd. A
+/// backtrace of a panic reads the working directory and the link /proc/self/exe.
 const FILES: &[c_long] = &[
     SYS_CACHESTAT,
     SYS_fallocate,
@@ -113,6 +114,7 @@ const FILES: &[c_long] = &[
     SYS_fstat,
     SYS_fstatfs,
     SYS_fsync,
+    SYS_getcwd,
     SYS_getdents64,
     SYS_lseek,
     SYS_newfstatat,
@@ -124,6 +126,7 @@ const FILES: &[c_long] = &[
     SYS_pwritev,
     SYS_pwritev2,
     SYS_read,
+    SYS_readlinkat,
     SYS_readv,
     SYS_statx,
     SYS_sync_file_range,
@@ -157,7 +160,6 @@ const SHARE: &[c_long] = &[
     SYS_name_to_handle_at,
     SYS_openat2,
     SYS_open_by_handle_at,
-    SYS_readlinkat,
     SYS_removexattr,
     SYS_renameat,
     SYS_renameat2,
@@ -191,14 +193,17 @@ const WINDOW: &[c_long] =
 
 /// What x86-64 has beside the calls that all architectures have.
 #[cfg(target_arch = "x86_64")]
-const OLD: &[c_long] = &[SYS_epoll_wait, SYS_open, SYS_poll, SYS_time];
+const OLD: &[c_long] = &[SYS_epoll_wait, SYS_open, SYS_poll, SYS_readlink, SYS_time];
 #[cfg(not(target_arch = "x86_64"))]
 const OLD: &[c_long] = &[];
 
 #[cfg(target_arch = "x86_64")]
-const OLD_OF_SHARES: &[c_long] = &[SYS_readlink, SYS_unlink];
+const OLD_OF_SHARES: &[c_long] = &[SYS_unlink];
 #[cfg(not(target_arch = "x86_64"))]
 const OLD_OF_SHARES: &[c_long] = &[];
+
+/// `PR_SET_VMA` (linux/prctl.h): the C library names its memory if GLIBC_TUNABLES asks for it.
+const PR_SET_VMA: u64 = 0x5356_4d41;
 
 /// `PR_GET_AUXV` (linux/prctl.h).
 const PR_GET_AUXV: u64 = 0x4155_5856;
@@ -214,10 +219,13 @@ const BROKER: &[c_long] = &[
     SYS_exit_group,
     SYS_fsmount,
     SYS_futex,
+    SYS_getpid,
+    SYS_gettid,
     SYS_madvise,
     SYS_munmap,
     SYS_recvmsg,
     SYS_restart_syscall,
+    SYS_rt_sigprocmask,
     SYS_rt_sigreturn,
     SYS_sendmsg,
 ];
@@ -246,6 +254,14 @@ impl Table {
             allowed.extend(no_code);
             // The standard library looks whether what it closes is open, in debug builds.
             allowed.push(Allowed::If(SYS_fcntl, 1, Arg::Is(F_GETFD as u64)));
+            // Its end by a bug: a panic that is written to the closed stderr, abort(3), and the
+            // standard library's handler of SIGSEGV. Else the parent process would name one of these
+            // calls in place of the signal.
+            allowed.push(Allowed::If(SYS_write, 0, Arg::Is(STDERR_FILENO as u64)));
+            allowed.push(Allowed::If(SYS_writev, 0, Arg::Is(STDERR_FILENO as u64)));
+            allowed.push(Allowed::If(SYS_rt_sigaction, 0, Arg::IsNot(SIGSYS as u64)));
+            let this = u64::from(std::process::id());
+            allowed.push(Allowed::If(SYS_tgkill, 0, Arg::Is(this)));
             allowed.push(Allowed::If(SYS_fsconfig, 1, Arg::Is(FSCONFIG_CMD_CREATE)));
             for request in [BACKING_OPEN, BACKING_CLOSE] {
                 allowed.push(Allowed::If(SYS_ioctl, 1, Arg::Is(request)));
@@ -262,7 +278,7 @@ impl Table {
         // The handler of a forbidden call stays.
         allowed.push(Allowed::If(SYS_rt_sigaction, 0, Arg::IsNot(SIGSYS as u64)));
         // A thread's name; rustix reads the size of a page from the auxiliary vector.
-        for what in [PR_SET_NAME as u64, PR_GET_AUXV] {
+        for what in [PR_SET_NAME as u64, PR_SET_VMA, PR_GET_AUXV] {
             allowed.push(Allowed::If(SYS_prctl, 0, Arg::Is(what)));
         }
         // A ring's indices, which may lie where no memory is (`ring/vring.rs`): this process's own.

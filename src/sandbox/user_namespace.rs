@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use std::process::{Command, Stdio};
 
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{Gid, Uid};
+use nix::unistd::{Gid, Uid, setegid, seteuid};
 use thiserror::Error;
 use virtiofsd::idmap::{GidMap, UidMap};
 
@@ -40,12 +40,41 @@ pub fn check() -> Result<(), NamespaceError> {
     if Uid::effective().is_root() { Err(NamespaceError::Root) } else { Ok(()) }
 }
 
+/// Which user and group of a user namespace the worker acts as. None: the daemon's own.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ActsAs {
+    uid: Option<Uid>,
+    gid: Option<Gid>,
+}
+
+impl ActsAs {
+    /// Changes the effective ids only: by the real ones the parent process, which has no capability,
+    /// may still send signals to this process. Clears the signal of prctl(PR_SET_PDEATHSIG).
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn change(self) -> nix::Result<()> {
+        self.gid.map_or(Ok(()), setegid)?;
+        self.uid.map_or(Ok(()), seteuid)
+    }
+}
+
+/// The first number inside, if `own` is none of the numbers outside: no file could be created by a
+/// user that has no number, and no thread could change back to it.
+fn first_unless_mapped(lines: &[Line], own: u32) -> Option<u32> {
+    let is_mapped = lines
+        .iter()
+        .any(|[_, outside, count]| own.checked_sub(*outside).is_some_and(|offset| offset < *count));
+    let first = lines.first().map(|[inside, ..]| *inside);
+    first.filter(|_| !is_mapped)
+}
+
 /// Enters a new user namespace with these maps. An empty map maps the daemon's own id to itself.
 /// The process must have one thread only.
 ///
 /// # Errors
 /// See [`NamespaceError`].
-pub fn enter(uids: &[UidMap], gids: &[GidMap]) -> Result<(), NamespaceError> {
+pub fn enter(uids: &[UidMap], gids: &[GidMap]) -> Result<ActsAs, NamespaceError> {
     check()?;
     let (uid, gid) = (Uid::effective(), Gid::effective());
     let mut uid_lines: Vec<Line> =
@@ -58,12 +87,17 @@ pub fn enter(uids: &[UidMap], gids: &[GidMap]) -> Result<(), NamespaceError> {
     if gid_lines.is_empty() {
         gid_lines.push([gid.as_raw(), gid.as_raw(), 1]);
     }
+    let acts_as = ActsAs {
+        uid: first_unless_mapped(&uid_lines, uid.as_raw()).map(Uid::from_raw),
+        gid: first_unless_mapped(&gid_lines, gid.as_raw()).map(Gid::from_raw),
+    };
     // The helper programs must start outside of the namespace. They wait until it exists.
     let uid_mapper = Mapper::prepare("uid", uid_lines, uid.as_raw())?;
     let gid_mapper = Mapper::prepare("gid", gid_lines, gid.as_raw())?;
     unshare(CloneFlags::CLONE_NEWUSER).map_err(|e| NamespaceError::Unshare(e.into()))?;
     uid_mapper.map()?;
-    gid_mapper.map()
+    gid_mapper.map()?;
+    Ok(acts_as)
 }
 
 /// How one of the two maps is written.
@@ -119,5 +153,21 @@ impl Mapper {
                 Err(failed(what, &String::from_utf8_lossy(&done.stderr).trim()))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Shows: the daemon's own user stays where any line of the map has it; else the first number
+    /// takes its place.
+    #[test]
+    fn a_user_without_a_number() {
+        let lines = [[0, 100_000, 65_536], [65_536, 1000, 1]];
+        for (own, first) in [(1000, None), (100_000, None), (165_535, None), (165_536, Some(0))] {
+            assert_eq!(first_unless_mapped(&lines, own), first, "{own}");
+        }
+        assert_eq!(first_unless_mapped(&[[7, 5, 1]], 4), Some(7));
     }
 }

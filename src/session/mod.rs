@@ -118,7 +118,7 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
         return Err(PmemFileError::SparseLines(path.clone()).into());
     }
     found.claim()?;
-    let plan = Plan::choose(&config.sandbox, false).map_err(ConfigError::from)?;
+    let plan = Plan::choose(&config.sandbox, None, false).map_err(ConfigError::from)?;
     // Before the first thread starts: all threads inherit the mask of blocked signals.
     let signals = signals::block()?;
     // All checks that only look are done. The socket is bound before the file is created: so no
@@ -135,7 +135,6 @@ pub fn run_pmem(config: &PmemConfig) -> Result<(), DaemonError> {
     // What the device is asked of the file's own host is asked before the root changes.
     let what = format!("{}: {}", path.display(), Size(file_bytes(file.file())?));
     let file = file.keep(chosen);
-    plan.enter_user_namespace(&[], &[]).map_err(ConfigError::from)?;
     shut_in::pmem(&plan, config.sandbox.modcaps, &bound)?;
     let stop = begin(signals, bound)?;
     let pmem = Pmem::with_mem_slots(file, persist, config.mem_slots)?;
@@ -170,7 +169,7 @@ pub fn run_fs(config: &FsRunConfig) -> Result<(), DaemonError> {
     if is_mapped {
         user_namespace::check().map_err(ConfigError::from)?;
     }
-    let plan = Plan::choose(&config.sandbox, is_mapped).map_err(ConfigError::from)?;
+    let plan = Plan::choose(&config.sandbox, Some(&share), is_mapped).map_err(ConfigError::from)?;
     let signals = signals::block()?;
     // Binds the socket first: the code of the share clears the umask, and the owner of the socket
     // is looked up outside the user namespace.

@@ -3,6 +3,7 @@
 //! Step 1 of 6: what each device's process is left with, and the processes beside it. Knows the
 //! sandbox, and of a device its settings only.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use super::config::{ConfigError, FsRunConfig};
 use super::listener::{BoundSocket, SocketSpec};
 use crate::fs::FsConfig;
 use crate::fs::descriptors::mapped_files;
+use crate::fs::inodes;
 use crate::passthrough::Mounter;
 use crate::passthrough::broker::Broker;
 use crate::sandbox::root::{self, Share};
@@ -43,7 +45,9 @@ fn enter(
         keep: bound.descriptor().into_iter().collect(),
         dir: bound.dir(),
     };
-    sandbox::enter(plan, cell, helper, &clean_up).map_err(SandboxError::Enter)?;
+    // What the host does not permit was found out before a file was made: a resource is lacking.
+    sandbox::enter(plan, cell, helper, &clean_up)
+        .map_err(|e| io::Error::new(e.kind(), format!("the sandbox: {e}")))?;
     bound.leave();
     Ok(())
 }
@@ -53,9 +57,11 @@ fn enter(
 /// # Errors
 /// What could not be had.
 pub(super) fn pmem(plan: &Plan, modcaps: ModCaps, bound: &BoundSocket) -> Result<(), DaemonError> {
+    let acts_as = plan.enter_user_namespace(&[], &[]).map_err(ConfigError::from)?;
     let cell = Cell {
         share: None,
         readonly: false,
+        acts_as,
         capabilities: modcaps.applied_to(CapabilitySet::empty()),
         table: Table::Pmem,
     };
@@ -92,9 +98,10 @@ pub(super) fn share(
     let fs = &config.fs;
     let is_mapped = !fs.uid_map.is_empty() || !fs.gid_map.is_empty();
     let (mounter, helper) = mounter(plan, fs, is_mapped)?;
-    plan.enter_user_namespace(&fs.uid_map, &fs.gid_map).map_err(ConfigError::from)?;
+    let acts_as = plan.enter_user_namespace(&fs.uid_map, &fs.gid_map).map_err(ConfigError::from)?;
     let table = if helper.is_some() { Table::ShareWithWindow } else { Table::Share };
-    let cell = Cell { share: Some(share), readonly: fs.readonly, capabilities, table };
+    let cell = Cell { share: Some(share), readonly: fs.readonly, acts_as, capabilities, table };
+    inodes::memory_bytes();
     enter(plan, &cell, helper, bound)?;
     let (shared_dir, chroot) = match plan.mode {
         SandboxMode::Namespace => (PathBuf::from(root::SHARE), None),

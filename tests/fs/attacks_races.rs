@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use testkit::eventually;
@@ -818,10 +819,12 @@ fn open_to_write(guest: &mut FsGuest, node: u64) -> Pending {
 
 /// The flags of the daemon's descriptors of `name`.
 fn host_flags(host: &FsHost, name: &str) -> Vec<i32> {
-    let path = host.path(name);
+    // Not by the path: the worker's root is another one.
+    let id = |found: std::fs::Metadata| (found.dev(), found.ino());
+    let file = id(std::fs::metadata(host.path(name)).unwrap());
     let proc = format!("/proc/{}", host.pid());
     let all = std::fs::read_dir(format!("{proc}/fd")).unwrap().map(|fd| fd.unwrap());
-    all.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to == path))
+    all.filter(|fd| std::fs::metadata(fd.path()).is_ok_and(|found| id(found) == file))
         .map(|fd| {
             let number = fd.file_name().into_string().unwrap();
             let info = std::fs::read_to_string(format!("{proc}/fdinfo/{number}")).unwrap();

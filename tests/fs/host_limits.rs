@@ -133,6 +133,6 @@ fn an_aborted_private_mount() {
     }
     assert_eq!(guest.read(first, fh, 100, 4).unwrap(), b"kept");
     let said = host.said();
-    assert!(said.contains("aborted; there is a new one"), "{said}");
+    assert!(said.contains("aborted, and was re-created"), "{said}");
     assert_eq!(guest.vmm.take_violations(), vec![""; 0]);
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -249,6 +249,19 @@ fn a_forbidden_call_ends_the_worker() {
     }
 }
 
+/// Shows: a panic of one thread, with the backtrace that RUST_BACKTRACE asks for, is no forbidden
+/// call: the worker says it and goes on.
+#[test]
+fn a_backtrace_is_no_forbidden_call() {
+    let place = Place::new();
+    for mut command in [place.pmem(), place.fs()] {
+        command.env("RUST_BACKTRACE", "1");
+        let said = attempt(&place, command, "panic");
+        assert!(said.contains("stack backtrace:"), "{said}");
+        assert!(said.contains("in the worker: panic: done 1"), "{said}");
+    }
+}
+
 /// Shows: what the other words of --seccomp do.
 #[test]
 fn other_actions() {
@@ -343,6 +356,7 @@ fn a_broker_that_is_killed() {
         assert_eq!(guest.setup(new, 0, RANGE, BOTH, RANGE), Err(libc::EIO));
     }
     assert_eq!(guest.read(old, fh, 0, 5).unwrap(), b"still");
+    host.wait_said("the broker process has ended");
     let said = host.said();
     assert_eq!(said.matches("the broker process has ended").count(), 1, "{said}");
     drop(guest);
@@ -402,12 +416,7 @@ fn a_plain_user_serves_a_guest() {
     if !is_root("a_plain_user_serves_a_guest") {
         return;
     }
-    let dir = tempfile::tempdir_in("/tmp").unwrap();
-    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let binary = dir.path().join("daemon");
-    fs::copy(BINARY, &binary).unwrap();
-    fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).unwrap();
-    let place = Place(dir);
+    let (place, binary) = place_for_nobody();
     let mut pmem = Command::new(&binary);
     pmem.arg("pmem").arg("--socket-path").arg(place.path("sock"));
     pmem.arg("--file").arg(place.path("file")).args(["--size", "4M"]);
@@ -446,6 +455,147 @@ fn a_plain_user_serves_a_guest() {
         assert_eq!(guest.read(node, fh, 0, 5).unwrap(), b"hello");
         drop(guest);
         assert!(host.ended().success());
+    }
+}
+
+/// A directory with a copy of the daemon that a plain user may run, and the daemon's path.
+fn place_for_nobody() -> (Place, PathBuf) {
+    let dir = tempfile::tempdir_in("/tmp").unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let binary = dir.path().join("daemon");
+    fs::copy(BINARY, &binary).unwrap();
+    fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).unwrap();
+    (Place(dir), binary)
+}
+
+/// Shows: a plain user's daemon serves a guest whose users are all subordinate users of the host,
+/// none of them the daemon's own: what the guest's root creates belongs to the first of them.
+#[test]
+fn a_plain_user_with_subordinate_users_only() {
+    const TEST: &str = "a_plain_user_with_subordinate_users_only";
+    if !is_root(TEST) {
+        return;
+    }
+    let (place, binary) = place_for_nobody();
+    // In place of the setuid programs of the package uidmap, and of a range in /etc/subuid.
+    for what in ["uid", "gid"] {
+        let program = place.path(&format!("new{what}map"));
+        let script = format!(
+            "#!/bin/sh\npid=$1; shift; printf '%s %s %s\\n' \"$@\" > /proc/$pid/{what}_map\n"
+        );
+        fs::write(&program, script).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let options = FsOptions {
+        below: place.0.path().to_owned(),
+        window_bytes: 0,
+        extra: vec!["--uid-map=:0:100000:65536:".into(), "--gid-map=:0:200000:65536:".into()],
+        ..FsOptions::default()
+    };
+    let host = FsHost::prepared(options, |command| {
+        let share = command.get_args().skip_while(|a| *a != "--shared-dir").nth(1).unwrap();
+        let share = Path::new(share);
+        for dir in [share, share.parent().unwrap()] {
+            fs::set_permissions(dir, fs::Permissions::from_mode(0o777)).unwrap();
+        }
+        let mut setpriv = Command::new("setpriv");
+        setpriv.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]);
+        setpriv.args(["--inh-caps=-all,+setuid,+setgid", "--ambient-caps=+setuid,+setgid", "--"]);
+        setpriv.arg(&binary).args(command.get_args()).env_remove("RUST_LOG");
+        let path = std::env::var("PATH").unwrap_or_default();
+        setpriv.env("PATH", format!("{}:{path}", place.0.path().display()));
+        *command = setpriv;
+    });
+    let mut guest = host.boot();
+    let (node, fh) = guest.create("file").unwrap();
+    guest.write(node, fh, 0, b"hello").unwrap();
+    let made = fs::metadata(host.path("file")).unwrap();
+    assert_eq!((made.uid(), made.gid(), host.get("file")), (100_000, 200_000, b"hello".to_vec()));
+    // The worker's user is not the parent's, and the parent has no capability.
+    kill(Pid::from_raw(host.parent_pid() as i32), Signal::SIGTERM).unwrap();
+    let mut host = host;
+    assert!(host.wait_end().success(), "{}", host.said());
+}
+
+/// A command that runs `daemon` once a shell, with root's rights in a new mount namespace or user
+/// namespace, has run `script`.
+fn after(script: &str, unshare: &[&str], daemon: &Command) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(unshare).args(["sh", "-c", &format!("{script} && exec \"$@\""), "sh"]);
+    command.arg(daemon.get_program()).args(daemon.get_args());
+    command
+}
+
+/// Shows: where a kind of namespace is forbidden, both devices start without namespaces, and one
+/// line says so; with --sandbox namespace they are refused with code 2, and no file is left.
+#[test]
+fn hosts_that_forbid_a_kind_of_namespace() {
+    let kinds = ["pid", "mnt", "ipc", "uts", "net"];
+    for kind in kinds {
+        let script = format!("echo 0 > /proc/sys/user/max_{kind}_namespaces");
+        let unshare = ["--user", "--map-root-user"];
+        if !after(&script, &unshare, &Command::new("true")).status().is_ok_and(|s| s.success()) {
+            skip("hosts_that_forbid_a_kind_of_namespace", "no user namespaces");
+            return;
+        }
+        for fs in [false, true] {
+            let place = Place::new();
+            let mut daemon = if fs { place.fs() } else { place.pmem() };
+            let done = place.while_waiting(place.ready(after(&script, &unshare, &daemon)), |pid| {
+                assert_eq!(root_of(worker_of(pid)), root_of(std::process::id()), "{kind}");
+            });
+            assert_eq!(done.status.code(), Some(0), "{kind}: {}", text(&done));
+            assert!(text(&done).contains("no namespaces (unshare: "), "{kind}: {}", text(&done));
+            let _ = fs::remove_file(place.path("file"));
+            daemon.args(["--sandbox", "namespace"]);
+            let done = place.ready(after(&script, &unshare, &daemon)).output().unwrap();
+            assert_eq!(done.status.code(), Some(2), "{kind}: {}", text(&done));
+            assert_eq!(text(&done).lines().count(), 1, "{kind}: {}", text(&done));
+            assert!(!place.path("file").exists() && !place.path("sock").exists(), "{kind}");
+        }
+    }
+}
+
+/// Shows: the limit of the inodes that a guest may know comes from the host's memory and control
+/// groups in the sandbox, too, where neither can be read.
+#[test]
+fn the_memory_of_the_host_is_known_in_the_sandbox() {
+    let place = Place::new();
+    let limit = |sandbox: &[&str]| {
+        let mut command = place.fs();
+        command.args(["--log-level", "debug"]).args(sandbox);
+        let said = text(&place.while_waiting(command, |_| {}));
+        let line = said.lines().find(|line| line.contains("the guest may know"));
+        line.unwrap_or_else(|| panic!("{said}")).to_owned()
+    };
+    assert_eq!(limit(&[]), limit(&["--sandbox", "none"]));
+}
+
+/// Shows: without /proc both devices are refused with code 2 and one line that says what to mount,
+/// whether or not the file exists, and nothing is left.
+#[test]
+fn a_host_without_proc() {
+    if !is_root("a_host_without_proc") {
+        return;
+    }
+    for has_file in [false, true] {
+        let place = Place::new();
+        if has_file {
+            fs::File::create(place.path("file")).unwrap().set_len(4 << 20).unwrap();
+        }
+        for daemon in [place.fs(), place.pmem()] {
+            for sandbox in ["namespace", "none"] {
+                let mut command = after("umount -l /proc", &["--mount"], &daemon);
+                command.args(["--sandbox", sandbox]);
+                let done = place.ready(command).output().unwrap();
+                let said = text(&done);
+                assert_eq!(done.status.code(), Some(2), "{said}");
+                assert_eq!(said.matches("mount -t proc proc /proc").count(), 1, "{said}");
+                assert_eq!(said.lines().count(), 1, "{said}");
+                assert_eq!(place.path("file").exists(), has_file, "{said}");
+                assert!(!place.path("sock").exists(), "{said}");
+            }
+        }
     }
 }
 
