@@ -157,7 +157,7 @@ fn without_privilege_the_reason_is_clear() {
 
     // All of root's capabilities except CAP_SYS_ADMIN.
     let error = thread_without_sys_admin();
-    assert!(error.contains("CAP_SYS_ADMIN is needed (fsopen fails)"), "{error}");
+    assert!(error.contains("CAP_SYS_ADMIN is needed (fsopen returned EPERM)"), "{error}");
 }
 
 /// Capabilities belong to a thread, so a thread of its own drops one and tries.
