@@ -69,7 +69,7 @@ fn attempt(what: &str) -> i64 {
             "owner" => {
                 let mut pipe = [0; 2];
                 libc::pipe2(pipe.as_mut_ptr(), libc::O_CLOEXEC);
-                i64::from(libc::fcntl(pipe[0], libc::F_SETOWN, libc::getppid()))
+                i64::from(libc::fcntl(pipe[0], libc::F_SETOWN, libc::getpid()))
             }
             "tgkill" => libc::syscall(libc::SYS_tgkill, 2, 2, 0),
             // A thread with a mount namespace of its own.
