@@ -258,15 +258,6 @@ fn serve(socket: &OwnedFd, most: usize, mode: SeccompMode, last_call: LastCall) 
     Held { spare, mounts: BTreeMap::new(), made: 0, most }.answer_all(socket)
 }
 
-/// For the fuzz target: answers what comes from `socket`. The process has no privilege, no spare
-/// mount, and one mount, of a device that is none, with three backing ids.
-#[cfg(fuzzing)]
-pub fn serve_unprivileged(socket: &OwnedFd) {
-    let Ok(device) = File::options().read(true).write(true).open("/dev/null") else { return };
-    let mounts = BTreeMap::from([(1, (device, BTreeSet::from([1, 2, 3])))]);
-    let _ = Held { spare: VecDeque::new(), mounts, made: 1, most: 4 }.answer_all(socket);
-}
-
 impl Held {
     /// Answers until the worker has gone.
     ///
