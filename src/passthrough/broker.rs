@@ -27,6 +27,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use log::error;
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
     sendmsg, socketpair,
@@ -129,7 +130,9 @@ fn receive(socket: &OwnedFd) -> Option<(Message, Vec<OwnedFd>)> {
                         );
                     }
                 }
-                break (got.bytes, fds);
+                // A longer packet was cut.
+                let is_whole = !got.flags.contains(MsgFlags::MSG_TRUNC);
+                break (if is_whole { got.bytes } else { 0 }, fds);
             }
         }
     };
@@ -252,14 +255,21 @@ fn serve(socket: &OwnedFd, most: usize, mode: SeccompMode, last_call: LastCall) 
     sandbox::close_standard();
     capabilities::keep(CapabilitySet::SYS_ADMIN)?;
     seccomp::apply(mode, Table::Broker, last_call)?;
-    let mut held = Held { spare, mounts: BTreeMap::new(), made: 0, most };
-    while let Some((message, fds)) = receive(socket) {
-        held.answer(socket, message, &fds)?;
-    }
-    Ok(())
+    Held { spare, mounts: BTreeMap::new(), made: 0, most }.answer_all(socket)
 }
 
 impl Held {
+    /// Answers until the worker has gone.
+    ///
+    /// # Errors
+    /// As [`answer`](Self::answer).
+    fn answer_all(&mut self, socket: &OwnedFd) -> io::Result<()> {
+        while let Some((message, fds)) = receive(socket) {
+            self.answer(socket, message, &fds)?;
+        }
+        Ok(())
+    }
+
     /// # Errors
     /// The worker has gone, or has sent what it never sends.
     fn answer(&mut self, socket: &OwnedFd, message: Message, fds: &[OwnedFd]) -> io::Result<()> {
@@ -290,8 +300,12 @@ impl Held {
                 }
             }
             (Kind::Unmount, []) => {
-                // With the device the connection goes, and with it the backing ids that are left.
-                self.mounts.remove(&message.mount).ok_or_else(confused)?;
+                let (device, ids) = self.mounts.remove(&message.mount).ok_or_else(confused)?;
+                // The kernel closes them with the connection, which a worker that was taken over
+                // can keep: no more backing ids than `most` exist at any time.
+                for number in ids {
+                    let _ = BackingId::numbered(number).close(&device);
+                }
             }
             _ => return Err(confused()),
         }
@@ -314,10 +328,27 @@ impl Held {
         if held >= self.most {
             return Err(Errno::ENFILE.into());
         }
+        may_be_backing(file)?;
         let number = BackingId::open(device, file)?.number();
         ids.insert(number);
         Ok(number)
     }
+}
+
+/// Whether `file` is open for reading and writing, and not for appending only. The kernel opens a
+/// backing file anew, for what the FUSE file is opened for, and checks no permission then. Without
+/// this check a worker that was taken over could write to a file that it could only open for
+/// reading: an immutable one, for example.
+///
+/// # Errors
+/// EBADF for O_PATH, EACCES.
+fn may_be_backing(file: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    if flags.contains(OFlag::O_PATH) {
+        return Err(Errno::EBADF.into());
+    }
+    let is_writable = flags & (OFlag::O_ACCMODE | OFlag::O_APPEND) == OFlag::O_RDWR;
+    if is_writable { Ok(()) } else { Err(Errno::EACCES.into()) }
 }
 
 fn errno(e: &io::Error) -> i32 {
@@ -365,8 +396,34 @@ mod tests {
         {
             assert!(held.answer(&theirs, Message::new(kind, 9, 0), &fds).is_err(), "{kind:?}");
         }
-        sendmsg::<()>(ours.as_raw_fd(), &[IoSlice::new(b"short")], &[], MsgFlags::empty(), None)
-            .unwrap();
-        assert!(receive(&theirs).is_none());
+        let long = [Message::new(Kind::Mount, 0, 0).bytes(), [0; MESSAGE_BYTES]].concat();
+        for packet in [&b"short"[..], &long] {
+            let parts = [IoSlice::new(packet)];
+            sendmsg::<()>(ours.as_raw_fd(), &parts, &[], MsgFlags::empty(), None).unwrap();
+            assert!(receive(&theirs).is_none());
+        }
+    }
+
+    /// Shows: no backing id is made of what is not open for reading and writing.
+    #[test]
+    fn what_is_read_only_is_refused() {
+        let open = |flags: OFlag| {
+            let mode = nix::sys::stat::Mode::empty();
+            nix::fcntl::open("/dev/null", flags, mode).unwrap()
+        };
+        let device = File::open("/dev/null").unwrap();
+        let mounts = BTreeMap::from([(1, (device, BTreeSet::new()))]);
+        let mut held = Held { spare: VecDeque::new(), mounts, made: 1, most: 9 };
+        for (flags, refused) in [
+            (OFlag::O_PATH, Errno::EBADF),
+            (OFlag::O_RDONLY, Errno::EACCES),
+            (OFlag::O_WRONLY, Errno::EACCES),
+            (OFlag::O_RDWR | OFlag::O_APPEND, Errno::EACCES),
+            // By the ioctl: the device is none.
+            (OFlag::O_RDWR, Errno::ENOTTY),
+        ] {
+            let refusal = held.open(1, open(flags).as_fd()).unwrap_err();
+            assert_eq!(refusal.raw_os_error(), Some(refused as i32), "{flags:?}");
+        }
     }
 }

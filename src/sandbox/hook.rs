@@ -62,6 +62,28 @@ fn attempt(what: &str) -> i64 {
             #[allow(clippy::panic)]
             "panic" => std::thread::spawn(|| panic!("as the test asks")).join().is_err().into(),
             "handler" => libc::signal(libc::SIGSYS, libc::SIG_IGN) as i64,
+            // `path` relative to each open directory.
+            "below" => (0..256)
+                .map(|fd| i64::from(libc::openat(fd, path, libc::O_RDONLY)))
+                .find(|opened| *opened >= 0)
+                .unwrap_or(-1),
+            // The kernel sends the owner any signal that F_SETSIG names.
+            "owner" => {
+                let mut pipe = [0; 2];
+                libc::pipe2(pipe.as_mut_ptr(), libc::O_CLOEXEC);
+                i64::from(libc::fcntl(pipe[0], libc::F_SETOWN, libc::getpid()))
+            }
+            "tgkill" => libc::syscall(libc::SYS_tgkill, 2, 2, 0),
+            // A thread with a mount namespace of its own.
+            "clone" => {
+                let flags = libc::CLONE_THREAD | libc::CLONE_SIGHAND | libc::CLONE_VM;
+                libc::syscall(libc::SYS_clone, flags | libc::CLONE_NEWNS, 0, 0, 0, 0)
+            }
+            "sockopt" => {
+                let (one, length) = ([1_i32], size_of::<i32>() as libc::socklen_t);
+                let value = one.as_ptr().cast();
+                i64::from(libc::setsockopt(2, libc::SOL_SOCKET, libc::SO_DEBUG, value, length))
+            }
             _ => 0,
         }
     }

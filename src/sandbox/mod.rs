@@ -56,9 +56,10 @@ use user_namespace::ActsAs;
 use crate::support::{fd_table, stderr};
 
 /// What a worker is left with.
-pub struct Cell<'a> {
-    /// The directory that it serves.
-    pub share: Option<&'a Share>,
+pub struct Cell {
+    /// The directory that it serves. Closed once the worker is shut in: it is the host's directory,
+    /// from which `..` leads to the host's file tree.
+    pub share: Option<Share>,
     /// The share is not to be changed.
     pub readonly: bool,
     /// Its user.
@@ -73,10 +74,24 @@ pub struct Cell<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct Forked(Helper);
 
-/// Closes what this process has inherited, but for the standard descriptors and `keep`. To be
-/// called before anything is opened: an inherited directory would be a way out.
+/// Closes what this process has inherited, but for stdout, stderr and `keep`. To be called before
+/// anything is opened: an inherited directory would be a way out. The daemon reads nothing from
+/// stdin, which becomes /dev/null, as does each standard descriptor that is a directory.
 #[allow(unsafe_code)] // The descriptors belong to nobody.
 pub fn close_inherited(keep: Option<RawFd>) {
+    for fd in (0..=2).filter(|fd| keep != Some(*fd)) {
+        // SAFETY: all zeros is a value of this structure of numbers, which outlives the call.
+        let is_directory = unsafe {
+            let mut found: libc::stat = std::mem::zeroed();
+            libc::fstat(fd, &mut found) == 0 && found.st_mode & libc::S_IFMT == libc::S_IFDIR
+        };
+        if (fd == 0 || is_directory)
+            && let Ok(null) = File::options().read(true).write(true).open("/dev/null")
+        {
+            // SAFETY: nothing of this process owns a standard descriptor.
+            unsafe { libc::dup2(null.as_raw_fd(), fd) };
+        }
+    }
     let keep = keep.filter(|fd| *fd > 2).map(RawFd::cast_unsigned);
     let ranges = match keep {
         None => [Some((3, u32::MAX)), None],
@@ -90,6 +105,14 @@ pub fn close_inherited(keep: Option<RawFd>) {
             debug!("inherited descriptors stay: {}", io::Error::last_os_error());
         }
     }
+}
+
+/// Has the end of a child process reported: where SIGCHLD is ignored, which a program that is
+/// started inherits, the kernel keeps no exit code for waitpid(2).
+#[allow(unsafe_code)] // No handler is replaced.
+pub fn report_children() {
+    // SAFETY: the default action runs no code of this process.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }
 
 /// Closes all but the standard descriptors and `keep`. The process never returns to code that owns
@@ -169,7 +192,7 @@ pub struct CleanUp<'a> {
 #[allow(unsafe_code)]
 pub fn enter(
     plan: &Plan,
-    cell: &Cell<'_>,
+    cell: Cell,
     helper: Option<Forked>,
     clean_up: &CleanUp<'_>,
 ) -> io::Result<()> {
@@ -187,7 +210,8 @@ pub fn enter(
         cell.acts_as.change()?;
         die_with(&reader)?;
         drop(reader);
-        shut_in(plan, cell, last_call)?;
+        shut_in(plan, &cell, last_call)?;
+        drop(cell);
         #[cfg(debug_assertions)]
         hook::run();
         return Ok(());
@@ -229,7 +253,7 @@ fn die_with(parent: &io::PipeReader) -> io::Result<()> {
     Ok(())
 }
 
-fn shut_in(plan: &Plan, cell: &Cell<'_>, last_call: LastCall) -> io::Result<()> {
+fn shut_in(plan: &Plan, cell: &Cell, last_call: LastCall) -> io::Result<()> {
     // Groups of the daemon's user are no business of the guest's. A user namespace may not permit
     // it.
     if plan.is_root
@@ -241,18 +265,18 @@ fn shut_in(plan: &Plan, cell: &Cell<'_>, last_call: LastCall) -> io::Result<()> 
     match plan.mode {
         SandboxMode::Namespace => {
             root::leave_namespaces(UnshareFlags::NEWNET)?;
-            root::enter(cell.share, cell.readonly)?;
+            root::enter(cell.share.as_ref(), cell.readonly)?;
         }
         SandboxMode::Chroot => {
             fd_table::keep(true)?;
-            root::change(cell.share)?;
+            root::change(cell.share.as_ref())?;
         }
         SandboxMode::None => {}
     }
     if plan.uses_landlock(cell) {
         fd_table::keep(false)?;
         let fds = fd_table::open()?;
-        let below: Vec<&File> = cell.share.map(Share::root).into_iter().chain([&fds]).collect();
+        let below: Vec<&File> = cell.share.iter().map(Share::root).chain([&fds]).collect();
         match landlock::restrict(&below) {
             Ok(true) => {}
             Ok(false) => debug!("this kernel has no Landlock"),

@@ -115,7 +115,7 @@ impl Plan {
     /// Landlock takes away what a mount namespace would have hidden from a process that has no
     /// business there. A root that serves a share keeps what it sees: its private mounts are none
     /// that a rule could name beforehand.
-    pub(super) fn uses_landlock(&self, cell: &Cell<'_>) -> bool {
+    pub(super) fn uses_landlock(&self, cell: &Cell) -> bool {
         match cell.table {
             Table::Pmem => true,
             _ => self.mode == SandboxMode::None && !self.is_root,

@@ -108,7 +108,9 @@ pub fn leave_namespaces(more: UnshareFlags) -> io::Result<()> {
     let flags = UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | more;
     // SAFETY: no descriptors are unshared, so none that another thread uses is closed.
     unsafe { unshare_unsafe(flags) }.map_err(at("unshare"))?;
-    // What the host mounts in the share later is shown; what this process mounts is not.
+    // What the host mounts in the share later is shown, with the host's options of that mount
+    // (SECURITY.md, "What is not defended"); what the host unmounts is not kept mounted. What this
+    // process mounts is not shown.
     let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     mount_change("/", slave).map_err(at("making the mounts private"))
 }
@@ -191,9 +193,8 @@ pub fn change(share: Option<&Share>) -> io::Result<()> {
     match share {
         Some(share) => fchdir(share.root.as_fd())?,
         None => {
-            let name = format!("vhost-user-dax-{}", std::process::id());
-            let dir = std::env::temp_dir().join(name);
-            fs::create_dir(&dir)?;
+            // By a name that no other user can have taken before.
+            let dir = nix::unistd::mkdtemp(&std::env::temp_dir().join("vhost-user-dax-XXXXXX"))?;
             let opened = File::open(&dir);
             fs::remove_dir(&dir)?;
             fchdir(opened?)?;

@@ -144,8 +144,10 @@ fn program(
                 let (length, operation, value) = match arg {
                     Arg::Is(value) => (Dword, SeccompCmpOp::Eq, value),
                     Arg::IsNot(value) => (Dword, SeccompCmpOp::Ne, value),
-                    Arg::Has(bits) => (Qword, SeccompCmpOp::MaskedEq(bits), bits),
                     Arg::Lacks(bits) => (Qword, SeccompCmpOp::MaskedEq(bits), 0),
+                    Arg::HasAndLacks(has, lacks) => {
+                        (Qword, SeccompCmpOp::MaskedEq(has | lacks), has)
+                    }
                 };
                 let condition = SeccompCondition::new(index, length, operation, value);
                 let rule = condition.and_then(|condition| SeccompRule::new(vec![condition]));

@@ -35,10 +35,10 @@ pub(super) enum Arg {
     Is(u64),
     /// Any other number.
     IsNot(u64),
-    /// Whatever has these bits.
-    Has(u64),
     /// Whatever lacks these bits.
     Lacks(u64),
+    /// Whatever has the first bits and lacks the second ones.
+    HasAndLacks(u64, u64),
 }
 
 /// Memory: malloc, stacks of threads, files and guest memory that are mapped.
@@ -68,7 +68,6 @@ const SIGNALS: &[c_long] = &[
     SYS_rt_sigreturn,
     SYS_rt_sigtimedwait,
     SYS_sigaltstack,
-    SYS_tgkill,
 ];
 
 /// Time, waiting, random keys of hash tables.
@@ -85,7 +84,6 @@ const SESSION: &[c_long] = &[
     SYS_epoll_ctl,
     SYS_epoll_pwait,
     SYS_eventfd2,
-    SYS_fcntl,
     SYS_getpeername,
     SYS_getsockname,
     SYS_getsockopt,
@@ -95,7 +93,6 @@ const SESSION: &[c_long] = &[
     SYS_recvmsg,
     SYS_sendmsg,
     SYS_sendto,
-    SYS_setsockopt,
     SYS_shutdown,
 ];
 
@@ -191,6 +188,20 @@ const USERS: &[c_long] = &[
 const WINDOW: &[c_long] =
     &[SYS_inotify_add_watch, SYS_inotify_init1, SYS_inotify_rm_watch, SYS_memfd_create];
 
+/// Commands of fcntl(2): the standard library, vmm-sys-util, the fuse device's and the memory
+/// regions' checks (`passthrough/mod.rs`, `device/memory.rs`).
+const FCNTL: &[c_int] =
+    &[F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_GET_SEALS];
+
+/// Flags of clone(2) that make namespaces.
+const NAMESPACES: u64 = (CLONE_NEWNS
+    | CLONE_NEWCGROUP
+    | CLONE_NEWUTS
+    | CLONE_NEWIPC
+    | CLONE_NEWUSER
+    | CLONE_NEWPID
+    | CLONE_NEWNET) as u64;
+
 /// What x86-64 has beside the calls that all architectures have.
 #[cfg(target_arch = "x86_64")]
 const OLD: &[c_long] = &[SYS_epoll_wait, SYS_open, SYS_poll, SYS_readlink, SYS_time];
@@ -252,8 +263,11 @@ impl Table {
         if self == Self::Broker {
             let mut allowed = any(BROKER);
             allowed.extend(no_code);
-            // The standard library looks whether what it closes is open, in debug builds.
-            allowed.push(Allowed::If(SYS_fcntl, 1, Arg::Is(F_GETFD as u64)));
+            // The standard library looks whether what it closes is open, in debug builds. The
+            // broker looks whether a file is open for reading and writing.
+            for command in [F_GETFD, F_GETFL] {
+                allowed.push(Allowed::If(SYS_fcntl, 1, Arg::Is(command as u64)));
+            }
             // Its end by a bug: a panic that is written to the closed stderr, abort(3), and the
             // standard library's handler of SIGSEGV. Else the parent process would name one of these
             // calls in place of the signal.
@@ -273,8 +287,14 @@ impl Table {
             allowed.extend(any(group));
         }
         allowed.extend(no_code);
-        // pthread_create(3); no process.
-        allowed.push(Allowed::If(SYS_clone, 0, Arg::Has(CLONE_THREAD as u64)));
+        // pthread_create(3); no process, and no thread in namespaces of its own.
+        let thread = Arg::HasAndLacks(CLONE_THREAD as u64, NAMESPACES);
+        allowed.push(Allowed::If(SYS_clone, 0, thread));
+        // Not F_SETOWN: by it and F_SETSIG the kernel would send any signal to any process of this
+        // user. Not F_SETLEASE: a lease delays opens by host processes.
+        for command in FCNTL {
+            allowed.push(Allowed::If(SYS_fcntl, 1, Arg::Is(*command as u64)));
+        }
         // The handler of a forbidden call stays.
         allowed.push(Allowed::If(SYS_rt_sigaction, 0, Arg::IsNot(SIGSYS as u64)));
         // A thread's name; rustix reads the size of a page from the auxiliary vector.
@@ -284,6 +304,8 @@ impl Table {
         // A ring's indices, which may lie where no memory is (`ring/vring.rs`): this process's own.
         let this = u64::from(std::process::id());
         allowed.push(Allowed::If(SYS_process_vm_readv, 0, Arg::Is(this)));
+        // abort(3) and pthread_kill(3): signals to this process's own threads only.
+        allowed.push(Allowed::If(SYS_tgkill, 0, Arg::Is(this)));
         // Limits are read, and not set.
         allowed.push(Allowed::If(SYS_prlimit64, 2, Arg::Lacks(u64::MAX)));
         // Unread bytes of a socket (`window/channel/raw.rs`); FIEMAP (`dax/fiemap.rs`).
@@ -352,8 +374,10 @@ const NAMES: &[(c_long, &str)] = &[
     (SYS_setns, "setns"),
     (SYS_socket, "socket"),
     (SYS_socketpair, "socketpair"),
+    (SYS_setsockopt, "setsockopt"),
     (SYS_splice, "splice"),
     (SYS_sysinfo, "sysinfo"),
+    (SYS_tgkill, "tgkill"),
     (SYS_tkill, "tkill"),
     (SYS_umount2, "umount2"),
     (SYS_uname, "uname"),
@@ -409,6 +433,7 @@ mod tests {
                 SYS_ptrace,
                 SYS_seccomp,
                 SYS_setns,
+                SYS_setsockopt,
                 SYS_socket,
                 SYS_vhangup,
             ] {

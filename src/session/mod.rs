@@ -175,8 +175,7 @@ pub fn run_fs(config: &FsRunConfig) -> Result<(), DaemonError> {
     // is looked up outside the user namespace.
     let listening = checked.listen(&|| signals.must_end())?;
     let Some((listener, bound)) = listening else { return Ok(()) };
-    let fs = shut_in::share(&plan, config, &share, capabilities, &bound)?;
-    drop(share);
+    let fs = shut_in::share(&plan, config, share, capabilities, &bound)?;
     let stop = begin(signals, bound)?;
     let fs = Fs::new(&fs)?;
     let what = format!("{}: tag {}", config.fs.shared_dir.display(), config.fs.tag);

@@ -24,8 +24,10 @@ use crate::sandbox::{
     self, Cell, CleanUp, Forked, ModCaps, Plan, SandboxError, SandboxMode, capabilities,
 };
 
-/// Closes what this process has inherited but for the listener.
+/// Closes what this process has inherited but for the listener, and undoes an inherited
+/// disposition of SIGCHLD.
 pub(super) fn close_inherited(socket: &SocketSpec) {
+    sandbox::report_children();
     sandbox::close_inherited(match socket {
         SocketSpec::Fd(fd) => Some(*fd),
         SocketSpec::Path { .. } => None,
@@ -36,7 +38,7 @@ pub(super) fn close_inherited(socket: &SocketSpec) {
 /// process removes the socket's file when the worker has ended.
 fn enter(
     plan: &Plan,
-    cell: &Cell<'_>,
+    cell: Cell,
     helper: Option<Forked>,
     bound: &BoundSocket,
 ) -> Result<(), DaemonError> {
@@ -65,7 +67,7 @@ pub(super) fn pmem(plan: &Plan, modcaps: ModCaps, bound: &BoundSocket) -> Result
         capabilities: modcaps.applied_to(CapabilitySet::empty()),
         table: Table::Pmem,
     };
-    enter(plan, &cell, None, bound)
+    enter(plan, cell, None, bound)
 }
 
 /// The capabilities of the worker of a share.
@@ -91,7 +93,7 @@ pub(super) fn share_capabilities(config: &FsRunConfig) -> Result<CapabilitySet, 
 pub(super) fn share(
     plan: &Plan,
     config: &FsRunConfig,
-    share: &Share,
+    share: Share,
     capabilities: CapabilitySet,
     bound: &BoundSocket,
 ) -> Result<FsConfig, DaemonError> {
@@ -100,12 +102,13 @@ pub(super) fn share(
     let (mounter, helper) = mounter(plan, fs, is_mapped)?;
     let acts_as = plan.enter_user_namespace(&fs.uid_map, &fs.gid_map).map_err(ConfigError::from)?;
     let table = if helper.is_some() { Table::ShareWithWindow } else { Table::Share };
+    let share_path = share.path_text();
     let cell = Cell { share: Some(share), readonly: fs.readonly, acts_as, capabilities, table };
     inodes::memory_bytes();
-    enter(plan, &cell, helper, bound)?;
+    enter(plan, cell, helper, bound)?;
     let (shared_dir, chroot) = match plan.mode {
         SandboxMode::Namespace => (PathBuf::from(root::SHARE), None),
-        SandboxMode::Chroot => (PathBuf::from("/"), Some(share.path_text())),
+        SandboxMode::Chroot => (PathBuf::from("/"), Some(share_path)),
         SandboxMode::None => (fs.shared_dir.clone(), None),
     };
     Ok(FsConfig { shared_dir, chroot, mounter, ..fs.clone() })

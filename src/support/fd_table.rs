@@ -9,6 +9,7 @@ use std::os::fd::RawFd;
 use std::sync::OnceLock;
 
 use rustix::fs::{CWD, Dir, Mode, OFlags, openat};
+use rustix::mount::{OpenTreeFlags, open_tree};
 
 /// What [`keep`] has opened.
 struct Kept {
@@ -28,9 +29,20 @@ pub(crate) fn keep(mountinfo: bool) -> io::Result<()> {
         return Ok(()); // There may be no /proc any more.
     }
     let mountinfo = mountinfo.then(|| File::open("/proc/self/mountinfo")).transpose()?;
-    let kept = Kept { table: File::open("/proc/self/fd")?, mountinfo };
+    let kept = Kept { table: detached()?, mountinfo };
     let _ = KEPT.set(kept);
     Ok(())
+}
+
+/// The directory, in a mount of its own where that is permitted (CAP_SYS_ADMIN): from there `..`
+/// leads nowhere. Without, `..` leads to the rest of /proc and from there to the host's root, also
+/// out of a chroot(2).
+fn detached() -> io::Result<File> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    match open_tree(CWD, "/proc/self/fd", flags) {
+        Ok(tree) => Ok(tree.into()),
+        Err(_) => File::open("/proc/self/fd"),
+    }
 }
 
 /// The directory, open for reading.

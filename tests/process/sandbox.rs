@@ -236,6 +236,10 @@ fn a_forbidden_call_ends_the_worker() {
         ("unshare", "unshare"),
         ("code", "mmap"),
         ("handler", "rt_sigaction"),
+        ("owner", "fcntl"),
+        ("tgkill", "tgkill"),
+        ("clone", "clone"),
+        ("sockopt", "setsockopt"),
     ] {
         for mut command in [place.pmem(), place.fs()] {
             let done = command.env("VUD_TEST_IN_WORKER", what).output().unwrap();
@@ -395,10 +399,52 @@ fn inherited_descriptors_are_closed() {
     place.while_waiting(place.ready(command), |pid| {
         let fds = fs::read_dir(format!("/proc/{}/fd", worker_of(pid))).unwrap();
         for fd in fds.flatten() {
-            let name = fs::read_link(fd.path()).unwrap_or_default();
-            assert!(name != Path::new("/") && name != Path::new("/etc"), "{name:?}");
+            // Not by names: a mount of the worker's own has the name "/", too.
+            let id = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+            let found = id(&fd.path());
+            assert!(found.is_none() || found != id(Path::new("/")), "{fd:?}");
+            assert!(found.is_none() || found != id(Path::new("/etc")), "{fd:?}");
         }
     });
+}
+
+/// Shows: no descriptor of the worker leads to the host's files by `..`, in any mode that hides
+/// them; the standard descriptors are no exception, should one be a directory.
+#[test]
+fn no_descriptor_leads_out() {
+    if !is_root("no_descriptor_leads_out") {
+        return;
+    }
+    let place = Place::new();
+    let up = "../".repeat(12);
+    for mode in ["namespace", "chroot"] {
+        for command in [place.pmem(), place.fs()] {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", "exec \"$0\" \"$@\" </"]).arg(command.get_program());
+            shell.args(command.get_args());
+            shell.args(["--sandbox", mode, "--seccomp", "none"]);
+            let mut shell = place.ready(shell);
+            // Landlock hides files in `chroot`, too, where the kernel has it: of pmem only.
+            shell.stdin(Stdio::inherit());
+            let said = attempt(&place, shell, &format!("below:{up}etc/passwd,below:../mem"));
+            assert_eq!(said.matches(": errno").count(), 2, "{mode}: {said}");
+        }
+    }
+}
+
+/// Shows: a daemon that is started with SIGCHLD ignored has the same sandbox and the same exit
+/// code as any other.
+#[test]
+fn an_ignored_sigchld_weakens_nothing() {
+    let place = Place::new();
+    let command = place.pmem();
+    let mut env = Command::new("env");
+    env.args(["--ignore-signal=CHLD", "--"]).arg(command.get_program()).args(command.get_args());
+    let done = place.while_waiting(place.ready(env), |pid| {
+        let of = |pid| fs::read_link(format!("/proc/{pid}/ns/pid")).unwrap();
+        assert_ne!(of(worker_of(pid)), of(pid));
+    });
+    assert_eq!(done.status.code(), Some(0), "{}", text(&done));
 }
 
 /// As a user without any capability.
