@@ -720,8 +720,8 @@ fn file_systems_are_promised_what_was_found() {
         (
             "mount -t tmpfs none mnt; mkdir mnt/u mnt/w mnt/m; mount -t overlay \
              -o lowerdir=/etc,upperdir=mnt/u,workdir=mnt/w none mnt",
-            "unknown file system, 0x794c7630 (overlayfs): a flush is fdatasync; what it has \
-             answered for is as durable as that file system's own fdatasync",
+            "unknown file system, 0x794c7630 (overlayfs): a flush is fdatasync; data of an \
+             answered flush is as durable as that file system's fdatasync",
         ),
     ] {
         let _ = fs::create_dir(place.path("mnt"));
