@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The front-end of the current session, for a device that outlives its sessions.
+//! The mapper of the current session, for a device that outlives its sessions.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -8,25 +8,34 @@ use std::sync::Arc;
 use super::{FileOffset, MapError, Mapper, WindowBytes, WindowOffset};
 use crate::support::lock::{Mutex, lock};
 
-/// A mapper that passes each call to the front-end of the current session. Without a session each
-/// call succeeds and sends nothing: the engine keeps its maps, and sends them to the next
+/// A mapper that passes each call to that of the current session. Without a session each call
+/// succeeds and sends nothing: no front-end has a map, and the engine sends its maps to the next
 /// front-end.
-#[derive(Default)]
-pub(crate) struct FrontEnd(Mutex<Option<Arc<dyn Mapper>>>);
+pub(crate) struct Current<M: ?Sized>(Mutex<Option<Arc<M>>>);
 
-impl FrontEnd {
-    /// Sets the front-end of the current session, or None after its end.
-    pub(crate) fn set(&self, mapper: Option<Arc<dyn Mapper>>) {
+/// The front-end of the current session.
+pub(crate) type FrontEnd = Current<dyn Mapper>;
+
+impl<M: ?Sized> Default for Current<M> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<M: ?Sized> Current<M> {
+    /// Sets the mapper of the current session, or None after its end.
+    pub(crate) fn set(&self, mapper: Option<Arc<M>>) {
         let old = std::mem::replace(&mut *lock(&self.0), mapper);
         drop(old); // Not under the lock: the drop of a `ShmemMapper` takes a lock.
     }
 
-    fn get(&self) -> Option<Arc<dyn Mapper>> {
+    /// The mapper of the current session.
+    pub(crate) fn get(&self) -> Option<Arc<M>> {
         lock(&self.0).clone()
     }
 }
 
-impl Mapper for FrontEnd {
+impl<M: Mapper + ?Sized> Mapper for Current<M> {
     fn map(
         &self,
         at: WindowOffset,

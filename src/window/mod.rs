@@ -21,7 +21,7 @@ use thiserror::Error;
 
 pub use crate::support::units::{FileOffset, FileRange, WindowBytes, WindowOffset, WindowRange};
 pub use channel::{Acks, ShmemMapper};
-pub(crate) use current::FrontEnd;
+pub(crate) use current::{Current, FrontEnd};
 pub(crate) use whole_file::WholeFile;
 
 /// Why a range of the window could not be mapped or unmapped.

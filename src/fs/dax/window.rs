@@ -13,7 +13,9 @@ use crate::dax::engine::Engine;
 use crate::device::{RingStart, SessionWindow};
 use crate::support::file_id::FileId;
 use crate::support::lock::{Condvar, Mutex, MutexGuard, lock};
-use crate::window::{Acks, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset};
+use crate::window::{
+    Acks, Current, FileOffset, MapError, Mapper, ShmemMapper, WindowBytes, WindowOffset,
+};
 
 use crate::window::locate::{MapLocator, Outcome, SharedBase, WindowMap};
 
@@ -240,36 +242,8 @@ impl SessionWindow for FsWindow {
     }
 }
 
-/// The window of the current session. Without a session nothing is granted, and no front-end has a
-/// map, so both calls of [`Mapper`] succeed.
-#[derive(Default)]
-pub(crate) struct CurrentWindow(Mutex<Option<Arc<FsWindow>>>);
-
-impl CurrentWindow {
-    pub(crate) fn set(&self, window: Option<Arc<FsWindow>>) {
-        *lock(&self.0) = window;
-    }
-
-    pub(crate) fn get(&self) -> Option<Arc<FsWindow>> {
-        lock(&self.0).clone()
-    }
-}
-
-impl Mapper for CurrentWindow {
-    fn map(
-        &self,
-        at: WindowOffset,
-        file: &File,
-        from: FileOffset,
-        bytes: WindowBytes,
-    ) -> Result<(), MapError> {
-        self.get().map_or(Ok(()), |window| window.map(at, file, from, bytes))
-    }
-
-    fn unmap(&self, at: WindowOffset, bytes: WindowBytes) -> Result<(), MapError> {
-        self.get().map_or(Ok(()), |window| window.unmap(at, bytes))
-    }
-}
+/// The window of the current session.
+pub(crate) type CurrentWindow = Current<FsWindow>;
 
 #[cfg(test)]
 mod tests {
